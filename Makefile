@@ -1,0 +1,52 @@
+# Every target does the set-up that it needs: python3, pip and make are all that a machine must have.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+# uv does not read pip's find-links, where a machine may keep a CPU build of torch.
+export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+
+.PHONY: help setup demo test check format bench clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.ok: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (about a minute)"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check uv \
+	  && $(VENV)/bin/uv pip install -q -p $(VENV) -c constraints.txt -e '.[dev]' \
+	  || $(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+build/types:
+	mkdir -p $@/littlebit
+	ln -sfn ../../../reference $@/littlebit/reference
+	ln -sfn ../../../fast $@/littlebit/fast
+
+setup: $(VENV)/.ok  ## Make .venv and install the project with its development tools
+
+demo: $(VENV)/.ok  ## Quantise SmolLM2-135M to 0.55 bits, reload it, measure it, let it speak
+	$(PY) -m littlebit.fast demo --out build/demo
+
+test: $(VENV)/.ok  ## Run the tests
+	$(PY) -m pytest
+
+check: $(VENV)/.ok build/types  ## Lint, formatting and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(PY)
+
+format: $(VENV)/.ok  ## Format the code
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.ok  ## Time the packed linear layer beside torch's
+	$(PY) -m littlebit.fast bench linear
+
+wheel: $(VENV)/.ok  ## Build dist/*.whl through an sdist, so that a stale build folder cannot leak into it
+	rm -rf build/lib build/bdist* dist
+	$(VENV)/bin/uv build -q --out-dir dist
+
+clean:  ## Remove everything that the other targets made
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,272 @@
+"""The `littlebit` command."""
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bench import BITS, SHAPES, bench_linear
+from .checkpoint import check_target, info, is_checkpoint, load, save
+from .decode import generate
+from .evaluate import SAMPLE_TEXT, WINDOW, perplexity
+from .fetch import ARTIFACTS, fetch
+from .hf import load_model, load_tokenizer
+from .model import Config, LayerResult, quantize_
+
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if it did what was asked, 2 with a message on standard error if it could not."""
+    arguments = parser().parse_args(argv)
+    quieten()
+    if getattr(arguments, "threads", None):
+        torch.set_num_threads(arguments.threads)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"littlebit: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def quieten() -> None:
+    """Keep the libraries' own warnings and progress bars out of the output."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        from transformers.utils import logging as hf_logging
+    except ImportError:
+        return
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    top = argparse.ArgumentParser(prog="littlebit", description="Sub-1-bit quantisation of language models.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    model_help = f"a known name ({', '.join(sorted(ARTIFACTS))}), a directory, a .gguf file or a hub id"
+
+    sub = command("fetch", run_fetch, "Download a known model into the cache and print its path.")
+    sub.add_argument("name", help=f"one of: {', '.join(sorted(ARTIFACTS))}")
+
+    sub = command("quantize", run_quantize, "Quantise a model and write a packed checkpoint.")
+    sub.add_argument("model", help=model_help)
+    sub.add_argument("out", type=Path, help="directory to write")
+    sub.add_argument("--bits", type=float, default=Config.bits, help="ceiling in stored bits per weight")
+    sub.add_argument("--paths", type=int, default=Config.paths, help="1, or 2 for primary and residual")
+    sub.add_argument("--init", choices=["dual-svid"], default=Config.init, help="how factors are found")
+    sub.add_argument("--include", nargs="+", default=list(Config.include), help="patterns of layer names")
+    sub.add_argument("--exclude", nargs="+", default=list(Config.exclude), help="patterns of layer names")
+    sub.add_argument("--seed", type=int, default=Config.seed)
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    sub = command("eval", run_eval, "Measure a model's perplexity on a text.")
+    sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help}")
+    sub.add_argument("--text", type=Path, default=SAMPLE_TEXT, help="UTF-8 text file")
+    sub.add_argument("--window", type=int, default=WINDOW, help="tokens in a window; the first of each is not scored")
+    sub.add_argument("--max-windows", type=int, help="stop after so many windows")
+    add_compute(sub)
+
+    sub = command("generate", run_generate, "Let a model continue a prompt.")
+    sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help}")
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 for greedy decoding")
+    sub.add_argument("--top-k", type=int)
+    sub.add_argument("--top-p", type=float)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    add_compute(sub)
+
+    sub = command("info", run_info, "Say what a packed checkpoint really stores.")
+    sub.add_argument("model", type=Path, help="a packed checkpoint")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
+    sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
+
+    sub = command("bench", run_bench, "Time the packed layer beside torch's.")
+    sub.add_argument("what", choices=["linear"])
+    sub.add_argument("--device", choices=["cpu"], default="cpu")
+    sub.add_argument("--shape", type=shape, nargs="+", default=list(SHAPES), help="D_OUTxD_IN")
+    sub.add_argument("--bits", type=float, nargs="+", default=list(BITS))
+    sub.add_argument("--paths", type=int, default=2)
+    sub.add_argument("--batch", type=int, default=1)
+    sub.add_argument("--threads", type=int, default=1)
+    sub.add_argument("--json", action="store_true")
+    return top
+
+
+def add_compute(sub: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that run a model."""
+    sub.add_argument("--device", choices=["cpu"], default="cpu")
+    sub.add_argument("--threads", type=int, help="CPU threads; torch's default if not given")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def shape(text: str) -> tuple[int, int]:
+    """'4096x11008' as (4096, 11008)."""
+    try:
+        d_out, d_in = (int(part) for part in text.lower().split("x"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not D_OUTxD_IN, such as 4096x11008") from error
+    return d_out, d_in
+
+
+def run_fetch(arguments: argparse.Namespace) -> None:
+    """Run `littlebit fetch`."""
+    print(fetch(arguments.name))
+
+
+def run_quantize(arguments: argparse.Namespace) -> None:
+    """Run `littlebit quantize`."""
+    check_target(arguments.out, arguments.overwrite)
+    config = Config(
+        arguments.bits,
+        arguments.paths,
+        arguments.init,
+        tuple(arguments.include),
+        tuple(arguments.exclude),
+        arguments.seed,
+    )
+    model = load_model(arguments.model)
+    results = quantize_(model, config)
+    save(model, arguments.out, load_tokenizer(arguments.model), config.bits, arguments.overwrite)
+    stored = info(arguments.out)
+    if arguments.json:
+        print(json.dumps(stored | {"results": {name: asdict(result) for name, result in results.items()}}))
+        return
+    print(kind_table(results))
+    print(f"{arguments.out}: {summary(stored)}")
+
+
+def kind_table(results: dict[str, LayerResult]) -> str:
+    """Layers, bits and error by kind of layer, as text."""
+    kinds: dict[str, list[LayerResult]] = {}
+    for name, result in results.items():
+        kinds.setdefault(name.split(".")[-1], []).append(result)
+    lines = [f"{'kind':<12}{'layers':>7}{'d_out x d_in':>16}{'bits':>8}{'rel. error':>12}"]
+    for kind, group in kinds.items():
+        bits = sum(result.bits for result in group) / len(group)
+        error = sum(result.error for result in group) / len(group)
+        size = f"{group[0].d_out} x {group[0].d_in}"
+        lines.append(f"{kind:<12}{len(group):>7}{size:>16}{bits:>8.3f}{error:>12.3f}")
+    return "\n".join(lines)
+
+
+def summary(stored: dict[str, Any]) -> str:
+    """One line of `info`."""
+    return (
+        f"{stored['bits_per_weight']:.4f} bits per weight stored in {stored['layers']} layers, "
+        f"{stored['linear_bytes']:,} bytes of linear weights, {stored['file_bytes']:,} bytes in all"
+    )
+
+
+def load_any(source: str) -> torch.nn.Module:
+    """A packed checkpoint or a dense model."""
+    return load(source) if is_checkpoint(Path(source)) else load_model(source)
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    """Run `littlebit eval`."""
+    text = arguments.text.read_text(encoding="utf-8")
+    model = load_any(arguments.model)
+    tokens = load_tokenizer(arguments.model)(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    result = perplexity(model, tokens, arguments.window, arguments.max_windows)
+    if arguments.json:
+        print(json.dumps(result._asdict() | {"text": str(arguments.text)}))
+        return
+    print(
+        f"perplexity {result.perplexity:.4g} on {arguments.text.name} "
+        f"({result.windows} windows of {result.window} tokens, {result.scored} tokens scored)"
+    )
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    """Run `littlebit generate`."""
+    model, tokenizer = load_any(arguments.model), load_tokenizer(arguments.model)
+    if arguments.json:  # a first token loads the kernels, which is not decoding
+        generate(model, arguments.prompt, 1, chat=arguments.chat, tokenizer=tokenizer)
+    start = time.perf_counter()
+    text = generate(
+        model,
+        arguments.prompt,
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.seed,
+        arguments.chat,
+        tokenizer,
+    )
+    seconds = time.perf_counter() - start
+    if arguments.json:
+        count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        row = {"prompt": arguments.prompt, "text": text, "new_tokens": count, "seconds": seconds}
+        print(json.dumps(row | {"tokens_per_s": count / seconds}))
+    else:
+        print(text)
+
+
+def run_info(arguments: argparse.Namespace) -> None:
+    """Run `littlebit info`."""
+    stored = info(arguments.model)
+    if arguments.json:
+        print(json.dumps(stored))
+        return
+    print(f"{arguments.model}: {summary(stored)}")
+    print(f"{'kind':<12}{'layers':>7}{'weights':>14}{'bytes':>12}{'bits':>8}")
+    for name, kind in stored["kinds"].items():
+        print(
+            f"{name:<12}{kind['layers']:>7}{kind['weights']:>14,}{kind['linear_bytes']:>12,}"
+            f"{kind['bits_per_weight']:>8.3f}"
+        )
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    """Run `littlebit demo`."""
+    from .demo import demo
+
+    print(demo(arguments.out))
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    """Run `littlebit bench linear`."""
+    rows = bench_linear(
+        tuple(arguments.shape), tuple(arguments.bits), arguments.batch, arguments.threads, arguments.paths
+    )
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print(
+        f"{'d_out x d_in':>15}{'bits':>8}{'rank':>6}{'packed us':>12}{'bf16 us':>12}{'speed-up':>10}{'max error':>11}"
+    )
+    for row in rows:
+        size = f"{row['d_out']} x {row['d_in']}"
+        print(
+            f"{size:>15}{row['bits']:>8.3f}{row['rank']:>6}{row['time_us']:>12.1f}{row['dense_us']:>12.1f}"
+            f"{row['speedup']:>9.1f}x{row['max_error']:>11.1e}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Benchmarks: one packed linear layer beside torch's own."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numba
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from .bits import layer_bits, rank_for_bits
+from .kernels.cpu import MAX_THREADS
+from .linear import packed_linear
+from .packing import PackedFactors, unpack_factors
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
+BITS = (0.1, 0.55)
+ROTATED_BYTES = 1 << 25  # 32 MiB, several times a core's second-level cache
+
+
+def random_path(d_out: int, d_in: int, rank: int, generator: torch.Generator) -> PackedFactors:
+    """A packed path of random signs and of scales near one, without its dense form."""
+
+    def words(rows: int, count: int) -> Tensor:
+        whole = torch.randint(-(2**31), 2**31, (rows, -(-count // 32)), generator=generator, dtype=torch.int32)
+        if count % 32:
+            whole[:, -1] &= (1 << count % 32) - 1
+        return whole
+
+    def scale(count: int) -> Tensor:
+        return (0.5 + torch.rand(count, generator=generator)).half()
+
+    return PackedFactors(words(d_out, rank), words(rank, d_in), scale(d_out), scale(rank), scale(d_in))
+
+
+def bench_linear(
+    shapes: tuple[tuple[int, int], ...] = SHAPES,
+    bits: tuple[float, ...] = BITS,
+    batch: int = 1,
+    threads: int = 1,
+    paths: int = 2,
+    repeats: int = 15,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Time the packed CPU layer against torch's bfloat16 linear, and compare it with float64.
+
+    Both sides rotate through copies of their weights, more of them than the second-level cache holds, so that no call
+    finds its weights warm. A sample is the mean over one rotation, a figure the median of `repeats` samples; packed
+    and dense samples alternate, so that both see the same machine.
+
+    Parameters
+    ----------
+    shapes : tuple of (d_out, d_in)
+    bits : tuple of float
+        Ceilings in stored bits per weight.
+    batch : int
+        Rows of x.
+    threads : int
+        For both.
+    paths : int
+    repeats : int
+    progress : bool
+
+    Returns
+    -------
+    One dict per shape and bits: d_out, d_in, bits (stored), rank (per path), paths, batch, threads, time_us,
+    dense_us, speedup, max_error (largest |y - y64| over the largest |y64|), sign_adds_per_s.
+    """
+    cases = [(shape, rank_for_bits(*shape, target, paths)) for shape in shapes for target in bits]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, MAX_THREADS))
+    try:
+        with torch.inference_mode():
+            bar = tqdm(cases, desc="bench linear", disable=not progress)
+            return [bench_case(*shape, rank, batch, threads, paths, repeats) for shape, rank in bar]
+    finally:
+        torch.set_num_threads(before)
+
+
+def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths: int, repeats: int) -> dict[str, Any]:
+    """One row of `bench_linear`."""
+    generator = torch.Generator().manual_seed(0)
+    stored = layer_bits(d_out, d_in, (rank,) * paths)
+    copies = copies_beyond_cache(stored // 8)
+    packed = [[random_path(d_out, d_in, rank, generator) for _ in range(paths)] for _ in range(copies)]
+    dense_copies = copies_beyond_cache(2 * d_out * d_in)
+    dense = torch.randn(dense_copies, d_out, d_in, generator=generator, dtype=torch.bfloat16)
+    x = torch.randn(batch, d_in, generator=generator)
+    dense_x = x.bfloat16()
+    time_s, dense_s = alternate(
+        [partial(packed_linear, x, layer) for layer in packed],
+        [partial(functional.linear, dense_x, weight) for weight in dense],
+        repeats,
+    )
+    exact = torch.stack([exact_path(x, path) for path in packed[0]]).sum(0)
+    error = (packed_linear(x, packed[0]).double() - exact).abs().max() / exact.abs().max()
+    return {
+        "d_out": d_out,
+        "d_in": d_in,
+        "bits": stored / (d_out * d_in),
+        "rank": rank,
+        "paths": paths,
+        "batch": batch,
+        "threads": threads,
+        "time_us": time_s * 1e6,
+        "dense_us": dense_s * 1e6,
+        "speedup": dense_s / time_s,
+        "max_error": float(error),
+        "sign_adds_per_s": batch * paths * rank * (d_out + d_in) / time_s,
+    }
+
+
+def copies_beyond_cache(size: int) -> int:
+    """How many copies of `size` bytes it takes to exceed ROTATED_BYTES."""
+    return ROTATED_BYTES // size + 1
+
+
+def alternate(
+    first: Sequence[Callable[[], Any]], second: Sequence[Callable[[], Any]], repeats: int
+) -> tuple[float, float]:
+    """Median seconds per call of two lists of calls that take turns, after one warm-up each."""
+    samples: tuple[list[float], list[float]] = ([], [])
+    for turn in range(repeats + 1):
+        for calls, kept in zip((first, second), samples, strict=True):
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            if turn:
+                kept.append((time.perf_counter() - start) / len(calls))
+    return statistics.median(samples[0]), statistics.median(samples[1])
+
+
+def exact_path(x: Tensor, packed: PackedFactors) -> Tensor:
+    """A path's output in float64."""
+    u, v, h, ell, g = (tensor.double() for tensor in unpack_factors(packed))
+    return ((x.double() * g) @ v * ell) @ u.T * h

@@ -1,0 +1,361 @@
+"""Checkpoints: a directory with config.json, model.safetensors and the tokenizer's files. No pickle anywhere.
+
+config.json is the model's own configuration plus a section `quantization_config`:
+
+    {"quant_method": "littlebit", "format_version": 1, "bits": 0.55,
+     "layers": {"model.layers.0.mlp.up_proj": {"d_out": 1536, "d_in": 576, "ranks": [70, 69], "bias": false}, ...}}
+
+For each of those layers model.safetensors holds `LAYER.paths.K.{u_words,v_words,h,ell,g}` (see packing.py); every
+other tensor of the model is there as the model has it, in 16 bits.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .layers import PackedLinear, packed_shapes
+from .model import pack_, packed_layers, replace_module
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as what it claims to be."""
+
+
+def save(
+    model: nn.Module, path: str | Path, tokenizer: Any = None, bits: float | None = None, overwrite: bool = False
+) -> Path:
+    """Write a quantised model as a packed checkpoint; complete, or not at all.
+
+    The directory is written under a temporary name beside `path` and renamed at the end. Layers still in training
+    form (LittleBitLinear) are packed, in place.
+
+    Parameters
+    ----------
+    model : transformers model after `quantize_` or `load`
+    path : str or Path
+        Directory to make.
+    tokenizer : transformers tokenizer, optional
+        Saved with the model, so that the directory is all that generation needs.
+    bits : float, optional
+        The target to record; what is stored is counted from the file itself (`info`).
+    overwrite : bool
+        Replace an existing checkpoint at `path`.
+
+    Returns
+    -------
+    The directory.
+
+    Raises
+    ------
+    ValueError
+        If the model has no LittleBit layer, or a layer cannot be packed.
+    OSError
+        If `path` exists and may not be replaced, or cannot be written.
+    """
+    path = Path(path)
+    check_target(path, overwrite)
+    if not hasattr(model, "config"):
+        raise ValueError("save writes transformers models; for another module, pack_ it and save its state_dict()")
+    layers = packed_layers(pack_(model))
+    if not layers:
+        raise ValueError("the model has no LittleBit layer; call quantize_ first")
+    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    config["dtype"] = "float16"
+    config["quantization_config"] = {
+        "quant_method": "littlebit",
+        "format_version": FORMAT_VERSION,
+        "bits": bits,
+        "layers": {name: describe(layer) for name, layer in layers.items()},
+    }
+    with written_whole(path) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        save_file(stored_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return path
+
+
+def describe(layer: PackedLinear) -> dict[str, Any]:
+    """A layer's entry in config.json."""
+    return {"d_out": layer.d_out, "d_in": layer.d_in, "ranks": list(layer.ranks), "bias": layer.bias is not None}
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as it is stored: floats in 16 bits, shared tensors once, under the first of their names.
+
+    The first name of a tied head is that of its embedding, which is the one that transformers ties from.
+    """
+    seen, tensors = set(), {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        tensors[name] = (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"tensor {name} does not fit float16: it holds NaN, infinity, or magnitudes above 65504")
+    return tensors
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raise OSError if `path` exists and is neither an empty directory nor a checkpoint that may be overwritten."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not path.is_dir() or not is_checkpoint(path):
+        raise FileExistsError(f"{path} exists and is not a LittleBit checkpoint; choose another output")
+    if not overwrite:
+        raise FileExistsError(f"{path} already holds a checkpoint; pass overwrite=True (--overwrite) to replace it")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory's config.json says that it is a LittleBit checkpoint."""
+    try:
+        return json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"] == "littlebit"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path` that becomes `path` if the block succeeds and vanishes if it does not."""
+    path = path.absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+    try:
+        part.chmod(0o755)
+        yield part
+        old = part.with_name(part.name + "-old")
+        if path.exists():
+            os.rename(path, old)
+        os.rename(part, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}; nothing was left there") from error
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model from a packed checkpoint; its quantised layers are PackedLinear, and no dense weight is ever made.
+
+    Parameters
+    ----------
+    path : str or Path
+        Directory that `save` wrote.
+    device : str
+    dtype : torch.dtype
+        Of the tensors that are not packed (embeddings, norms, head).
+
+    Returns
+    -------
+    transformers model in eval mode.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory is not a complete, consistent checkpoint; the file or layer is named.
+    """
+    path = Path(path)
+    config, layers = read_config(path)
+    tensors = read_tensors(path)
+    check_layers(layers, tensors)
+    from .hf import empty_model
+
+    try:
+        model = empty_model(config)
+    except ImportError:
+        raise
+    except Exception as error:  # model classes raise anything at all on a configuration that makes no sense
+        raise CheckpointError(f"{path / 'config.json'} does not describe a model: {error}") from error
+    for name, entry in layers.items():
+        check_module(model, name, entry)
+        replace_module(model, name, PackedLinear.empty(**entry))
+    fill(model, tensors, path)
+    model.name_or_path = str(path)  # type: ignore[assignment]
+    return cast_dense(model, dtype).to(device)
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """config.json and its entries for the packed layers, checked."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text())
+        section = config["quantization_config"]
+        method, version, layers = section["quant_method"], section["format_version"], section["layers"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a checkpoint: there is no config.json") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is not the configuration of a LittleBit checkpoint: {error!r}") from error
+    if method != "littlebit":
+        raise CheckpointError(f"{file}: quant_method is {method!r}, not 'littlebit'")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: format_version is {version!r}, but this version of littlebit reads {FORMAT_VERSION}; update it"
+        )
+    if not isinstance(layers, dict) or not layers:
+        raise CheckpointError(f"{file}: 'layers' must name at least one layer")
+    for name, entry in layers.items():
+        check_entry(file, name, entry)
+    return config, layers
+
+
+def check_entry(file: Path, name: str, entry: Any) -> None:
+    """Raise CheckpointError unless a layer's entry holds positive sizes, feasible ranks and a flag for the bias."""
+
+    def whole(value: Any, most: float = float("inf")) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+    good = isinstance(entry, dict) and set(entry) == {"d_out", "d_in", "ranks", "bias"}
+    good = good and whole(entry["d_out"]) and whole(entry["d_in"]) and isinstance(entry["bias"], bool)
+    good = good and isinstance(entry["ranks"], list) and len(entry["ranks"]) > 0
+    if not good or not all(whole(rank, min(entry["d_out"], entry["d_in"])) for rank in entry["ranks"]):
+        raise CheckpointError(f"{file}: layer {name} has the entry {entry!r}, which describes no layer")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors."""
+    file = path / WEIGHTS
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a checkpoint: there is no {WEIGHTS}") from error
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file} is damaged or incomplete ({error}); copy or download it again") from error
+
+
+def check_layers(layers: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless every packed layer has its tensors, in the right shapes and dtypes."""
+    for layer, name, shape, dtype in packed_tensors(layers):
+        if name not in tensors:
+            raise CheckpointError(f"layer {layer}: tensor {name} is missing from {WEIGHTS}")
+        found = tensors[name]
+        if tuple(found.shape) != shape or found.dtype != dtype:
+            raise CheckpointError(
+                f"layer {layer}: tensor {name} is {tuple(found.shape)} {found.dtype}, but config.json asks for "
+                f"{shape} {dtype}"
+            )
+
+
+def packed_tensors(layers: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype]]:
+    """(layer, tensor name, shape, dtype) of every tensor that the packed layers store, biases excepted."""
+    for layer, entry in layers.items():
+        for order, rank in enumerate(entry["ranks"]):
+            for kind, (shape, dtype) in packed_shapes(entry["d_out"], entry["d_in"], rank).items():
+                yield layer, f"{layer}.paths.{order}.{kind}", shape, dtype
+
+
+def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the model has a linear layer of this name and shape."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(f"layer {name} is in the quantization_config, but the model has no such layer") from error
+    given = entry["d_out"], entry["d_in"]
+    if not isinstance(module, nn.Linear) or (module.out_features, module.in_features) != given:
+        raise CheckpointError(f"layer {name}: config.json packs {given}, but the model has {module}")
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Put the tensors into an empty model, tie what it ties, and check that nothing is missing or left over."""
+    try:
+        _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path / WEIGHTS} does not fit the model in config.json: {error}") from error
+    model.tie_weights()  # type: ignore[operator]
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path / WEIGHTS} does not fit the model in config.json: missing {missing[:3]}, left over {unexpected[:3]}"
+        )
+
+
+def cast_dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with all floating-point tensors cast, except those of packed layers."""
+    for parameter in model.parameters():  # packed tensors are buffers
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def info(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint really stores, counted from the header of its file.
+
+    Parameters
+    ----------
+    path : str or Path
+        Directory that `save` wrote.
+
+    Returns
+    -------
+    dict with `bits_per_weight` (stored bits of the packed layers over their weights), `target_bits`, `weights`,
+    `linear_bytes` (packed layers, biases excepted), `file_bytes` (all of model.safetensors), `layers` and, by kind
+    of layer, `kinds`.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory is not a complete, consistent checkpoint.
+    """
+    path = Path(path)
+    config, layers = read_config(path)
+    sizes = tensor_bytes(path)
+    kinds: dict[str, dict[str, Any]] = {}
+    for layer, name, _, _ in packed_tensors(layers):
+        if name not in sizes:
+            raise CheckpointError(f"layer {layer}: tensor {name} is missing from {WEIGHTS}")
+        kind = kinds.setdefault(layer.split(".")[-1], {"layers": 0, "weights": 0, "linear_bytes": 0})
+        kind["linear_bytes"] += sizes[name]
+    for layer, entry in layers.items():
+        kind = kinds[layer.split(".")[-1]]
+        kind["layers"] += 1
+        kind["weights"] += entry["d_out"] * entry["d_in"]
+    for kind in kinds.values():
+        kind["bits_per_weight"] = 8 * kind["linear_bytes"] / kind["weights"]
+    weights = sum(kind["weights"] for kind in kinds.values())
+    linear_bytes = sum(kind["linear_bytes"] for kind in kinds.values())
+    return {
+        "bits_per_weight": 8 * linear_bytes / weights,
+        "target_bits": config["quantization_config"].get("bits"),
+        "weights": weights,
+        "linear_bytes": linear_bytes,
+        "file_bytes": (path / WEIGHTS).stat().st_size,
+        "layers": len(layers),
+        "kinds": kinds,
+        "model_type": config.get("model_type"),
+        "format_version": FORMAT_VERSION,
+    }
+
+
+def tensor_bytes(path: Path) -> dict[str, int]:
+    """Bytes of each tensor in model.safetensors, from its header alone."""
+    widths = {"I32": 4, "F16": 2, "F32": 4, "BF16": 2, "I64": 8, "U8": 1, "I8": 1, "BOOL": 1}
+    try:
+        with safe_open(path / WEIGHTS, framework="pt") as file:
+            sizes = {}
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(name)
+                sizes[name] = widths.get(part.get_dtype(), 0) * torch.Size(part.get_shape()).numel()
+            return sizes
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a checkpoint: there is no {WEIGHTS}") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path / WEIGHTS} is damaged or incomplete ({error}); download it again") from error

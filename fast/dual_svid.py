@@ -1,0 +1,72 @@
+"""Dual-SVID: where training starts (LittleBit, arXiv 2506.13771, Section 3.2)."""
+
+from torch import Tensor
+
+from .factors import Factors
+from .signs import sign
+from .svd import rank_one, truncated_svd
+
+
+def svid(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sign-Value-Independent Decomposition: signs kept exactly, magnitudes as a rank-one matrix.
+
+    matrix ~ sign(matrix) * (row column^T), with row column^T the best rank-one approximation of |matrix|
+    (OneBit, arXiv 2402.11295, Section 3.2).
+
+    Parameters
+    ----------
+    matrix : (..., m, n) float tensor
+
+    Returns
+    -------
+    signs : (..., m, n) of -1 and +1; row : (..., m) and column : (..., n), non-negative, of equal norm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> signs, row, column = svid(torch.tensor([[1.0, -2.0], [-2.0, 4.0]]))
+    >>> (signs * torch.outer(row, column)).round(decimals=4)
+    tensor([[ 1., -2.],
+            [-2.,  4.]])
+    """
+    row, column = rank_one(matrix.abs())
+    return sign(matrix), row, column
+
+
+def dual_svid(weight: Tensor, rank: int, sketch: Tensor | None = None) -> Factors:
+    """Factors of a weight from its truncated SVD and one SVID of each side (LittleBit, equations 6 to 9).
+
+    W ~ U' V'^T with sqrt(S) on both sides; |U'| ~ h ell_u^T and |V'| ~ g ell_v^T; ell = ell_u * ell_v. The latents
+    are U' and V' themselves.
+
+    Parameters
+    ----------
+    weight : (..., d_out, d_in) float tensor
+    rank : int
+        1 <= rank <= min(d_out, d_in).
+    sketch : (d_in, k) tensor, optional
+        See `svd.truncated_svd`.
+
+    Returns
+    -------
+    Factors whose scales are non-negative, of the weight's dtype.
+
+    Raises
+    ------
+    ValueError
+        If the weight is not a finite matrix, or the rank is out of range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> dual_svid(torch.tensor([[1.0, -2.0], [-2.0, 4.0]]), rank=1).to_dense().round(decimals=4)
+    tensor([[ 1., -2.],
+            [-2.,  4.]])
+    """
+    left, s, right = truncated_svd(weight, rank, sketch)
+    root = s.sqrt()[..., None, :]  # (..., 1, rank)
+    u = left * root  # (..., d_out, rank)
+    v = right * root  # (..., d_in, rank)
+    _, h, ell_u = svid(u)
+    _, g, ell_v = svid(v)
+    return Factors(u, v, h, ell_u * ell_v, g)

@@ -1,0 +1,85 @@
+"""Perplexity, stated exactly."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+WINDOW = 2048
+SAMPLE_TEXT = Path(__file__).with_name("data") / "roosevelt_1901.txt"
+LOGIT_ROWS = 256  # positions whose logits are turned into float32 at once
+
+
+class Perplexity(NamedTuple):
+    """A perplexity and what it was measured on.
+
+    Attributes
+    ----------
+    perplexity : float
+        exp(mean negative log-likelihood), natural logarithm.
+    windows : int
+        Windows evaluated.
+    window : int
+        Tokens in a window.
+    scored : int
+        Tokens scored, window - 1 in each window.
+    """
+
+    perplexity: float
+    windows: int
+    window: int
+    scored: int
+
+
+def perplexity(
+    model: nn.Module, tokens: Tensor, window: int = WINDOW, max_windows: int | None = None, progress: bool = True
+) -> Perplexity:
+    """Perplexity of a model on a text's tokens.
+
+    The tokens are cut into consecutive windows that do not overlap; an incomplete last window is dropped, unless it
+    is the only one. Each window is read on its own, without tokens before it; its first token is not scored. The
+    result is the exponential of the mean over all scored tokens.
+
+    Parameters
+    ----------
+    model : transformers causal language model
+    tokens : (n,) integer tensor, at least two
+    window : int
+        Tokens in a window.
+    max_windows : int, optional
+        Stop after so many windows.
+    progress : bool
+        Whether to show a progress bar.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two tokens, or a window of fewer than two is asked for.
+    """
+    if len(tokens) < 2 or window < 2:
+        raise ValueError(f"perplexity needs two tokens and windows of two, but got {len(tokens)} and {window}")
+    window = min(window, len(tokens))
+    count = len(tokens) // window
+    count = count if max_windows is None else min(count, max_windows)
+    device = next(model.parameters()).device
+    total = 0.0
+    with torch.inference_mode():
+        for index in tqdm(range(count), desc="perplexity", unit="window", disable=not progress):
+            part = tokens[index * window : (index + 1) * window].to(device)
+            total += window_loss(model, part)
+    scored = count * (window - 1)
+    return Perplexity(math.exp(min(total / scored, 700.0)), count, window, scored)
+
+
+def window_loss(model: nn.Module, tokens: Tensor) -> float:
+    """Summed negative log-likelihood of all tokens but the first."""
+    logits = model(tokens[None], use_cache=False).logits[0, :-1]  # (window - 1, vocabulary)
+    losses = [
+        functional.cross_entropy(rows.float(), targets, reduction="sum").double()
+        for rows, targets in zip(logits.split(LOGIT_ROWS), tokens[1:].split(LOGIT_ROWS), strict=True)
+    ]
+    return torch.stack(losses).sum().item()

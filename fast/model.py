@@ -1,0 +1,204 @@
+"""A whole model: which layers are quantised, at which ranks, and how they take the places of the dense ones."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .bits import Ranks, allocate_ranks, layer_bits
+from .dual_svid import dual_svid
+from .factors import Factors
+from .layers import LittleBitLinear, PackedLinear
+from .residual import compensate
+
+logger = logging.getLogger(__name__)
+
+BATCH_ELEMENTS = 1 << 24  # weights factorised at once: bounds the memory that the decompositions take
+OVERSAMPLING = 16  # columns of the sketch beyond the rank
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to quantise and how.
+
+    Attributes
+    ----------
+    bits : float
+        Ceiling in stored bits per weight, over all quantised layers together.
+    paths : int
+        1, or 2 for primary and residual; more are allowed.
+    init : str
+        How factors are found: "dual-svid".
+    include, exclude : tuple of str
+        Shell-style patterns of module names. A linear layer is quantised if it matches one of `include` and none of
+        `exclude`; the output head and embeddings are never quantised.
+    seed : int
+        Of the randomised decompositions.
+    """
+
+    bits: float = 0.55
+    paths: int = 2
+    init: str = "dual-svid"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer.
+
+    Attributes
+    ----------
+    d_out, d_in : int
+    ranks : tuple of int
+        One per path.
+    bits : float
+        Stored bits per weight.
+    error : float
+        ||W - W_hat||_F / ||W||_F.
+    """
+
+    d_out: int
+    d_in: int
+    ranks: Ranks
+    bits: float
+    error: float
+
+
+def quantize_(model: nn.Module, config: Config | None = None, progress: bool = True) -> dict[str, LayerResult]:
+    """Replace a model's linear layers by LittleBitLinear layers, in place.
+
+    Everything is checked before the first layer is replaced, so that a refused model is left as it was.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    config : Config, optional
+    progress : bool
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    dict of layer name to LayerResult, in the model's order.
+
+    Raises
+    ------
+    ValueError
+        If no layer matches, a weight is not finite (the layer is named), or the bits cannot be met.
+    """
+    config = config or Config()
+    factorise = initialiser(config)
+    layers = dict(target_layers(model, config))
+    if not layers:
+        raise ValueError(
+            f"no linear layer matches include={config.include} and exclude={config.exclude}; "
+            "print(model) shows the names"
+        )
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"layer {name}: the weight holds NaN or infinity; repair or re-download the checkpoint")
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    ranks = allocate_ranks(shapes, config.bits, config.paths)
+    results = {}
+    with tqdm(
+        total=len(layers), desc=f"{config.init}, {config.bits:g} bits", unit="layer", disable=not progress
+    ) as bar:
+        for names in batches(shapes, ranks):
+            weights = torch.stack([layers[name].weight.detach().float() for name in names])
+            paths = factorise(weights, ranks[names[0]])
+            errors = relative_errors(weights, paths)
+            for at, name in enumerate(names):
+                mine = [Factors(*(tensor[at] for tensor in path)) for path in paths]
+                replace_module(model, name, LittleBitLinear(mine, layers[name].bias))
+                stored = layer_bits(*shapes[name], ranks[name])
+                results[name] = LayerResult(
+                    *shapes[name], ranks[name], stored / layers[name].weight.numel(), errors[at]
+                )
+            bar.update(len(names))
+    return {name: results[name] for name in layers}
+
+
+def initialiser(config: Config) -> Callable[[Tensor, Ranks], list[Factors]]:
+    """The function (weights, ranks) -> paths that `config.init` names."""
+    if config.init != "dual-svid":
+        raise ValueError(f"init must be 'dual-svid', not {config.init!r}")
+    return partial(dual_svid_paths, seed=config.seed)
+
+
+def dual_svid_paths(weights: Tensor, ranks: Ranks, seed: int) -> list[Factors]:
+    """Primary and residual paths by Dual-SVID, with a randomised SVD where that is much cheaper than an exact one."""
+    columns = max(ranks) + OVERSAMPLING
+    sketch = None
+    if 3 * columns < min(weights.shape[-2:]):
+        generator = torch.Generator().manual_seed(seed)
+        sketch = torch.randn(weights.shape[-1], columns, generator=generator).to(weights)
+    return compensate(weights, ranks, partial(dual_svid, sketch=sketch))
+
+
+def target_layers(model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Linear]]:
+    """Names and modules of the linear layers that the config selects."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    for name, module in model.named_modules():
+        selected = matches(name, config.include) and not matches(name, config.exclude)
+        if isinstance(module, nn.Linear) and module is not head and name.split(".")[-1] != "lm_head" and selected:
+            yield name, module
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module name matches one of the shell-style patterns."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def batches(shapes: dict[str, tuple[int, int]], ranks: dict[str, Ranks]) -> Iterator[list[str]]:
+    """Layer names in groups of equal shape and ranks, each of at most BATCH_ELEMENTS weights (or one layer)."""
+    groups: dict[tuple, list[str]] = {}
+    for name, shape in shapes.items():
+        groups.setdefault((shape, ranks[name]), []).append(name)
+    for (shape, _), names in groups.items():
+        size = max(1, BATCH_ELEMENTS // (shape[0] * shape[1]))
+        for start in range(0, len(names), size):
+            yield names[start : start + size]
+
+
+def relative_errors(weights: Tensor, paths: Sequence[Factors]) -> list[float]:
+    """||W - W_hat||_F / ||W||_F of each weight of a batch; 0 where both are zero."""
+    rest = weights - sum(path.to_dense() for path in paths)
+    norms = torch.linalg.matrix_norm(weights)
+    return (torch.linalg.matrix_norm(rest) / torch.where(norms == 0, 1, norms)).tolist()
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the model has the submodule `name`."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def pack_(model: nn.Module) -> nn.Module:
+    """Replace a model's LittleBitLinear layers by PackedLinear layers, in place, and return the model.
+
+    Raises
+    ------
+    ValueError
+        If a layer cannot be packed (the layer is named); the model is then left as it was.
+    """
+    packed = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LittleBitLinear):
+            try:
+                packed[name] = module.pack()
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from error
+    for name, module in packed.items():
+        replace_module(model, name, module)
+    return model
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """A model's PackedLinear layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -1,0 +1,70 @@
+"""Dual-SVID: where training starts (LittleBit, arXiv 2506.13771, Section 3.2)."""
+
+import numpy as np
+
+from .factors import Factors
+from .signs import sign
+from .svd import rank_one, truncated_svd
+
+
+def svid(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sign-Value-Independent Decomposition: signs kept exactly, magnitudes as a rank-one matrix.
+
+    matrix ~ sign(matrix) * (row column^T), with row column^T the best rank-one approximation of |matrix|
+    (OneBit, arXiv 2402.11295, Section 3.2).
+
+    Parameters
+    ----------
+    matrix : (m, n) float array
+
+    Returns
+    -------
+    signs : (m, n) of -1 and +1; row : (m,) and column : (n,), non-negative, of equal norm.
+
+    Examples
+    --------
+    >>> signs, row, column = svid(np.array([[1.0, -2.0], [-2.0, 4.0]]))
+    >>> (signs * np.outer(row, column)).round(6)
+    array([[ 1., -2.],
+           [-2.,  4.]])
+    """
+    row, column = rank_one(np.abs(matrix))
+    return sign(matrix), row, column
+
+
+def dual_svid(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -> Factors:
+    """Factors of a weight from its truncated SVD and one SVID of each side (LittleBit, equations 6 to 9).
+
+    W ~ U' V'^T with sqrt(S) on both sides; |U'| ~ h ell_u^T and |V'| ~ g ell_v^T; ell = ell_u * ell_v. The latents
+    are U' and V' themselves.
+
+    Parameters
+    ----------
+    weight : (d_out, d_in) float array
+    rank : int
+        1 <= rank <= min(d_out, d_in).
+    sketch : (d_in, k) array, optional
+        See `svd.truncated_svd`.
+
+    Returns
+    -------
+    Factors whose scales are non-negative, of the weight's dtype.
+
+    Raises
+    ------
+    ValueError
+        If the weight is not a finite matrix, or the rank is out of range.
+
+    Examples
+    --------
+    >>> dual_svid(np.array([[1.0, -2.0], [-2.0, 4.0]]), rank=1).to_dense().round(6)
+    array([[ 1., -2.],
+           [-2.,  4.]])
+    """
+    left, s, right = truncated_svd(weight, rank, sketch)
+    root = np.sqrt(s)  # (rank,)
+    u = left * root  # (d_out, rank)
+    v = right * root  # (d_in, rank)
+    _, h, ell_u = svid(u)
+    _, g, ell_v = svid(v)
+    return Factors(u, v, h, ell_u * ell_v, g)

@@ -1,0 +1,112 @@
+"""The `littlebit` command, end to end, in subprocesses and on a small random Llama."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from littlebit.fast.__main__ import main
+
+BITS = "2.5"
+
+
+def littlebit(*arguments, expect=0, environment=None):
+    """Standard output of a command that must end with this exit code; standard error if that is not 0."""
+    done = subprocess.run(
+        [sys.executable, "-m", "littlebit.fast", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | (environment or {}),
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == expect, done.stderr
+    return done.stdout if expect == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("command") / "out"
+    printed = littlebit("quantize", tiny_llama, out, "--bits", BITS, "--json")
+    assert len(json.loads(printed)["results"]) == 14
+    return out
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 8)
+    return path
+
+
+def test_info_prints_what_is_stored(checkpoint):
+    stored = json.loads(littlebit("info", checkpoint, "--json"))
+    assert 0 < stored["bits_per_weight"] <= float(BITS)
+    assert stored["file_bytes"] == (checkpoint / "model.safetensors").stat().st_size
+    assert f"{stored['linear_bytes']:,} bytes of linear weights" in littlebit("info", checkpoint)
+
+
+def test_eval_runs_from_packed_bits_and_from_a_dense_model(checkpoint, tiny_llama, text):
+    for model in (checkpoint, tiny_llama):
+        result = json.loads(littlebit("eval", model, "--text", text, "--window", 64, "--max-windows", 2, "--json"))
+        assert result["scored"] == 126
+        assert 1 < result["perplexity"] < 1e4
+
+
+def test_generate_speaks(checkpoint, capsys):
+    assert main(["generate", str(checkpoint), "--prompt", "abc", "--max-new-tokens", "5"]) == 0
+    greedy = capsys.readouterr().out
+    options = ["--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", "3", "--json"]
+    assert main(["generate", str(checkpoint), "--prompt", "abc", "--max-new-tokens", "5", *options]) == 0
+    sampled = json.loads(capsys.readouterr().out)
+    assert greedy.strip()
+    assert sampled["text"]
+    assert sampled["tokens_per_s"] > 0
+
+
+def test_bench_linear_prints_every_field(capsys):
+    assert main(["bench", "linear", "--shape", "256x320", "--bits", "1.0", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert set(row) >= {"d_out", "d_in", "bits", "rank", "time_us", "dense_us", "speedup", "max_error"}
+    assert row["bits"] <= 1.0
+    assert row["max_error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "{tmp}/nothing"], "no config.json"),
+        (["eval", "{tmp}/nothing"], "cannot load a model from"),
+        (["quantize", "{model}", "{tmp}/out", "--bits", "0.1"], "smallest possible value is"),
+        (["quantize", "{model}", "{out}", "--bits", "2.5"], "--overwrite"),
+        (["quantize", "{out}", "{tmp}/out", "--bits", "2.5"], "already quantised"),
+        (["quantize", "{tmp}/missing.gguf", "{tmp}/out"], "no such file"),
+        (["eval", "{out}", "--text", "{tmp}/missing.txt"], "missing.txt"),
+        (["generate", "{out}", "--prompt", ""], "prompt is empty"),
+        (["fetch", "gpt-5"], "known names: smollm2"),
+        (["bench", "linear", "--shape", "64x64", "--bits", "0.1"], "smallest possible value is"),
+    ],
+)
+def test_errors_say_what_to_do_and_exit_with_2(arguments, message, checkpoint, tiny_llama, tmp_path, capsys):
+    places = {"tmp": tmp_path, "out": checkpoint, "model": tiny_llama}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("littlebit: error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_output_exits_with_2(tiny_llama, tmp_path):
+    (tmp_path / "file").write_text("")
+    error = littlebit("quantize", tiny_llama, tmp_path / "file" / "out", "--bits", BITS, expect=2)
+    assert "choose a folder that can be written" in error
+
+
+def test_interrupted_fetch_leaves_no_model(tmp_path):
+    """With an index that cannot be reached, fetch fails and the cache stays empty."""
+    unreachable = {"LITTLEBIT_CACHE": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0"}
+    unreachable |= {"PIP_NO_CACHE_DIR": "1", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_TIMEOUT": "5"}
+    error = littlebit("fetch", "smollm2", expect=2, environment=unreachable | {"PIP_CONFIG_FILE": os.devnull})
+    assert "pip could not download" in error
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,147 @@
+"""Laws of Dual-SVID and residual compensation, and the agreement of the two backends on them."""
+
+from functools import partial
+
+import littlebit.fast as fast
+import littlebit.reference as ref
+import numpy as np
+import pytest
+import torch
+from compare import assert_same, assert_within
+from hypothesis import given, strategies as st
+from littlebit.reference.residual import best_step
+from strategies import weights
+
+
+def frobenius(matrix):
+    scale = np.abs(matrix).max(initial=0) or 1.0
+    return np.sqrt(((matrix / scale) ** 2).sum()) * scale
+
+
+@given(weights(), st.floats(0, 1))
+def test_dual_svid_scales_are_non_negative_and_signs_are_signs(weight, fraction):
+    rank = 1 + int(fraction * (min(weight.shape) - 1))
+    factors = ref.dual_svid(weight, rank)
+    assert factors.u.shape == (weight.shape[0], rank)
+    assert factors.v.shape == (weight.shape[1], rank)
+    for scale in (factors.h, factors.ell, factors.g):
+        assert (scale >= 0).all()
+    for signs in (factors.u_sign, factors.v_sign):
+        assert set(np.unique(signs)) <= {-1.0, 1.0}
+    assert factors.to_dense().shape == weight.shape
+
+
+@given(weights())
+def test_dual_svid_recovers_rank_one(weight):
+    outer = np.outer(weight[:, 0], weight[0])
+    if not np.isfinite(outer).all() or not outer.any() or np.abs(outer).max() < 1e-290:
+        return
+    assert_within(
+        ref.dual_svid(outer, 1).to_dense(), outer, np.full(outer.shape, np.abs(outer).max()), 50 * len(outer) + 50
+    )
+
+
+@given(weights(), st.lists(st.floats(0, 1), min_size=1, max_size=4))
+def test_compensate_never_increases_the_error(weight, fractions):
+    ranks = [1 + int(fraction * (min(weight.shape) - 1)) for fraction in fractions]
+    rest = weight
+    error = frobenius(rest)
+    slack = 1 + 64 * np.finfo(weight.dtype).eps * sum(weight.shape)
+    for path in ref.compensate(weight, ranks):
+        rest = rest - path.to_dense()
+        assert frobenius(rest) <= error * slack
+        error = frobenius(rest)
+        for scale in (path.h, path.ell, path.g):
+            assert (scale >= 0).all()
+
+
+@given(weights(), st.integers(0, 2**32 - 1))
+def test_best_step_minimises_the_error(weight, seed):
+    direction = np.random.default_rng(seed).standard_normal(weight.shape) * (np.abs(weight).max() or 1)
+    step = best_step(weight, direction)
+    assert step >= 0
+    error = frobenius(weight - step * direction)
+    for other in (0.0, 0.9 * step, 1.1 * step, step + 1e-3):
+        assert error <= frobenius(weight - other * direction) * (1 + 1e-12)
+
+
+def test_best_step_of_a_zero_direction_is_zero():
+    assert best_step(np.ones((2, 2)), np.zeros((2, 2))) == 0
+    assert fast.residual.best_step(torch.ones(2, 2), torch.zeros(2, 2)) == 0
+
+
+@given(weights())
+def test_sign_of_zero_is_plus_one_in_both(weight):
+    weight = np.where(np.abs(weight) < np.median(np.abs(weight)), -0.0, weight)
+    signs = ref.sign(weight)
+    assert (signs[weight == 0] == 1).all()
+    assert_same(fast.sign(torch.from_numpy(weight.copy())), signs)
+
+
+def well_separated(m, n, seed):
+    """A float64 matrix whose singular values are apart and whose factors have no entry near zero.
+
+    Only then are signs of singular vectors determined, and comparable between two decompositions.
+    """
+    rng = np.random.default_rng(seed)
+    k = min(m, n)
+    u, _ = np.linalg.qr(rng.standard_normal((m, k)))
+    v, _ = np.linalg.qr(rng.standard_normal((n, k)))
+    return (u * 0.7 ** np.arange(k)) @ v.T
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_dual_svid_agrees(m, n, seed, fraction):
+    weight = well_separated(m, n, seed)
+    rank = 1 + int(fraction * (min(m, n) - 1))
+    expected = ref.dual_svid(weight, rank)
+    actual = fast.dual_svid(torch.from_numpy(weight), rank)
+    if min(np.abs(expected.u).min(), np.abs(expected.v).min()) < 1e-9:
+        return
+    flip = np.sign(expected.u[0]) * np.sign(actual.u[0].numpy())  # singular vectors are unique up to a common sign
+    assert_same(actual.u_sign * torch.from_numpy(flip), expected.u_sign)
+    assert_same(actual.v_sign * torch.from_numpy(flip), expected.v_sign)
+    gap = 0.3 * 0.7 ** (min(m, n) - 1)  # perturbation of singular vectors is eps / gap
+    for name in ("h", "ell", "g"):
+        mine, theirs = getattr(actual, name), getattr(expected, name)
+        assert_within(mine, theirs, np.full(theirs.shape, np.abs(theirs).max()), terms=int(100 * (m + n) / gap))
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_compensate_agrees_and_batches(m, n, seed):
+    matrices = np.stack([well_separated(m, n, seed + at) for at in range(3)])
+    paths = fast.compensate(torch.from_numpy(matrices), [1, 1])
+    for at, matrix in enumerate(matrices):
+        expected = ref.compensate(matrix, [1, 1])
+        if min(min(np.abs(path.u).min(), np.abs(path.v).min()) for path in expected) < 1e-7:
+            continue  # the sign of a zero is decided by rounding
+        for mine, theirs in zip(paths, expected, strict=True):
+            dense = theirs.to_dense()
+            assert_within(mine.to_dense()[at], dense, np.full(dense.shape, np.abs(matrix).max()), terms=10**6)
+
+
+@pytest.mark.parametrize("decompose", [ref.dual_svid, lambda w, r: fast.dual_svid(torch.from_numpy(w), r)])
+def test_dual_svid_refuses_bad_input(decompose):
+    weight = np.ones((3, 4))
+    for rank in (0, 4):
+        with pytest.raises(ValueError, match=f"rank {rank} is out of range for a 3 x 4 matrix; choose 1 to 3"):
+            decompose(weight, rank)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            decompose(np.where(np.eye(3, 4) > 0, bad, weight), 1)
+    with pytest.raises(ValueError, match="must be a matrix"):
+        decompose(weight[0], 1)
+
+
+def test_dual_svid_with_a_sketch_is_nearly_as_good():
+    rng = np.random.default_rng(0)
+    weight = torch.from_numpy(rng.standard_normal((96, 128)) @ np.diag(0.97 ** np.arange(128)))
+    sketch = torch.from_numpy(rng.standard_normal((128, 24)))
+    exact, sketched = (
+        torch.linalg.matrix_norm(weight - torch.stack([p.to_dense() for p in paths]).sum(0))
+        for paths in (
+            fast.compensate(weight, [8, 8]),
+            fast.compensate(weight, [8, 8], partial(fast.dual_svid, sketch=sketch)),
+        )
+    )
+    assert sketched <= 1.01 * exact

@@ -1,0 +1,308 @@
+"""quantize_, save, load, info: on a small random Llama, from the real files."""
+
+import json
+import os
+import shutil
+
+import littlebit.fast as lb
+import numpy as np
+import pytest
+import torch
+from compare import assert_same, assert_within
+from littlebit.fast.layers import LittleBitLinear, PackedLinear
+from littlebit.fast.model import packed_layers
+from safetensors.torch import load_file, save_file
+
+BITS = 2.5  # the layers are tiny: their scales alone take a bit and a half
+
+
+@pytest.fixture
+def quantised(tiny_llama):
+    model = lb.load_model(tiny_llama)
+    lb.quantize_(model, lb.Config(bits=BITS), progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama, tmp_path_factory):
+    model = lb.load_model(tiny_llama)
+    lb.quantize_(model, lb.Config(bits=BITS), progress=False)
+    return lb.save(model, tmp_path_factory.mktemp("saved") / "out", lb.load_tokenizer(tiny_llama), bits=BITS)
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def logits(model):
+    tokens = torch.arange(24)[None] % 256
+    with torch.inference_mode():
+        return model(tokens).logits
+
+
+def test_quantize_replaces_all_linear_layers_but_the_head(tiny_llama):
+    model = lb.load_model(tiny_llama)
+    dense = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    results = lb.quantize_(model, lb.Config(bits=BITS), progress=False)
+    assert set(results) == set(dense) - {"lm_head"}
+    assert isinstance(model.lm_head, torch.nn.Linear)
+    for name, result in results.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LittleBitLinear)
+        assert layer.ranks == result.ranks
+        rest = (dense[name].weight - sum(path.to_dense() for path in layer.factors())).detach()
+        assert abs(float(rest.norm() / dense[name].weight.detach().norm()) - result.error) < 1e-5
+        assert_same(layer.bias is None, dense[name].bias is None)
+
+
+def test_quantize_is_deterministic(tiny_llama):
+    models = [lb.load_model(tiny_llama) for _ in range(2)]
+    for model in models:
+        lb.quantize_(model, lb.Config(bits=BITS), progress=False)
+    for mine, theirs in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert_same(mine, theirs)
+
+
+def test_quantize_honours_include_and_exclude(tiny_llama):
+    model = lb.load_model(tiny_llama)
+    config = lb.Config(bits=BITS, include=("*.mlp.*",), exclude=("*down_proj",))
+    assert {name.split(".")[-1] for name in lb.quantize_(model, config, progress=False)} == {"gate_proj", "up_proj"}
+
+
+def test_quantize_names_the_layer_with_nan_and_changes_nothing(tiny_llama):
+    model = lb.load_model(tiny_llama)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"layer model\.layers\.1\.mlp\.up_proj: the weight holds NaN"):
+        lb.quantize_(model, lb.Config(bits=BITS), progress=False)
+    assert not any(isinstance(module, LittleBitLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lb.Config(bits=0.1), "smallest possible value is"),
+        (lb.Config(bits=-1), "positive number of bits"),
+        (lb.Config(bits=BITS, paths=0), "paths must be"),
+        (lb.Config(bits=BITS, init="magic"), "init must be"),
+        (lb.Config(bits=BITS, include=("nothing*",)), "no linear layer matches"),
+    ],
+)
+def test_quantize_refuses_what_cannot_be_done(tiny_llama, config, message):
+    model = lb.load_model(tiny_llama)
+    with pytest.raises(ValueError, match=message):
+        lb.quantize_(model, config, progress=False)
+    assert not any(isinstance(module, LittleBitLinear) for module in model.modules())
+
+
+def test_packed_model_equals_training_form(quantised):
+    expected = logits(quantised)
+    lb.pack_(quantised)
+    assert not any(isinstance(module, LittleBitLinear) for module in quantised.modules())
+    packed = logits(quantised)
+    # float16 scales: each of four factors per layer is off by at most 2^-11, through two blocks of seven layers
+    assert float((packed - expected).abs().max() / expected.abs().max()) < 14 * 4 * 2**-11
+
+
+def test_save_load_is_exact_bit_for_bit(quantised, tmp_path):
+    path = lb.save(quantised, tmp_path / "out")
+    loaded = lb.load(path)
+    assert all(isinstance(module, PackedLinear) for module in packed_layers(loaded).values())
+    for name, layer in packed_layers(quantised).items():
+        for mine, theirs in zip(packed_layers(loaded)[name].factors(), layer.factors(), strict=True):
+            for left, right in zip(mine, theirs, strict=True):
+                assert_same(left, right)
+    again = lb.save(loaded, tmp_path / "again")
+    first, second = load_file(path / "model.safetensors"), load_file(again / "model.safetensors")
+    assert first.keys() == second.keys()
+    for name in first:
+        assert_same(first[name], second[name])
+    half = lb.load(again)
+    assert_same(logits(loaded), logits(half))
+
+
+def test_load_allocates_no_dense_weight_and_keeps_ties(checkpoint):
+    model = lb.load(checkpoint)
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(checkpoint / "model.safetensors")
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert linears == ["lm_head"]
+
+
+def test_load_gives_the_dtype_asked_for(checkpoint):
+    model = lb.load(checkpoint, dtype=torch.bfloat16)
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert all(path.h.dtype == torch.float16 for layer in packed_layers(model).values() for path in layer.factors())
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_untied_model_keeps_its_head(tmp_path):
+    from conftest import make_tiny_llama
+
+    source = make_tiny_llama(tmp_path / "untied", tie_word_embeddings=False)
+    model = lb.load_model(source)
+    lb.quantize_(model, lb.Config(bits=BITS), progress=False)
+    loaded = lb.load(lb.save(model, tmp_path / "out"))
+    assert_same(loaded.lm_head.weight, model.lm_head.weight.half().float())
+    assert_same(logits(loaded), logits(lb.load(tmp_path / "out")))
+
+
+def test_info_counts_what_lies_on_disk(checkpoint):
+    stored = lb.info(checkpoint)
+    layers = packed_layers(lb.load(checkpoint))
+    tensors = load_file(checkpoint / "model.safetensors")
+    linear = [name for name in tensors if ".paths." in name]
+    assert stored["linear_bytes"] == sum(tensors[name].numel() * tensors[name].element_size() for name in linear)
+    assert stored["file_bytes"] == os.path.getsize(checkpoint / "model.safetensors")
+    weights = sum(layer.d_out * layer.d_in for layer in layers.values())
+    accounted = sum(lb.layer_bits(layer.d_out, layer.d_in, layer.ranks) for layer in layers.values())
+    assert accounted == 8 * stored["linear_bytes"]
+    assert stored["bits_per_weight"] == accounted / weights <= BITS == stored["target_bits"]
+    assert stored["layers"] == len(layers) == 14
+    with open(checkpoint / "model.safetensors", "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    assert 8 + header + sum(t.numel() * t.element_size() for t in tensors.values()) == stored["file_bytes"]
+
+
+def edit_config(path, change):
+    config = json.loads((path / "config.json").read_text())
+    change(config)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def rewrite(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "config.json").unlink(), "no config.json"),
+        (lambda path: (path / "config.json").write_text("{"), "not the configuration"),
+        (lambda path: (path / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda path: os.truncate(path / "model.safetensors", 5000), "damaged or incomplete"),
+        (lambda path: os.truncate(path / "model.safetensors", 4), "damaged or incomplete"),
+        (lambda path: (path / "model.safetensors").write_bytes(b""), "damaged or incomplete"),
+        (lambda path: edit_config(path, lambda c: c.pop("quantization_config")), "not the configuration"),
+        (
+            lambda path: edit_config(path, lambda c: c["quantization_config"].update(format_version=99)),
+            "format_version",
+        ),
+        (lambda path: edit_config(path, lambda c: c["quantization_config"].update(quant_method="x")), "quant_method"),
+        (lambda path: edit_config(path, lambda c: c["quantization_config"].update(layers={})), "at least one layer"),
+        (lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"][LAYER].update(ranks=[0])), LAYER),
+        (lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"][LAYER].update(ranks=[5])), LAYER),
+        (
+            lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"][LAYER].update(d_in=10**15)),
+            LAYER,
+        ),
+        (lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"].pop(LAYER)), "does not fit"),
+        (lambda path: edit_config(path, lambda c: c.update(model_type="unheard-of")), "unheard-of"),
+        (lambda path: edit_config(path, lambda c: c.update(hidden_size=32)), "config.json packs"),
+        (lambda path: edit_config(path, lambda c: c.update(vocab_size=100)), "does not describe a model"),
+        (lambda path: edit_config(path, lambda c: c.update(vocab_size=300)), "does not fit"),
+        (lambda path: rewrite(path, lambda t: t.pop(f"{LAYER}.paths.0.h")), LAYER),
+        (lambda path: rewrite(path, lambda t: t.update({f"{LAYER}.paths.0.h": torch.zeros(96)})), LAYER),
+        (lambda path: rewrite(path, lambda t: t.update(extra=torch.zeros(1))), "left over"),
+        (lambda path: rewrite(path, lambda t: t.pop("model.norm.weight")), "missing"),
+    ],
+)
+def test_load_refuses_damaged_checkpoints(copied, damage, message):
+    damage(copied)
+    with pytest.raises(lb.CheckpointError, match=message):
+        lb.load(copied)
+
+
+def test_save_refuses_to_replace_what_is_not_its_own(quantised, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not a LittleBit checkpoint"):
+        lb.save(quantised, tmp_path / "precious", overwrite=True)
+    path = lb.save(quantised, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        lb.save(quantised, path)
+    lb.save(quantised, path, overwrite=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "precious"]
+
+
+def test_save_leaves_nothing_when_the_disk_is_full(quantised, tmp_path, monkeypatch):
+    import errno
+
+    from littlebit.fast import checkpoint
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*out: No space left on device; nothing was left there"):
+        lb.save(quantised, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_names_an_output_that_cannot_be_written(quantised, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="choose a folder that can be written"):
+        lb.save(quantised, tmp_path / "file" / "out")
+
+
+def test_save_refuses_a_dense_model(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="call quantize_ first"):
+        lb.save(lb.load_model(tiny_llama), tmp_path / "out")
+
+
+def test_pack_names_the_layer_with_a_broken_latent(quantised):
+    quantised.get_submodule(LAYER).paths[0].u.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=LAYER):
+        lb.pack_(quantised)
+    assert any(isinstance(module, LittleBitLinear) for module in quantised.modules())
+
+
+def test_generate_is_greedy_or_seeded(checkpoint):
+    model = lb.load(checkpoint)
+    assert lb.generate(model, "abc", 12) == lb.generate(model, "abc", 12)
+    state = torch.get_rng_state()
+    samples = [lb.generate(model, "abc", 12, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert samples[0] == samples[1] != samples[2]
+    assert_same(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        lb.generate(model, "")
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        lb.generate(model, "abc", 0)
+
+
+def test_perplexity_is_what_it_says(tiny_llama):
+    model = lb.load_model(tiny_llama)
+    tokens = torch.arange(50) % 256
+    result = lb.perplexity(model, tokens, window=16, progress=False)
+    assert (result.windows, result.window, result.scored) == (3, 16, 45)
+    losses = []
+    with torch.inference_mode():
+        for start in (0, 16, 32):
+            scores = torch.log_softmax(model(tokens[None, start : start + 16]).logits[0].double(), -1)
+            losses += [-float(scores[at, tokens[start + at + 1]]) for at in range(15)]
+    assert abs(result.perplexity / np.exp(np.mean(losses)) - 1) < 1e-5
+    assert lb.perplexity(model, tokens[:5], window=16, progress=False).scored == 4
+    assert lb.perplexity(model, tokens, window=16, max_windows=2, progress=False).windows == 2
+    with pytest.raises(ValueError, match="two tokens"):
+        lb.perplexity(model, tokens[:1])
+
+
+def test_perplexity_of_uniform_logits_is_the_vocabulary():
+    class Uniform(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens, use_cache):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=torch.zeros(*tokens.shape, 77))
+
+    result = lb.perplexity(Uniform(), torch.arange(40), window=10, progress=False)
+    assert_within(np.array([result.perplexity], np.float32), np.array([77.0], np.float32), np.array([77.0]), terms=20)
