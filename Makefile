@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # uv does not read pip's find-links, where a machine may keep a CPU build of torch.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format mutants bench wheel clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ check: $(VENV)/.ok build/types  ## Lint, formatting and types
 format: $(VENV)/.ok  ## Format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+mutants: $(VENV)/.ok  ## Apply small mistakes to the code and count those that the tests notice
+	$(PY) tests/mutants.py
 
 bench: $(VENV)/.ok  ## Time the packed linear layer beside torch's
 	$(PY) -m littlebit.fast bench linear

@@ -9,23 +9,35 @@ if __name__ != "littlebit.fast":
         "import littlebit.fast"
     )
 
+from .admm import admm as admm, importance as importance, refit_scales as refit_scales
+from .alignment import itq as itq, joint_itq as joint_itq, random_rotation as random_rotation
 from .bits import (
     SCALE_BITS as SCALE_BITS,
     WORD_BITS as WORD_BITS,
     allocate_ranks as allocate_ranks,
+    kv_cache_bytes as kv_cache_bytes,
     layer_bits as layer_bits,
+    model_bits as model_bits,
     path_bits as path_bits,
+    paths_for_bits as paths_for_bits,
     rank_for_bits as rank_for_bits,
 )
+from .calibrate import Moments as Moments, calibrate as calibrate, spectral_gains as spectral_gains
 from .checkpoint import CheckpointError as CheckpointError, info as info, load as load, save as save
 from .decode import generate as generate
+from .distill import (
+    hidden_loss as hidden_loss,
+    hidden_loss_vjp as hidden_loss_vjp,
+    kl_loss as kl_loss,
+    kl_loss_vjp as kl_loss_vjp,
+)
 from .dual_svid import dual_svid as dual_svid, svid as svid
 from .evaluate import Perplexity as Perplexity, perplexity as perplexity
 from .factors import Factors as Factors
 from .fetch import fetch as fetch
 from .hf import load_model as load_model, load_tokenizer as load_tokenizer
 from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
-from .linear import linear as linear, packed_linear as packed_linear
+from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
 from .model import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
 from .packing import (
     PackedFactors as PackedFactors,
@@ -34,6 +46,26 @@ from .packing import (
     unpack_factors as unpack_factors,
     unpack_signs as unpack_signs,
 )
-from .residual import compensate as compensate
-from .signs import sign as sign
+from .residual import compensate as compensate, compensate_weighted as compensate_weighted
+from .signs import (
+    RULES as RULES,
+    sign as sign,
+    smooth_sign as smooth_sign,
+    smooth_sign_vjp as smooth_sign_vjp,
+    straight_through as straight_through,
+    straight_through_vjp as straight_through_vjp,
+)
 from .svd import rank_one as rank_one, svd as svd, truncated_svd as truncated_svd
+from .train import (
+    AdamState as AdamState,
+    Dense as Dense,
+    Layer as Layer,
+    adam_start as adam_start,
+    adam_step as adam_step,
+    dense_mlp as dense_mlp,
+    dense_step as dense_step,
+    mlp as mlp,
+    mlp_vjp as mlp_vjp,
+    qat as qat,
+    qat_step as qat_step,
+)

@@ -16,10 +16,10 @@ import torch
 from .bench import BITS, SHAPES, bench_linear
 from .checkpoint import check_target, info, is_checkpoint, load, save
 from .decode import generate
-from .evaluate import SAMPLE_TEXT, WINDOW, perplexity
+from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import ARTIFACTS, fetch
 from .hf import load_model, load_tokenizer
-from .model import Config, LayerResult, quantize_
+from .model import ALLOCATIONS, INITS, Config, LayerResult, quantize_
 
 USER_ERROR = 2
 
@@ -71,8 +71,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help=model_help)
     sub.add_argument("out", type=Path, help="directory to write")
     sub.add_argument("--bits", type=float, default=Config.bits, help="ceiling in stored bits per weight")
-    sub.add_argument("--paths", type=int, default=Config.paths, help="1, or 2 for primary and residual")
-    sub.add_argument("--init", choices=["dual-svid"], default=Config.init, help="how factors are found")
+    sub.add_argument(
+        "--paths",
+        choices=["auto", "1", "2"],
+        default=str(Config.paths),
+        help="2 for primary and residual; auto chooses for each layer",
+    )
+    sub.add_argument("--init", choices=INITS, default=Config.init, help="how factors are found")
+    sub.add_argument("--allocation", choices=ALLOCATIONS, default=Config.allocation, help="how ranks are divided")
+    sub.add_argument("--importance", action="store_true", help="weigh channels by calibration (with --init admm)")
+    sub.add_argument("--calibration", type=Path, default=TRAINING_TEXT, help="UTF-8 text to calibrate on")
+    sub.add_argument("--calibration-tokens", type=int, default=8192, help="tokens of it to use")
     sub.add_argument("--include", nargs="+", default=list(Config.include), help="patterns of layer names")
     sub.add_argument("--exclude", nargs="+", default=list(Config.exclude), help="patterns of layer names")
     sub.add_argument("--seed", type=int, default=Config.seed)
@@ -140,17 +149,24 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Run `littlebit quantize`."""
     check_target(arguments.out, arguments.overwrite)
+    tokenizer = load_tokenizer(arguments.model)
     config = Config(
-        arguments.bits,
-        arguments.paths,
-        arguments.init,
-        tuple(arguments.include),
-        tuple(arguments.exclude),
-        arguments.seed,
+        bits=arguments.bits,
+        paths=None if arguments.paths == "auto" else int(arguments.paths),
+        init=arguments.init,
+        allocation=arguments.allocation,
+        importance=arguments.importance,
+        include=tuple(arguments.include),
+        exclude=tuple(arguments.exclude),
+        seed=arguments.seed,
     )
+    tokens = None
+    if config.needs_calibration():
+        text = arguments.calibration.read_text(encoding="utf-8")
+        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0][: arguments.calibration_tokens]
     model = load_model(arguments.model)
-    results = quantize_(model, config)
-    save(model, arguments.out, load_tokenizer(arguments.model), config.bits, arguments.overwrite)
+    results = quantize_(model, config, tokens)
+    save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
     stored = info(arguments.out)
     if arguments.json:
         print(json.dumps(stored | {"results": {name: asdict(result) for name, result in results.items()}}))

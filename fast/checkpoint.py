@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .layers import PackedLinear, packed_shapes
-from .model import pack_, packed_layers, replace_module
+from .model import LayerResult, pack_, packed_layers, replace_module
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -35,7 +36,12 @@ class CheckpointError(ValueError):
 
 
 def save(
-    model: nn.Module, path: str | Path, tokenizer: Any = None, bits: float | None = None, overwrite: bool = False
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: Any = None,
+    bits: float | None = None,
+    results: Mapping[str, LayerResult] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a quantised model as a packed checkpoint; complete, or not at all.
 
@@ -51,6 +57,8 @@ def save(
         Saved with the model, so that the directory is all that generation needs.
     bits : float, optional
         The target to record; what is stored is counted from the file itself (`info`).
+    results : mapping of layer name to LayerResult, optional
+        What `quantize_` returned; written to quantization.json for later study.
     overwrite : bool
         Replace an existing checkpoint at `path`.
 
@@ -83,6 +91,9 @@ def save(
     with written_whole(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
         save_file(stored_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+        if results is not None:
+            rows = {name: asdict(result) for name, result in results.items()}
+            (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n")
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]
         if tokenizer is not None:

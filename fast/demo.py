@@ -63,8 +63,8 @@ def demo(out: Path) -> str:
 def write_packed(setting: Setting, out: Path) -> None:
     """Quantise the model as a setting says and save it."""
     model = load_model(MODEL)
-    quantize_(model, setting.config)
-    save(model, out / setting.folder, load_tokenizer(MODEL), setting.config.bits, overwrite=True)
+    results = quantize_(model, setting.config)
+    save(model, out / setting.folder, load_tokenizer(MODEL), setting.config.bits, results, overwrite=True)
 
 
 def gguf_sizes(path: Path) -> dict[str, Any]:

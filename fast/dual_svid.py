@@ -63,10 +63,30 @@ def dual_svid(weight: Tensor, rank: int, sketch: Tensor | None = None) -> Factor
     tensor([[ 1., -2.],
             [-2.,  4.]])
     """
+    return factors_from(*balanced_factors(weight, rank, sketch))
+
+
+def balanced_factors(weight: Tensor, rank: int, sketch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The best factors of a given rank, W ~ U' V'^T, with sqrt(S) on both sides; see `dual_svid`.
+
+    Returns
+    -------
+    u : (..., d_out, rank), v : (..., d_in, rank).
+    """
     left, s, right = truncated_svd(weight, rank, sketch)
     root = s.sqrt()[..., None, :]  # (..., 1, rank)
-    u = left * root  # (..., d_out, rank)
-    v = right * root  # (..., d_in, rank)
+    return left * root, right * root
+
+
+def factors_from(u: Tensor, v: Tensor) -> Factors:
+    """Factors with the latents u, v and the scales that one SVID of each side reads off them.
+
+    |u| ~ h ell_u^T and |v| ~ g ell_v^T; ell = ell_u * ell_v.
+
+    Parameters
+    ----------
+    u : (..., d_out, rank), v : (..., d_in, rank) float tensors
+    """
     _, h, ell_u = svid(u)
     _, g, ell_v = svid(v)
     return Factors(u, v, h, ell_u * ell_v, g)

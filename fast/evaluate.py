@@ -10,7 +10,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 WINDOW = 2048
-SAMPLE_TEXT = Path(__file__).with_name("data") / "roosevelt_1901.txt"
+SAMPLE_TEXT = Path(__file__).with_name("data") / "roosevelt_1901.txt"  # for evaluation only
+TRAINING_TEXT = SAMPLE_TEXT.with_name("lincoln_1862.txt")  # for calibration and small training runs
 LOGIT_ROWS = 256  # positions whose logits are turned into float32 at once
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .factors import Factors
 from .linear import linear, packed_linear
 from .packing import PackedFactors, pack_factors
+from .signs import named_rule
 
 
 class Path(nn.Module):
@@ -22,10 +23,19 @@ class LittleBitLinear(nn.Module):
     paths : sequence of Factors
         One or more; see `residual.compensate`.
     bias : (d_out,) tensor, optional
+    rule : str
+        What autograd takes the derivative of a sign for: a name in `signs.RULES`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such rule.
     """
 
-    def __init__(self, paths: Sequence[Factors], bias: Tensor | None = None):
+    def __init__(self, paths: Sequence[Factors], bias: Tensor | None = None, rule: str = "smooth_sign"):
         super().__init__()
+        named_rule(rule)  # refuses an unknown name here rather than at the first step
+        self.rule = rule
         self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
         self.paths = nn.ModuleList()
         for factors in paths:
@@ -46,7 +56,7 @@ class LittleBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
-        return linear(x, self.factors(), self.bias)
+        return linear(x, self.factors(), self.bias, self.rule)
 
     def pack(self) -> "PackedLinear":
         """The layer as it is stored: signs as bits, scales as float16.

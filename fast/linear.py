@@ -9,9 +9,10 @@ from torch.nn import functional
 from . import kernels
 from .factors import Factors
 from .packing import PackedFactors
+from .signs import named_rule
 
 
-def linear(x: Tensor, paths: Sequence[Factors], bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, paths: Sequence[Factors], bias: Tensor | None = None, rule: str = "smooth_sign") -> Tensor:
     """Sum of the paths' outputs.
 
     y = sum over paths of ((((x * g) V_sign) * ell) U_sign^T) * h, plus the bias. All paths are folded into one pair
@@ -22,6 +23,8 @@ def linear(x: Tensor, paths: Sequence[Factors], bias: Tensor | None = None) -> T
     x : (..., d_in) float tensor
     paths : sequence of Factors
     bias : (d_out,) float tensor, optional
+    rule : str
+        What autograd takes the derivative of a sign for: a name in `signs.RULES`. It does not change the output.
 
     Returns
     -------
@@ -30,7 +33,7 @@ def linear(x: Tensor, paths: Sequence[Factors], bias: Tensor | None = None) -> T
     Raises
     ------
     ValueError
-        If x's last axis is not d_in.
+        If x's last axis is not d_in, or there is no such rule.
 
     Examples
     --------
@@ -40,16 +43,78 @@ def linear(x: Tensor, paths: Sequence[Factors], bias: Tensor | None = None) -> T
     tensor([-1.,  2.])
     """
     check_input(x, paths)
-    a, b = folded(paths)
+    a, b = folded(paths, rule)
     bias = None if bias is None else bias.to(x.dtype)
     return functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype), bias)
 
 
-def folded(paths: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+def folded(paths: Sequence[Factors], rule: str = "smooth_sign") -> tuple[Tensor, Tensor]:
     """All paths as one pair: A = [V_sign * g]^T stacked, (R, d_in), and B = [h * U_sign * ell] in a row, (d_out, R)."""
-    a = torch.cat([(path.g[..., :, None] * path.v_sign).mT for path in paths], dim=-2)
-    b = torch.cat([path.h[..., :, None] * path.u_sign * path.ell[..., None, :] for path in paths], dim=-1)
+    signs = named_rule(rule)
+    a = torch.cat([(path.g[..., :, None] * signs(path.v)).mT for path in paths], dim=-2)
+    b = torch.cat([path.h[..., :, None] * signs(path.u) * path.ell[..., None, :] for path in paths], dim=-1)
     return a, b
+
+
+def linear_vjp(
+    x: Tensor, paths: Sequence[Factors], grad: Tensor, rule: str = "smooth_sign"
+) -> tuple[Tensor, list[Factors], Tensor]:
+    """Gradients of a loss with respect to the layer's input and every parameter.
+
+    For each path, with one row for every row of x, V and U the signs of v and u:
+
+        a = x * g,  s = a V,  t = s * ell,  z = t U^T,  y = sum over paths of z * h, plus the bias
+
+    The chain rule read from right to left, with dq short for dL/dq and dy given; scales and bias act on every row,
+    so their gradients sum over rows. Autograd applies it to `linear` here:
+
+        dbias = sum dy,           from y = ... + bias
+        dh    = sum dy * z,       dz = dy * h,       from y = z * h
+        dU    = dz^T t,           dt = dz U,         from z = t U^T
+        dell  = sum dt * s,       ds = dt * ell,     from t = s * ell
+        dV    = a^T ds,           da = ds V^T,       from s = a V
+        dg    = sum da * x,       dx = sum over paths of da * g,       from a = x * g
+        du    = rule of (u, dU),  dv = rule of (v, dV),       from U = sign(u), V = sign(v)
+
+    Parameters
+    ----------
+    x : (..., d_in) float tensor
+    paths : sequence of Factors
+    grad : (..., d_out) float tensor
+        Gradient of the loss with respect to the output.
+    rule : str
+        What the derivative of a sign is taken for: a name in `signs.RULES`.
+
+    Returns
+    -------
+    grad_x : (..., d_in); grad_paths : list of Factors, one for each path; grad_bias : (d_out,).
+
+    Raises
+    ------
+    ValueError
+        If x's last axis is not d_in, `grad` is not of the output's shape, or there is no such rule.
+
+    Examples
+    --------
+    >>> one = torch.ones(1)
+    >>> path = Factors(u=torch.tensor([[-0.3]]), v=torch.tensor([[0.7]]), h=2 * one, ell=3 * one, g=one)
+    >>> x, grad = torch.tensor([[5.0]]), torch.tensor([[1.0]])
+    >>> grad_x, (grad_path,), grad_bias = linear_vjp(x, [path], grad, "straight_through")
+    >>> grad_x, grad_bias
+    (tensor([[-6.]]), tensor([1.]))
+    >>> grad_path.u, grad_path.v, grad_path.h, grad_path.ell, grad_path.g
+    (tensor([[30.]]), tensor([[-30.]]), tensor([-15.]), tensor([-10.]), tensor([-30.]))
+    """
+    check_input(x, paths)
+    check_gradient(x, paths, grad)
+    x = x.detach().requires_grad_()
+    paths = [Factors(*(tensor.detach().requires_grad_() for tensor in path)) for path in paths]
+    bias = torch.zeros_like(paths[0].h, requires_grad=True)
+    with torch.enable_grad():
+        y = linear(x, paths, bias, rule)
+    grad_x, grad_bias, *rest = torch.autograd.grad(y, [x, bias, *(tensor for path in paths for tensor in path)], grad)
+    width = len(Factors._fields)
+    return grad_x, [Factors(*rest[at : at + width]) for at in range(0, len(rest), width)], grad_bias
 
 
 def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None = None) -> Tensor:
@@ -82,3 +147,10 @@ def check_input(x: Tensor, paths: Sequence[Factors] | Sequence[PackedFactors]) -
     d_in = paths[0].g.shape[-1]
     if x.shape[-1] != d_in:
         raise ValueError(f"the input's last axis must be d_in = {d_in}, but its shape is {tuple(x.shape)}")
+
+
+def check_gradient(x: Tensor, paths: Sequence[Factors], grad: Tensor) -> None:
+    """Raise ValueError unless `grad` has the shape of the output."""
+    shape = (*x.shape[:-1], paths[0].h.shape[-1])
+    if tuple(grad.shape) != shape:
+        raise ValueError(f"the gradient must have the output's shape {shape}, but its shape is {tuple(grad.shape)}")

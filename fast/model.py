@@ -1,25 +1,31 @@
 """A whole model: which layers are quantised, at which ranks, and how they take the places of the dense ones."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .admm import admm, importance
+from .alignment import itq, random_rotation
 from .bits import Ranks, allocate_ranks, layer_bits
+from .calibrate import Moments, calibrate, spectral_gains
 from .dual_svid import dual_svid
 from .factors import Factors
 from .layers import LittleBitLinear, PackedLinear
-from .residual import compensate
+from .residual import compensate, compensate_weighted
 
 logger = logging.getLogger(__name__)
 
 BATCH_ELEMENTS = 1 << 24  # weights factorised at once: bounds the memory that the decompositions take
 OVERSAMPLING = 16  # columns of the sketch beyond the rank
+
+
+INITS = ("dual-svid", "itq", "admm")
+ALLOCATIONS = ("uniform", "sensitivity")
 
 
 @dataclass(frozen=True)
@@ -30,23 +36,33 @@ class Config:
     ----------
     bits : float
         Ceiling in stored bits per weight, over all quantised layers together.
-    paths : int
-        1, or 2 for primary and residual; more are allowed.
+    paths : int or None
+        1, or 2 for primary and residual; None chooses for each layer by `bits.paths_for_bits`.
     init : str
-        How factors are found: "dual-svid".
+        How factors are found: "dual-svid" (the paper), "itq" (rotated first) or "admm" (solved for; the best).
+    allocation : str
+        How ranks are divided: "uniform" bits, or by "sensitivity", measured on calibration text.
+    importance : bool
+        Whether "admm" weighs channels by their second moments, measured on calibration text.
     include, exclude : tuple of str
         Shell-style patterns of module names. A linear layer is quantised if it matches one of `include` and none of
         `exclude`; the output head and embeddings are never quantised.
     seed : int
-        Of the randomised decompositions.
+        Of the randomised decompositions and rotations.
     """
 
     bits: float = 0.55
-    paths: int = 2
+    paths: int | None = 2
     init: str = "dual-svid"
+    allocation: str = "uniform"
+    importance: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     seed: int = 0
+
+    def needs_calibration(self) -> bool:
+        """Whether `quantize_` needs calibration tokens."""
+        return self.importance or self.allocation == "sensitivity"
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,9 @@ class LayerResult:
     error: float
 
 
-def quantize_(model: nn.Module, config: Config | None = None, progress: bool = True) -> dict[str, LayerResult]:
+def quantize_(
+    model: nn.Module, config: Config | None = None, tokens: Tensor | None = None, progress: bool = True
+) -> dict[str, LayerResult]:
     """Replace a model's linear layers by LittleBitLinear layers, in place.
 
     Everything is checked before the first layer is replaced, so that a refused model is left as it was.
@@ -80,8 +98,10 @@ def quantize_(model: nn.Module, config: Config | None = None, progress: bool = T
     ----------
     model : torch.nn.Module
     config : Config, optional
+    tokens : (n,) integer tensor, optional
+        Calibration text, for `importance` and allocation by "sensitivity".
     progress : bool
-        Whether to show a progress bar.
+        Whether to show progress bars.
 
     Returns
     -------
@@ -90,10 +110,11 @@ def quantize_(model: nn.Module, config: Config | None = None, progress: bool = T
     Raises
     ------
     ValueError
-        If no layer matches, a weight is not finite (the layer is named), or the bits cannot be met.
+        If no layer matches, a weight is not finite (the layer is named), the bits cannot be met, or calibration text
+        is missing.
     """
     config = config or Config()
-    factorise = initialiser(config)
+    check_config(config, tokens)
     layers = dict(target_layers(model, config))
     if not layers:
         raise ValueError(
@@ -104,41 +125,62 @@ def quantize_(model: nn.Module, config: Config | None = None, progress: bool = T
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"layer {name}: the weight holds NaN or infinity; repair or re-download the checkpoint")
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    ranks = allocate_ranks(shapes, config.bits, config.paths)
+    allocate_ranks(shapes, config.bits, config.paths)  # raises before calibration if the bits cannot be met
+    moments, gains = {}, None
+    if tokens is not None and config.needs_calibration():
+        moments = calibrate(model, tokens, layers, progress=progress)
+    if config.allocation == "sensitivity":
+        gains = spectral_gains({name: layer.weight.detach() for name, layer in layers.items()}, moments)
+    ranks = allocate_ranks(shapes, config.bits, config.paths, gains)
     results = {}
     with tqdm(
         total=len(layers), desc=f"{config.init}, {config.bits:g} bits", unit="layer", disable=not progress
     ) as bar:
         for names in batches(shapes, ranks):
             weights = torch.stack([layers[name].weight.detach().float() for name in names])
-            paths = factorise(weights, ranks[names[0]])
+            paths = factorise(weights, ranks[names[0]], config, [moments[name] for name in names] if moments else [])
             errors = relative_errors(weights, paths)
             for at, name in enumerate(names):
                 mine = [Factors(*(tensor[at] for tensor in path)) for path in paths]
                 replace_module(model, name, LittleBitLinear(mine, layers[name].bias))
-                stored = layer_bits(*shapes[name], ranks[name])
-                results[name] = LayerResult(
-                    *shapes[name], ranks[name], stored / layers[name].weight.numel(), errors[at]
-                )
+                bits = layer_bits(*shapes[name], ranks[name]) / layers[name].weight.numel()
+                results[name] = LayerResult(*shapes[name], ranks[name], bits, errors[at])
             bar.update(len(names))
     return {name: results[name] for name in layers}
 
 
-def initialiser(config: Config) -> Callable[[Tensor, Ranks], list[Factors]]:
-    """The function (weights, ranks) -> paths that `config.init` names."""
-    if config.init != "dual-svid":
-        raise ValueError(f"init must be 'dual-svid', not {config.init!r}")
-    return partial(dual_svid_paths, seed=config.seed)
+def check_config(config: Config, tokens: Tensor | None) -> None:
+    """Raise ValueError unless the config's choices exist and come with what they need."""
+    for key, known in (("init", INITS), ("allocation", ALLOCATIONS)):
+        if getattr(config, key) not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}, not {getattr(config, key)!r}")
+    if config.importance and config.init != "admm":
+        raise ValueError(f"importance weights serve init 'admm' only, not {config.init!r}")
+    if config.needs_calibration() and tokens is None:
+        raise ValueError("importance and allocation by sensitivity are measured on text: pass calibration tokens")
 
 
-def dual_svid_paths(weights: Tensor, ranks: Ranks, seed: int) -> list[Factors]:
-    """Primary and residual paths by Dual-SVID, with a randomised SVD where that is much cheaper than an exact one."""
-    columns = max(ranks) + OVERSAMPLING
-    sketch = None
-    if 3 * columns < min(weights.shape[-2:]):
-        generator = torch.Generator().manual_seed(seed)
-        sketch = torch.randn(weights.shape[-1], columns, generator=generator).to(weights)
-    return compensate(weights, ranks, partial(dual_svid, sketch=sketch))
+def factorise(weights: Tensor, ranks: Ranks, config: Config, moments: Sequence[Moments]) -> list[Factors]:
+    """Paths of a batch of weights, as the config's `init` finds them."""
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def gaussian(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator).to(weights)
+
+    def one_path(matrix: Tensor, rank: int) -> Factors:
+        columns = rank + OVERSAMPLING
+        cheap = 3 * columns < min(matrix.shape[-2:])  # else an exact SVD costs hardly more
+        sketch = gaussian(matrix.shape[-1], columns) if cheap else None
+        if config.init == "dual-svid":
+            return dual_svid(matrix, rank, sketch)
+        if config.init == "itq":
+            return itq(matrix, rank, random_rotation(gaussian(rank, rank)), sketch)
+        return admm(matrix, rank, sketch)
+
+    if not config.importance:
+        return compensate(weights, ranks, one_path)
+    column, row = (importance(torch.stack(each).to(weights)) for each in zip(*moments, strict=True))
+    return compensate_weighted(weights, ranks, row, column, one_path)
 
 
 def target_layers(model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Linear]]:

@@ -47,6 +47,43 @@ def compensate(
     return paths
 
 
+def compensate_weighted(
+    weight: Tensor,
+    ranks: Sequence[int],
+    row: Tensor,
+    column: Tensor,
+    factorise: Callable[[Tensor, int], Factors] = dual_svid,
+) -> list[Factors]:
+    """`compensate` for the error sum_ij row_i column_j (W - W_hat)_ij^2, which counts important channels more.
+
+    With R = diag(sqrt(row)) and C = diag(sqrt(column)), R W C is factorised, and the paths of W are those of R W C with
+    rows divided by R and columns by C. Signs do not change: all weights are positive.
+
+    Parameters
+    ----------
+    weight : (..., d_out, d_in) float tensor
+    ranks : sequence of int
+    row : (..., d_out) positive float tensor
+    column : (..., d_in) positive float tensor
+        See `admm.importance`.
+    factorise : callable
+
+    Returns
+    -------
+    One Factors per rank.
+
+    Raises
+    ------
+    ValueError
+        If a weight is not positive.
+    """
+    if not ((row > 0).all() and (column > 0).all()):
+        raise ValueError("importance weights must be positive; shrink them towards their mean first")
+    r, c = row.sqrt(), column.sqrt()
+    paths = compensate(r[..., :, None] * weight * c[..., None, :], ranks, factorise)
+    return [Factors(p.u / r[..., None], p.v / c[..., None], p.h / r, p.ell, p.g / c) for p in paths]
+
+
 def best_step(target: Tensor, direction: Tensor) -> Tensor:
     """The step t >= 0 that minimises ||target - t direction||_F, (...) for (..., m, n) matrices.
 

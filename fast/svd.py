@@ -82,11 +82,16 @@ def truncated_svd(matrix: Tensor, rank: int, sketch: Tensor | None = None) -> tu
 
 def range_finder(matrix: Tensor, sketch: Tensor) -> Tensor:
     """Orthonormal basis, (..., m, k), of nearly the space that the leading k left singular vectors span."""
-    basis, _ = torch.linalg.qr(matrix @ sketch)  # (..., m, k)
+    basis = orthonormal(matrix @ sketch)  # (..., m, k)
     for _ in range(POWER_STEPS):
-        across, _ = torch.linalg.qr(matrix.mT @ basis)  # (..., n, k)
-        basis, _ = torch.linalg.qr(matrix @ across)  # (..., m, k)
+        across = orthonormal(matrix.mT @ basis)  # (..., n, k)
+        basis = orthonormal(matrix @ across)  # (..., m, k)
     return basis
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Orthonormal basis, (..., m, min(m, n)), of the columns' span: Q of Householder QR (Golub and Van Loan, 5.2.1)."""
+    return torch.linalg.qr(matrix)[0]
 
 
 def rank_one(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,10 +61,30 @@ def dual_svid(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -
     array([[ 1., -2.],
            [-2.,  4.]])
     """
+    return factors_from(*balanced_factors(weight, rank, sketch))
+
+
+def balanced_factors(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The best factors of a given rank, W ~ U' V'^T, with sqrt(S) on both sides; see `dual_svid`.
+
+    Returns
+    -------
+    u : (d_out, rank), v : (d_in, rank).
+    """
     left, s, right = truncated_svd(weight, rank, sketch)
     root = np.sqrt(s)  # (rank,)
-    u = left * root  # (d_out, rank)
-    v = right * root  # (d_in, rank)
+    return left * root, right * root
+
+
+def factors_from(u: np.ndarray, v: np.ndarray) -> Factors:
+    """Factors with the latents u, v and the scales that one SVID of each side reads off them.
+
+    |u| ~ h ell_u^T and |v| ~ g ell_v^T; ell = ell_u * ell_v.
+
+    Parameters
+    ----------
+    u : (d_out, rank), v : (d_in, rank) float arrays
+    """
     _, h, ell_u = svid(u)
     _, g, ell_v = svid(v)
     return Factors(u, v, h, ell_u * ell_v, g)

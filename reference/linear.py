@@ -6,6 +6,7 @@ import numpy as np
 
 from .factors import Factors
 from .packing import PackedFactors, unpack_factors
+from .signs import named_rule
 
 
 def linear(x: np.ndarray, paths: Sequence[Factors], bias: np.ndarray | None = None) -> np.ndarray:
@@ -35,9 +36,7 @@ def linear(x: np.ndarray, paths: Sequence[Factors], bias: np.ndarray | None = No
     >>> linear(np.array([1.0, 1.0]), [path]).round(6)
     array([-1.,  2.])
     """
-    d_in = paths[0].g.shape[-1]
-    if x.shape[-1] != d_in:
-        raise ValueError(f"the input's last axis must be d_in = {d_in}, but its shape is {tuple(x.shape)}")
+    check_input(x, paths)
     y = path_linear(x, paths[0])
     for path in paths[1:]:
         y = y + path_linear(x, path)
@@ -48,6 +47,87 @@ def path_linear(x: np.ndarray, path: Factors) -> np.ndarray:
     """One path's output: ((((x * g) V_sign) * ell) U_sign^T) * h."""
     t = (x * path.g) @ path.v_sign  # (..., rank)
     return (t * path.ell) @ path.u_sign.T * path.h  # (..., d_out)
+
+
+def linear_vjp(
+    x: np.ndarray, paths: Sequence[Factors], grad: np.ndarray, rule: str = "smooth_sign"
+) -> tuple[np.ndarray, list[Factors], np.ndarray]:
+    """Gradients of a loss with respect to the layer's input and every parameter.
+
+    For each path, with one row for every row of x, V and U the signs of v and u:
+
+        a = x * g,  s = a V,  t = s * ell,  z = t U^T,  y = sum over paths of z * h, plus the bias
+
+    The chain rule read from right to left, with dq short for dL/dq and dy given; scales and bias act on every row,
+    so their gradients sum over rows:
+
+        dbias = sum dy,           from y = ... + bias
+        dh    = sum dy * z,       dz = dy * h,       from y = z * h
+        dU    = dz^T t,           dt = dz U,         from z = t U^T
+        dell  = sum dt * s,       ds = dt * ell,     from t = s * ell
+        dV    = a^T ds,           da = ds V^T,       from s = a V
+        dg    = sum da * x,       dx = sum over paths of da * g,       from a = x * g
+        du    = rule of (u, dU),  dv = rule of (v, dV),       from U = sign(u), V = sign(v)
+
+    Parameters
+    ----------
+    x : (..., d_in) float array
+    paths : sequence of Factors
+    grad : (..., d_out) float array
+        Gradient of the loss with respect to the output.
+    rule : str
+        What the derivative of a sign is taken for: a name in `signs.RULES`.
+
+    Returns
+    -------
+    grad_x : (..., d_in); grad_paths : list of Factors, one for each path; grad_bias : (d_out,).
+
+    Raises
+    ------
+    ValueError
+        If x's last axis is not d_in, `grad` is not of the output's shape, or there is no such rule.
+
+    Examples
+    --------
+    >>> one = np.ones(1)
+    >>> path = Factors(u=np.array([[-0.3]]), v=np.array([[0.7]]), h=2 * one, ell=3 * one, g=one)
+    >>> grad_x, (grad_path,), grad_bias = linear_vjp(np.array([[5.0]]), [path], np.array([[1.0]]), "straight_through")
+    >>> grad_x, grad_bias
+    (array([[-6.]]), array([1.]))
+    >>> grad_path.u, grad_path.v, grad_path.h, grad_path.ell, grad_path.g
+    (array([[30.]]), array([[-30.]]), array([-15.]), array([-10.]), array([-30.]))
+    """
+    check_input(x, paths)
+    check_gradient(x, paths, grad)
+    rows = x.reshape(-1, x.shape[-1])  # (n, d_in)
+    dy = grad.reshape(-1, grad.shape[-1])  # (n, d_out)
+    parts = [path_vjp(rows, path, dy, rule) for path in paths]
+    grad_x = parts[0][0]
+    for part, _ in parts[1:]:
+        grad_x = grad_x + part
+    return grad_x.reshape(x.shape), [grad_path for _, grad_path in parts], dy.sum(axis=0)
+
+
+def path_vjp(x: np.ndarray, path: Factors, dy: np.ndarray, rule: str) -> tuple[np.ndarray, Factors]:
+    """One path's gradients (grad_x, grad_path) for rows x (n, d_in) and dy (n, d_out): the chain of `linear_vjp`."""
+    latent_vjp = named_rule(rule)
+    u_sign, v_sign = path.u_sign, path.v_sign
+    a = x * path.g  # (n, d_in)
+    s = a @ v_sign  # (n, rank)
+    t = s * path.ell
+    z = t @ u_sign.T  # (n, d_out)
+    dz = dy * path.h
+    dt = dz @ u_sign  # (n, rank)
+    ds = dt * path.ell
+    da = ds @ v_sign.T  # (n, d_in)
+    grad_path = Factors(
+        u=latent_vjp(path.u, dz.T @ t),
+        v=latent_vjp(path.v, a.T @ ds),
+        h=(dy * z).sum(axis=0),
+        ell=(dt * s).sum(axis=0),
+        g=(da * x).sum(axis=0),
+    )
+    return da * path.g, grad_path
 
 
 def packed_linear(x: np.ndarray, paths: Sequence[PackedFactors], bias: np.ndarray | None = None) -> np.ndarray:
@@ -70,3 +150,17 @@ def packed_linear(x: np.ndarray, paths: Sequence[PackedFactors], bias: np.ndarra
     """
     y = linear(x.astype(np.float32), [unpack_factors(path) for path in paths])
     return y if bias is None else y + bias.astype(np.float32)
+
+
+def check_input(x: np.ndarray, paths: Sequence[Factors]) -> None:
+    """Raise ValueError unless x's last axis is d_in."""
+    d_in = paths[0].g.shape[-1]
+    if x.shape[-1] != d_in:
+        raise ValueError(f"the input's last axis must be d_in = {d_in}, but its shape is {tuple(x.shape)}")
+
+
+def check_gradient(x: np.ndarray, paths: Sequence[Factors], grad: np.ndarray) -> None:
+    """Raise ValueError unless `grad` has the shape of the output."""
+    shape = (*x.shape[:-1], paths[0].h.shape[-1])
+    if tuple(grad.shape) != shape:
+        raise ValueError(f"the gradient must have the output's shape {shape}, but its shape is {tuple(grad.shape)}")

@@ -46,6 +46,43 @@ def compensate(
     return paths
 
 
+def compensate_weighted(
+    weight: np.ndarray,
+    ranks: Sequence[int],
+    row: np.ndarray,
+    column: np.ndarray,
+    factorise: Callable[[np.ndarray, int], Factors] = dual_svid,
+) -> list[Factors]:
+    """`compensate` for the error sum_ij row_i column_j (W - W_hat)_ij^2, which counts important channels more.
+
+    With R = diag(sqrt(row)) and C = diag(sqrt(column)), R W C is factorised, and the paths of W are those of R W C with
+    rows divided by R and columns by C. Signs do not change: all weights are positive.
+
+    Parameters
+    ----------
+    weight : (d_out, d_in) float array
+    ranks : sequence of int
+    row : (d_out,) positive float array
+    column : (d_in,) positive float array
+        See `admm.importance`.
+    factorise : callable
+
+    Returns
+    -------
+    One Factors per rank.
+
+    Raises
+    ------
+    ValueError
+        If a weight is not positive.
+    """
+    if not ((row > 0).all() and (column > 0).all()):
+        raise ValueError("importance weights must be positive; shrink them towards their mean first")
+    r, c = np.sqrt(row), np.sqrt(column)
+    paths = compensate(r[:, None] * weight * c, ranks, factorise)
+    return [Factors(p.u / r[:, None], p.v / c[:, None], p.h / r, p.ell, p.g / c) for p in paths]
+
+
 def best_step(target: np.ndarray, direction: np.ndarray) -> np.ndarray:
     """The step t >= 0 that minimises ||target - t direction||_F, a scalar array.
 

@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 ODD_SIZES = (1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 97, 127)
 
+KINDS = ("normal", "low-rank", "heavy", "constant", "zero", "tiny", "denormal", "huge", "integers")
+
 
 def sizes(largest: int = 40):
     return st.one_of(st.integers(1, largest), st.sampled_from([size for size in ODD_SIZES if size <= largest]))
@@ -12,10 +14,10 @@ def sizes(largest: int = 40):
 
 @st.composite
 def weights(draw, largest: int = 24, dtype=np.float64):
-    """A weight matrix: random, low-rank, heavy-tailed, constant, zero, tiny, huge, or a view with odd strides."""
+    """A weight matrix of one of the KINDS, contiguous, transposed, or a view with odd strides."""
     m, n = draw(sizes(largest)), draw(sizes(largest))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    kind = draw(st.sampled_from(["normal", "low-rank", "heavy", "constant", "zero", "tiny", "huge", "integers"]))
+    kind = draw(st.sampled_from(KINDS))
     base = rng.standard_normal((m, n))
     matrix = {
         "normal": lambda: base,
@@ -24,7 +26,8 @@ def weights(draw, largest: int = 24, dtype=np.float64):
         "constant": lambda: np.full((m, n), rng.standard_normal()),
         "zero": lambda: np.zeros((m, n)),
         "tiny": lambda: base * 1e-30,
-        "huge": lambda: base * 1e15,
+        "denormal": lambda: base * (32 * np.finfo(dtype).smallest_subnormal),
+        "huge": lambda: base * (1e15 if dtype == np.float32 else 1e140),
         "integers": lambda: np.sign(base) * rng.integers(0, 2, (m, n)),
     }[kind]().astype(dtype)
     layout = draw(st.sampled_from(["C", "transposed", "strided"]))

@@ -3,12 +3,12 @@
 import littlebit.reference as ref
 import pytest
 from hypothesis import assume, given, strategies as st
-from littlebit.reference.bits import next_ranks
+from littlebit.reference.bits import SECOND_PATH_SHARE, next_ranks
 
 dims = st.integers(1, 300)
 shapes = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.tuples(dims, dims), min_size=1, max_size=6)
 targets = st.floats(0.05, 6)
-paths = st.integers(1, 3)
+paths = st.one_of(st.none(), st.integers(1, 3))
 
 
 def test_rank_for_bits_gives_the_papers_ranks():
@@ -23,7 +23,17 @@ def test_path_bits_counts_what_packing_makes(d_out, d_in, rank):
     assert ref.path_bits(d_out, d_in, rank, word_bits=1) == rank * (d_out + d_in) + 16 * (d_out + d_in + rank)
 
 
-@given(dims, dims, targets, paths)
+@given(dims, dims, st.integers(2, 300))
+def test_rank_for_bits_never_rounds_the_ceiling_up(d_out, d_in, rank):
+    rank = min(rank, d_out, d_in)
+    assume(rank > 1)
+    stored = ref.layer_bits(d_out, d_in, (rank, rank))
+    weights = d_out * d_in
+    assert ref.rank_for_bits(d_out, d_in, (stored + 0.5) / weights) >= rank
+    assert ref.rank_for_bits(d_out, d_in, (stored - 0.5) / weights) == rank - 1
+
+
+@given(dims, dims, targets, st.integers(1, 3))
 def test_rank_for_bits_is_the_largest_within_the_ceiling(d_out, d_in, bits, count):
     smallest = ref.layer_bits(d_out, d_in, (1,) * count) / (d_out * d_in)
     if smallest > bits:
@@ -36,17 +46,34 @@ def test_rank_for_bits_is_the_largest_within_the_ceiling(d_out, d_in, bits, coun
         assert ref.layer_bits(d_out, d_in, (rank + 1,) * count) / (d_out * d_in) > bits
 
 
-@given(shapes, targets, paths)
-def test_allocate_ranks_never_exceeds_and_leaves_less_than_a_step(sizes, bits, count):
-    try:
-        ranks = ref.allocate_ranks(sizes, bits, count)
-    except ValueError:
-        assume(False)
+def smallest_bits(sizes, bits, count):
+    """Stored bits per weight with rank 1 everywhere."""
+    counts = {name: count or ref.paths_for_bits(*size, bits) for name, size in sizes.items()}
+    stored = sum(ref.layer_bits(*size, (1,) * counts[name]) for name, size in sizes.items())
+    return stored / sum(d_out * d_in for d_out, d_in in sizes.values())
+
+
+@st.composite
+def gains_for(draw, sizes):
+    """None, or falling gains for each layer, as far apart as layers of a model can be."""
+    if draw(st.booleans()):
+        return None
+    levels = {name: draw(st.floats(0, 1e6)) for name in sizes}
+    decay = draw(st.floats(0.5, 1))
+    return {name: [levels[name] * decay**rank for rank in range(min(size))] for name, size in sizes.items()}
+
+
+@given(st.data(), shapes, targets, paths)
+def test_allocate_ranks_never_exceeds_and_leaves_less_than_a_step(data, sizes, bits, count):
+    assume(smallest_bits(sizes, bits, count) <= bits)
+    ranks = ref.allocate_ranks(sizes, bits, count, data.draw(gains_for(sizes)))
     weights = sum(d_out * d_in for d_out, d_in in sizes.values())
     stored = {name: ref.layer_bits(*sizes[name], ranks[name]) for name in sizes}
+    assert sum(stored.values()) == ref.model_bits(sizes, ranks)
     assert sum(stored.values()) / weights <= bits
-    assert all(1 <= rank <= min(sizes[name]) for name in sizes for rank in ranks[name])
     for name, size in sizes.items():
+        assert len(ranks[name]) == (count or ref.paths_for_bits(*size, bits))
+        assert all(1 <= rank <= min(size) for rank in ranks[name])
         after = next_ranks(ranks[name], min(size))
         if after != ranks[name]:
             step = ref.layer_bits(*size, after) - stored[name]
@@ -55,13 +82,43 @@ def test_allocate_ranks_never_exceeds_and_leaves_less_than_a_step(sizes, bits, c
 
 @given(shapes, st.floats(0.001, 1), paths)
 def test_allocate_ranks_refuses_only_what_cannot_be_stored(sizes, bits, count):
-    weights = sum(d_out * d_in for d_out, d_in in sizes.values())
-    smallest = sum(ref.layer_bits(*size, (1,) * count) for size in sizes.values()) / weights
+    smallest = smallest_bits(sizes, bits, count)
     if smallest <= bits:
         ref.allocate_ranks(sizes, bits, count)
     else:
         with pytest.raises(ValueError, match=f"smallest possible value is {smallest:.3f}"):
             ref.allocate_ranks(sizes, bits, count)
+
+
+def test_allocate_ranks_follows_the_gains():
+    sizes = {"first": (256, 256), "second": (256, 256)}
+    gains = {"first": [1.0] * 256, "second": [1e-6] * 256}
+    ranks = ref.allocate_ranks(sizes, 1.0, 1, gains)
+    assert ranks["first"][0] > 3 * ranks["second"][0]
+    equal = ref.allocate_ranks(sizes, 1.0, 1, {name: gains["first"] for name in sizes})
+    assert equal == ref.allocate_ranks(sizes, 1.0, 1, {name: gains["second"] for name in sizes})
+
+
+def test_allocate_ranks_by_gains_saves_at_least_what_equal_ranks_save():
+    sizes = {str(at): (128, 256) for at in range(6)}
+    gains = {name: [(1 + int(name)) ** 2 * 0.95**rank for rank in range(128)] for name in sizes}
+
+    def saved(ranks):
+        return sum(sum(gains[name][: sum(ranks[name])]) for name in sizes)
+
+    for bits in (0.6, 0.8, 1.2):
+        assert saved(ref.allocate_ranks(sizes, bits, 1, gains)) >= saved(ref.allocate_ranks(sizes, bits, 1))
+
+
+@given(dims, dims, targets)
+def test_paths_for_bits_follows_the_share_of_the_second_paths_scales(d_out, d_in, bits):
+    share = 16 * (d_out + d_in) / (bits * d_out * d_in)
+    assert ref.paths_for_bits(d_out, d_in, bits) == (2 if share <= SECOND_PATH_SHARE else 1)
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 4096), max_size=8), st.sampled_from([1, 2, 4]))
+def test_kv_cache_bytes_counts_every_number(tokens, widths, element_bytes):
+    assert ref.kv_cache_bytes(tokens, widths, element_bytes) == sum(tokens * width * element_bytes for width in widths)
 
 
 def test_allocate_ranks_is_uniform_over_equal_layers():

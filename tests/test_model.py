@@ -70,6 +70,18 @@ def test_quantize_honours_include_and_exclude(tiny_llama):
     assert {name.split(".")[-1] for name in lb.quantize_(model, config, progress=False)} == {"gate_proj", "up_proj"}
 
 
+def test_quantize_leaves_a_head_of_any_name():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.embed_out = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+        def get_output_embeddings(self):
+            return self.embed_out
+
+    assert set(lb.quantize_(Model(), lb.Config(bits=BITS), progress=False)) == {"body"}
+
+
 def test_quantize_names_the_layer_with_nan_and_changes_nothing(tiny_llama):
     model = lb.load_model(tiny_llama)
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")

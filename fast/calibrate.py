@@ -1,0 +1,127 @@
+"""Calibration: what a model's own activations and gradients say about which channels and layers matter."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+CALIBRATION_WINDOW = 512
+
+
+class Moments(NamedTuple):
+    """Second moments at one linear layer, over calibration text.
+
+    Attributes
+    ----------
+    inputs : (d_in,) float32
+        Mean of x^2 per input channel.
+    outputs : (d_out,) float32
+        Mean of (dL/dy)^2 per output channel, L the summed next-token loss of a window.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def calibrate(
+    model: nn.Module,
+    tokens: Tensor,
+    names: Iterable[str],
+    window: int = CALIBRATION_WINDOW,
+    progress: bool = True,
+) -> dict[str, Moments]:
+    """Second moments of inputs and output gradients of a model's linear layers (NanoQuant, arXiv 2602.06694, 3.2).
+
+    sum_ij outputs_i inputs_j (W - W_hat)_ij^2 is then, with a diagonal Kronecker-factored Fisher matrix, twice the
+    loss that replacing W by W_hat costs per token, to second order.
+
+    Parameters
+    ----------
+    model : transformers causal language model
+    tokens : (n,) integer tensor
+        Calibration text, at least two tokens; cut into windows, an incomplete last one is dropped unless it is alone.
+    names : iterable of str
+        Names of linear layers.
+    window : int
+        Tokens read at once.
+    progress : bool
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    dict of layer name to Moments.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two tokens.
+    """
+    if len(tokens) < 2:
+        raise ValueError(f"calibration needs at least two tokens, but the text has {len(tokens)}")
+    window = min(window, len(tokens))
+    count = len(tokens) // window
+    device = next(model.parameters()).device
+    sums: dict[str, list[Tensor]] = {name: [torch.zeros((), device=device)] * 2 for name in names}
+    handles = [watch(model.get_submodule(name), kept) for name, kept in sums.items()]
+    try:
+        for index in tqdm(range(count), desc="calibrating", unit="window", disable=not progress):
+            accumulate(model, tokens[index * window : (index + 1) * window].to(device))
+    finally:
+        for pair in handles:
+            for handle in pair:
+                handle.remove()
+    return {name: Moments(*(total / (count * window) for total in kept)) for name, kept in sums.items()}
+
+
+def watch(layer: nn.Module, kept: list[Tensor]) -> tuple:
+    """Hooks that add a layer's squared inputs to kept[0] and its squared output gradients to kept[1]."""
+
+    def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept[0] = kept[0] + inputs[0].detach().float().square().flatten(0, -2).sum(0)
+
+    def backward(module: nn.Module, grad_inputs: Any, grad_outputs: Any) -> None:
+        kept[1] = kept[1] + grad_outputs[0].float().square().flatten(0, -2).sum(0)
+
+    return layer.register_forward_hook(forward), layer.register_full_backward_hook(backward)
+
+
+def accumulate(model: nn.Module, tokens: Tensor) -> None:
+    """One forward and backward pass of the summed next-token loss; no parameter gets a gradient."""
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            embedded = model.get_input_embeddings()(tokens[None]).detach().requires_grad_()  # type: ignore[operator]
+            logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1]
+            functional.cross_entropy(logits.float(), tokens[1:], reduction="sum").backward()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def spectral_gains(weights: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> dict[str, list[float]]:
+    """What each further rank of each layer is worth, for `bits.allocate_ranks`.
+
+    The loss that a rank saves is taken as the square of the singular value that it could represent, of the weight
+    scaled by the roots of its second moments. Binary factors realise only part of it, which is taken to be the same
+    part in every layer.
+
+    Parameters
+    ----------
+    weights : mapping of layer name to (d_out, d_in) tensor
+    moments : mapping of layer name to Moments
+
+    Returns
+    -------
+    dict of layer name to min(d_out, d_in) falling numbers.
+    """
+    gains = {}
+    for name, weight in weights.items():
+        inputs, outputs = moments[name]
+        scaled = outputs.sqrt()[:, None] * weight.float() * inputs.sqrt()
+        gains[name] = torch.linalg.svdvals(scaled).square().tolist()
+    return gains

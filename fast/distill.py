@@ -1,0 +1,199 @@
+"""What a student is trained on: the teacher's logits and hidden states (Hinton et al., arXiv 1503.02531).
+
+LittleBit's quantisation-aware training minimises KL(teacher || student) on the logits plus 10 times the mean squared
+error of the hidden states, summed over layers (arXiv 2506.13771, the section on quantisation-aware training).
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ROWS = 256  # positions whose logits are turned into float32 at once
+
+
+def kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean over positions of the Kullback-Leibler divergence from the teacher's distribution to the student's.
+
+    KL(p || q) = sum over the vocabulary of p (log p - log q), p = softmax(teacher), q = softmax(student). The
+    authors' loss is the sum over a sequence's positions, so theirs is this one times the length of a sequence, and so
+    is its weight against the hidden-state term.
+
+    Autograd reaches the student's logits, not the teacher's. Besides the logits there is one more tensor of their
+    size, the gradient in the student's dtype; float32 copies are made of ROWS positions at a time.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : (..., vocabulary) finite float tensors of one shape
+
+    Returns
+    -------
+    () tensor in nats; float16 and bfloat16 logits are computed with, and the loss is returned, in float32.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or there is no position.
+
+    Examples
+    --------
+    >>> teacher = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
+    >>> kl_loss(torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log(), teacher)  # the second: 0.5 log 2 + 0.5 log(2/3)
+    tensor(0.0719)
+    """
+    check_pair(student_logits, teacher_logits)
+    return cast(Tensor, KLLoss.apply(student_logits, teacher_logits.detach()))
+
+
+class KLLoss(torch.autograd.Function):
+    """`kl_loss`, whose forward already stores q - p, so that no float32 logits wait for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss, ROWS positions at a time."""
+        logits, targets = rows(student), rows(teacher)
+        difference = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        losses = []
+        for start in range(0, len(logits), ROWS):
+            part = slice(start, start + ROWS)
+            log_q, log_p = log_softmax(logits[part]), log_softmax(targets[part])
+            p = log_p.exp()
+            losses.append((p * (log_p - log_q)).sum())
+            if difference is not None:
+                difference[part] = log_q.exp_().sub_(p)
+        ctx.save_for_backward(difference)
+        ctx.shape = student.shape
+        return torch.stack(losses).sum() / len(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Gradient (q - p) / positions; the division comes last, so that float16 keeps small entries."""
+        (difference,) = ctx.saved_tensors
+        return (difference * (grad / len(difference))).reshape(ctx.shape), None
+
+
+def kl_loss_vjp(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Gradient of `kl_loss` with respect to the student's logits, by autograd.
+
+    Of log q_i = x_i - log sum exp(x) only the last term depends on the other entries, and its derivative is q, so
+    that d/dx_j of -sum p_i log q_i = -p_j + q_j sum p_i = q_j - p_j; the mean divides by the number of positions.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : (..., vocabulary) finite float tensors of one shape
+
+    Returns
+    -------
+    (..., vocabulary) tensor of the student's dtype.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or there is no position.
+
+    Examples
+    --------
+    >>> kl_loss_vjp(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log())
+    tensor([[-0.2500,  0.2500]])
+    """
+    student = student_logits.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = kl_loss(student, teacher_logits)
+    return torch.autograd.grad(loss, student)[0]
+
+
+def hidden_loss(student: Tensor, teacher: Tensor, normalise: bool = False) -> Tensor:
+    """Mean squared error of one layer's hidden states.
+
+    mean (student - teacher)^2 over all entries; normalised, mean over positions of mean (student - teacher)^2 / mean
+    teacher^2, so that the few positions with massive activations (Sun et al., arXiv 2402.17762) cannot swamp the rest.
+
+    Parameters
+    ----------
+    student, teacher : (..., width) float tensors of one shape
+        Autograd reaches the student's states, not the teacher's.
+    normalise : bool
+        Whether to divide each position's error by the teacher's mean square there (by 1 where that is 0).
+
+    Returns
+    -------
+    () tensor; float16 and bfloat16 states are computed with, and the loss is returned, in float32.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or there is no position.
+
+    Examples
+    --------
+    >>> teacher = torch.tensor([[1.0, 1.0], [100.0, 100.0]])
+    >>> hidden_loss(1.1 * teacher, teacher), hidden_loss(1.1 * teacher, teacher, normalise=True)
+    (tensor(50.0050), tensor(0.0100))
+    """
+    check_pair(student, teacher)
+    teacher = teacher.detach()
+    error = widened(student) - widened(teacher)
+    return ((error * error).mean(dim=-1) / position_scale(teacher, normalise)).mean()
+
+
+def hidden_loss_vjp(student: Tensor, teacher: Tensor, normalise: bool = False) -> Tensor:
+    """Gradient of `hidden_loss` with respect to the student's hidden states, by autograd.
+
+    2 (student - teacher) / (positions * width), normalised also divided by the teacher's mean square of the position.
+
+    Parameters
+    ----------
+    student, teacher : (..., width) float tensors of one shape
+    normalise : bool
+
+    Returns
+    -------
+    (..., width) tensor of the student's dtype.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or there is no position.
+
+    Examples
+    --------
+    >>> hidden_loss_vjp(torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor([[2., 0.]])
+    """
+    student = student.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = hidden_loss(student, teacher, normalise)
+    return torch.autograd.grad(loss, student)[0]
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Logarithm of softmax, at least in float32; the largest logit is subtracted, so nothing overflows."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def position_scale(teacher: Tensor, normalise: bool) -> Tensor:
+    """What each position's squared error is divided by, (...)."""
+    wide = widened(teacher)
+    scale = (wide * wide).mean(dim=-1)
+    return torch.where((scale == 0) | (not normalise), torch.ones_like(scale), scale)
+
+
+def widened(values: Tensor) -> Tensor:
+    """The values in float32, or in their own dtype if that is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def rows(values: Tensor) -> Tensor:
+    """The positions as the rows of a matrix."""
+    return values.reshape(-1, values.shape[-1])
+
+
+def check_pair(student: Tensor, teacher: Tensor) -> None:
+    """Raise ValueError unless both have the same shape and at least one entry."""
+    if student.shape != teacher.shape or student.numel() == 0:
+        raise ValueError(
+            "student and teacher must have the same shape and at least one position, but theirs are "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )

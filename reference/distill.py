@@ -1,0 +1,163 @@
+"""What a student is trained on: the teacher's logits and hidden states (Hinton et al., arXiv 1503.02531).
+
+LittleBit's quantisation-aware training minimises KL(teacher || student) on the logits plus 10 times the mean squared
+error of the hidden states, summed over layers (arXiv 2506.13771, the section on quantisation-aware training).
+"""
+
+import numpy as np
+
+
+def kl_loss(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
+    """Mean over positions of the Kullback-Leibler divergence from the teacher's distribution to the student's.
+
+    KL(p || q) = sum over the vocabulary of p (log p - log q), p = softmax(teacher), q = softmax(student). The
+    authors' loss is the sum over a sequence's positions, so theirs is this one times the length of a sequence, and so
+    is its weight against the hidden-state term.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : (..., vocabulary) finite float arrays of one shape
+
+    Returns
+    -------
+    () array in nats; float16 logits are computed with, and the loss is returned, in float32.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or there is no position.
+
+    Examples
+    --------
+    >>> teacher = np.log([[0.5, 0.5], [0.5, 0.5]])
+    >>> loss = kl_loss(np.log([[0.5, 0.5], [0.25, 0.75]]), teacher)  # the second: 0.5 log 2 + 0.5 log(2/3)
+    >>> round(float(loss), 4)
+    0.0719
+    """
+    check_pair(student_logits, teacher_logits)
+    log_q, log_p = log_softmax(student_logits), log_softmax(teacher_logits)
+    return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
+
+
+def kl_loss_vjp(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
+    """Gradient of `kl_loss` with respect to the student's logits.
+
+    Of log q_i = x_i - log sum exp(x) only the last term depends on the other entries, and its derivative is q, so
+    that d/dx_j of -sum p_i log q_i = -p_j + q_j sum p_i = q_j - p_j; the mean divides by the number of positions.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : (..., vocabulary) finite float arrays of one shape
+
+    Returns
+    -------
+    (..., vocabulary) array of the student's dtype.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or there is no position.
+
+    Examples
+    --------
+    >>> kl_loss_vjp(np.log([[0.25, 0.75]]), np.log([[0.5, 0.5]])).round(6)
+    array([[-0.25,  0.25]])
+    """
+    check_pair(student_logits, teacher_logits)
+    difference = np.exp(log_softmax(student_logits)) - np.exp(log_softmax(teacher_logits))
+    return (difference / len(rows(student_logits))).astype(student_logits.dtype)
+
+
+def hidden_loss(student: np.ndarray, teacher: np.ndarray, normalise: bool = False) -> np.ndarray:
+    """Mean squared error of one layer's hidden states.
+
+    mean (student - teacher)^2 over all entries; normalised, mean over positions of mean (student - teacher)^2 / mean
+    teacher^2, so that the few positions with massive activations (Sun et al., arXiv 2402.17762) cannot swamp the rest.
+
+    Parameters
+    ----------
+    student, teacher : (..., width) float arrays of one shape
+    normalise : bool
+        Whether to divide each position's error by the teacher's mean square there (by 1 where that is 0).
+
+    Returns
+    -------
+    () array; float16 states are computed with, and the loss is returned, in float32.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or there is no position.
+
+    Examples
+    --------
+    >>> teacher = np.array([[1.0, 1.0], [100.0, 100.0]])
+    >>> losses = hidden_loss(1.1 * teacher, teacher), hidden_loss(1.1 * teacher, teacher, normalise=True)
+    >>> [round(float(loss), 4) for loss in losses]
+    [50.005, 0.01]
+    """
+    check_pair(student, teacher)
+    error = widened(student) - widened(teacher)
+    return ((error * error).mean(axis=-1) / position_scale(teacher, normalise)).mean()
+
+
+def hidden_loss_vjp(student: np.ndarray, teacher: np.ndarray, normalise: bool = False) -> np.ndarray:
+    """Gradient of `hidden_loss` with respect to the student's hidden states.
+
+    2 (student - teacher) / (positions * width), normalised also divided by the teacher's mean square of the position.
+
+    Parameters
+    ----------
+    student, teacher : (..., width) float arrays of one shape
+    normalise : bool
+
+    Returns
+    -------
+    (..., width) array of the student's dtype.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or there is no position.
+
+    Examples
+    --------
+    >>> hidden_loss_vjp(np.array([[3.0, 1.0]]), np.array([[1.0, 1.0]]))
+    array([[2., 0.]])
+    """
+    check_pair(student, teacher)
+    error = widened(student) - widened(teacher)
+    gradient = 2 * error / position_scale(teacher, normalise)[..., None] / student.size
+    return gradient.astype(student.dtype)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Logarithm of softmax, at least in float32; the largest logit is subtracted, so nothing overflows."""
+    shifted = widened(logits) - widened(logits).max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def position_scale(teacher: np.ndarray, normalise: bool) -> np.ndarray:
+    """What each position's squared error is divided by, (...)."""
+    wide = widened(teacher)
+    scale = (wide * wide).mean(axis=-1)
+    return np.where((scale == 0) | (not normalise), np.ones_like(scale), scale)
+
+
+def widened(values: np.ndarray) -> np.ndarray:
+    """The values in float32, or in their own dtype if that is wider."""
+    return values.astype(np.result_type(values.dtype, np.float32))
+
+
+def rows(values: np.ndarray) -> np.ndarray:
+    """The positions as the rows of a matrix."""
+    return values.reshape(-1, values.shape[-1])
+
+
+def check_pair(student: np.ndarray, teacher: np.ndarray) -> None:
+    """Raise ValueError unless both have the same shape and at least one entry."""
+    if student.shape != teacher.shape or student.size == 0:
+        raise ValueError(
+            "student and teacher must have the same shape and at least one position, but theirs are "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )

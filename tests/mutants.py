@@ -1,0 +1,234 @@
+"""Do the tests bite? Apply small mistakes to copies of the packages, one at a time, and see which ones tests notice.
+
+Run as `make mutants`, or `python tests/mutants.py [WORD ...]` for those whose name or file holds a word. Each mutant
+runs the test files that concern its module, with few Hypothesis examples, and stops at the first failure. The command
+fails if fewer than 95 % are noticed.
+"""
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+REQUIRED = 0.95
+WORKERS = 2
+TIMEOUT_S = 300
+
+
+class Mutant(NamedTuple):
+    """One mistake: the first occurrence of `old` in a file becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+    what: str
+
+
+TESTS = {
+    "signs": "test_signs.py test_factorise.py test_packing.py",
+    "svd": "test_svd.py test_factorise.py",
+    "factors": "test_linear.py test_factorise.py",
+    "dual_svid": "test_factorise.py",
+    "residual": "test_factorise.py test_admm.py",
+    "alignment": "test_admm.py",
+    "admm": "test_admm.py",
+    "bits": "test_bits.py",
+    "packing": "test_packing.py",
+    "linear": "test_linear.py test_linear_vjp.py",
+    "distill": "test_distill.py",
+    "train": "test_train.py",
+    "layers": "test_model.py test_linear_vjp.py",
+    "model": "test_model.py",
+    "checkpoint": "test_model.py",
+    "evaluate": "test_model.py",
+    "calibrate": "test_calibrate.py",
+    "decode": "test_model.py",
+    "cpu": "test_linear.py",
+}
+
+MUTANTS = [
+    Mutant("reference/signs.py", "np.where(x < 0, -1, 1)", "np.where(x <= 0, -1, 1)", "sign of zero is -1"),
+    Mutant("fast/signs.py", "torch.where(x < 0, -one, one)", "torch.where(x <= 0, -one, one)", "sign of zero is -1"),
+    Mutant("reference/signs.py", "(np.abs(x) < 1)", "(np.abs(x) < 2)", "straight-through window is wider"),
+    Mutant("reference/factors.py", "left = self.h[..., :, None] * ", "left = ", "to_dense drops h"),
+    Mutant("fast/factors.py", "right = self.g[..., :, None] * ", "right = ", "to_dense drops g"),
+    Mutant("fast/factors.py", " * self.ell[..., None, :]", "", "to_dense drops ell"),
+    Mutant("reference/dual_svid.py", "return left * root, right * root", "return left * s, right", "S on one side"),
+    Mutant("fast/dual_svid.py", "return left * root, right * root", "return left * root, right", "root on one side"),
+    Mutant("reference/dual_svid.py", "h, ell_u * ell_v, g", "h, ell_u, g", "ell of one side only"),
+    Mutant("fast/dual_svid.py", "h, ell_u * ell_v, g", "h, ell_u + ell_v, g", "ells are added"),
+    Mutant("reference/dual_svid.py", "_, g, ell_v = svid(v)", "_, g, ell_v = svid(-v.clip(0))", "half of v ignored"),
+    Mutant(
+        "reference/svd.py", "left = scaled @ right  # (m,)", "left = scaled.sum(axis=1)  # (m,)", "one-step left vector"
+    ),
+    Mutant("fast/svd.py", "return u[..., :rank], s", "return u[..., -rank:], s", "the trailing vectors"),
+    Mutant("reference/svd.py", "e[k - 1] = r", "e[k - 1] = -r", "sign slip in the sweep"),
+    Mutant("reference/svd.py", "yt[d < 0] *= -1", "xt[d < 0] *= 1", "negative singular values keep their sign in V"),
+    Mutant("reference/svd.py", "d[0] = e[0] = 0", "d[0] = 0", "a zero diagonal entry does not split"),
+    Mutant(
+        "reference/residual.py",
+        "rest = rest - factors.to_dense()",
+        "rest = weight - factors.to_dense()",
+        "residual of W",
+    ),
+    Mutant("fast/residual.py", "rest = rest - factors.to_dense()", "rest = rest", "no residual at all"),
+    Mutant("reference/residual.py", "np.maximum(step, 0)", "step", "a negative step"),
+    Mutant(
+        "fast/residual.py", ".clamp(min=tiny)\n    return step", "\n    return step", "zero direction divides by zero"
+    ),
+    Mutant("reference/residual.py", "p.g / c)", "p.g)", "column weights not divided out"),
+    Mutant("fast/residual.py", "row.sqrt(), column.sqrt()", "row, column", "weights instead of their roots"),
+    Mutant("reference/packing.py", 'bitorder="little"))', 'bitorder="big"))', "bits packed in the other order"),
+    Mutant("reference/packing.py", "signs < 0, [(0, 0)]", "signs > 0, [(0, 0)]", "bit 1 for +1"),
+    Mutant("reference/packing.py", "bits[..., :count]", "bits[..., -count:]", "pad bits taken for signs"),
+    Mutant(
+        "fast/packing.py",
+        "words[..., None] >> place",
+        "words[..., None] >> (31 - place)",
+        "bits read in the other order",
+    ),
+    Mutant("fast/packing.py", "if bits[..., count:].any():", "if False:", "pad bits not checked"),
+    Mutant(
+        "fast/packing.py", "-signs.shape[-1] % WORD_BITS", "WORD_BITS - signs.shape[-1] % WORD_BITS", "a word too many"
+    ),
+    Mutant("reference/packing.py", "if not np.isfinite(half).all():", "if False:", "an overflowing scale passes"),
+    Mutant("reference/bits.py", "rank * padded(d_in, word_bits)", "rank * d_in", "padding of V not counted"),
+    Mutant(
+        "reference/bits.py",
+        "signs + scale_bits * (d_out + d_in + rank)",
+        "signs + scale_bits * (d_out + d_in)",
+        "ell not counted",
+    ),
+    Mutant("reference/bits.py", "-(-count // word_bits)", "(count // word_bits)", "padding rounds down"),
+    Mutant("reference/bits.py", "math.floor(Fraction(bits)", "math.ceil(Fraction(bits)", "budget rounded up"),
+    Mutant(
+        "reference/bits.py",
+        "if after != before and cost <= rest:",
+        "if after != before and cost <= 2 * rest:",
+        "overspends",
+    ),
+    Mutant("reference/bits.py", "low, high = 0, min(shape)", "low, high = 0, min(shape) - 1", "rank search biased"),
+    Mutant("reference/bits.py", "rest -= cost\n            if made", "if made", "gains spend the same bits twice"),
+    Mutant("reference/bits.py", "return -sum(gains", "return sum(gains", "the worst layer first"),
+    Mutant("reference/linear.py", "(x * path.g) @ path.v_sign", "x @ path.v_sign", "g dropped"),
+    Mutant(
+        "reference/linear.py", "(t * path.ell) @ path.u_sign.T * path.h", "t @ path.u_sign.T * path.h", "ell dropped"
+    ),
+    Mutant("reference/linear.py", "h=(dy * z).sum(axis=0)", "h=dz.sum(axis=0)", "wrong gradient of h"),
+    Mutant(
+        "reference/linear.py", "ell=(dt * s).sum(axis=0)", "ell=(ds * s).sum(axis=0)", "ell enters its own gradient"
+    ),
+    Mutant(
+        "reference/linear.py",
+        "return da * path.g, grad_path",
+        "return da, grad_path",
+        "g missing in the input's gradient",
+    ),
+    Mutant("reference/linear.py", "a.T @ ds", "x.T @ ds", "unscaled input in the gradient of v"),
+    Mutant(
+        "fast/linear.py",
+        "if bias is not None:\n        y += bias",
+        "if bias is None:\n        y += 0",
+        "packed bias dropped",
+    ),
+    Mutant("reference/alignment.py", "rotation = q @ p.T", "rotation = p @ q.T", "Procrustes transposed"),
+    Mutant(
+        "fast/alignment.py",
+        "return factors_from(u @ rotation, v @ rotation)",
+        "return factors_from(u @ rotation, v)",
+        "V not rotated",
+    ),
+    Mutant("reference/admm.py", "x.T @ target.T + rho * pull.T", "x.T @ target.T", "no pull in the right-hand side"),
+    Mutant("fast/admm.py", "rho = (t / steps) ** 3", "rho = t / steps", "linear penalty schedule"),
+    Mutant("reference/admm.py", "(u.T @ u) * (v.T @ v)", "(u.T @ u) + (v.T @ v)", "sum instead of Hadamard product"),
+    Mutant("fast/admm.py", "ell=factors.ell + step", "ell=step", "refit forgets the present ell"),
+    Mutant(
+        "reference/admm.py",
+        "(unscaled * unscaled).sum(axis=1), factors.h",
+        "np.abs(unscaled).sum(axis=1), factors.h",
+        "wrong norm for h",
+    ),
+    Mutant("fast/admm.py", "(1 - shrink) * unit / mean + shrink", "unit / mean + shrink", "shrinking changes the mean"),
+    Mutant(
+        "fast/layers.py",
+        "pack_factors(path) for path in self.factors()",
+        "pack_factors(path) for path in self.factors()[:1]",
+        "residual path not packed",
+    ),
+    Mutant("fast/model.py", "and module is not head", "", "the head is quantised by identity"),
+    Mutant("fast/model.py", "layers[name].bias))", "None))", "bias lost"),
+    Mutant("fast/checkpoint.py", "if missing or unexpected:", "if missing:", "tensors left over pass"),
+    Mutant("fast/checkpoint.py", "or found.dtype != dtype", "", "dtype of packed tensors not checked"),
+    Mutant(
+        "fast/evaluate.py",
+        "scored = count * (window - 1)",
+        "scored = count * window",
+        "the first token counts as scored",
+    ),
+    Mutant("fast/evaluate.py", "tokens[index * window :", "tokens[index * (window - 1) :", "windows overlap"),
+    Mutant(
+        "fast/kernels/cpu.py", "np.float32(2) * lane_sum(negative)", "lane_sum(negative)", "set bits subtracted once"
+    ),
+    Mutant("fast/kernels/cpu.py", "(done + 1) * stride", "done * stride", "a row of x read twice"),
+    Mutant("fast/kernels/cpu.py", "order > 0,", "False,", "the last path alone"),
+    Mutant("fast/kernels/cpu.py", "range(whole, d_in)", "range(whole + 1, d_in)", "a column of x skipped"),
+]
+
+
+def run(mutant: Mutant, folder: Path) -> tuple[bool, float]:
+    """Whether the tests notice a mutant, and the seconds that it took."""
+    start = time.perf_counter()
+    place = folder / "littlebit"
+    for package in ("reference", "fast"):
+        shutil.copytree(
+            ROOT / package, place / package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    path = place / mutant.file
+    text = path.read_text()
+    if mutant.old not in text:
+        raise SystemExit(f"{mutant.file} no longer holds {mutant.old!r} ({mutant.what}): update tests/mutants.py")
+    path.write_text(text.replace(mutant.old, mutant.new, 1))
+    tests = [str(ROOT / "tests" / name) for name in TESTS[Path(mutant.file).stem].split()]
+    environment = os.environ | {"PYTHONPATH": str(folder), "HYPOTHESIS_PROFILE": "quick", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False)
+        noticed = done.returncode == 1
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"{mutant.what}: the tests could not run:\n{done.stdout.decode()}{done.stderr.decode()}")
+    except subprocess.TimeoutExpired:
+        noticed = True
+    return noticed, time.perf_counter() - start
+
+
+def main() -> int:
+    """Run all mutants, or those that the arguments select; 0 if enough are noticed."""
+    words = sys.argv[1:]
+    mutants = [each for each in MUTANTS if not words or any(word in each.file + each.what for word in words)]
+    noticed = 0
+    with tempfile.TemporaryDirectory() as base, concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        free = [Path(base) / f"worker-{number}" for number in range(WORKERS)]
+
+        def in_turn(mutant: Mutant) -> tuple[Mutant, bool, float]:
+            folder = free.pop()  # one folder a worker, so that Numba's cache serves its next mutant
+            try:
+                return mutant, *run(mutant, folder)
+            finally:
+                free.append(folder)
+
+        for mutant, found, seconds in pool.map(in_turn, mutants):
+            noticed += found
+            print(f"{'noticed ' if found else 'SURVIVED'} {seconds:5.0f} s  {mutant.file}: {mutant.what}", flush=True)
+    share = noticed / len(mutants)
+    print(f"{noticed} of {len(mutants)} mutants noticed ({share:.1%}); {REQUIRED:.0%} are required")
+    return 0 if share >= REQUIRED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

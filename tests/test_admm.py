@@ -1,0 +1,256 @@
+"""Joint-ITQ and latent-binary ADMM: laws, agreement of the backends, and the order of the initialisers on an LLM."""
+
+import importlib
+import json
+from functools import partial
+from pathlib import Path
+
+import littlebit.fast as fast
+import littlebit.reference as ref
+import numpy as np
+import pytest
+import torch
+from compare import assert_same, assert_within
+from hypothesis import given, strategies as st
+from strategies import weights
+from test_factorise import frobenius, well_separated
+
+# modules, not the functions of the same names that the packages export
+radmm, fadmm = (importlib.import_module(f"littlebit.{package}.admm") for package in ("reference", "fast"))
+ralign, falign = (importlib.import_module(f"littlebit.{package}.alignment") for package in ("reference", "fast"))
+balanced_factors = importlib.import_module("littlebit.reference.dual_svid").balanced_factors
+SPECTRA = json.loads(Path(__file__).with_name("data").joinpath("smollm2_spectra.json").read_text())["layers"]
+
+
+def rotation_of(size, seed):
+    return ralign.random_rotation(np.random.default_rng(seed).standard_normal((size, size)))
+
+
+@given(st.integers(1, 20), st.integers(0, 2**32 - 1))
+def test_random_rotation_is_orthogonal(size, seed):
+    rotation = rotation_of(size, seed)
+    assert_within(rotation.T @ rotation, np.eye(size), np.ones((size, size)), terms=8 * size)
+
+
+@given(weights(largest=16), st.integers(0, 2**32 - 1))
+def test_rotation_leaves_the_product_unchanged(weight, seed):
+    rank = min(weight.shape)
+    u, v = balanced_factors(weight, rank)
+    rotation = rotation_of(rank, seed)
+    magnitude = np.abs(u) @ np.abs(rotation) @ np.abs(rotation).T @ np.abs(v).T
+    assert_within((u @ rotation) @ (v @ rotation).T, u @ v.T, magnitude, terms=10 * rank)
+
+
+@given(st.integers(2, 20), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_joint_itq_keeps_the_rotation_orthogonal_and_improves(n, rank, seed):
+    z = np.random.default_rng(seed).standard_normal((n, rank))
+    start = rotation_of(rank, seed)
+    agreement = np.abs(z @ start).sum()
+    for steps in (1, 3, 10):
+        rotation = ralign.joint_itq(z, start, steps)
+        assert_within(rotation.T @ rotation, np.eye(rank), np.ones((rank, rank)), terms=16 * rank)
+        now = np.abs(z @ rotation).sum()
+        assert now >= agreement * (1 - 1e-12 * n * rank)
+        agreement = now
+
+
+@given(st.integers(2, 20), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_joint_itq_agrees(n, rank, seed):
+    z = np.random.default_rng(seed).standard_normal((n, rank))
+    start = rotation_of(rank, seed)
+    rotated = z @ start
+    signs = np.where(rotated < 0, -1.0, 1.0)
+    smallest = np.linalg.svd(signs.T @ z, compute_uv=False)[-1]
+    if np.abs(rotated).min() < 1e-8 or smallest < 1e-3:  # the polar factor is then not determined by rounding
+        return
+    actual = falign.joint_itq(torch.from_numpy(z), torch.from_numpy(start), 1)
+    expected = ralign.joint_itq(z, start, 1)
+    assert_within(
+        actual, expected, np.ones_like(expected), terms=int(100 * n * rank * (1 + np.abs(z).max()) / smallest)
+    )
+
+
+@given(weights(largest=12), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_refit_scales_never_increases_the_error(weight, fraction, seed):
+    weight = weight / (np.abs(weight).max() or 1.0)
+    rank = 1 + int(fraction * (min(weight.shape) - 1))
+    rng = np.random.default_rng(seed)
+    shapes = ((weight.shape[0], rank), (weight.shape[1], rank), weight.shape[:1], (rank,), weight.shape[1:])
+    factors = ref.Factors(*(rng.standard_normal(shape) for shape in shapes))
+    for refit in (radmm.refit_ell, radmm.refit_h, radmm.refit_g):
+        before = frobenius(weight - factors.to_dense())
+        factors = refit(weight, factors)
+        assert frobenius(weight - factors.to_dense()) <= before * (1 + 1e-10) + 1e-12
+
+
+@given(weights(largest=12), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_refit_scales_agrees(weight, fraction, seed):
+    weight = weight / (np.abs(weight).max() or 1.0)
+    rank = 1 + int(fraction * (min(weight.shape) - 1))
+    rng = np.random.default_rng(seed)
+    shapes = ((weight.shape[0], rank), (weight.shape[1], rank), weight.shape[:1], (rank,), weight.shape[1:])
+    arrays = [rng.standard_normal(shape) for shape in shapes]
+    for name in ("refit_h", "refit_g"):
+        expected = getattr(radmm, name)(weight, ref.Factors(*arrays))
+        actual = getattr(fadmm, name)(torch.from_numpy(weight), fast.Factors(*map(torch.from_numpy, arrays)))
+        for mine, theirs, array in zip(actual, expected, arrays, strict=True):
+            size = np.full(theirs.shape, np.abs(theirs).max() + np.abs(array).max())
+            assert_within(mine, theirs, size, terms=10**6)  # a quotient: relative to its denominator's cancellation
+
+
+def system_of(factors):
+    u, v = factors.h[:, None] * factors.u_sign, factors.g[:, None] * factors.v_sign
+    return (u.T @ u) * (v.T @ v)
+
+
+@given(st.integers(6, 14), st.integers(6, 14), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_refit_ell_agrees_and_is_stationary(m, n, rank, seed):
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((m, n))
+    arrays = [rng.standard_normal(shape) for shape in ((m, rank), (n, rank), (m,), (rank,), (n,))]
+    factors = ref.Factors(*arrays)
+    condition = np.linalg.cond(system_of(factors))
+    if condition > 1e6:
+        return
+    fitted = radmm.refit_ell(weight, factors)
+    again = radmm.refit_ell(weight, fitted)
+    size = np.full(rank, np.abs(fitted.ell).max() + np.abs(arrays[3]).max())
+    terms = int(100 * (m + n + rank) * condition)
+    assert_within(again.ell, fitted.ell, size, terms)
+    actual = fadmm.refit_ell(torch.from_numpy(weight), fast.Factors(*map(torch.from_numpy, arrays)))
+    assert_within(actual.ell, fitted.ell, size, terms)
+
+
+@given(st.integers(2, 10), st.integers(2, 10), st.integers(0, 2**32 - 1))
+def test_solve_factor_agrees_and_minimises(m, n, seed):
+    rng = np.random.default_rng(seed)
+    rank = min(m, n)
+    target, fixed, pull = (rng.standard_normal(shape) for shape in ((m, n), (n, rank), (m, rank)))
+    rho = 0.5
+    solution = radmm.solve_factor(target, fixed, pull, rho)
+    x = fixed / np.sqrt((fixed**2).sum(0))
+
+    def objective(a):
+        return ((target - a @ x.T) ** 2).sum() + rho * ((a - pull) ** 2).sum() + radmm.RIDGE * (a**2).sum()
+
+    for _ in range(5):
+        assert objective(solution) <= objective(solution + 1e-3 * rng.standard_normal(solution.shape))
+    actual = fadmm.solve_factor(*map(torch.from_numpy, (target, fixed, pull)), rho)
+    size = np.full(solution.shape, np.abs(target).sum() + np.abs(pull).sum())
+    assert_within(actual, solution, size, terms=100 * (m + n))  # the condition number is at most rank / 0.53
+
+
+@given(st.integers(2, 10), st.integers(2, 10), st.integers(0, 2**32 - 1))
+def test_admm_agrees_over_its_first_steps(m, n, seed):
+    weight = well_separated(m, n, seed)
+    rank = max(1, min(m, n) // 2)
+    expected = radmm.admm(weight, rank, steps=2, sweeps=1)
+    latents = np.concatenate([expected.u.ravel(), expected.v.ravel()])
+    if np.abs(latents).min() < 1e-4 * np.abs(latents).max() or np.linalg.cond(system_of(expected)) > 1e4:
+        return  # a sign near zero, or a singular refit, is decided by rounding
+    actual = fadmm.admm(torch.from_numpy(weight), rank, steps=2, sweeps=1)
+    dense = expected.to_dense()
+    assert_within(actual.to_dense(), dense, np.full(dense.shape, np.abs(weight).max()), terms=10**8)
+
+
+@pytest.mark.parametrize("initialise", [fadmm.admm, partial(falign.itq, rotation=torch.eye(3, dtype=torch.float64))])
+def test_batched_initialisers_equal_single_ones(initialise):
+    batch = torch.from_numpy(np.stack([well_separated(9, 7, seed) for seed in range(3)]))
+    together = initialise(batch, 3)
+    for at, weight in enumerate(batch):
+        alone = initialise(weight, 3).to_dense()
+        magnitude = np.full(alone.shape, float(weight.abs().max()))
+        assert_within(together.to_dense()[at], alone, magnitude, terms=10**7)
+
+
+@given(st.lists(st.floats(0, 1e30), min_size=1, max_size=20), st.floats(0, 1))
+def test_importance_has_mean_one_and_agrees(moments, shrink):
+    array = np.array(moments)
+    expected = radmm.importance(array, shrink)
+    assert (expected >= min(shrink, 1) * (1 - 1e-12)).all() or not array.any()
+    assert_within(expected.mean(keepdims=True), np.ones(1), np.ones(1), terms=8 * len(array))
+    assert_within(fadmm.importance(torch.from_numpy(array), shrink), expected, expected, terms=8 * len(array))
+
+
+@pytest.mark.parametrize(("module", "convert"), [(radmm, np.array), (fadmm, torch.tensor)])
+def test_importance_refuses_bad_input(module, convert):
+    with pytest.raises(ValueError, match="shrink must be between 0 and 1"):
+        module.importance(convert([1.0]), 1.5)
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite and non-negative"):
+            module.importance(convert([1.0, bad]))
+
+
+def weighted_error(weight, paths, row, column):
+    rest = weight - sum(path.to_dense() for path in paths)
+    return frobenius(np.sqrt(row)[:, None] * rest * np.sqrt(column))
+
+
+@given(st.integers(2, 10), st.integers(2, 10), st.integers(0, 2**32 - 1))
+def test_compensate_weighted_lowers_the_weighted_error_and_agrees(m, n, seed):
+    rng = np.random.default_rng(seed)
+    weight, row, column = well_separated(m, n, seed), rng.uniform(0.1, 3, m), rng.uniform(0.1, 3, n)
+    one = ref.compensate_weighted(weight, [1], row, column)
+    two = ref.compensate_weighted(weight, [1, 1], row, column)
+    start, first, second = (weighted_error(weight, paths, row, column) for paths in ([], one, two))
+    assert second <= first * (1 + 1e-9)
+    assert first <= start * (1 + 1e-9)
+    actual = fast.compensate_weighted(*map(torch.from_numpy, (weight,)), [1], *map(torch.from_numpy, (row, column)))
+    if min(np.abs(one[0].u).min(), np.abs(one[0].v).min()) > 1e-7:
+        dense = one[0].to_dense()
+        assert_within(actual[0].to_dense(), dense, np.full(dense.shape, np.abs(dense).max()), terms=10**6)
+
+
+def test_compensate_weighted_with_equal_weights_is_compensate():
+    weight = well_separated(8, 6, 0)
+    plain, weighted = ref.compensate(weight, [2, 2]), ref.compensate_weighted(weight, [2, 2], np.ones(8), np.ones(6))
+    for mine, theirs in zip(weighted, plain, strict=True):
+        for left, right in zip(mine, theirs, strict=True):
+            assert_same(left, right)
+
+
+@pytest.mark.parametrize(("module", "convert"), [(ref, np.asarray), (fast, torch.from_numpy)])
+def test_compensate_weighted_refuses_a_zero_weight(module, convert):
+    with pytest.raises(ValueError, match="must be positive"):
+        module.compensate_weighted(convert(np.ones((2, 2))), [1], convert(np.array([1.0, 0.0])), convert(np.ones(2)))
+
+
+def llm_like(name, seed=0):
+    """A float32 weight with the singular values of a layer of SmolLM2 and random singular vectors."""
+    shape, values = SPECTRA[name]["shape"], np.array(SPECTRA[name]["singular_values"])
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.standard_normal((size, len(values))))[0] for size in shape)
+    return (u * values @ v.T).astype(np.float32), rng
+
+
+def errors_of(weight, rank, rng, module, initialisers, convert):
+    """Relative errors of Dual-SVID, ITQ and ADMM with two paths of the same rank."""
+    dual_svid, itq, admm = initialisers
+    rotation = convert(rotation_of(rank, 1).astype(np.float32))
+    sketch = convert(rng.standard_normal((weight.shape[1], rank + 16)).astype(np.float32))
+    ways = (
+        partial(dual_svid, sketch=sketch),
+        partial(itq, rotation=rotation, sketch=sketch, steps=20),
+        partial(admm, sketch=sketch, steps=100),
+    )
+    dense = (
+        [np.asarray(path.to_dense()) for path in module.compensate(convert(weight), [rank, rank], way)] for way in ways
+    )
+    return [np.linalg.norm(weight - sum(paths)) / np.linalg.norm(weight) for paths in dense]
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_admm_beats_itq_beats_dual_svid_on_llm_spectra(name):
+    weight, rng = llm_like(name)
+    rank = ref.rank_for_bits(*weight.shape, 0.55)
+    initialisers = fast.dual_svid, falign.itq, fadmm.admm
+    dual_svid, itq, admm = errors_of(weight, rank, rng, fast, initialisers, torch.from_numpy)
+    assert admm < itq < dual_svid < 1
+
+
+def test_admm_beats_itq_beats_dual_svid_in_the_reference():
+    weight, rng = llm_like("model.layers.14.self_attn.k_proj")
+    rank = ref.rank_for_bits(*weight.shape, 0.55)
+    initialisers = ref.dual_svid, ralign.itq, radmm.admm
+    dual_svid, itq, admm = errors_of(weight, rank, rng, ref, initialisers, np.asarray)
+    assert admm < itq < dual_svid < 1
