@@ -155,6 +155,35 @@ MUTANTS = [
         "wrong norm for h",
     ),
     Mutant("fast/admm.py", "(1 - shrink) * unit / mean + shrink", "unit / mean + shrink", "shrinking changes the mean"),
+    Mutant("fast/signs.py", "SHARPNESS = 100.0", "SHARPNESS = 90.0", "SmoothSign of another slope"),
+    Mutant(
+        "reference/signs.py", "4 * e / ((1 + e) * (1 + e))", "4 * e / (1 + e)", "SmoothSign denominator not squared"
+    ),
+    Mutant(
+        "reference/distill.py",
+        "(np.exp(log_p) * (log_p - log_q))",
+        "(np.exp(log_q) * (log_q - log_p))",
+        "KL the other way",
+    ),
+    Mutant("reference/distill.py", "gradient = 2 * error", "gradient = error", "hidden-state gradient without its 2"),
+    Mutant(
+        "fast/distill.py",
+        "torch.stack(losses).sum() / len(logits)",
+        "torch.stack(losses).sum()",
+        "KL summed over positions",
+    ),
+    Mutant("reference/train.py", "/ (1 - betas[0] ** step)) / (root", ") / (root", "Adam without bias correction"),
+    Mutant("fast/train.py", "+ (1 - betas[1]) * (grad * grad)", "+ grad * grad", "Adam's square not averaged"),
+    Mutant(
+        "reference/train.py", "grad = grad * (values[at] > 0)  # ReLU", "pass  # ReLU", "no ReLU in the backward pass"
+    ),
+    Mutant(
+        "fast/calibrate.py", "inputs[0].detach().float().square()", "inputs[0].detach().float().abs()", "first moments"
+    ),
+    Mutant(
+        "fast/calibrate.py", "outputs.sqrt()[:, None] * weight", "outputs[:, None] * weight", "gains without the root"
+    ),
+    Mutant("fast/residual.py", "target / scale * unit", "target / scale * unit.abs()", "step along absolute values"),
     Mutant(
         "fast/layers.py",
         "pack_factors(path) for path in self.factors()",
