@@ -47,9 +47,8 @@ mutants: $(VENV)/.ok  ## Apply small mistakes to the code and count those that t
 bench: $(VENV)/.ok  ## Time the packed linear layer beside torch's
 	$(PY) -m littlebit.fast bench linear
 
-wheel: $(VENV)/.ok  ## Build dist/*.whl through an sdist, so that a stale build folder cannot leak into it
-	rm -rf build/lib build/bdist* dist
-	$(VENV)/bin/uv build -q --out-dir dist
+wheel: $(VENV)/.ok  ## Build dist/*.whl
+	$(PY) -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 clean:  ## Remove everything that the other targets made
 	rm -rf $(VENV) build dist *.egg-info

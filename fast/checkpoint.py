@@ -152,17 +152,28 @@ def written_whole(path: Path) -> Iterator[Path]:
     try:
         part.chmod(0o755)
         yield part
-        old = part.with_name(part.name + "-old")
-        if path.exists():
-            os.rename(path, old)
-        os.rename(part, path)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(part, path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}; nothing was left there") from error
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Rename `part` to `path`; what was there goes only once its successor stands, and comes back if that fails."""
+    if not path.exists():
+        os.rename(part, path)
+        return
+    old = part.with_name(part.name + "-old")
+    os.rename(path, old)
+    try:
+        os.rename(part, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:

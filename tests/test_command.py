@@ -65,6 +65,20 @@ def test_generate_speaks(checkpoint, capsys):
     assert sampled["tokens_per_s"] > 0
 
 
+def test_quantize_reaches_every_initialiser_and_allocation(tiny_llama, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    for init, extra in {"itq": [], "admm": ["--importance", "--paths", "auto", "--calibration", str(text)]}.items():
+        allocation = "sensitivity" if extra else "uniform"
+        options = ["--init", init, "--allocation", allocation, "--bits", BITS, "--overwrite", *extra]
+        assert main(["quantize", str(tiny_llama), str(out), *options]) == 0
+        printed = capsys.readouterr().out
+        assert {"q_proj", "down_proj"} <= {line.split()[0] for line in printed.splitlines() if line}
+        results = json.loads((out / "quantization.json").read_text())
+        assert len(results) == 14
+        assert all(set(row) == {"d_out", "d_in", "ranks", "bits", "error"} for row in results.values())
+        assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == float(BITS)
+
+
 def test_bench_linear_prints_every_field(capsys):
     assert main(["bench", "linear", "--shape", "256x320", "--bits", "1.0", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)

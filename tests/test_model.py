@@ -257,6 +257,24 @@ def test_save_leaves_nothing_when_the_disk_is_full(quantised, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_save_gives_back_the_old_checkpoint_if_the_new_one_cannot_take_its_place(quantised, tmp_path, monkeypatch):
+    path = lb.save(quantised, tmp_path / "out")
+    before = (path / "model.safetensors").read_bytes()
+    rename, calls = os.rename, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        lb.save(quantised, path, overwrite=True)
+    assert (path / "model.safetensors").read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
 def test_save_names_an_output_that_cannot_be_written(quantised, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="choose a folder that can be written"):

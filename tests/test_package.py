@@ -2,9 +2,12 @@
 
 import doctest
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,24 @@ def test_every_folder_with_modules_is_packaged():
 def test_doctests_pass(module):
     failed, _ = doctest.testmod(importlib.import_module(module), verbose=False)
     assert failed == 0
+
+
+def test_wheel_holds_the_modules_and_nothing_stale(tmp_path):
+    copy = tmp_path / "littlebit"
+    ignored = shutil.ignore_patterns(".venv", ".git", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    stale = copy / "build" / "lib" / "littlebit" / "fast" / "removed_long_ago.py"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
+    packaged = {
+        f"littlebit/{path.relative_to(ROOT)}" for top in ("reference", "fast") for path in (ROOT / top).rglob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == packaged
+    assert {"littlebit/fast/data/roosevelt_1901.txt", "littlebit/fast/data/lincoln_1862.txt"} <= names
 
 
 def modules_loaded_by(statement):
