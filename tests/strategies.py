@@ -59,3 +59,22 @@ def inputs(draw, d_in: int, dtype=np.float32):
     batch = draw(st.sampled_from([(), (0,), (1,), (2,), (3,), (4,), (5,), (9,), (2, 3), (1, 2, 2)]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return rng.standard_normal((*batch, d_in)).astype(dtype)
+
+
+NOISE = 2.0**-30  # far above float64's rounding, far below what changes a well-conditioned result
+
+
+def condition(compute, *arrays, draws=3):
+    """How far the largest entry of compute(*arrays) can move per unit of relative noise in the arrays, measured.
+
+    Rounding moves a result as noise of size eps in the arrays does, once per operation: eps times this times the
+    number of operations bounds the difference of two ways to compute. Where noise flips a sign the measured condition
+    is huge, and rightly so: rounding may flip it too.
+    """
+    rng = np.random.default_rng(0)
+    result = compute(*arrays)
+    moved = np.abs(result)
+    for _ in range(draws):
+        noisy = [array * (1 + NOISE * rng.uniform(-1, 1, array.shape)) for array in arrays]
+        moved = np.maximum(moved, np.abs(compute(*noisy) - result) / NOISE)
+    return np.full(result.shape, moved.max(initial=0.0))

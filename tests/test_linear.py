@@ -39,6 +39,18 @@ def test_linear_agrees(data, paths, with_bias):
     assert_within(y, exact, magnitude, terms)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@given(data=st.data(), paths=factor_arrays(largest=20, paths=1))
+def test_linear_agrees_for_every_input_dtype(dtype, data, paths):
+    """The factors are rounded to x's dtype, so the bound is that of the coarser of it and of the factors' float32."""
+    x = torch.from_numpy(data.draw(inputs(len(paths[0][4])))).to(dtype)
+    exact, magnitude, terms = exact_and_magnitude(x.double().numpy(), [ref.Factors(*paths[0])])
+    y = fast.linear(x, [torch_factors(paths[0])])
+    assert y.dtype == dtype
+    coarser = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) / torch.finfo(torch.float64).eps
+    assert_within(y.double(), exact, coarser * magnitude, terms)
+
+
 def same_outer(path, first):
     """The path with the d_out and d_in of the first one."""
     u, v, h, ell, g = path
