@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shlex
 import sys
 import time
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .bench import BITS, SHAPES, bench_linear
+from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
 from .checkpoint import check_target, info, is_checkpoint, load, save
 from .decode import generate
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
@@ -26,7 +27,9 @@ USER_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 if it did what was asked, 2 with a message on standard error if it could not."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(argv)
+    arguments.typed = shlex.join(["littlebit", *argv])
     quieten()
     if getattr(arguments, "threads", None):
         torch.set_num_threads(arguments.threads)
@@ -122,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=int, default=1)
     sub.add_argument("--threads", type=int, default=1)
     sub.add_argument("--json", action="store_true")
+    sub.add_argument("--save", type=Path, help="also write the figures, with device and commit, to this JSON file")
     return top
 
 
@@ -270,6 +274,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
     rows = bench_linear(
         tuple(arguments.shape), tuple(arguments.bits), arguments.batch, arguments.threads, arguments.paths
     )
+    if arguments.save:
+        save_results(arguments.save, rows, arguments.typed, cpu_name())
     if arguments.json:
         print(json.dumps(rows))
         return

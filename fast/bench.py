@@ -1,9 +1,13 @@
 """Benchmarks: one packed linear layer beside torch's own."""
 
+import json
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -139,3 +143,39 @@ def exact_path(x: Tensor, packed: PackedFactors) -> Tensor:
     """A path's output in float64."""
     u, v, h, ell, g = (tensor.double() for tensor in unpack_factors(packed))
     return ((x.double() * g) @ v * ell) @ u.T * h
+
+
+def save_results(path: Path, rows: list[dict[str, Any]], command: str, device: str) -> None:
+    """Write measurements as JSON with all that is needed to repeat them: command, device, commit, versions."""
+    record = {
+        "command": command,
+        "device": device,
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__},
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's name, with the instruction sets that matter to the kernels."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    values = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    values = {key.strip(): value.strip() for key, value in values.items()}
+    sets = [
+        name for name in ("avx512f", "avx2", "asimd") if name in values.get("flags", values.get("Features", "")).split()
+    ]
+    return f"{values.get('model name', platform.machine())} ({', '.join(sets) or 'no vector sets known'})"
+
+
+def commit() -> str | None:
+    """The commit of the source checkout, marked if it has changes; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -79,9 +79,14 @@ def test_quantize_reaches_every_initialiser_and_allocation(tiny_llama, text, tmp
         assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == float(BITS)
 
 
-def test_bench_linear_prints_every_field(capsys):
-    assert main(["bench", "linear", "--shape", "256x320", "--bits", "1.0", "--json"]) == 0
+def test_bench_linear_prints_and_saves_every_field(tmp_path, capsys):
+    saved = tmp_path / "new" / "results.json"
+    assert main(["bench", "linear", "--shape", "256x320", "--bits", "1.0", "--json", "--save", str(saved)]) == 0
     (row,) = json.loads(capsys.readouterr().out)
+    record = json.loads(saved.read_text())
+    assert record["rows"] == [row]
+    assert record["command"].startswith("littlebit bench linear --shape 256x320")
+    assert set(record) == {"command", "device", "commit", "versions", "rows"}
     assert set(row) >= {"d_out", "d_in", "bits", "rank", "time_us", "dense_us", "speedup", "max_error"}
     assert row["bits"] <= 1.0
     assert row["max_error"] < 1e-5
