@@ -91,6 +91,7 @@ def save(
     with written_whole(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
         save_file(stored_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner alone
         if results is not None:
             rows = {name: asdict(result) for name, result in results.items()}
             (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -123,13 +124,26 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Raise OSError if `path` exists and is neither an empty directory nor a checkpoint that may be overwritten."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not path.is_dir() or not is_checkpoint(path):
-        raise FileExistsError(f"{path} exists and is not a LittleBit checkpoint; choose another output")
-    if not overwrite:
-        raise FileExistsError(f"{path} already holds a checkpoint; pass overwrite=True (--overwrite) to replace it")
+    """Raise OSError unless `path` can be written: before hours of work, not after them.
+
+    It may be new, an empty directory, or a checkpoint that may be overwritten.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not path.is_dir() or not is_checkpoint(path):
+            raise FileExistsError(f"{path} exists and is not a LittleBit checkpoint; choose another output")
+        if not overwrite:
+            raise FileExistsError(f"{path} already holds a checkpoint; pass overwrite=True (--overwrite) to replace it")
+    temporary_beside(path).rmdir()
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new directory in the folder that `path` is in, or an OSError that says why there is none."""
+    path = path.absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -144,11 +158,7 @@ def is_checkpoint(path: Path) -> bool:
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path` that becomes `path` if the block succeeds and vanishes if it does not."""
     path = path.absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+    part = temporary_beside(path)
     try:
         part.chmod(0o755)
         yield part
