@@ -33,7 +33,7 @@ def calibrate(
     window: int = CALIBRATION_WINDOW,
     progress: bool = True,
 ) -> dict[str, Moments]:
-    """Second moments of inputs and output gradients of a model's linear layers (NanoQuant, arXiv 2602.06694, 3.2).
+    """Second moments of inputs and output gradients of a model's linear layers (after NanoQuant, arXiv 2602.06694).
 
     sum_ij outputs_i inputs_j (W - W_hat)_ij^2 is then, with a diagonal Kronecker-factored Fisher matrix, twice the
     loss that replacing W by W_hat costs per token, to second order.

@@ -1,4 +1,4 @@
-"""The layer itself: y = W_hat x + b, without ever forming W_hat (LittleBit, arXiv 2506.13771, equation 5)."""
+"""The layer itself: y = W_hat x + b, without ever forming W_hat (LittleBit, arXiv 2506.13771)."""
 
 from collections.abc import Sequence
 

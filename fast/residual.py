@@ -1,4 +1,4 @@
-"""Residual compensation: two low-rank paths out of one bit budget (LittleBit, arXiv 2506.13771, Section 3.3)."""
+"""Residual compensation: two low-rank paths out of one bit budget (LittleBit, arXiv 2506.13771)."""
 
 from collections.abc import Callable, Sequence
 

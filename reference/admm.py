@@ -21,7 +21,7 @@ def project(matrix: np.ndarray) -> np.ndarray:
 
 
 def solve_factor(target: np.ndarray, fixed: np.ndarray, pull: np.ndarray, rho: float) -> np.ndarray:
-    """The factor A that fits target ~ A X^T and stays near `pull`: ridge least squares (NanoQuant, equation 5).
+    """The factor A that fits target ~ A X^T and stays near `pull`: ridge least squares (the update of NanoQuant).
 
     X is `fixed` with columns of norm 1. A minimises ||target - A X^T||^2 + rho ||A - pull||^2 + RIDGE ||A||^2, that is
     (X^T X + (rho + RIDGE) 1) A^T = X^T target^T + rho pull^T.
@@ -173,7 +173,7 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray, otherwise: np.ndarray)
 def importance(second_moment: np.ndarray, shrink: float = 0.4) -> np.ndarray:
     """Weights of a layer's input or output channels from the second moments of what passes through them.
 
-    Normalised to mean 1 and shrunk towards it: w <- (1 - shrink) w + shrink (NanoQuant, Section 3.2).
+    Normalised to mean 1 and shrunk towards it: w <- (1 - shrink) w + shrink (after NanoQuant).
 
     Parameters
     ----------

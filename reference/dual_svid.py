@@ -1,4 +1,4 @@
-"""Dual-SVID: where training starts (LittleBit, arXiv 2506.13771, Section 3.2)."""
+"""Dual-SVID: where training starts (LittleBit, arXiv 2506.13771)."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ def svid(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sign-Value-Independent Decomposition: signs kept exactly, magnitudes as a rank-one matrix.
 
     matrix ~ sign(matrix) * (row column^T), with row column^T the best rank-one approximation of |matrix|
-    (OneBit, arXiv 2402.11295, Section 3.2).
+    (SVID of OneBit, arXiv 2402.11295).
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def svid(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def dual_svid(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -> Factors:
-    """Factors of a weight from its truncated SVD and one SVID of each side (LittleBit, equations 6 to 9).
+    """Factors of a weight from its truncated SVD and one SVID of each side (LittleBit, Dual-SVID).
 
     W ~ U' V'^T with sqrt(S) on both sides; |U'| ~ h ell_u^T and |V'| ~ g ell_v^T; ell = ell_u * ell_v. The latents
     are U' and V' themselves.

@@ -8,7 +8,7 @@ from .signs import sign
 
 
 class Factors(NamedTuple):
-    """One path of a LittleBit layer (LittleBit, arXiv 2506.13771, Section 3.1).
+    """One path of a LittleBit layer (LittleBit, arXiv 2506.13771).
 
     W ~ diag(h) U_sign diag(ell) V_sign^T diag(g)
 
