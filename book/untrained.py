@@ -16,6 +16,7 @@ import littlebit.fast as lb
 import torch
 from littlebit.fast.bench import cpu_name, save_results
 from littlebit.fast.evaluate import SAMPLE_TEXT, TRAINING_TEXT
+from littlebit.fast.hf import text_tokens
 
 MODEL = "smollm2"
 CALIBRATION_TOKENS = 8192
@@ -33,19 +34,14 @@ ROWS = [
 ]
 
 
-def tokens_of(tokenizer, path: Path) -> torch.Tensor:
-    """A text's tokens."""
-    return tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
-
-
 def measure(source: str, settings: dict, device: str, windows: int) -> dict:
     """One row: quantise, then perplexity."""
     tokenizer, model = lb.load_tokenizer(source), lb.load_model(source, device)
-    calibration = tokens_of(tokenizer, TRAINING_TEXT)[:CALIBRATION_TOKENS]
+    calibration = text_tokens(tokenizer, TRAINING_TEXT)[:CALIBRATION_TOKENS]
     start = time.perf_counter()
     results = lb.quantize_(model, lb.Config(**settings), calibration, progress=False)
     seconds = time.perf_counter() - start
-    score = lb.perplexity(model, tokens_of(tokenizer, SAMPLE_TEXT), max_windows=windows, progress=False)
+    score = lb.perplexity(model, text_tokens(tokenizer, SAMPLE_TEXT), max_windows=windows, progress=False)
     weights = sum(result.d_out * result.d_in for result in results.values())
     stored = sum(result.bits * result.d_out * result.d_in for result in results.values()) / weights
     error = statistics.mean(result.error for result in results.values())

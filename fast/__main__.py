@@ -19,7 +19,7 @@ from .checkpoint import check_target, info, is_checkpoint, load, save
 from .decode import generate
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import ARTIFACTS, fetch
-from .hf import load_model, load_tokenizer
+from .hf import load_model, load_tokenizer, text_tokens
 from .model import ALLOCATIONS, INITS, Config, LayerResult, quantize_
 
 USER_ERROR = 2
@@ -166,8 +166,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     )
     tokens = None
     if config.needs_calibration():
-        text = arguments.calibration.read_text(encoding="utf-8")
-        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0][: arguments.calibration_tokens]
+        tokens = text_tokens(tokenizer, arguments.calibration)[: arguments.calibration_tokens]
     model = load_model(arguments.model)
     results = quantize_(model, config, tokens)
     save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
@@ -208,9 +207,8 @@ def load_any(source: str) -> torch.nn.Module:
 
 def run_eval(arguments: argparse.Namespace) -> None:
     """Run `littlebit eval`."""
-    text = arguments.text.read_text(encoding="utf-8")
+    tokens = text_tokens(load_tokenizer(arguments.model), arguments.text)
     model = load_any(arguments.model)
-    tokens = load_tokenizer(arguments.model)(text, return_tensors="pt", verbose=False)["input_ids"][0]
     result = perplexity(model, tokens, arguments.window, arguments.max_windows)
     if arguments.json:
         print(json.dumps(result._asdict() | {"text": str(arguments.text)}))

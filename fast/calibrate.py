@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from .evaluate import windows
+
 CALIBRATION_WINDOW = 512
 
 
@@ -61,19 +63,19 @@ def calibrate(
     """
     if len(tokens) < 2:
         raise ValueError(f"calibration needs at least two tokens, but the text has {len(tokens)}")
-    window = min(window, len(tokens))
-    count = len(tokens) // window
+    parts = windows(tokens, window)
     device = next(model.parameters()).device
     sums: dict[str, list[Tensor]] = {name: [torch.zeros((), device=device)] * 2 for name in names}
     handles = [watch(model.get_submodule(name), kept) for name, kept in sums.items()]
     try:
-        for index in tqdm(range(count), desc="calibrating", unit="window", disable=not progress):
-            accumulate(model, tokens[index * window : (index + 1) * window].to(device))
+        for part in tqdm(parts, desc="calibrating", unit="window", disable=not progress):
+            accumulate(model, part.to(device))
     finally:
         for pair in handles:
             for handle in pair:
                 handle.remove()
-    return {name: Moments(*(total / (count * window) for total in kept)) for name, kept in sums.items()}
+    count = sum(map(len, parts))
+    return {name: Moments(*(total / count for total in kept)) for name, kept in sums.items()}
 
 
 def watch(layer: nn.Module, kept: list[Tensor]) -> tuple:

@@ -63,17 +63,24 @@ def perplexity(
     """
     if len(tokens) < 2 or window < 2:
         raise ValueError(f"perplexity needs two tokens and windows of two, but got {len(tokens)} and {window}")
-    window = min(window, len(tokens))
-    count = len(tokens) // window
-    count = count if max_windows is None else min(count, max_windows)
+    parts = windows(tokens, window)[:max_windows]
     device = next(model.parameters()).device
     total = 0.0
     with torch.inference_mode():
-        for index in tqdm(range(count), desc="perplexity", unit="window", disable=not progress):
-            part = tokens[index * window : (index + 1) * window].to(device)
-            total += window_loss(model, part)
-    scored = count * (window - 1)
-    return Perplexity(math.exp(min(total / scored, 700.0)), count, window, scored)
+        for part in tqdm(parts, desc="perplexity", unit="window", disable=not progress):
+            total += window_loss(model, part.to(device))
+    length = min(window, len(tokens))
+    scored = len(parts) * (length - 1)
+    return Perplexity(math.exp(min(total / scored, 700.0)), len(parts), length, scored)
+
+
+def windows(tokens: Tensor, window: int) -> list[Tensor]:
+    """Consecutive windows of a text's tokens that do not overlap.
+
+    An incomplete last window is dropped, unless it is the only one.
+    """
+    length = min(window, len(tokens))
+    return list(tokens[: len(tokens) // length * length].split(length))
 
 
 def window_loss(model: nn.Module, tokens: Tensor) -> float:

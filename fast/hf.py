@@ -74,6 +74,11 @@ def load_tokenizer(source: str | Path) -> Any:
         raise unknown_model(source, error) from error
 
 
+def text_tokens(tokenizer: Any, path: Path) -> torch.Tensor:
+    """Tokens (n,) of a whole UTF-8 text file, with the special tokens that the tokenizer adds to a text."""
+    return tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
+
+
 def unknown_model(source: str | Path, error: Exception) -> ValueError:
     """The error for a model that cannot be found."""
     reason = str(error).strip().splitlines()[0]

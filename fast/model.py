@@ -1,6 +1,5 @@
 """A whole model: which layers are quantised, at which ranks, and how they take the places of the dense ones."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -17,8 +16,6 @@ from .dual_svid import dual_svid
 from .factors import Factors
 from .layers import LittleBitLinear, PackedLinear
 from .residual import compensate, compensate_weighted
-
-logger = logging.getLogger(__name__)
 
 BATCH_ELEMENTS = 1 << 24  # weights factorised at once: bounds the memory that the decompositions take
 OVERSAMPLING = 16  # columns of the sketch beyond the rank
@@ -125,13 +122,13 @@ def quantize_(
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"layer {name}: the weight holds NaN or infinity; repair or re-download the checkpoint")
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    allocate_ranks(shapes, config.bits, config.paths)  # raises before calibration if the bits cannot be met
-    moments, gains = {}, None
+    ranks = allocate_ranks(shapes, config.bits, config.paths)  # before calibration: raises if the bits cannot be met
+    moments = {}
     if tokens is not None and config.needs_calibration():
         moments = calibrate(model, tokens, layers, progress=progress)
     if config.allocation == "sensitivity":
         gains = spectral_gains({name: layer.weight.detach() for name, layer in layers.items()}, moments)
-    ranks = allocate_ranks(shapes, config.bits, config.paths, gains)
+        ranks = allocate_ranks(shapes, config.bits, config.paths, gains)
     results = {}
     with tqdm(
         total=len(layers), desc=f"{config.init}, {config.bits:g} bits", unit="layer", disable=not progress

@@ -43,7 +43,7 @@ def straight_through(x: Tensor) -> Tensor:
     >>> straight_through(torch.tensor([-2.0, 0.0, 3.0]))
     tensor([-1.,  1.,  1.])
     """
-    return cast(Tensor, StraightThrough.apply(x))
+    return cast(Tensor, SignWithRule.apply(x, straight_through_vjp))
 
 
 def straight_through_vjp(x: Tensor, grad: Tensor) -> Tensor:
@@ -70,22 +70,6 @@ def straight_through_vjp(x: Tensor, grad: Tensor) -> Tensor:
     return grad * (x.abs() < 1)
 
 
-class StraightThrough(torch.autograd.Function):
-    """Forward `sign`, backward `straight_through_vjp`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Signs of the latents."""
-        ctx.save_for_backward(x)
-        return sign(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """Gradient with respect to the latents."""
-        (x,) = ctx.saved_tensors
-        return straight_through_vjp(x, grad)
-
-
 def smooth_sign(x: Tensor) -> Tensor:
     """`sign`, differentiated by `smooth_sign_vjp`.
 
@@ -94,7 +78,7 @@ def smooth_sign(x: Tensor) -> Tensor:
     >>> smooth_sign(torch.tensor([-2.0, 0.0, 3.0]))
     tensor([-1.,  1.,  1.])
     """
-    return cast(Tensor, SmoothSign.apply(x))
+    return cast(Tensor, SignWithRule.apply(x, smooth_sign_vjp))
 
 
 def smooth_sign_vjp(x: Tensor, grad: Tensor) -> Tensor:
@@ -124,20 +108,21 @@ def smooth_sign_vjp(x: Tensor, grad: Tensor) -> Tensor:
     return grad * (SHARPNESS * 4 * e / ((1 + e) * (1 + e)))
 
 
-class SmoothSign(torch.autograd.Function):
-    """Forward `sign`, backward `smooth_sign_vjp`."""
+class SignWithRule(torch.autograd.Function):
+    """Forward `sign`, backward the rule's vjp."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, vjp: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Signs of the latents."""
         ctx.save_for_backward(x)
+        ctx.vjp = vjp
         return sign(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Gradient with respect to the latents."""
         (x,) = ctx.saved_tensors
-        return smooth_sign_vjp(x, grad)
+        return ctx.vjp(x, grad), None
 
 
 RULES: dict[str, Callable[[Tensor], Tensor]] = {

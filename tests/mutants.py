@@ -196,11 +196,11 @@ MUTANTS = [
     Mutant("fast/checkpoint.py", "or found.dtype != dtype", "", "dtype of packed tensors not checked"),
     Mutant(
         "fast/evaluate.py",
-        "scored = count * (window - 1)",
-        "scored = count * window",
+        "scored = len(parts) * (length - 1)",
+        "scored = len(parts) * length",
         "the first token counts as scored",
     ),
-    Mutant("fast/evaluate.py", "tokens[index * window :", "tokens[index * (window - 1) :", "windows overlap"),
+    Mutant("fast/evaluate.py", ".split(length)", ".split(length - 1)", "windows are too short"),
     Mutant(
         "fast/kernels/cpu.py", "np.float32(2) * lane_sum(negative)", "lane_sum(negative)", "set bits subtracted once"
     ),
