@@ -47,6 +47,7 @@ from .packing import (
     unpack_signs as unpack_signs,
 )
 from .residual import compensate as compensate, compensate_weighted as compensate_weighted
+from .resume import Keeper as Keeper
 from .signs import (
     RULES as RULES,
     sign as sign,
@@ -68,4 +69,10 @@ from .train import (
     mlp_vjp as mlp_vjp,
     qat as qat,
     qat_step as qat_step,
+)
+from .trainer import (
+    TrainConfig as TrainConfig,
+    TrainingError as TrainingError,
+    TrainingStopped as TrainingStopped,
+    train_ as train_,
 )

@@ -1,14 +1,16 @@
 """The `littlebit` command."""
 
 import argparse
+import copy
 import json
 import logging
 import shlex
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,20 @@ from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import ARTIFACTS, fetch
 from .hf import load_model, load_tokenizer, text_tokens
 from .model import ALLOCATIONS, INITS, Config, LayerResult, quantize_
+from .resume import Keeper
+from .signs import RULES
+from .student import TRAINABLE
+from .trainer import TrainConfig, TrainingError, TrainingStopped, joined_processes, process, train_
 
-USER_ERROR = 2
+USER_ERROR, STOPPED = 2, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if it did what was asked, 2 with a message on standard error if it could not."""
+    """Run the command.
+
+    Returns 0 if it did what was asked, 2 with a message on standard error if it could not, and 143 if a signal
+    stopped it after it had saved its state.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(argv)
     arguments.typed = shlex.join(["littlebit", *argv])
@@ -35,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except TrainingStopped as stopped:
+        print(f"littlebit: {stopped}", file=sys.stderr)
+        return STOPPED
+    except (ValueError, OSError, ImportError, TrainingError) as error:
         print(f"littlebit: error: {error}", file=sys.stderr)
         return USER_ERROR
     return 0
@@ -73,21 +86,29 @@ def parser() -> argparse.ArgumentParser:
     sub = command("quantize", run_quantize, "Quantise a model and write a packed checkpoint.")
     sub.add_argument("model", help=model_help)
     sub.add_argument("out", type=Path, help="directory to write")
-    sub.add_argument("--bits", type=float, default=Config.bits, help="ceiling in stored bits per weight")
-    sub.add_argument(
-        "--paths",
-        choices=["auto", "1", "2"],
-        default=str(Config.paths),
-        help="2 for primary and residual; auto chooses for each layer",
+    add_quantisation(sub)
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    sub = command(
+        "train",
+        run_train,
+        "Quantise a model, train it on its own full-precision outputs, and write a packed checkpoint.",
     )
-    sub.add_argument("--init", choices=INITS, default=Config.init, help="how factors are found")
-    sub.add_argument("--allocation", choices=ALLOCATIONS, default=Config.allocation, help="how ranks are divided")
-    sub.add_argument("--importance", action="store_true", help="weigh channels by calibration (with --init admm)")
-    sub.add_argument("--calibration", type=Path, default=TRAINING_TEXT, help="UTF-8 text to calibrate on")
-    sub.add_argument("--calibration-tokens", type=int, default=8192, help="tokens of it to use")
-    sub.add_argument("--include", nargs="+", default=list(Config.include), help="patterns of layer names")
-    sub.add_argument("--exclude", nargs="+", default=list(Config.exclude), help="patterns of layer names")
-    sub.add_argument("--seed", type=int, default=Config.seed)
+    sub.add_argument("model", help=model_help)
+    sub.add_argument("out", type=Path, help="directory to write; OUT.training keeps the state, to go on from")
+    sub.add_argument("--data", type=Path, nargs="+", default=[TRAINING_TEXT], help="UTF-8 texts (.xz allowed)")
+    sub.add_argument(
+        "--weights", type=float, nargs="+", help="how often each text is drawn from; by default its length"
+    )
+    add_quantisation(sub)
+    add_training(sub)
+    sub.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    sub.add_argument("--threads", type=int, help="CPU threads; torch's default if not given")
+    sub.add_argument("--no-compile", action="store_true", help="do not compile on a GPU")
+    sub.add_argument("--shard", action="store_true", help="divide masters and teacher over the processes (FSDP2)")
+    sub.add_argument("--save-minutes", type=float, default=5.0, help="time between saved states")
+    sub.add_argument("--log-steps", type=int, default=20, help="steps between entries of the log")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -129,6 +150,43 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def add_quantisation(sub: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that quantise a model."""
+    sub.add_argument("--bits", type=float, default=Config.bits, help="ceiling in stored bits per weight")
+    sub.add_argument(
+        "--paths",
+        choices=["auto", "1", "2"],
+        default=str(Config.paths),
+        help="2 for primary and residual; auto chooses for each layer",
+    )
+    sub.add_argument("--init", choices=INITS, default=Config.init, help="how factors are found")
+    sub.add_argument("--allocation", choices=ALLOCATIONS, default=Config.allocation, help="how ranks are divided")
+    sub.add_argument("--importance", action="store_true", help="weigh channels by calibration (with --init admm)")
+    sub.add_argument("--calibration", type=Path, default=TRAINING_TEXT, help="UTF-8 text to calibrate on")
+    sub.add_argument("--calibration-tokens", type=int, default=8192, help="tokens of it to use")
+    sub.add_argument("--include", nargs="+", default=list(Config.include), help="patterns of layer names")
+    sub.add_argument("--exclude", nargs="+", default=list(Config.exclude), help="patterns of layer names")
+    sub.add_argument("--seed", type=int, default=Config.seed)
+
+
+def add_training(sub: argparse.ArgumentParser) -> None:
+    """Arguments that become a TrainConfig."""
+    sub.add_argument("--tokens", type=int, default=TrainConfig.tokens, help="training tokens in all")
+    sub.add_argument("--sequence", type=int, default=TrainConfig.sequence, help="tokens in a sequence")
+    sub.add_argument("--batch", type=int, default=TrainConfig.batch, help="sequences in a step, over all processes")
+    sub.add_argument("--micro-batch", type=int, help="sequences that a process handles at once; by default all of its")
+    sub.add_argument("--lr-latents", type=float, default=TrainConfig.lr_latents, help="highest learning rate of u, v")
+    sub.add_argument("--lr-scales", type=float, default=TrainConfig.lr_scales, help="that of h, ell, g")
+    sub.add_argument("--lr-others", type=float, default=TrainConfig.lr_others, help="that of norms and the rest")
+    sub.add_argument("--train", choices=TRAINABLE, default=TrainConfig.train, help="which other parameters are trained")
+    sub.add_argument("--rule", choices=list(RULES), default=TrainConfig.rule, help="derivative of a sign")
+    sub.add_argument("--hidden", type=float, default=TrainConfig.hidden, help="weight of the hidden-state loss")
+    sub.add_argument("--block-tokens", type=int, default=0, help="of the tokens, those that train block by block first")
+    sub.add_argument("--warmup", type=float, default=TrainConfig.warmup, help="part of the schedule that warms up")
+    sub.add_argument("--final", type=float, default=TrainConfig.final, help="last learning rates over the highest")
+    sub.add_argument("--clip", type=float, default=TrainConfig.clip, help="largest norm of the gradients; 0 for none")
+
+
 def add_compute(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that run a model."""
     sub.add_argument("--device", choices=["cpu"], default="cpu")
@@ -150,10 +208,8 @@ def run_fetch(arguments: argparse.Namespace) -> None:
     print(fetch(arguments.name))
 
 
-def run_quantize(arguments: argparse.Namespace) -> None:
-    """Run `littlebit quantize`."""
-    check_target(arguments.out, arguments.overwrite)
-    tokenizer = load_tokenizer(arguments.model)
+def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Config, torch.Tensor | None]:
+    """The Config that the arguments say, and the calibration tokens if it needs any."""
     config = Config(
         bits=arguments.bits,
         paths=None if arguments.paths == "auto" else int(arguments.paths),
@@ -167,6 +223,14 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     tokens = None
     if config.needs_calibration():
         tokens = text_tokens(tokenizer, arguments.calibration)[: arguments.calibration_tokens]
+    return config, tokens
+
+
+def run_quantize(arguments: argparse.Namespace) -> None:
+    """Run `littlebit quantize`."""
+    check_target(arguments.out, arguments.overwrite)
+    tokenizer = load_tokenizer(arguments.model)
+    config, tokens = quantisation(arguments, tokenizer)
     model = load_model(arguments.model)
     results = quantize_(model, config, tokens)
     save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
@@ -176,6 +240,50 @@ def run_quantize(arguments: argparse.Namespace) -> None:
         return
     print(kind_table(results))
     print(f"{arguments.out}: {summary(stored)}")
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    """Run `littlebit train`, in one process or as one of torchrun's."""
+    check_target(arguments.out, arguments.overwrite)
+    with joined_processes(arguments.device) as device:
+        train(arguments, device)
+
+
+def train(arguments: argparse.Namespace, device: str) -> None:
+    """Quantise, train and save; only the first process writes and prints."""
+    tokenizer = load_tokenizer(arguments.model)
+    texts = [text_tokens(tokenizer, path) for path in arguments.data]
+    settings = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
+    training = TrainConfig(**settings)
+    config, calibration = quantisation(arguments, tokenizer)
+    state = arguments.out.with_name(arguments.out.name + ".training")
+    keeper = Keeper(state, arguments.save_minutes, {"model": arguments.model} | asdict(config))
+    if keeper.states():  # what was trained takes the place of all factors, so the cheapest ones will do
+        config = replace(config, init="dual-svid", importance=False)
+    teacher = load_model(arguments.model, device)
+    model = copy.deepcopy(teacher)
+    quantize_(model, config, calibration, progress=process()[0] == 0)
+    log = train_(
+        model,
+        teacher,
+        texts,
+        training,
+        arguments.weights,
+        keeper,
+        compile=not arguments.no_compile,
+        shard=arguments.shard,
+        log_steps=arguments.log_steps,
+    )
+    if process()[0] > 0:
+        return
+    save(model.cpu(), arguments.out, tokenizer, config.bits, overwrite=arguments.overwrite, log=log)
+    shutil.rmtree(state, ignore_errors=True)
+    stored = info(arguments.out)
+    if arguments.json:
+        print(json.dumps(stored | {"training": log[-1] if log else None}))
+        return
+    print(f"{arguments.out}: {summary(stored)}")
+    print(f"last loss {log[-1]['loss']:.4f} nats after {log[-1]['tokens']:,} tokens; the log is training.jsonl there")
 
 
 def kind_table(results: dict[str, LayerResult]) -> str:

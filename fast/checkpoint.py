@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def save(
     bits: float | None = None,
     results: Mapping[str, LayerResult] | None = None,
     overwrite: bool = False,
+    log: Sequence[Mapping[str, float]] | None = None,
 ) -> Path:
     """Write a quantised model as a packed checkpoint; complete, or not at all.
 
@@ -61,6 +62,8 @@ def save(
         What `quantize_` returned; written to quantization.json for later study.
     overwrite : bool
         Replace an existing checkpoint at `path`.
+    log : sequence of mappings, optional
+        What `train_` returned; written to training.jsonl.
 
     Returns
     -------
@@ -95,6 +98,8 @@ def save(
         if results is not None:
             rows = {name: asdict(result) for name, result in results.items()}
             (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n")
+        if log is not None:
+            (folder / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]
         if tokenizer is not None:

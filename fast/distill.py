@@ -4,6 +4,7 @@ LittleBit's quantisation-aware training minimises KL(teacher || student) on the 
 error of the hidden states, summed over layers (arXiv 2506.13771, the section on quantisation-aware training).
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -43,35 +44,41 @@ def kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     tensor(0.0719)
     """
     check_pair(student_logits, teacher_logits)
-    return cast(Tensor, KLLoss.apply(student_logits, teacher_logits.detach()))
+    return cast(Tensor, KLLoss.apply(student_logits, teacher_logits.detach(), kl_rows))
 
 
 class KLLoss(torch.autograd.Function):
     """`kl_loss`, whose forward already stores q - p, so that no float32 logits wait for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss, ROWS positions at a time."""
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, part_loss: Callable) -> Tensor:
+        """The loss, ROWS positions at a time; `part_loss` is `kl_rows`, or that compiled."""
         logits, targets = rows(student), rows(teacher)
         difference = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         losses = []
         for start in range(0, len(logits), ROWS):
             part = slice(start, start + ROWS)
-            log_q, log_p = log_softmax(logits[part]), log_softmax(targets[part])
-            p = log_p.exp()
-            losses.append((p * (log_p - log_q)).sum())
+            loss, q_minus_p = part_loss(logits[part], targets[part])
+            losses.append(loss)
             if difference is not None:
-                difference[part] = log_q.exp_().sub_(p)
+                difference[part] = q_minus_p
         ctx.save_for_backward(difference)
         ctx.shape = student.shape
         return torch.stack(losses).sum() / len(logits)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Gradient (q - p) / positions; the division comes last, so that float16 keeps small entries."""
         (difference,) = ctx.saved_tensors
-        return (difference * (grad / len(difference))).reshape(ctx.shape), None
+        return (difference * (grad / len(difference))).reshape(ctx.shape), None, None
+
+
+def kl_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over rows of KL(p || q), and q - p in the student's dtype; both arguments are (rows, vocabulary) logits."""
+    log_q, log_p = log_softmax(logits), log_softmax(targets)
+    p = log_p.exp()
+    return (p * (log_p - log_q)).sum(), (log_q.exp() - p).to(logits.dtype)
 
 
 def kl_loss_vjp(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

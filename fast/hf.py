@@ -1,6 +1,7 @@
 """Everything that needs transformers: loading dense models and tokenizers, and building empty ones for checkpoints."""
 
 import contextlib
+import lzma
 import os
 import shutil
 import tempfile
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from .fetch import ARTIFACTS, cache_folder, fetch
+
+CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
 
 
 def transformers() -> Any:
@@ -75,8 +79,21 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def text_tokens(tokenizer: Any, path: Path) -> torch.Tensor:
-    """Tokens (n,) of a whole UTF-8 text file, with the special tokens that the tokenizer adds to a text."""
-    return tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
+    """Tokens (n,) of a whole UTF-8 text file, with the special tokens that the tokenizer adds to a text.
+
+    Files that end in .xz are decompressed.
+
+    Raises
+    ------
+    ValueError
+        If the file is not UTF-8 text.
+    """
+    try:
+        content = path.read_bytes()
+        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8")
+    except (UnicodeDecodeError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def unknown_model(source: str | Path, error: Exception) -> ValueError:
@@ -134,6 +151,45 @@ def convert(gguf: Path, folder: Path) -> None:
         raise ValueError(f"{gguf} cannot be read as a GGUF model: {error}") from error
     model.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def causal_attention(model: nn.Module) -> Iterator[None]:
+    """While active, a transformers model attends causally without a mask, so that its forward can be captured.
+
+    transformers looks at the positions to see whether it needs a mask: a look that no CUDA graph can hold. For whole
+    sequences without padding the answer is known.
+    """
+    hf = transformers()
+    hf.AttentionInterface.register(CAUSAL, causal)
+    before = model.config._attn_implementation  # type: ignore[union-attr]
+    model.set_attn_implementation(CAUSAL)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def causal(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: (batch, heads, sequence, d) in, (batch, sequence, heads, d) out."""
+    grouped = query.shape[1] != key.shape[1]
+    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def is_plainly_causal(model: nn.Module, length: int) -> bool:
+    """Whether `causal` says all of the model's attention for sequences of a length: no short window, no soft cap."""
+    config = model.config  # type: ignore[union-attr]
+    window = getattr(config, "sliding_window", None)
+    return (window is None or window >= length) and not getattr(config, "attn_logit_softcapping", None)
 
 
 def empty_model(config: dict[str, Any]) -> nn.Module:

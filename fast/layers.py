@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .factors import Factors
 from .linear import linear, packed_linear
@@ -32,6 +33,11 @@ class LittleBitLinear(nn.Module):
         If there is no such rule.
     """
 
+    # The folded factors (see `linear.folded`), where a trainer has built them for all layers at once and passes them
+    # through torch.func.functional_call; otherwise the layer folds its own.
+    a: Tensor | None = None
+    b: Tensor | None = None
+
     def __init__(self, paths: Sequence[Factors], bias: Tensor | None = None, rule: str = "smooth_sign"):
         super().__init__()
         named_rule(rule)  # refuses an unknown name here rather than at the first step
@@ -41,7 +47,8 @@ class LittleBitLinear(nn.Module):
         for factors in paths:
             path = Path()
             for name, tensor in factors._asdict().items():
-                path.register_parameter(name, nn.Parameter(tensor.detach().clone()))
+                values = tensor.detach().clone(memory_format=torch.contiguous_format)
+                path.register_parameter(name, nn.Parameter(values))
             self.paths.append(path)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
@@ -56,6 +63,8 @@ class LittleBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
+        if self.a is not None and self.b is not None:
+            return functional.linear(functional.linear(x, self.a), self.b, self.bias)
         return linear(x, self.factors(), self.bias, self.rule)
 
     def pack(self) -> "PackedLinear":

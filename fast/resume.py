@@ -1,0 +1,138 @@
+"""What is kept of a training run, so that it can go on after anything: its state and its log.
+
+A folder holds `step-N/` for the last two saved states, each a directory with state.safetensors and run.json, written
+under a temporary name and renamed, and log.jsonl. A state that is damaged is passed over for the one before it.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .checkpoint import written_whole
+
+STATE, RUN, LOG = "state.safetensors", "run.json", "log.jsonl"
+KEPT = 2  # states
+
+
+class Keeper:
+    """Keeps the state and the log of a training run in a folder.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Made if it does not exist.
+    minutes : float
+        Time between states.
+    run : dict, optional
+        What identifies the run beside its training settings: the model and how it was quantised, say.
+    """
+
+    def __init__(self, folder: str | Path, minutes: float = 5.0, run: dict[str, Any] | None = None):
+        self.folder, self.minutes, self.run = Path(folder), minutes, dict(run or {})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.saved = time.monotonic()
+
+    def check(self, run: dict[str, Any]) -> None:
+        """Note what else identifies the run, or raise ValueError if the folder holds states of another."""
+        self.run = json.loads(json.dumps(self.run | run))
+        for path in self.states():
+            before = described(path).get("run")
+            if before is not None and before != self.run:
+                keys = sorted(key for key in {*before, *self.run} if before.get(key) != self.run.get(key))
+                raise ValueError(
+                    f"{self.folder} holds the state of another run, which differs in {', '.join(keys)}: give the same "
+                    "settings to go on with it, or delete the folder to begin anew"
+                )
+
+    def states(self) -> list[Path]:
+        """Directories of the saved states, newest first."""
+        found = [path for path in self.folder.glob("step-*") if path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+    def is_time(self) -> bool:
+        """Whether a state should be saved again."""
+        return time.monotonic() - self.saved >= 60 * self.minutes
+
+    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Save a state; if there is no room for it, warn and keep the one before."""
+        self.saved = time.monotonic()
+        path = self.folder / f"step-{step}"
+        if path.exists():
+            return
+        try:
+            with written_whole(path) as part:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part / STATE)
+                description = {"run": self.run, "step": step, "sha256": file_digest(part / STATE)}
+                (part / RUN).write_text(json.dumps(description, indent=1) + "\n")
+        except OSError as error:
+            warnings.warn(f"the state of step {step} was not saved, the one before it stays: {error}", stacklevel=2)
+            return
+        for old in self.states()[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def last(self) -> tuple[int, dict[str, Tensor], list[dict[str, float]]] | None:
+        """Step, tensors and log of the newest state that is whole, or None; damaged ones are named in a warning."""
+        for path in self.states():
+            try:
+                description = described(path)
+                if description.get("sha256") != file_digest(path / STATE):
+                    raise OSError("its checksum is wrong")
+                tensors, step = load_file(path / STATE), int(description["step"])
+            except (OSError, SafetensorError, KeyError) as error:
+                warnings.warn(f"{path} is damaged and passed over ({error}); going on from before it", stacklevel=2)
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            return step, tensors, self.cut_log(step)
+        self.cut_log(0)
+        return None
+
+    def log(self, entry: dict[str, float]) -> None:
+        """Add an entry to the log."""
+        with (self.folder / LOG).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def cut_log(self, step: int) -> list[dict[str, float]]:
+        """The log's entries up to a step; what comes after it is dropped, because it will be done again."""
+        path = self.folder / LOG
+        entries = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # the last line of a process that was killed
+                    break
+                if entry["step"] <= step:
+                    entries.append(entry)
+            path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        return entries
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What run.json says of a saved state; nothing if it cannot be read."""
+    try:
+        return json.loads((path / RUN).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of the contents of tensors."""
+    value = hashlib.sha256()
+    for tensor in tensors:
+        value.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return value.hexdigest()

@@ -1,0 +1,741 @@
+"""Quantisation-aware training of a whole language model: a LittleBit student learns its teacher's logits.
+
+One step (LittleBit, arXiv 2506.13771, the section on quantisation-aware training): the student's weights are folded
+from float32 masters, both models read the same tokens, the loss is KL(teacher || student) plus, if wanted, the error
+of the hidden states, and AdamW moves latents, scales and norms at rates of their own.
+
+On a GPU the step is compiled piece by piece and captured in CUDA graphs, so that a small step costs what its
+arithmetic costs. A run killed at any moment goes on from its last state and ends with the same bits (see `resume`).
+"""
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from tqdm import tqdm
+
+from .distill import KLLoss, hidden_loss, kl_rows
+from .hf import causal_attention, is_plainly_causal
+from .resume import Keeper, digest
+from .signs import named_rule
+from .student import TRAINABLE, ShardedStudent, StackedStudent, blocks, fold, littlebit_layers, shard_, whole
+
+RECOMPILE_LIMIT = 64  # several trainings in one process, each with sizes of its own
+EAGER_STEPS = 3  # before a capture: libraries choose kernels and allocate workspaces in them
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; the last saved state stays."""
+
+
+class TrainingStopped(RuntimeError):  # noqa: N818 (not an error)
+    """Training that was told to stop, by SIGTERM or SIGINT; its state is saved."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes
+    ----------
+    tokens : int
+        Training tokens in all, in whole steps.
+    sequence : int
+        Tokens in a sequence.
+    batch : int
+        Sequences in a step, over all processes.
+    micro_batch : int, optional
+        Sequences that a process handles at once; the gradients of several add up. None: all of its part of a step.
+    lr_latents, lr_scales, lr_others : float
+        Highest learning rates of latents (u, v), scales (h, ell, g) and other trained parameters.
+    train : str
+        Which other parameters are trained: "none", "norms" (and biases) or "all" (embeddings and head too).
+    rule : str
+        What the derivative of a sign is taken for: a name in `signs.RULES`.
+    hidden : float
+        Weight of the hidden-state loss, summed over blocks; 0 leaves it out.
+    normalise : bool
+        Whether that loss is relative to each position's size (see `distill.hidden_loss`).
+    block_tokens : int
+        The first so many of `tokens` train every block by itself: it reads what the teacher's block before it
+        writes, and learns what the teacher's block makes of it. The learning rates run their schedule in each part.
+    warmup : float
+        Part of the schedule in which the rates rise; then they fall along a cosine to `final` times the highest.
+    final : float
+    betas : (float, float)
+        Of AdamW; there is no weight decay.
+    clip : float
+        Largest norm of all gradients together; 0 for no clipping.
+    seed : int
+        Of the order of the data.
+    """
+
+    tokens: int = 4_194_304
+    sequence: int = 512
+    batch: int = 8
+    micro_batch: int | None = None
+    lr_latents: float = 2e-3
+    lr_scales: float = 1e-3
+    lr_others: float = 3e-4
+    train: str = "norms"
+    rule: str = "straight_through"
+    hidden: float = 0.0
+    normalise: bool = True
+    block_tokens: int = 0
+    warmup: float = 0.02
+    final: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return max(1, self.tokens // (self.sequence * self.batch))
+
+    @property
+    def block_steps(self) -> int:
+        """Steps of the first part, block by block."""
+        return min(self.steps, self.block_tokens // (self.sequence * self.batch))
+
+
+def train_(
+    model: nn.Module,
+    teacher: nn.Module,
+    tokens: Tensor | Sequence[Tensor],
+    config: TrainConfig | None = None,
+    weights: Sequence[float] | None = None,
+    keeper: Keeper | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool = True,
+    shard: bool = False,
+    log_steps: int = 20,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train a quantised model on its teacher's logits, in place.
+
+    Started by torchrun (with torch.distributed initialised), every process trains on its part of each step.
+
+    Parameters
+    ----------
+    model : transformers causal language model after `quantize_`, float32
+    teacher : the model that it was made from, on the same device
+        Its parameters are rounded to `dtype`, in place.
+    tokens : (n,) integer tensor, or several
+        Training texts.
+    config : TrainConfig, optional
+    weights : sequence of float, optional
+        How often a sequence comes from each of the texts; by default in proportion to their lengths.
+    keeper : resume.Keeper, optional
+        Keeps the state and the log in a folder; if there is a state of this run, training goes on from it.
+    dtype : torch.dtype, optional
+        That both models compute in; by default bfloat16 on a GPU and float32 on a CPU.
+    compile : bool
+        Whether to compile, on a GPU.
+    shard : bool
+        Divide masters and teacher over the processes (FSDP2), for models that do not fit one GPU.
+    log_steps : int
+        Steps between entries of the log.
+    progress : bool
+
+    Returns
+    -------
+    The log, a dict for every `log_steps` steps: step, tokens, loss (nats, mean of those steps), grad_norm, lr (of the
+    latents), tokens_per_s, memory_bytes (largest so far on the GPU; 0 on a CPU).
+
+    Raises
+    ------
+    ValueError
+        If the model is not quantised, teacher and student do not fit each other, a text is too short, a setting is
+        out of range, or the keeper holds the state of another run.
+    TrainingError
+        If the loss is not finite or memory runs out; the last saved state stays.
+    TrainingStopped
+        After SIGTERM or SIGINT, once the state is saved.
+    """
+    config = config or TrainConfig()
+    texts = [tokens] if isinstance(tokens, Tensor) else list(tokens)
+    rank, world = process()
+    check_config(config, world)
+    check_models(model, teacher)
+    for text in texts:
+        check_tokens(text, model, config)
+    device = next(model.parameters()).device
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    starts = schedule([len(text) for text in texts], weights, config)  # (steps, batch)
+    corpus = torch.cat([text.to(torch.int32) for text in texts])
+    if keeper is not None:
+        keeper.check(asdict(config) | {"world": world, "shard": shard, "data": digest(corpus, starts)})
+    capture = device.type == "cuda" and not shard and is_plainly_causal(model, config.sequence)
+    compile = compile and capture
+    teacher.to(dtype).requires_grad_(False)  # type: ignore[call-arg]
+    student = (ShardedStudent if shard else StackedStudent)(model, config.rule, config.train, dtype)
+    if shard:
+        shard_(teacher, dtype)
+    try:
+        with contextlib.ExitStack() as during:
+            during.enter_context(deterministic())
+            if capture:
+                for each in (model, teacher):
+                    during.enter_context(causal_attention(each))
+            during.enter_context(compiled(compile and not taps_needed(config), student, teacher))
+            run = Run(student, teacher, corpus.to(device), starts[:, rank::world], config, keeper, capture)
+            if compile:
+                run.kl_rows = torch.compile(kl_rows, dynamic=False)
+            log = run.run(log_steps, progress and rank == 0)
+    except torch.OutOfMemoryError as error:
+        at_once = config.micro_batch or config.batch // world
+        raise TrainingError(
+            f"out of memory with {at_once} sequences of {config.sequence} tokens at once: lower micro_batch, or divide "
+            f"the masters over several GPUs ({error})"
+        ) from error
+    student.finish()
+    return log
+
+
+class Run:
+    """One training run: the step, the loop around it, and its state."""
+
+    def __init__(
+        self,
+        student: StackedStudent | ShardedStudent,
+        teacher: nn.Module,
+        corpus: Tensor,
+        starts: Tensor,
+        config: TrainConfig,
+        keeper: Keeper | None,
+        capture: bool,
+    ):
+        self.capture = capture
+        self.student, self.teacher, self.corpus, self.config, self.keeper = student, teacher, corpus, config, keeper
+        self.device = corpus.device
+        self.on_gpu = self.device.type == "cuda"
+        self.rank, self.world = process()
+        self.starts = starts.to(self.device)  # (steps, sequences of this process)
+        self.offsets = torch.arange(config.sequence, device=self.device)
+        self.tokens = self.batch(0)  # what a step reads: the same memory in each, for captured steps
+        self.loss, self.norm = torch.zeros((2,), device=self.device)
+        self.kl_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = kl_rows
+        self.history: list[dict[str, float]] = []
+        self.step = 0
+        masters = student.masters()
+        self.masters = masters.named()
+        rates = (config.lr_latents, config.lr_scales, config.lr_others)
+        self.groups = [(list(group.values()), rate) for group, rate in zip(masters, rates, strict=True) if group]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "lr": self.scalar(rate)} for group, rate in self.groups],
+            betas=config.betas,
+            weight_decay=0.0,
+            fused=True,
+            capturable=self.on_gpu,
+        )
+        self.prime_optimizer()
+
+    def scalar(self, value: float) -> Any:
+        """A learning rate as the optimiser takes it: a tensor where steps are captured."""
+        return torch.tensor(value, device=self.device) if self.on_gpu else value
+
+    def prime_optimizer(self) -> None:
+        """Let the optimiser allocate its state, which stays zero."""
+        for master in self.masters.values():
+            master.grad = torch.zeros_like(master)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for tensor in self.optimizer_state().values():
+            tensor.zero_()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts by the names of the masters."""
+        return {
+            f"{name}.{key}": tensor
+            for name, master in self.masters.items()
+            for key, tensor in self.optimizer.state[master].items()
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that a step changes."""
+        return {name: master.detach() for name, master in self.masters.items()} | self.optimizer_state()
+
+    def batch(self, step: int) -> Tensor:
+        """Tokens of a step, (sequences, sequence)."""
+        return self.corpus[self.starts[step][:, None] + self.offsets].long()
+
+    def run(self, log_steps: int, progress: bool) -> list[dict[str, float]]:
+        """All steps that are not done yet."""
+        self.restore()
+        middle = self.config.block_steps
+        parts = ((self.block_loss, 0, middle), (self.logit_loss, middle, self.config.steps))
+        with (
+            stop_signals() as stop,
+            tqdm(
+                total=self.config.steps * self.config.batch * self.config.sequence,
+                initial=self.step * self.config.batch * self.config.sequence,
+                desc="training",
+                unit="token",
+                unit_scale=True,
+                disable=not progress,
+            ) as bar,
+        ):
+            for loss_of, first, last in parts:
+                if self.step < last:
+                    with self.tapped(loss_of):
+                        self.loop(self.prepared(loss_of), first, last, log_steps, stop, bar)
+        return self.history
+
+    def loop(
+        self,
+        step: "tuple[Callable[[], None], Callable[[], None]]",
+        first: int,
+        last: int,
+        log_steps: int,
+        stop: list[int],
+        bar: tqdm,
+    ) -> None:
+        """The steps of one part, from `self.step` to `last`."""
+        backward, update = step
+        losses: list[Tensor] = []
+        begin = time.perf_counter()
+        while self.step < last:
+            self.tokens.copy_(self.batch(self.step))
+            factor = learning_rate_factor((self.step - first) / (last - first), self.config)
+            for group, (_, rate) in zip(self.optimizer.param_groups, self.groups, strict=True):
+                if self.on_gpu:
+                    group["lr"].fill_(rate * factor)
+                else:
+                    group["lr"] = rate * factor
+            backward()
+            self.average_gradients()
+            update()
+            losses.append(self.loss.clone())
+            self.step += 1
+            logging = self.step % log_steps == 0 or self.step == last
+            if logging:
+                self.log(losses, begin, self.groups[0][1] * factor, bar)
+                losses, begin = [], time.perf_counter()
+            if self.world == 1 or logging:
+                self.keep(bool(stop), losses)
+
+    def log(self, losses: list[Tensor], begin: float, lr: float, bar: tqdm) -> None:
+        """Add an entry to the log; raise TrainingError if the loss is not a number."""
+        loss = self.checked(losses)  # waits for the GPU, so the time is taken after it
+        seconds = time.perf_counter() - begin
+        count = len(losses) * self.config.batch * self.config.sequence
+        memory = torch.cuda.max_memory_allocated() if self.on_gpu else 0
+        entry = {
+            "step": self.step,
+            "tokens": self.step * self.config.batch * self.config.sequence,
+            "loss": loss,
+            "grad_norm": self.norm.item(),
+            "lr": lr,
+            "tokens_per_s": count / seconds,
+            "memory_bytes": memory,
+        }
+        self.history.append(entry)
+        if self.keeper is not None and self.rank == 0:
+            self.keeper.log(entry)
+        bar.set_postfix(loss=f"{loss:.3f}", memory=f"{memory / 2**30:.1f} GiB", refresh=False)
+        bar.update(count)
+
+    def checked(self, losses: list[Tensor]) -> float:
+        """Mean of the losses over steps and processes; raises TrainingError if it is not finite."""
+        if not losses:
+            return 0.0
+        mean = torch.stack(losses).mean()
+        if self.world > 1:
+            distributed.all_reduce(mean)
+            mean /= self.world
+        if not math.isfinite(mean.item()):
+            raise TrainingError(
+                f"the loss is {mean.item()} before step {self.step}: lower the learning rates, or look at the data; "
+                "the last saved state stays"
+            )
+        return mean.item()
+
+    def keep(self, stop: bool, losses: list[Tensor]) -> None:
+        """Save the state if it is time, or if a signal says to stop."""
+        wanted = stop or (self.keeper is not None and self.keeper.is_time())
+        if self.world > 1:
+            flags = torch.tensor([wanted, stop], dtype=torch.float32, device=self.device)
+            distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+            wanted, stop = (bool(flag) for flag in flags.tolist())
+        if wanted:
+            self.checked(losses)
+            if self.keeper is not None:
+                tensors = {name: whole(tensor) for name, tensor in self.state().items()}  # every process takes part
+                if self.rank == 0:
+                    self.keeper.save(self.step, tensors)
+        if stop:
+            kept = "its state is saved: the same command goes on" if self.keeper is not None else "no state was kept"
+            raise TrainingStopped(f"training was told to stop after step {self.step}; {kept}")
+
+    def restore(self) -> None:
+        """Go on from the last state that was kept, if there is one."""
+        found = self.keeper.last() if self.keeper is not None else None
+        if found is not None:
+            self.step, tensors, self.history = found
+            put(self.state(), tensors)
+
+    def logit_loss(self, tokens: Tensor, taps: "Taps | None") -> Tensor:
+        """KL on the logits, plus the hidden-state loss."""
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=tokens, use_cache=False).logits
+        loss = KLLoss.apply(self.student.logits(tokens), wanted, self.kl_rows)
+        if taps is not None:
+            loss = loss + self.config.hidden * taps.loss(self.config.normalise)
+        return loss
+
+    def block_loss(self, tokens: Tensor, taps: "Taps | None") -> Tensor:
+        """Every block's error on the teacher's own stream."""
+        assert taps is not None
+        with torch.no_grad():
+            self.teacher(input_ids=tokens, use_cache=False)
+        self.student.logits(tokens)
+        return taps.loss(self.config.normalise)
+
+    @contextlib.contextmanager
+    def tapped(self, loss_of: Callable) -> Iterator[None]:
+        """While active, `self.taps` records the blocks' outputs, if the loss needs them."""
+        self.taps = None
+        if loss_of == self.block_loss or self.config.hidden:
+            self.taps = Taps(blocks(self.student.model), blocks(self.teacher), forced=loss_of == self.block_loss)
+        try:
+            yield
+        finally:
+            if self.taps is not None:
+                self.taps.remove()
+
+    def prepared(self, loss_of: Callable) -> tuple[Callable[[], None], Callable[[], None]]:
+        """The two halves of a step, up to the gradients and from them on; captured on a GPU."""
+        size = min(self.config.micro_batch or len(self.tokens), len(self.tokens))
+        parts = self.tokens.split(size)
+
+        def backward() -> None:
+            total = torch.zeros((), device=self.device)
+            for part in parts:
+                loss = loss_of(part, self.taps) * (len(part) / len(self.tokens))
+                loss.backward()
+                total += loss.detach()
+            self.loss.copy_(total)
+
+        def update() -> None:
+            masters = list(self.masters.values())
+            norm = torch.nn.utils.clip_grad_norm_(masters, self.config.clip or math.inf, foreach=True)
+            self.norm.copy_(whole(norm))
+            self.optimizer.step()
+
+        if not self.capture:
+            return without_gradients(backward, self.optimizer), update
+        return self.captured(backward, update)
+
+    def captured(
+        self, backward: Callable[[], None], update: Callable[[], None]
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Both halves as replays of CUDA graphs; the state is as it was before."""
+        before = {name: tensor.cpu() for name, tensor in self.state().items()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(EAGER_STEPS):
+                self.optimizer.zero_grad(set_to_none=True)
+                backward()
+                update()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.optimizer.zero_grad(set_to_none=True)  # so that the gradients are made in the graph's own memory
+        graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+        with torch.cuda.graph(graphs[0]):
+            backward()
+        with torch.cuda.graph(graphs[1], pool=graphs[0].pool()):
+            update()
+        put(self.state(), before)
+        return graphs[0].replay, graphs[1].replay
+
+    def average_gradients(self) -> None:
+        """Mean of the gradients over the processes; FSDP has taken it already."""
+        if self.world > 1 and isinstance(self.student, StackedStudent):
+            for master in self.masters.values():
+                distributed.all_reduce(master.grad)
+                master.grad /= self.world  # type: ignore[operator]
+
+
+class Taps:
+    """Hooks that record what every block writes, for the losses on hidden states.
+
+    Parameters
+    ----------
+    student, teacher : lists of the models' blocks
+    forced : bool
+        Whether each of the student's blocks reads what the teacher's block before it wrote.
+    """
+
+    def __init__(self, student: list[nn.Module], teacher: list[nn.Module], forced: bool):
+        self.student: list[Tensor] = []
+        self.teacher: list[Tensor] = []
+        self.handles = [
+            block.register_forward_hook(self.record(self.student, block is student[0])) for block in student
+        ]
+        self.handles += [
+            block.register_forward_hook(self.record(self.teacher, block is teacher[0])) for block in teacher
+        ]
+        if forced:
+            for before, block in enumerate(student[1:]):
+                self.handles.append(block.register_forward_pre_hook(self.replace(before), with_kwargs=True))
+
+    def record(self, outputs: list[Tensor], is_first: bool) -> Callable:
+        """A hook that appends a block's output; the first block begins a new list."""
+
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            if is_first:
+                outputs.clear()
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    def replace(self, before: int) -> Callable:
+        """A hook that makes a block read the teacher's states."""
+
+        def hook(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            states = self.teacher[before]
+            if arguments:
+                return (states, *arguments[1:]), keywords
+            return arguments, keywords | {"hidden_states": states}
+
+        return hook
+
+    def loss(self, normalise: bool) -> Tensor:
+        """Hidden-state loss summed over blocks."""
+        pairs = zip(self.student, self.teacher, strict=True)
+        loss = torch.stack([hidden_loss(mine, wanted, normalise) for mine, wanted in pairs]).sum()
+        self.student.clear()  # so that the step's graph can go once its gradients are there
+        self.teacher.clear()
+        return loss
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def taps_needed(config: TrainConfig) -> bool:
+    """Whether the training looks at hidden states."""
+    return bool(config.hidden or config.block_steps)
+
+
+def without_gradients(backward: Callable[[], None], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """`backward` that begins without gradients."""
+
+    def begin() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        backward()
+
+    return begin
+
+
+def put(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy values into tensors of the same names, which may be divided over processes."""
+    for name, target in targets.items():
+        value = values[name].to(target.device)
+        if hasattr(target, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+        target.copy_(value)
+
+
+def schedule(lengths: Sequence[int], weights: Sequence[float] | None, config: TrainConfig) -> Tensor:
+    """Where in the texts, laid end to end, each sequence of each step begins.
+
+    Every text is cut into sequences that do not overlap, from an offset that differs from epoch to epoch, and they
+    are read in random order. Which text comes next is drawn in proportion to the weights.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Tokens of each text.
+    weights : sequence of float, optional
+        By default the lengths.
+    config : TrainConfig
+
+    Returns
+    -------
+    (steps, batch) int64 tensor.
+
+    Raises
+    ------
+    ValueError
+        If there are no weights that can be drawn from.
+    """
+    weights = list(lengths if weights is None else weights)
+    if len(weights) != len(lengths) or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"weights must be one per text, not negative, and not all zero: {weights} for {len(lengths)}")
+    generator = torch.Generator().manual_seed(config.seed)
+    count = config.steps * config.batch
+    source = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, replacement=True, generator=generator)
+    starts = torch.empty(count, dtype=torch.int64)
+    for at, length in enumerate(lengths):
+        here = source == at
+        first = sum(lengths[:at])
+        starts[here] = first + epochs(length, config.sequence, int(here.sum()), generator)
+    return starts.view(config.steps, config.batch)
+
+
+def epochs(length: int, sequence: int, count: int, generator: torch.Generator) -> Tensor:
+    """Starts of `count` sequences in a text, epoch after epoch."""
+    parts, have = [torch.empty(0, dtype=torch.int64)], 0
+    while have < count:
+        offset = int(torch.randint(min(sequence, length - sequence + 1), (), generator=generator))
+        windows = (length - offset) // sequence
+        parts.append(offset + sequence * torch.randperm(windows, generator=generator))
+        have += windows
+    return torch.cat(parts)[:count]
+
+
+def learning_rate_factor(progress: float, config: TrainConfig) -> float:
+    """What the highest learning rates are multiplied with: a linear warm-up, then a cosine.
+
+    Examples
+    --------
+    >>> [round(learning_rate_factor(x, TrainConfig(warmup=0.1)), 3) for x in (0.05, 0.1, 0.55, 1.0)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    if progress < config.warmup:
+        return progress / config.warmup
+    fall = (progress - config.warmup) / (1 - config.warmup)
+    return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * fall))
+
+
+def process() -> tuple[int, int]:
+    """Number of the process, and how many there are."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+@contextlib.contextmanager
+def joined_processes(device: str | None = None) -> Iterator[str]:
+    """The device to train on; started by torchrun, the processes are joined while this is active.
+
+    Parameters
+    ----------
+    device : str, optional
+        "cpu" or "cuda"; by default cuda where there is one. Under torchrun, cuda means the GPU of the local rank.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch sees no GPU")
+    if "RANK" not in os.environ:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """While active, torch uses algorithms that give the same bits each time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def compiled(wanted: bool, student: StackedStudent | ShardedStudent, teacher: nn.Module) -> Iterator[None]:
+    """While active, the blocks of both models and the folding run compiled; blocks of one shape share their code."""
+    if not wanted or not isinstance(student, StackedStudent):
+        yield
+        return
+    parts = [*blocks(student.model), *blocks(teacher)]
+    student.fold = torch.compile(fold, dynamic=True)
+    for block in parts:
+        block.compile(dynamic=False)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):  # type: ignore[attr-defined]
+            yield
+    finally:
+        student.fold = fold
+        for block in parts:
+            block._compiled_call_impl = None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """While active, SIGTERM and SIGINT add to a list instead of ending the process, so that the state can be saved."""
+    received: list[int] = []
+    before = {}
+
+    def note(number: int, frame: Any) -> None:
+        if received:  # the second one means it
+            raise KeyboardInterrupt
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError):  # only the main thread may
+            before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_config(config: TrainConfig, world: int) -> None:
+    """Raise ValueError unless the settings make sense."""
+    named_rule(config.rule)
+    if config.train not in TRAINABLE:
+        raise ValueError(f"train must be one of {', '.join(TRAINABLE)}, not {config.train!r}")
+    for key in ("tokens", "sequence", "batch"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"{key} must be at least 1, not {getattr(config, key)}")
+    if config.batch % world:
+        raise ValueError(f"a step's {config.batch} sequences cannot be divided evenly among {world} processes")
+    at_once = config.micro_batch or config.batch // world
+    if at_once < 1 or (config.batch // world) % at_once:
+        raise ValueError(
+            f"a process's {config.batch // world} sequences a step cannot be divided evenly into parts of {at_once} "
+            "(micro_batch)"
+        )
+    if not 0 <= config.warmup < 1:
+        raise ValueError(f"warmup must be a part of the schedule, 0 to below 1, not {config.warmup}")
+    for key in ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final"):
+        if not (math.isfinite(getattr(config, key)) and getattr(config, key) >= 0):
+            raise ValueError(f"{key} must be a finite number, not negative, not {getattr(config, key)}")
+
+
+def check_models(model: nn.Module, teacher: nn.Module) -> None:
+    """Raise ValueError unless the student is quantised and teacher and student share vocabulary and sizes."""
+    if not littlebit_layers(model):
+        raise ValueError("the model has no LittleBit layer that can be trained; call quantize_ first")
+    if littlebit_layers(teacher):
+        raise ValueError("the teacher is quantised; pass the full-precision model")
+    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        mine, theirs = (getattr(each.config, key, None) for each in (model, teacher))
+        if mine != theirs:
+            raise ValueError(f"teacher and student do not fit each other: {key} is {theirs} and {mine}")
+
+
+def check_tokens(text: Tensor, model: nn.Module, config: TrainConfig) -> None:
+    """Raise ValueError unless a text is long enough and its tokens are in the vocabulary."""
+    if text.ndim != 1 or len(text) < config.sequence:
+        raise ValueError(f"a training text has {text.numel()} tokens, but a sequence needs {config.sequence}")
+    largest, size = int(text.max()), model.config.vocab_size  # type: ignore[union-attr]
+    if int(text.min()) < 0 or largest >= size:
+        raise ValueError(f"a training text has token {largest}, but the model's vocabulary has {size}: wrong tokenizer")
