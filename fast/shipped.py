@@ -1,0 +1,92 @@
+"""Trained checkpoints that come with the package.
+
+Shipped is only what training made: packed factors and norms, in one safetensors file a model. The rest, embeddings
+above all, is taken from the model that `fetch` knows, and both are put together in the cache on first use.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from .checkpoint import WEIGHTS, CheckpointError, written_whole
+from .fetch import cache_folder
+from .resume import file_digest
+
+DATA = Path(__file__).with_name("data")
+SUFFIX = "bit.safetensors"
+
+
+def shipped_names() -> list[str]:
+    """Names of the shipped checkpoints, such as smollm2-0.55bit."""
+    return sorted(path.stem for path in DATA.glob(f"*{SUFFIX}"))
+
+
+def shipped(name: str) -> Path:
+    """Directory of a shipped checkpoint, put together from the file and its base on first use.
+
+    Raises
+    ------
+    ValueError
+        If there is no such checkpoint.
+    """
+    file = DATA / f"{name}.safetensors"
+    if name not in shipped_names():
+        raise ValueError(f"no checkpoint is called {name!r}; known: {', '.join(shipped_names())}")
+    folder = cache_folder() / "shipped" / f"{name}-{file_digest(file)[:12]}"
+    if not folder.exists():
+        put_together(file, folder)
+    return folder
+
+
+def put_together(file: Path, folder: Path) -> None:
+    """Write the whole checkpoint that a shipped file and its base make."""
+    from .hf import load_tokenizer, resolve
+
+    with safe_open(file, framework="pt") as opened:
+        note = json.loads((opened.metadata() or {})["littlebit"])
+    base = Path(resolve(note["base"]))
+    trained = load_file(file)
+    quantised = tuple(f"{layer}.weight" for layer in note["quantization_config"]["layers"])
+    tensors = {name: t for name, t in load_file(base / WEIGHTS).items() if name not in quantised} | trained
+    config = json.loads((base / "config.json").read_text())
+    config |= {"dtype": "float16", "quantization_config": note["quantization_config"]}
+    with written_whole(folder) as part:
+        (part / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        (part / "training.json").write_text(json.dumps(note["training"], indent=1) + "\n")
+        load_tokenizer(note["base"]).save_pretrained(part)
+
+
+def ship(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> None:
+    """Write what a trained checkpoint has beyond its base into one file.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        A directory that `save` wrote.
+    base : str
+        Name of the model that it was made from, as `fetch` knows it.
+    file : Path
+        NAMEbit.safetensors.
+    training : dict
+        How it was trained, for the record.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint lacks a tensor of its base, so that it was made from another.
+    """
+    from .hf import resolve
+
+    before, after = load_file(Path(resolve(base)) / WEIGHTS), load_file(checkpoint / WEIGHTS)
+    section = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    quantised = {f"{layer}.weight" for layer in section["layers"]}
+    if missing := sorted(before.keys() - after.keys() - quantised):
+        raise CheckpointError(f"{checkpoint} was not made from {base}: it lacks {missing[0]}")
+    changed = {name: t for name, t in after.items() if name not in before or not torch.equal(t, before[name])}
+    note = {"base": base, "quantization_config": section, "training": training}
+    save_file(changed, file, metadata={"littlebit": json.dumps(note)})
