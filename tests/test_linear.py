@@ -8,7 +8,8 @@ import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
 from littlebit.fast.bench import random_path
-from strategies import factor_arrays, inputs
+from littlebit.fast.kernels import widened
+from strategies import factor_arrays, inputs, sizes
 
 
 def exact_and_magnitude(x, paths, bias=None):
@@ -63,8 +64,10 @@ def same_outer(path, first):
     )
 
 
-@given(st.data(), factor_arrays(largest=127))
-def test_packed_linear_equals_dense(data, paths):
+@pytest.mark.parametrize("largest", [20, 127])
+@given(data=st.data())
+def test_packed_linear_equals_dense(largest, data):
+    paths = data.draw(factor_arrays(largest))
     x = data.draw(inputs(len(paths[0][4])))
     paths = [path if at == 0 else same_outer(path, paths[0]) for at, path in enumerate(paths)]
     bias = np.linspace(-1, 1, len(paths[0][2]), dtype=np.float32)
@@ -74,6 +77,25 @@ def test_packed_linear_equals_dense(data, paths):
     fast_packed = [fast.pack_factors(torch_factors(path)) for path in paths]
     y = fast.packed_linear(torch.from_numpy(x), fast_packed, torch.from_numpy(bias))
     assert_within(y, exact, 3 * magnitude, terms)  # sum - 2 * part: at most three times the magnitude is rounded
+
+
+@given(sizes(40), sizes(40), st.integers(1, 40))
+def test_random_path_is_as_pack_factors_makes_it(d_out, d_in, rank):
+    path = random_path(d_out, d_in, rank, torch.Generator().manual_seed(0))
+    for mine, packed in zip(path, fast.pack_factors(fast.unpack_factors(path)), strict=True):
+        assert_same(mine, packed)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 15, 16, 17, 32])
+def test_widened_adds_nothing_but_zeros(count):
+    words = fast.pack_signs(-torch.ones(3, count))
+    assert widened(words).dtype == torch.int32
+    assert_same(widened(words), np.full((3, 1), 2**count - 1, np.uint32))
+
+
+def as_reference(packed):
+    """The path of the reference that a packed one stands for."""
+    return ref.Factors(*(tensor.numpy() for tensor in fast.unpack_factors(packed)))
 
 
 @given(st.data(), factor_arrays(paths=1))
@@ -125,8 +147,12 @@ def test_packed_linear_refuses_gradients_and_wrong_inputs():
         fast.packed_linear(torch.zeros(2, 49), [path])
     with pytest.raises(ValueError, match="move model and input"):
         fast.packed_linear(torch.zeros(50, device="meta"), [path])
+    with pytest.raises(ValueError, match=r"20 signs need 1 word\(s\) of torch\.int32 a row, .* of torch\.int16"):
+        fast.packed_linear(torch.zeros(50), [path._replace(u_words=path.u_words.to(torch.int16))])
+    with pytest.raises(ValueError, match=r"50 signs need 2 word\(s\) of torch\.int32 a row, but there are 1"):
+        fast.packed_linear(torch.zeros(50), [path._replace(v_words=path.v_words[:, :1])])
     with pytest.raises(ValueError, match="last axis must be d_in = 50"):
-        ref.packed_linear(np.zeros((2, 49)), [ref.PackedFactors(*(tensor.numpy() for tensor in path))])
+        ref.packed_linear(np.zeros((2, 49)), [ref.pack_factors(as_reference(path))])
 
 
 def test_packed_linear_never_unpacks():

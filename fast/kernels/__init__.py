@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..packing import PackedFactors
+from ..packing import PackedFactors, check_words
 from . import cpu
 
 
@@ -24,7 +24,7 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
     Raises
     ------
     ValueError
-        If x needs a gradient, or there is no kernel for its device.
+        If x needs a gradient, there is no kernel for its device, or the words do not fit the scales.
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -35,4 +35,15 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
         raise ValueError(
             f"packed layers compute on the CPU, but the input is on {x.device}: move model and input there"
         )
-    return cpu.packed_linear(x, paths)
+    for path in paths:
+        check_words(path.u_words, path.rank)
+        check_words(path.v_words, x.shape[-1])
+    wide = [path._replace(u_words=widened(path.u_words), v_words=widened(path.v_words)) for path in paths]
+    return cpu.packed_linear(x, wide)
+
+
+def widened(words: Tensor) -> Tensor:
+    """Words as int32, which is all that the CPU kernels read; narrow ones get further pad bits, zeros as all are."""
+    if words.dtype == torch.int32:
+        return words
+    return words.to(torch.int32) & (1 << 8 * words.itemsize) - 1  # without the int16's sign
