@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .bits import layer_bits, rank_for_bits
 from .kernels.cpu import MAX_THREADS
 from .linear import packed_linear
-from .packing import PackedFactors, unpack_factors
+from .packing import PackedFactors, row_words, unpack_factors
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 BITS = (0.1, 0.55)
@@ -30,10 +30,11 @@ def random_path(d_out: int, d_in: int, rank: int, generator: torch.Generator) ->
     """A packed path of random signs and of scales near one, without its dense form."""
 
     def words(rows: int, count: int) -> Tensor:
-        whole = torch.randint(-(2**31), 2**31, (rows, -(-count // 32)), generator=generator, dtype=torch.int32)
+        number, dtype = row_words(count)
+        whole = torch.randint(-(2**31), 2**31, (rows, number), generator=generator, dtype=torch.int32)
         if count % 32:
-            whole[:, -1] &= (1 << count % 32) - 1
-        return whole
+            whole[:, -1] &= (1 << count % 32) - 1  # pad bits; a narrow word has all its signs below them
+        return whole.to(dtype)
 
     def scale(count: int) -> Tensor:
         return (0.5 + torch.rand(count, generator=generator)).half()

@@ -13,4 +13,5 @@ from ..reference.bits import (
     path_bits as path_bits,
     paths_for_bits as paths_for_bits,
     rank_for_bits as rank_for_bits,
+    word_width as word_width,
 )

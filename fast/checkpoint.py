@@ -5,8 +5,9 @@ config.json is the model's own configuration plus a section `quantization_config
     {"quant_method": "littlebit", "format_version": 1, "bits": 0.55,
      "layers": {"model.layers.0.mlp.up_proj": {"d_out": 1536, "d_in": 576, "ranks": [70, 69], "bias": false}, ...}}
 
-For each of those layers model.safetensors holds `LAYER.paths.K.{u_words,v_words,h,ell,g}` (see packing.py); every
-other tensor of the model is there as the model has it, in 16 bits.
+For each of those layers model.safetensors holds `LAYER.paths.K.{u_words,v_words,h,ell,g}`, whose shapes and dtypes
+follow from the layer's sizes and ranks (see packing.py: rows of signs are U8, I16 or I32 words, the narrowest that
+hold a row); every other tensor of the model is there as the model has it, in 16 bits.
 """
 
 import contextlib
@@ -288,7 +289,7 @@ def check_layers(layers: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) 
         if tuple(found.shape) != shape or found.dtype != dtype:
             raise CheckpointError(
                 f"layer {layer}: tensor {name} is {tuple(found.shape)} {found.dtype}, but config.json asks for "
-                f"{shape} {dtype}"
+                f"{shape} {dtype}; it is damaged, or another version of littlebit wrote it: quantise the model again"
             )
 
 
@@ -384,7 +385,7 @@ def info(path: str | Path) -> dict[str, Any]:
 
 def tensor_bytes(path: Path) -> dict[str, int]:
     """Bytes of each tensor in model.safetensors, from its header alone."""
-    widths = {"I32": 4, "F16": 2, "F32": 4, "BF16": 2, "I64": 8, "U8": 1, "I8": 1, "BOOL": 1}
+    widths = {"I32": 4, "I16": 2, "F16": 2, "F32": 4, "BF16": 2, "I64": 8, "U8": 1, "I8": 1, "BOOL": 1}
     try:
         with safe_open(path / WEIGHTS, framework="pt") as file:
             sizes = {}

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from .factors import Factors
 from .linear import linear, packed_linear
-from .packing import PackedFactors, pack_factors
+from .packing import PackedFactors, pack_factors, row_words
 from .signs import named_rule
 
 
@@ -137,9 +137,10 @@ class PackedLinear(nn.Module):
 
 def packed_shapes(d_out: int, d_in: int, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor of a packed path, by its name in PackedFactors."""
+    (u_number, u_dtype), (v_number, v_dtype) = row_words(rank), row_words(d_in)
     return {
-        "u_words": ((d_out, -(-rank // 32)), torch.int32),
-        "v_words": ((rank, -(-d_in // 32)), torch.int32),
+        "u_words": ((d_out, u_number), u_dtype),
+        "v_words": ((rank, v_number), v_dtype),
         "h": ((d_out,), torch.float16),
         "ell": ((rank,), torch.float16),
         "g": ((d_in,), torch.float16),

@@ -118,7 +118,10 @@ def linear_vjp(
 
 
 def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None = None) -> Tensor:
-    """`linear` from packed words, accumulated in float32; nothing is unpacked to a dense matrix.
+    """`linear` from packed words, accumulated in float32.
+
+    On a CPU nothing is unpacked. On another device the signs of both factors are, for as long as the call lasts, and
+    a float16 or bfloat16 input is multiplied in its own dtype (`kernels.unpacked_linear`).
 
     Parameters
     ----------
@@ -133,7 +136,8 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, or the words do not fit the scales.
+        If x's last axis is not d_in, x needs a gradient or is on another device than the words, or the words do not
+        fit the scales.
     """
     check_input(x, paths)
     y = kernels.packed_linear(x.reshape(-1, x.shape[-1]), paths)  # (rows, d_out) float32

@@ -1,9 +1,10 @@
-"""Packing: one sign, one bit, in 32-bit words.
+"""Packing: one sign, one bit, in words of 8, 16 or 32 bits.
 
 Bit 1 means -1. The least significant bit of a word comes first, and pad bits are 0. V is packed along d_in (one row
-of words per latent dimension), U along the rank (one row of words per output). These are the words that the authors'
-checkpoints hold. They are kept as int32, whose bits are those of the reference's uint32: torch cannot shift uint32
-on a CPU.
+of words per latent dimension), U along the rank (one row of words per output). A row takes the narrowest words that
+hold it (`bits.word_width`); rows of more than 16 signs are the 32-bit words that the authors' checkpoints hold. Words
+of more than 8 bits are kept as int16 and int32, whose bits are those of the reference's uint16 and uint32: torch cannot
+shift these on a CPU.
 """
 
 from typing import NamedTuple
@@ -11,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bits import WORD_BITS
+from .bits import word_width
 from .factors import Factors
+
+WORD_TYPES = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 
 class PackedFactors(NamedTuple):
@@ -20,8 +23,8 @@ class PackedFactors(NamedTuple):
 
     Attributes
     ----------
-    u_words : (..., d_out, ceil(rank / 32)) int32
-    v_words : (..., rank, ceil(d_in / 32)) int32
+    u_words : (..., d_out, words) of rank signs a row, uint8, int16 or int32 by `row_words`
+    v_words : (..., rank, words) of d_in signs a row, uint8, int16 or int32 by `row_words`
     h : (..., d_out) float16
     ell : (..., rank) float16
     g : (..., d_in) float16
@@ -39,8 +42,20 @@ class PackedFactors(NamedTuple):
         return self.ell.shape[-1]
 
 
+def row_words(count: int) -> tuple[int, torch.dtype]:
+    """Number and dtype of the words that a row of `count` signs is stored in; see `bits.word_width`.
+
+    Examples
+    --------
+    >>> row_words(16), row_words(40)
+    ((1, torch.int16), (2, torch.int32))
+    """
+    width = word_width(count)
+    return -(-count // width), WORD_TYPES[width]
+
+
 def pack_signs(signs: Tensor) -> Tensor:
-    """Pack the last axis of a sign tensor into 32-bit words, least significant bit first.
+    """Pack the last axis of a sign tensor into the narrowest words that hold it, least significant bit first.
 
     Parameters
     ----------
@@ -49,7 +64,7 @@ def pack_signs(signs: Tensor) -> Tensor:
 
     Returns
     -------
-    (..., ceil(n / 32)) int32 tensor.
+    (..., words) uint8 tensor for n <= 8, int16 for n <= 16, else int32; see `row_words`.
 
     Raises
     ------
@@ -59,14 +74,16 @@ def pack_signs(signs: Tensor) -> Tensor:
     Examples
     --------
     >>> pack_signs(torch.tensor([1, -1, 1, -1]))
-    tensor([10], dtype=torch.int32)
+    tensor([10], dtype=torch.uint8)
     """
     if signs.isnan().any():
         raise ValueError("NaN has no sign and cannot be packed; look for the step that produced it")
-    pad = -signs.shape[-1] % WORD_BITS
-    bits = torch.nn.functional.pad(signs < 0, (0, pad)).unflatten(-1, (-1, WORD_BITS))  # (..., words, 32)
-    place = torch.ones((), dtype=torch.int32, device=signs.device) << torch.arange(WORD_BITS, device=signs.device)
-    return (bits * place.to(torch.int32)).sum(-1, dtype=torch.int32)
+    count = signs.shape[-1]
+    number, dtype = row_words(count)
+    width = 8 * dtype.itemsize
+    bits = torch.nn.functional.pad(signs < 0, (0, number * width - count))
+    place = 1 << torch.arange(width, dtype=dtype, device=signs.device)
+    return (bits.unflatten(-1, (number, width)) * place).sum(-1, dtype=dtype)
 
 
 def unpack_signs(words: Tensor, count: int) -> Tensor:
@@ -74,7 +91,8 @@ def unpack_signs(words: Tensor, count: int) -> Tensor:
 
     Parameters
     ----------
-    words : (..., ceil(count / 32)) int32 tensor
+    words : (..., words) uint8, int16 or int32 tensor
+        As `row_words` asks for.
     count : int
         Signs per row.
 
@@ -85,21 +103,34 @@ def unpack_signs(words: Tensor, count: int) -> Tensor:
     Raises
     ------
     ValueError
-        If the rows do not hold exactly the words that `count` signs need, or a pad bit is set.
+        If the rows are not exactly the words that `count` signs need, in number and dtype, or a pad bit is set.
 
     Examples
     --------
-    >>> unpack_signs(torch.tensor([10], dtype=torch.int32), 4)
+    >>> unpack_signs(torch.tensor([10], dtype=torch.uint8), 4)
     tensor([ 1., -1.,  1., -1.])
     """
-    expected = -(-count // WORD_BITS)
-    if words.shape[-1] != expected:
-        raise ValueError(f"{count} signs need {expected} words a row, but there are {words.shape[-1]}")
-    place = torch.arange(WORD_BITS, dtype=torch.int32, device=words.device)
-    bits = ((words[..., None] >> place) & 1).flatten(-2)  # (..., words * 32)
+    check_words(words, count)
+    bits = row_bits(words)
     if bits[..., count:].any():
         raise ValueError("a pad bit is set: the words are damaged, or were packed with another bit order")
     return 1 - 2 * bits[..., :count].float()
+
+
+def row_bits(words: Tensor) -> Tensor:
+    """All bits of each row of words, pad bits included: (..., words) to (..., words * width) of the words' dtype."""
+    place = torch.arange(8 * words.itemsize, dtype=words.dtype, device=words.device)
+    return ((words[..., None] >> place) & 1).flatten(-2)  # & 1 drops the copies of the sign bit that >> brings
+
+
+def check_words(words: Tensor, count: int) -> None:
+    """Raise ValueError unless each row of words has the number and dtype that `count` signs are stored in."""
+    number, dtype = row_words(count)
+    if words.shape[-1] != number or words.dtype != dtype:
+        raise ValueError(
+            f"{count} signs need {number} word(s) of {dtype} a row, but there are {words.shape[-1]} of {words.dtype}; "
+            "pack the signs again if another version of littlebit packed them"
+        )
 
 
 def pack_factors(factors: Factors) -> PackedFactors:
@@ -124,7 +155,7 @@ def unpack_factors(packed: PackedFactors) -> Factors:
     Raises
     ------
     ValueError
-        If the words do not fit the scales' lengths, or a pad bit is set.
+        If the words do not fit the scales' lengths, in number and dtype, or a pad bit is set.
     """
     u_sign = unpack_signs(packed.u_words, packed.ell.shape[-1])  # (..., d_out, rank)
     v_sign = unpack_signs(packed.v_words, packed.g.shape[-1]).mT  # (..., d_in, rank)

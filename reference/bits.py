@@ -11,6 +11,7 @@ from fractions import Fraction
 
 SCALE_BITS = 16
 WORD_BITS = 32
+NARROWEST_WORD_BITS = 8
 SECOND_PATH_SHARE = 0.1
 
 Shape = tuple[int, int]
@@ -20,7 +21,7 @@ Ranks = tuple[int, ...]
 def path_bits(d_out: int, d_in: int, rank: int, scale_bits: int = SCALE_BITS, word_bits: int = WORD_BITS) -> int:
     """Bits that one path stores (LittleBit, arXiv 2506.13771, Appendix D, plus padding).
 
-    rank * pad(d_in) + d_out * pad(rank) + scale_bits * (d_out + d_in + rank), where pad rounds up to whole words
+    rank * pad(d_in) + d_out * pad(rank) + scale_bits * (d_out + d_in + rank), where pad is `padded`
 
     Parameters
     ----------
@@ -28,7 +29,7 @@ def path_bits(d_out: int, d_in: int, rank: int, scale_bits: int = SCALE_BITS, wo
     scale_bits : int
         Stored width of one scale.
     word_bits : int
-        Rows of signs are padded to a multiple of this; 1 gives the paper's count, which ignores padding.
+        Width of the widest words, see `word_width`; 1 gives the paper's count, which ignores padding.
 
     Examples
     --------
@@ -39,9 +40,40 @@ def path_bits(d_out: int, d_in: int, rank: int, scale_bits: int = SCALE_BITS, wo
     return signs + scale_bits * (d_out + d_in + rank)
 
 
-def padded(count: int, word_bits: int) -> int:
-    """`count` rounded up to a multiple of `word_bits`."""
-    return -(-count // word_bits) * word_bits
+def word_width(count: int, word_bits: int = WORD_BITS) -> int:
+    """Bits of each word that a row of `count` signs is stored in: the narrowest words that hold it.
+
+    Words are halved, from `word_bits` down to 8, while one half-word still holds the whole row. A row of up to 8
+    signs is thus one 8-bit word, a row of up to 16 one 16-bit word, and a longer row whole 32-bit words. The rule is
+    the same for U (rows along the rank) and V (rows along d_in), in memory and in files.
+
+    Parameters
+    ----------
+    count : int
+        Signs in the row.
+    word_bits : int
+        Width of the widest words.
+
+    Examples
+    --------
+    >>> [word_width(count) for count in (1, 8, 9, 16, 17, 576)]
+    [8, 8, 16, 16, 32, 32]
+    """
+    while word_bits // 2 >= max(count, NARROWEST_WORD_BITS):
+        word_bits //= 2
+    return word_bits
+
+
+def padded(count: int, word_bits: int = WORD_BITS) -> int:
+    """Bits that a row of `count` signs is stored in: `count` rounded up to whole words of its `word_width`.
+
+    Examples
+    --------
+    >>> [padded(count) for count in (1, 8, 9, 16, 17, 33)]
+    [8, 8, 16, 16, 32, 64]
+    """
+    width = word_width(count, word_bits)
+    return -(-count // width) * width
 
 
 def layer_bits(
@@ -79,7 +111,7 @@ def rank_for_bits(
 
     Examples
     --------
-    The paper's count for a 4096 x 4096 layer at 0.55 bits, and what fits with padding to whole words:
+    The paper's count for a 4096 x 4096 layer at 0.55 bits, and what fits with padding to words:
 
     >>> rank_for_bits(4096, 4096, 0.55, word_bits=1), rank_for_bits(4096, 4096, 0.55)
     (546, 544)
@@ -131,9 +163,9 @@ def allocate_ranks(
 
     Without gains the layers are as equal in bits per weight as whole ranks allow: every layer gets the ranks of the
     highest common level that the budget affords, but at least rank 1, so that a layer too small for the target
-    borrows from the others. With gains the budget goes, one word of ranks (32) at a time, to the layer that gains
-    most per bit. In both cases what is left is spent one rank at a time on the layer that has the fewest bits per
-    weight, until the cheapest step no longer fits.
+    borrows from the others. With gains the budget goes to the layer that gains most per bit, and fills its words of U
+    each time: ranks rise to 8, 16, 32, 64, 96 and so on. In both cases what is left is spent one rank at a time on
+    the layer that has the fewest bits per weight, until the cheapest step no longer fits.
 
     Parameters
     ----------
@@ -160,7 +192,7 @@ def allocate_ranks(
     Examples
     --------
     >>> allocate_ranks({"square": (256, 256), "small": (64, 256)}, bits=1.0)
-    {'square': (33, 32), 'small': (16, 16)}
+    {'square': (33, 32), 'small': (17, 16)}
     """
     check_bits(bits, 1 if paths is None else paths)
     counts = {
@@ -225,7 +257,7 @@ def best_ranks(
     scale_bits: int,
     word_bits: int,
 ) -> dict[str, Ranks]:
-    """Ranks raised from `ranks`, a word at a time, where they gain most per bit, as long as `rest` bits allow.
+    """Ranks raised from `ranks`, by full words of U, where they gain most per bit, as long as `rest` bits allow.
 
     Gains that fall with the rank make this greedy choice the best one, up to what no longer fits at the end.
     """
@@ -272,11 +304,11 @@ def spend_rest(shapes: Mapping[str, Shape], ranks: dict[str, Ranks], rest: int, 
         rest -= cost
 
 
-def next_ranks(ranks: Ranks, largest: int, step: int = 1) -> Ranks:
-    """`ranks` with the first of the smallest ones raised to the next multiple of `step`, at most `largest`."""
+def next_ranks(ranks: Ranks, largest: int, word_bits: int = 1) -> Ranks:
+    """`ranks` with the first of the smallest ones raised to what one rank more is padded to, at most to `largest`."""
     smallest = min(ranks)
     at = ranks.index(smallest)
-    return (*ranks[:at], min(largest, (smallest // step + 1) * step), *ranks[at + 1 :])
+    return (*ranks[:at], min(largest, padded(smallest + 1, word_bits)), *ranks[at + 1 :])
 
 
 def largest_rank(shape: Shape, budget: int, paths: int, scale_bits: int, word_bits: int) -> int:

@@ -1,16 +1,18 @@
-"""Packing: one sign, one bit, in 32-bit words.
+"""Packing: one sign, one bit, in words of 8, 16 or 32 bits.
 
 Bit 1 means -1. The least significant bit of a word comes first, and pad bits are 0. V is packed along d_in (one row
-of words per latent dimension), U along the rank (one row of words per output). These are the words that the authors'
-checkpoints hold.
+of words per latent dimension), U along the rank (one row of words per output). A row takes the narrowest words that
+hold it (`bits.word_width`); rows of more than 16 signs are the 32-bit words that the authors' checkpoints hold.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from .bits import WORD_BITS
+from .bits import word_width
 from .factors import Factors
+
+WORD_TYPES = {width: np.dtype(f"uint{width}") for width in (8, 16, 32)}
 
 
 class PackedFactors(NamedTuple):
@@ -18,8 +20,8 @@ class PackedFactors(NamedTuple):
 
     Attributes
     ----------
-    u_words : (d_out, ceil(rank / 32)) uint32
-    v_words : (rank, ceil(d_in / 32)) uint32
+    u_words : (d_out, words) of rank signs a row, uint8, uint16 or uint32 by `row_words`
+    v_words : (rank, words) of d_in signs a row, uint8, uint16 or uint32 by `row_words`
     h : (d_out,) float16
     ell : (rank,) float16
     g : (d_in,) float16
@@ -37,8 +39,20 @@ class PackedFactors(NamedTuple):
         return self.ell.shape[-1]
 
 
+def row_words(count: int) -> tuple[int, np.dtype]:
+    """Number and dtype of the words that a row of `count` signs is stored in; see `bits.word_width`.
+
+    Examples
+    --------
+    >>> row_words(16), row_words(40)
+    ((1, dtype('uint16')), (2, dtype('uint32')))
+    """
+    width = word_width(count)
+    return -(-count // width), WORD_TYPES[width]
+
+
 def pack_signs(signs: np.ndarray) -> np.ndarray:
-    """Pack the last axis of a sign array into little-endian 32-bit words.
+    """Pack the last axis of a sign array into the narrowest words that hold it, least significant bit first.
 
     Parameters
     ----------
@@ -47,7 +61,7 @@ def pack_signs(signs: np.ndarray) -> np.ndarray:
 
     Returns
     -------
-    (..., ceil(n / 32)) uint32 array.
+    (..., words) uint8 array for n <= 8, uint16 for n <= 16, else uint32; see `row_words`.
 
     Raises
     ------
@@ -57,15 +71,17 @@ def pack_signs(signs: np.ndarray) -> np.ndarray:
     Examples
     --------
     >>> pack_signs(np.array([1, -1, 1, -1]))
-    array([10], dtype=uint32)
+    array([10], dtype=uint8)
     """
     signs = np.asarray(signs)
     if np.isnan(signs).any():
         raise ValueError("NaN has no sign and cannot be packed; look for the step that produced it")
-    pad = -signs.shape[-1] % WORD_BITS
-    bits = np.pad(signs < 0, [(0, 0)] * (signs.ndim - 1) + [(0, pad)])  # (..., words * 32)
-    octets = np.ascontiguousarray(np.packbits(bits, axis=-1, bitorder="little"))  # (..., words * 4)
-    return octets.view("<u4").astype(np.uint32, copy=False)
+    count = signs.shape[-1]
+    number, dtype = row_words(count)
+    pad = 8 * dtype.itemsize * number - count
+    bits = np.pad(signs < 0, [(0, 0)] * (signs.ndim - 1) + [(0, pad)])  # (..., words * width)
+    octets = np.ascontiguousarray(np.packbits(bits, axis=-1, bitorder="little"))  # (..., words * width / 8)
+    return octets.view(dtype.newbyteorder("<")).astype(dtype, copy=False)
 
 
 def unpack_signs(words: np.ndarray, count: int) -> np.ndarray:
@@ -73,7 +89,8 @@ def unpack_signs(words: np.ndarray, count: int) -> np.ndarray:
 
     Parameters
     ----------
-    words : (..., ceil(count / 32)) uint32 array
+    words : (..., words) uint8, uint16 or uint32 array
+        As `row_words` asks for.
     count : int
         Signs per row.
 
@@ -84,21 +101,34 @@ def unpack_signs(words: np.ndarray, count: int) -> np.ndarray:
     Raises
     ------
     ValueError
-        If the rows do not hold exactly the words that `count` signs need, or a pad bit is set.
+        If the rows are not exactly the words that `count` signs need, in number and dtype, or a pad bit is set.
 
     Examples
     --------
-    >>> unpack_signs(np.array([10], dtype=np.uint32), 4)
+    >>> unpack_signs(np.array([10], dtype=np.uint8), 4)
     array([ 1., -1.,  1., -1.], dtype=float32)
     """
-    expected = -(-count // WORD_BITS)
-    if words.shape[-1] != expected:
-        raise ValueError(f"{count} signs need {expected} words a row, but there are {words.shape[-1]}")
-    octets = np.ascontiguousarray(words, dtype="<u4").view(np.uint8)
-    bits = np.unpackbits(octets, axis=-1, bitorder="little")  # (..., words * 32)
+    check_words(words, count)
+    bits = row_bits(words)
     if bits[..., count:].any():
         raise ValueError("a pad bit is set: the words are damaged, or were packed with another bit order")
     return 1 - 2 * bits[..., :count].astype(np.float32)
+
+
+def row_bits(words: np.ndarray) -> np.ndarray:
+    """All bits of each row of words, pad bits included: (..., words) to (..., words * width) uint8."""
+    octets = np.ascontiguousarray(words, dtype=words.dtype.newbyteorder("<")).view(np.uint8)
+    return np.unpackbits(octets, axis=-1, bitorder="little")
+
+
+def check_words(words: np.ndarray, count: int) -> None:
+    """Raise ValueError unless each row of words has the number and dtype that `count` signs are stored in."""
+    number, dtype = row_words(count)
+    if words.shape[-1] != number or words.dtype != dtype:
+        raise ValueError(
+            f"{count} signs need {number} word(s) of {dtype} a row, but there are {words.shape[-1]} of {words.dtype}; "
+            "pack the signs again if another version of littlebit packed them"
+        )
 
 
 def pack_factors(factors: Factors) -> PackedFactors:
@@ -123,7 +153,7 @@ def unpack_factors(packed: PackedFactors) -> Factors:
     Raises
     ------
     ValueError
-        If the words do not fit the scales' lengths, or a pad bit is set.
+        If the words do not fit the scales' lengths, in number and dtype, or a pad bit is set.
     """
     u_sign = unpack_signs(packed.u_words, packed.ell.shape[-1])  # (d_out, rank)
     v_sign = np.swapaxes(unpack_signs(packed.v_words, packed.g.shape[-1]), -1, -2)  # (d_in, rank)

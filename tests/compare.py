@@ -3,17 +3,19 @@
 import numpy as np
 import torch
 
+WORDS = ({np.dtype(np.int16), np.dtype(np.uint16)}, {np.dtype(np.int32), np.dtype(np.uint32)})
+
 
 def as_array(values) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
 def assert_same(actual, expected) -> None:
-    """Equal shape, dtype and every bit of value; a NaN is never equal. Words compare as uint32 across backends."""
+    """Equal shape, dtype and every bit of value; a NaN is never equal. Words compare as unsigned across backends."""
     actual, expected = as_array(actual), as_array(expected)
     assert actual.shape == expected.shape, f"shape {actual.shape} instead of {expected.shape}"
-    if {actual.dtype, expected.dtype} == {np.dtype(np.int32), np.dtype(np.uint32)}:
-        actual, expected = actual.view(np.uint32), expected.view(np.uint32)
+    if {actual.dtype, expected.dtype} in WORDS:
+        actual, expected = (words.view(f"u{words.itemsize}") for words in (actual, expected))
     assert actual.dtype == expected.dtype, f"dtype {actual.dtype} instead of {expected.dtype}"
     wrong = np.argwhere(~(actual == expected))
     assert not len(wrong), f"{len(wrong)} entries differ, the first at {wrong[0]}"

@@ -50,6 +50,7 @@ TESTS = {
     "calibrate": "test_calibrate.py",
     "decode": "test_model.py",
     "cpu": "test_linear.py",
+    "__init__": "test_linear.py",  # of kernels/
 }
 
 MUTANTS = [
@@ -89,14 +90,15 @@ MUTANTS = [
     Mutant("reference/packing.py", "bits[..., :count]", "bits[..., -count:]", "pad bits taken for signs"),
     Mutant(
         "fast/packing.py",
-        "words[..., None] >> place",
-        "words[..., None] >> (31 - place)",
+        "words[..., None] >> place)",
+        "words[..., None] >> place.flip(0))",
         "bits read in the other order",
     ),
+    Mutant("fast/packing.py", ">> place) & 1)", ">> place))", "bits above the one read are kept"),
+    Mutant("fast/packing.py", " or words.dtype != dtype", "", "dtype of words not checked"),
+    Mutant("reference/packing.py", "words.shape[-1] != number or ", "", "number of words not checked"),
     Mutant("fast/packing.py", "if bits[..., count:].any():", "if False:", "pad bits not checked"),
-    Mutant(
-        "fast/packing.py", "-signs.shape[-1] % WORD_BITS", "WORD_BITS - signs.shape[-1] % WORD_BITS", "a word too many"
-    ),
+    Mutant("fast/packing.py", "return -(-count // width), ", "return count // width + 1, ", "a word too many"),
     Mutant("reference/packing.py", "if not np.isfinite(half).all():", "if False:", "an overflowing scale passes"),
     Mutant("reference/bits.py", "rank * padded(d_in, word_bits)", "rank * d_in", "padding of V not counted"),
     Mutant(
@@ -105,7 +107,12 @@ MUTANTS = [
         "signs + scale_bits * (d_out + d_in)",
         "ell not counted",
     ),
-    Mutant("reference/bits.py", "-(-count // word_bits)", "(count // word_bits)", "padding rounds down"),
+    Mutant("reference/bits.py", "-(-count // width)", "(count // width)", "padding rounds down"),
+    Mutant("reference/bits.py", "word_bits // 2 >= max(", "word_bits // 2 > max(", "narrow words are never filled"),
+    Mutant("reference/bits.py", "max(count, NARROWEST_WORD_BITS)", "count", "words narrower than 8 bits"),
+    Mutant(
+        "reference/bits.py", "padded(smallest + 1, word_bits)", "padded(smallest, 32) + 1", "gains leave words open"
+    ),
     Mutant("reference/bits.py", "math.floor(Fraction(bits)", "math.ceil(Fraction(bits)", "budget rounded up"),
     Mutant(
         "reference/bits.py",
@@ -205,6 +212,11 @@ MUTANTS = [
         "fast/kernels/cpu.py", "np.float32(2) * lane_sum(negative)", "lane_sum(negative)", "set bits subtracted once"
     ),
     Mutant("fast/kernels/cpu.py", "(done + 1) * stride", "done * stride", "a row of x read twice"),
+    Mutant("fast/kernels/__init__.py", " & (1 << 8 * words.itemsize) - 1", "", "the int16's sign is kept as pad bits"),
+    Mutant("fast/kernels/__init__.py", "(b / largest).to", "b.to", "a product of scales overflows float16"),
+    Mutant("fast/kernels/__init__.py", "[..., :count]", "[..., -count:]", "pad bits taken for signs"),
+    Mutant("fast/kernels/__init__.py", "            check_words(words, count)\n", "", "the kernel reads any words"),
+    Mutant("fast/layers.py", "((rank, v_number), v_dtype)", "((rank, v_number), u_dtype)", "V in words as wide as U's"),
     Mutant("fast/kernels/cpu.py", "order > 0,", "False,", "the last path alone"),
     Mutant("fast/kernels/cpu.py", "range(whole, d_in)", "range(whole + 1, d_in)", "a column of x skipped"),
 ]

@@ -1,9 +1,12 @@
 """Counting bits: exact, never above the target, and clear about what cannot be met."""
 
+import littlebit.fast as fast
 import littlebit.reference as ref
+import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, strategies as st
-from littlebit.reference.bits import SECOND_PATH_SHARE, next_ranks
+from littlebit.reference.bits import SECOND_PATH_SHARE, best_ranks, next_ranks, padded, word_width
 
 dims = st.integers(1, 300)
 shapes = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.tuples(dims, dims), min_size=1, max_size=6)
@@ -16,10 +19,30 @@ def test_rank_for_bits_gives_the_papers_ranks():
     assert ref.rank_for_bits(4096, 11008, 0.1, paths=2, word_bits=1) == 133
 
 
-@given(dims, dims, st.integers(1, 300))
-def test_path_bits_counts_what_packing_makes(d_out, d_in, rank):
-    words = rank * -(-d_in // 32) + d_out * -(-rank // 32)
-    assert ref.path_bits(d_out, d_in, rank) == 32 * words + 16 * (d_out + d_in + rank)
+@given(st.integers(1, 300))
+def test_word_width_is_the_narrowest_that_holds_the_row(count):
+    assert word_width(count) == (8 if count <= 8 else 16 if count <= 16 else 32)
+    assert padded(count) == (word_width(count) if count <= 32 else -(-count // 32) * 32)
+
+
+@given(st.integers(1, 300), st.sampled_from([1, 2, 4, 8, 16, 32, 64]))
+def test_padded_is_whole_words_and_never_wider_than_asked(count, word_bits):
+    width = word_width(count, word_bits)
+    assert width <= word_bits
+    assert padded(count, word_bits) % width == 0
+    assert 0 <= padded(count, word_bits) - count < width
+    assert padded(count, word_bits) <= padded(count + 1, word_bits)
+    if word_bits <= 8:
+        assert width == word_bits
+
+
+@given(st.one_of(dims, st.integers(1, 20)), st.one_of(dims, st.integers(1, 20)), st.one_of(dims, st.integers(1, 40)))
+def test_path_bits_counts_what_packing_stores(d_out, d_in, rank):
+    shapes = ((d_out, rank), (d_in, rank), (d_out,), (rank,), (d_in,))
+    packed = ref.pack_factors(ref.Factors(*map(np.ones, shapes)))
+    assert ref.path_bits(d_out, d_in, rank) == 8 * sum(array.nbytes for array in packed)
+    packed = fast.pack_factors(fast.Factors(*map(torch.ones, shapes)))
+    assert ref.path_bits(d_out, d_in, rank) == 8 * sum(tensor.nbytes for tensor in packed)
     assert ref.path_bits(d_out, d_in, rank, word_bits=1) == rank * (d_out + d_in) + 16 * (d_out + d_in + rank)
 
 
@@ -97,6 +120,28 @@ def test_allocate_ranks_follows_the_gains():
     assert ranks["first"][0] > 3 * ranks["second"][0]
     equal = ref.allocate_ranks(sizes, 1.0, 1, {name: gains["first"] for name in sizes})
     assert equal == ref.allocate_ranks(sizes, 1.0, 1, {name: gains["second"] for name in sizes})
+
+
+def test_next_ranks_fills_the_words():
+    def filled(ranks):
+        while ranks[-1] != next_ranks(ranks[-1:], 100, 32)[0]:
+            ranks += next_ranks(ranks[-1:], 100, 32)
+        return ranks
+
+    assert filled([1]) == [1, 8, 16, 32, 64, 96, 100]
+    assert next_ranks((16, 9), 100, 32) == (16, 16)
+    assert next_ranks((16, 16), 100, 32) == (32, 16)
+    assert next_ranks((16, 16), 100) == (17, 16)
+
+
+@given(st.data(), shapes, st.integers(0, 10**5), st.integers(1, 2))
+def test_best_ranks_stop_where_words_are_full(data, sizes, rest, count):
+    start = {name: (1,) * count for name in sizes}
+    gains = {name: data.draw(st.lists(st.floats(0, 1e6), max_size=40)) for name in sizes}
+    ranks = best_ranks(sizes, start, gains, rest, 16, 32)
+    assert ref.model_bits(sizes, ranks) - ref.model_bits(sizes, start) <= rest
+    for name, size in sizes.items():
+        assert all(rank in (1, padded(rank), min(size)) for rank in ranks[name])
 
 
 def test_allocate_ranks_by_gains_saves_at_least_what_equal_ranks_save():

@@ -26,6 +26,15 @@ def test_assert_same_accepts_equal_arrays():
     assert_same(GOOD, GOOD.copy())
 
 
+@pytest.mark.parametrize(("signed", "unsigned"), [(np.int16, np.uint16), (np.int32, np.uint32)])
+def test_assert_same_compares_the_bits_of_words(signed, unsigned):
+    words = np.array([0, 1, -1], signed)
+    assert_same(words, words.view(unsigned))
+    for wrong in (words.view(unsigned) ^ 1, words.astype(np.uint64), words.astype(np.uint8)):
+        with pytest.raises(AssertionError):
+            assert_same(words, wrong)
+
+
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_assert_same_fails_on_wrong_input(wrong):
     with pytest.raises(AssertionError):

@@ -8,7 +8,8 @@ import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
 from littlebit.fast.bench import random_path
-from strategies import factor_arrays, inputs
+from littlebit.fast.kernels import unpacked_linear, widened
+from strategies import factor_arrays, inputs, sizes
 
 
 def exact_and_magnitude(x, paths, bias=None):
@@ -63,8 +64,10 @@ def same_outer(path, first):
     )
 
 
-@given(st.data(), factor_arrays(largest=127))
-def test_packed_linear_equals_dense(data, paths):
+@pytest.mark.parametrize("largest", [20, 127])
+@given(data=st.data())
+def test_packed_linear_equals_dense(largest, data):
+    paths = data.draw(factor_arrays(largest))
     x = data.draw(inputs(len(paths[0][4])))
     paths = [path if at == 0 else same_outer(path, paths[0]) for at, path in enumerate(paths)]
     bias = np.linspace(-1, 1, len(paths[0][2]), dtype=np.float32)
@@ -74,6 +77,61 @@ def test_packed_linear_equals_dense(data, paths):
     fast_packed = [fast.pack_factors(torch_factors(path)) for path in paths]
     y = fast.packed_linear(torch.from_numpy(x), fast_packed, torch.from_numpy(bias))
     assert_within(y, exact, 3 * magnitude, terms)  # sum - 2 * part: at most three times the magnitude is rounded
+
+
+@given(sizes(40), sizes(40), st.integers(1, 40))
+def test_random_path_is_as_pack_factors_makes_it(d_out, d_in, rank):
+    path = random_path(d_out, d_in, rank, torch.Generator().manual_seed(0))
+    for mine, packed in zip(path, fast.pack_factors(fast.unpack_factors(path)), strict=True):
+        assert_same(mine, packed)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 15, 16, 17, 32])
+def test_widened_adds_nothing_but_zeros(count):
+    words = fast.pack_signs(-torch.ones(3, count))
+    assert widened(words).dtype == torch.int32
+    assert_same(widened(words), np.full((3, 1), 2**count - 1, np.uint32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@given(data=st.data(), paths=factor_arrays())
+def test_unpacked_linear_agrees_for_every_input_dtype(dtype, data, paths):
+    """The factors, and x in between, are rounded to x's dtype, but never to finer than float32."""
+    x = torch.from_numpy(data.draw(inputs(len(paths[0][4])))).reshape(-1, len(paths[0][4])).to(dtype)
+    paths = [path if at == 0 else same_outer(path, paths[0]) for at, path in enumerate(paths)]
+    packed = [fast.pack_factors(torch_factors(path)) for path in paths]
+    exact, magnitude, terms = exact_and_magnitude(x.double().numpy(), [as_reference(path) for path in packed])
+    y = unpacked_linear(x, packed)
+    assert y.dtype == torch.float32
+    coarser = max(1, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
+    assert_within(y, exact, coarser * magnitude, terms)
+    assert_within(fast.packed_linear(x.float(), packed), exact, 3 * magnitude, terms)
+
+
+def as_reference(packed):
+    """The path of the reference that a packed one stands for."""
+    return ref.Factors(*(tensor.numpy() for tensor in fast.unpack_factors(packed)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_unpacked_linear_takes_scales_whose_product_overflows_float16(dtype):
+    path = random_path(40, 50, 20, torch.Generator().manual_seed(0))
+    path = path._replace(h=path.h * 4e4, ell=path.ell * 4e4, g=path.g * 2.0**-10)
+    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact, magnitude, terms = exact_and_magnitude(x.double().numpy(), [as_reference(path)])
+    coarser = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    assert_within(unpacked_linear(x, [path]), exact, coarser * magnitude, terms)
+
+
+@pytest.mark.parametrize("rank", [5, 16, 33])
+def test_packed_linear_on_another_device_waits_for_no_value(rank):
+    """Tensors on meta have shapes and no values, so whatever asked for one would raise."""
+    generator = torch.Generator().manual_seed(0)
+    paths = [random_path(40, 12, rank, generator), random_path(40, 12, 3, generator)]
+    paths = [fast.PackedFactors(*(tensor.to("meta") for tensor in path)) for path in paths]
+    for dtype in (torch.float32, torch.float16):
+        y = fast.packed_linear(torch.zeros(2, 3, 12, device="meta", dtype=dtype), paths)
+        assert (y.shape, y.dtype, y.device.type) == ((2, 3, 40), dtype, "meta")
 
 
 @given(st.data(), factor_arrays(paths=1))
@@ -123,10 +181,16 @@ def test_packed_linear_refuses_gradients_and_wrong_inputs():
         fast.packed_linear(torch.zeros(50, requires_grad=True), [path])
     with pytest.raises(ValueError, match="last axis must be d_in = 50"):
         fast.packed_linear(torch.zeros(2, 49), [path])
-    with pytest.raises(ValueError, match="move model and input"):
+    with pytest.raises(ValueError, match=r"words are on cpu and the input is on meta: move .* with \.to\(device\)"):
         fast.packed_linear(torch.zeros(50, device="meta"), [path])
+    with pytest.raises(ValueError, match=r"words are on meta and the input is on cpu"):
+        fast.packed_linear(torch.zeros(50), [path, path._replace(v_words=path.v_words.to("meta"))])
+    with pytest.raises(ValueError, match=r"20 signs need 1 word\(s\) of torch\.int32 a row, .* of torch\.int16"):
+        fast.packed_linear(torch.zeros(50), [path._replace(u_words=path.u_words.to(torch.int16))])
+    with pytest.raises(ValueError, match=r"50 signs need 2 word\(s\) of torch\.int32 a row, but there are 1"):
+        fast.packed_linear(torch.zeros(50), [path._replace(v_words=path.v_words[:, :1])])
     with pytest.raises(ValueError, match="last axis must be d_in = 50"):
-        ref.packed_linear(np.zeros((2, 49)), [ref.PackedFactors(*(tensor.numpy() for tensor in path))])
+        ref.packed_linear(np.zeros((2, 49)), [ref.pack_factors(as_reference(path))])
 
 
 def test_packed_linear_never_unpacks():

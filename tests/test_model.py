@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_same, assert_within
-from littlebit.fast.layers import LittleBitLinear, PackedLinear
+from hypothesis import given, strategies as st
+from littlebit.fast.bench import random_path
+from littlebit.fast.layers import LittleBitLinear, PackedLinear, packed_shapes
 from littlebit.fast.model import packed_layers
 from safetensors.torch import load_file, save_file
 
@@ -133,6 +135,36 @@ def test_save_load_is_exact_bit_for_bit(quantised, tmp_path):
     assert_same(logits(loaded), logits(half))
 
 
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40))
+def test_packed_shapes_are_those_of_packed_factors(d_out, d_in, rank):
+    path = random_path(d_out, d_in, rank, torch.Generator().manual_seed(0))
+    packed = lb.pack_factors(lb.unpack_factors(path))
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in packed._asdict().items()}
+    assert found == packed_shapes(d_out, d_in, rank)
+    empty = PackedLinear.empty(d_out, d_in, (rank,)).factors()[0]
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in empty._asdict().items()} == found
+
+
+@pytest.mark.parametrize(("bits", "paths", "hidden", "inner"), [(0.9, 1, 64, 96), (1.5, 2, 64, 96), (6.0, 1, 16, 8)])
+def test_save_load_is_exact_with_narrow_words(bits, paths, hidden, inner, tmp_path):
+    from conftest import make_tiny_llama
+
+    model = lb.load_model(make_tiny_llama(tmp_path / "tiny", hidden_size=hidden, intermediate_size=inner))
+    lb.quantize_(model, lb.Config(bits=bits, paths=paths), progress=False)
+    path = lb.save(model, tmp_path / "out")
+    loaded = lb.load(path)
+    assert_same(logits(loaded), logits(lb.load(lb.save(loaded, tmp_path / "again"))))
+    found = packed_layers(loaded)
+    for name, layer in packed_layers(model).items():
+        for mine, theirs in zip(found[name].factors(), layer.factors(), strict=True):
+            for left, right in zip(mine, theirs, strict=True):
+                assert_same(left, right)
+    words = {words.dtype for layer in found.values() for each in layer.factors() for words in each[:2]}
+    assert {torch.uint8, torch.int16} <= words
+    accounted = sum(lb.layer_bits(layer.d_out, layer.d_in, layer.ranks) for layer in found.values())
+    assert accounted == 8 * lb.info(path)["linear_bytes"]
+
+
 def test_load_allocates_no_dense_weight_and_keeps_ties(checkpoint):
     model = lb.load(checkpoint)
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
@@ -190,6 +222,7 @@ def rewrite(path, change):
 
 
 LAYER = "model.layers.0.mlp.up_proj"
+NARROW = "model.layers.0.self_attn.k_proj.paths.0.u_words"  # of a rank between 1 and 16
 
 
 @pytest.mark.parametrize(
@@ -221,6 +254,8 @@ LAYER = "model.layers.0.mlp.up_proj"
         (lambda path: edit_config(path, lambda c: c.update(vocab_size=300)), "does not fit"),
         (lambda path: rewrite(path, lambda t: t.pop(f"{LAYER}.paths.0.h")), LAYER),
         (lambda path: rewrite(path, lambda t: t.update({f"{LAYER}.paths.0.h": torch.zeros(96)})), LAYER),
+        (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].int()})), "another version of littlebit"),
+        (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].view(torch.uint8)})), "torch.uint8, but"),
         (lambda path: rewrite(path, lambda t: t.update(extra=torch.zeros(1))), "left over"),
         (lambda path: rewrite(path, lambda t: t.pop("model.norm.weight")), "missing"),
     ],

@@ -16,44 +16,81 @@ def random_signs(shape, seed=0):
     return np.where(np.random.default_rng(seed).random(shape) < 0.5, -1, 1).astype(np.float32)
 
 
-@pytest.mark.parametrize("count", sorted({1, 31, 32, 33, 63, 64, 65, *PRIMES}))
-@pytest.mark.parametrize("rows", [1, 5])
-def test_pack_signs_round_trip(count, rows):
-    signs = random_signs((rows, count))
+def width_of(count):
+    """The rule, said once more: the narrowest words that hold a row."""
+    return 8 if count <= 8 else 16 if count <= 16 else 32
+
+
+@pytest.mark.parametrize("count", sorted({*range(1, 41), 63, 64, 65, *PRIMES}))
+@pytest.mark.parametrize("batch", [(1,), (5,), (0,), (2, 3)])
+def test_pack_signs_round_trip(count, batch):
+    signs = random_signs((*batch, count))
     words = ref.pack_signs(signs)
-    assert words.shape == (rows, -(-count // 32))
-    assert words.dtype == np.uint32
+    assert words.shape == (*batch, -(-count // width_of(count)))
+    assert words.dtype == np.dtype(f"uint{width_of(count)}")
     assert_same(ref.unpack_signs(words, count), signs)
-    assert_same(fast.pack_signs(torch.from_numpy(signs)), words)
-    assert_same(fast.unpack_signs(fast.pack_signs(torch.from_numpy(signs)), count), signs)
+    fast_words = fast.pack_signs(torch.from_numpy(signs))
+    assert fast_words.dtype == {8: torch.uint8, 16: torch.int16, 32: torch.int32}[width_of(count)]
+    assert_same(fast_words, words)
+    assert_same(fast.unpack_signs(fast_words, count), signs)
 
 
 @given(st.data(), sizes(130), st.integers(0, 2**32 - 1))
 def test_pack_signs_places_each_bit(data, count, seed):
-    signs = random_signs(count, seed)
+    signs, width = random_signs(count, seed), width_of(count)
     words = ref.pack_signs(signs)
     at = data.draw(st.integers(0, count - 1))
-    assert (int(words[at // 32]) >> at % 32) & 1 == (signs[at] < 0)
+    assert (int(words[at // width]) >> at % width) & 1 == (signs[at] < 0)
     assert sum(int(word).bit_count() for word in words) == (signs < 0).sum()  # pad bits are 0
 
 
-def test_pack_signs_is_the_documented_layout():
-    signs = random_signs((3, 77))
-    padded = np.pad(signs < 0, [(0, 0), (0, 96 - 77)])
-    expected = np.packbits(padded, axis=-1, bitorder="little").view("<u4")
-    assert_same(ref.pack_signs(signs), expected.astype(np.uint32))
+@given(sizes(70), sizes(70), st.integers(0, 2**32 - 1))
+def test_pack_signs_takes_any_strides(rows, count, seed):
+    signs = random_signs((count, rows), seed)
+    words = ref.pack_signs(signs.T)
+    assert_same(words, ref.pack_signs(signs.T.copy()))
+    assert_same(fast.pack_signs(torch.from_numpy(signs).mT), words)
+    strided = np.repeat(words, 2, axis=1)[:, ::2]
+    assert_same(ref.unpack_signs(strided, count), signs.T)
+    signed = strided.view({1: np.uint8, 2: np.int16, 4: np.int32}[words.itemsize])
+    assert_same(fast.unpack_signs(torch.from_numpy(signed), count), signs.T)
 
 
-@pytest.mark.parametrize("backend", ["reference", "fast"])
-def test_unpack_signs_refuses_damaged_words(backend):
-    module, convert = (ref, np.asarray) if backend == "reference" else (fast, torch.from_numpy)
-    words = ref.pack_signs(random_signs((2, 40))).view(np.int32)
-    words = words.view(np.uint32) if backend == "reference" else words
-    with pytest.raises(ValueError, match="40 signs need 2 words"):
-        module.unpack_signs(convert(words[:, :1].copy()), 40)
-    words[0, 1] |= 1 << 20
-    with pytest.raises(ValueError, match="pad bit"):
-        module.unpack_signs(convert(words), 40)
+@pytest.mark.parametrize(("count", "words"), [(5, "<u1"), (13, "<u2"), (77, "<u4")])
+def test_pack_signs_is_the_documented_layout(count, words):
+    signs = random_signs((3, count))
+    bits = np.pad(signs < 0, [(0, 0), (0, -count % 32)])
+    number = -(-count // width_of(count))
+    expected = np.packbits(bits, axis=-1, bitorder="little").view(words)[:, :number]
+    assert_same(ref.pack_signs(signs), expected.astype(words[1:]))
+
+
+BACKENDS = [
+    (ref, np.asarray, {8: "uint8", 16: "uint16", 32: "uint32"}),
+    (fast, torch.from_numpy, {8: "torch.uint8", 16: "torch.int16", 32: "torch.int32"}),
+]
+
+
+@pytest.mark.parametrize(("module", "convert", "names"), BACKENDS, ids=["reference", "fast"])
+@pytest.mark.parametrize("count", [7, 8, 13, 16, 17, 40])
+def test_unpack_signs_refuses_damaged_words(module, convert, names, count):
+    words = module.pack_signs(convert(random_signs((2, count))))
+    width = width_of(count)
+    number = -(-count // width)
+    twice = np.tile(np.asarray(words), 2)
+    with pytest.raises(
+        ValueError, match=rf"{count} signs need {number} word\(s\) of {names[width]} a row, but there are"
+    ):
+        module.unpack_signs(convert(twice), count)
+    for other in set(names) - {width}:
+        wide = np.asarray(words).astype(names[other].removeprefix("torch."))
+        with pytest.raises(ValueError, match=rf"word\(s\) of {names[width]} a row, .* of {names[other]}"):
+            module.unpack_signs(convert(wide), count)
+    for pad in range(count, number * width):
+        damaged = np.asarray(words).copy()
+        damaged.view(np.uint8)[1, pad // 8] |= 1 << pad % 8
+        with pytest.raises(ValueError, match="pad bit"):
+            module.unpack_signs(convert(damaged), count)
 
 
 @pytest.mark.parametrize(("module", "convert"), [(ref, np.asarray), (fast, torch.tensor)])

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..packing import PackedFactors
+from ..packing import PackedFactors, check_words, row_bits
 from . import cpu
 
 
 def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
-    """Sum of the paths' outputs for each row of x, from packed words.
+    """Sum of the paths' outputs for each row of x, from packed words: on a CPU in Numba, elsewhere by unpacking.
 
     Parameters
     ----------
@@ -24,15 +25,58 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
     Raises
     ------
     ValueError
-        If x needs a gradient, or there is no kernel for its device.
+        If x needs a gradient, words and x are on different devices, or the words do not fit the scales.
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "packed signs have no gradient: call the layer under torch.no_grad() or torch.inference_mode(), or train "
             "the LittleBitLinear that it was packed from"
         )
-    if x.device.type != "cpu":
-        raise ValueError(
-            f"packed layers compute on the CPU, but the input is on {x.device}: move model and input there"
-        )
-    return cpu.packed_linear(x, paths)
+    for path in paths:
+        for words, count in (path.u_words, path.rank), (path.v_words, x.shape[-1]):
+            if words.device != x.device:
+                raise ValueError(
+                    f"packed words and input must be on one device, but the words are on {words.device} and the input "
+                    f"is on {x.device}: move the model or the input with .to(device)"
+                )
+            check_words(words, count)
+    if x.device.type == "cpu":
+        wide = [path._replace(u_words=widened(path.u_words), v_words=widened(path.v_words)) for path in paths]
+        return cpu.packed_linear(x, wide)
+    return unpacked_linear(x, paths)
+
+
+def widened(words: Tensor) -> Tensor:
+    """Words as int32, which is all that the CPU kernels read; narrow ones get further pad bits, zeros as all are."""
+    if words.dtype == torch.int32:
+        return words
+    return words.to(torch.int32) & (1 << 8 * words.itemsize) - 1  # without the int16's sign
+
+
+def unpacked_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
+    """`packed_linear` on any device, by two matrix products with unpacked signs; waits for no device.
+
+    All paths are one pair of factors, y = B (A x), with scales folded in float32 (see `linear.folded`). A, B and A x
+    are then rounded to x's dtype if it is float16 or bfloat16, in which torch multiplies. B is divided by its largest
+    magnitude first where that exceeds one, since products of float16 scales need not fit float16.
+
+    Parameters
+    ----------
+    x : (rows, d_in) float tensor
+    paths : sequence of PackedFactors on x's device
+
+    Returns
+    -------
+    (rows, d_out) float32 tensor; A and B take R * (d_in + d_out) elements while the call lasts, for a total rank R.
+    """
+    dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float32
+    a = torch.cat([path.g * signs(path.v_words, x.shape[-1]) for path in paths])  # (R, d_in)
+    b = torch.cat([path.h[:, None] * signs(path.u_words, path.rank) * path.ell for path in paths], dim=1)  # (d_out, R)
+    largest = b.abs().amax().clamp(min=1)
+    t = functional.linear(x.to(dtype), a.to(dtype))  # (rows, R)
+    return functional.linear(t, (b / largest).to(dtype)).float() * largest
+
+
+def signs(words: Tensor, count: int) -> Tensor:
+    """The first `count` signs of each row of words as float32, with no look at the pad bits."""
+    return 1 - 2 * row_bits(words)[..., :count].float()
