@@ -69,3 +69,4 @@ from .train import (
     qat as qat,
     qat_step as qat_step,
 )
+from .zero_shot import BlimpResult as BlimpResult, blimp as blimp
