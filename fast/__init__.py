@@ -76,3 +76,4 @@ from .trainer import (
     TrainingStopped as TrainingStopped,
     train_ as train_,
 )
+from .zero_shot import BlimpResult as BlimpResult, blimp as blimp

@@ -27,6 +27,7 @@ from .resume import Keeper
 from .signs import RULES
 from .student import TRAINABLE
 from .trainer import TrainConfig, TrainingError, TrainingStopped, joined_processes, process, train_
+from .zero_shot import BlimpResult, blimp, harness, lm_eval
 
 USER_ERROR, STOPPED = 2, 143
 
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quieten() -> None:
     """Keep the libraries' own warnings and progress bars out of the output."""
     warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "lm_eval"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         from transformers.utils import logging as hf_logging
     except ImportError:
@@ -112,11 +114,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
-    sub = command("eval", run_eval, "Measure a model's perplexity on a text.")
+    sub = command("eval", run_eval, "Measure a model's perplexity on a text, or how it does on tasks, zero-shot.")
     sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help}")
-    sub.add_argument("--text", type=Path, default=SAMPLE_TEXT, help="UTF-8 text file")
+    sub.add_argument("--text", type=Path, help="UTF-8 text file; if no task is asked for either, an included one")
     sub.add_argument("--window", type=int, default=WINDOW, help="tokens in a window; the first of each is not scored")
     sub.add_argument("--max-windows", type=int, help="stop after so many windows")
+    sub.add_argument("--blimp", type=Path, metavar="ZIP", help="accuracy on the minimal pairs in this archive of BLiMP")
+    sub.add_argument("--blimp-items", type=int, help="only the first so many pairs of each paradigm")
+    sub.add_argument("--lm-eval", metavar="TASK[,TASK]", help="run tasks of the lm-evaluation-harness")
+    sub.add_argument("--lm-eval-include", type=Path, metavar="DIR", help="folder with YAML files of more such tasks")
     add_compute(sub)
 
     sub = command("generate", run_generate, "Let a model continue a prompt.")
@@ -189,7 +195,7 @@ def add_training(sub: argparse.ArgumentParser) -> None:
 
 def add_compute(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that run a model."""
-    sub.add_argument("--device", choices=["cpu"], default="cpu")
+    sub.add_argument("--device", type=device, default="cpu", help="a torch device, such as cpu or cuda")
     sub.add_argument("--threads", type=int, help="CPU threads; torch's default if not given")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -201,6 +207,16 @@ def shape(text: str) -> tuple[int, int]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not D_OUTxD_IN, such as 4096x11008") from error
     return d_out, d_in
+
+
+def device(text: str) -> str:
+    """The name of a device that torch can use here."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"torch cannot use {text!r} here ({reason}); try cpu") from error
+    return text
 
 
 def run_fetch(arguments: argparse.Namespace) -> None:
@@ -308,28 +324,49 @@ def summary(stored: dict[str, Any]) -> str:
     )
 
 
-def load_any(source: str) -> torch.nn.Module:
+def load_any(source: str, device: str) -> torch.nn.Module:
     """A packed checkpoint or a dense model."""
-    return load(source) if is_checkpoint(Path(source)) else load_model(source)
+    return load(source, device) if is_checkpoint(Path(source)) else load_model(source, device)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
     """Run `littlebit eval`."""
-    tokens = text_tokens(load_tokenizer(arguments.model), arguments.text)
-    model = load_any(arguments.model)
-    result = perplexity(model, tokens, arguments.window, arguments.max_windows)
-    if arguments.json:
-        print(json.dumps(result._asdict() | {"text": str(arguments.text)}))
-        return
-    print(
-        f"perplexity {result.perplexity:.4g} on {arguments.text.name} "
-        f"({result.windows} windows of {result.window} tokens, {result.scored} tokens scored)"
-    )
+    tokenizer = load_tokenizer(arguments.model)
+    text = arguments.text or (None if arguments.blimp or arguments.lm_eval else SAMPLE_TEXT)
+    tokens = text and text_tokens(tokenizer, text)
+    if arguments.lm_eval:
+        lm_eval()  # find out that it is missing before the work
+    model = load_any(arguments.model, arguments.device)
+    results: dict[str, Any] = {}
+    reports = []
+    if arguments.blimp:
+        pairs = blimp(model, tokenizer, arguments.blimp, arguments.blimp_items)
+        results["blimp"] = pairs._asdict()
+        reports.append(blimp_table(pairs))
+    if text and tokens is not None:
+        whole = perplexity(model, tokens, arguments.window, arguments.max_windows)
+        results |= whole._asdict() | {"text": str(text)}
+        reports.append(
+            f"perplexity {whole.perplexity:.4g} on {text.name} "
+            f"({whole.windows} windows of {whole.window} tokens, {whole.scored} tokens scored)"
+        )
+    if arguments.lm_eval:
+        tasks = harness(model, tokenizer, arguments.lm_eval.split(","), arguments.lm_eval_include)
+        results["lm_eval"] = tasks.results
+        reports.append(tasks.table)
+    print(json.dumps(results) if arguments.json else "\n".join(reports))
+
+
+def blimp_table(result: BlimpResult) -> str:
+    """Accuracy by paradigm and in the mean, as text."""
+    lines = [f"{name:<54}{accuracy:>8.3f}" for name, accuracy in result.paradigms.items()]
+    mean = f"BLiMP accuracy {result.accuracy:.4f} (mean of {len(lines)} paradigms, {result.pairs} pairs)"
+    return "\n".join([*lines, mean])
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
     """Run `littlebit generate`."""
-    model, tokenizer = load_any(arguments.model), load_tokenizer(arguments.model)
+    model, tokenizer = load_any(arguments.model, arguments.device), load_tokenizer(arguments.model)
     if arguments.json:  # a first token loads the kernels, which is not decoding
         generate(model, arguments.prompt, 1, chat=arguments.chat, tokenizer=tokenizer)
     start = time.perf_counter()

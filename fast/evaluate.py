@@ -68,7 +68,7 @@ def perplexity(
     total = 0.0
     with torch.inference_mode():
         for part in tqdm(parts, desc="perplexity", unit="window", disable=not progress):
-            total += window_loss(model, part.to(device))
+            total += sequence_losses(model, part[None].to(device)).item()
     length = min(window, len(tokens))
     scored = len(parts) * (length - 1)
     return Perplexity(math.exp(min(total / scored, 700.0)), len(parts), length, scored)
@@ -83,11 +83,14 @@ def windows(tokens: Tensor, window: int) -> list[Tensor]:
     return list(tokens[: len(tokens) // length * length].split(length))
 
 
-def window_loss(model: nn.Module, tokens: Tensor) -> float:
-    """Summed negative log-likelihood of all tokens but the first."""
-    logits = model(tokens[None], use_cache=False).logits[0, :-1]  # (window - 1, vocabulary)
+def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Summed negative log-likelihood of all tokens but the first, (batch,) float64, of sequences (batch, length).
+
+    Each token's is computed in float32, for a few rows of logits at once.
+    """
+    logits = model(tokens[:, :-1], use_cache=False).logits.flatten(0, 1)  # (batch (length - 1), vocabulary)
     losses = [
-        functional.cross_entropy(rows.float(), targets, reduction="sum").double()
-        for rows, targets in zip(logits.split(LOGIT_ROWS), tokens[1:].split(LOGIT_ROWS), strict=True)
+        functional.cross_entropy(rows.float(), targets, reduction="none")
+        for rows, targets in zip(logits.split(LOGIT_ROWS), tokens[:, 1:].flatten().split(LOGIT_ROWS), strict=True)
     ]
-    return torch.stack(losses).sum().item()
+    return torch.cat(losses).double().view(len(tokens), -1).sum(1)

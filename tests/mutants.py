@@ -46,7 +46,8 @@ TESTS = {
     "layers": "test_model.py test_linear_vjp.py",
     "model": "test_model.py",
     "checkpoint": "test_model.py",
-    "evaluate": "test_model.py",
+    "evaluate": "test_model.py test_zero_shot.py",
+    "zero_shot": "test_zero_shot.py",
     "calibrate": "test_calibrate.py",
     "decode": "test_model.py",
     "cpu": "test_linear.py",
@@ -208,6 +209,17 @@ MUTANTS = [
         "the first token counts as scored",
     ),
     Mutant("fast/evaluate.py", ".split(length)", ".split(length - 1)", "windows are too short"),
+    Mutant("fast/evaluate.py", "view(len(tokens), -1).sum(1)", "view(-1, len(tokens)).sum(0)", "losses change hands"),
+    Mutant("fast/zero_shot.py", "[tokens[good]] > scores", "[tokens[good]] >= scores", "ties count as right"),
+    Mutant("fast/zero_shot.py", 'BEFORE_SENTENCE = " "', 'BEFORE_SENTENCE = ""', "no space before a sentence"),
+    Mutant(
+        "fast/zero_shot.py",
+        "tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id",
+        "tokenizer.eos_token_id",
+        "EOS before every sentence",
+    ),
+    Mutant("fast/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
+    Mutant("fast/zero_shot.py", "file.read(left + 1)", "file.read(left)", "archives of any size pass"),
     Mutant(
         "fast/kernels/cpu.py", "np.float32(2) * lane_sum(negative)", "lane_sum(negative)", "set bits subtracted once"
     ),

@@ -1,0 +1,261 @@
+"""Zero-shot evaluation: BLiMP here, every other task through the lm-evaluation-harness, where that is installed."""
+
+import importlib
+import itertools
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .evaluate import sequence_losses
+
+BATCH_TOKENS = 2048  # read at once: their logits are what takes memory
+ARCHIVE_BYTES = 1 << 26  # of text that an archive may hold; BLiMP holds 30 MB
+SENTENCE_BYTES = 1000  # BLiMP's longest sentence has 147
+BEFORE_SENTENCE = " "  # what the harness puts between a task's context, which is empty here, and an answer
+HARNESS_BATCH = 8  # requests that the harness reads at once
+
+Tokens = tuple[int, ...]
+
+
+class BlimpResult(NamedTuple):
+    """Accuracy on minimal pairs.
+
+    Attributes
+    ----------
+    accuracy : float
+        Mean over the paradigms, between 0 and 1; chance is 0.5.
+    paradigms : dict of str to float
+        Accuracy by paradigm.
+    pairs : int
+        Pairs scored in all.
+    """
+
+    accuracy: float
+    paradigms: dict[str, float]
+    pairs: int
+
+
+def blimp(
+    model: nn.Module,
+    tokenizer: Any,
+    path: str | Path,
+    items: int | None = None,
+    batch: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> BlimpResult:
+    """How often a model finds the grammatical sentence of a minimal pair likelier (BLiMP, arXiv 1912.00582).
+
+    A sentence's score is its total log-probability, sum_t log p(token_t | BOS, token_1 ... token_{t-1}), not divided
+    by its length; a pair counts as right if the good sentence scores strictly higher. What is scored is what the task
+    `blimp` of the lm-evaluation-harness 0.4.13 scores: a space and the sentence, tokenised without special tokens,
+    after the tokenizer's BOS token, or after EOS where there is no BOS. The harness counts ties as right, though; seven
+    of BLiMP's 67,000 pairs are of two equal sentences.
+
+    Parameters
+    ----------
+    model : transformers causal language model, dense or packed
+    tokenizer : transformers tokenizer
+    path : str or Path
+        Zip archive with a file NAME.jsonl for each paradigm, whose lines hold `sentence_good` and `sentence_bad`. It
+        is read in memory, up to 64 MiB of text; its other files are ignored.
+    items : int, optional
+        Score only the first so many pairs of each paradigm.
+    batch : int
+        Tokens read at once, all in sentences of one length, so that none is padded. Memory is `batch` times the
+        vocabulary for the logits.
+    progress : bool
+        Whether to show a progress bar.
+
+    Raises
+    ------
+    ValueError
+        If the archive is damaged or holds no paradigm, a line is no minimal pair, `items` or `batch` is not positive,
+        or the tokenizer has neither BOS nor EOS.
+    """
+    if batch < 1 or (items is not None and items < 1):
+        raise ValueError(f"blimp needs items >= 1 and batch >= 1, but got {items} and {batch}")
+    paradigms = read_paradigms(path, items)
+    sentences = sorted({text for pairs in paradigms.values() for pair in pairs for text in pair})
+    tokens = dict(zip(sentences, sentence_tokens(tokenizer, sentences), strict=True))
+    scores = log_probabilities(model, tokens.values(), batch, progress)
+    accuracies = {
+        name: fmean(scores[tokens[good]] > scores[tokens[bad]] for good, bad in pairs)
+        for name, pairs in paradigms.items()
+    }
+    return BlimpResult(fmean(accuracies.values()), accuracies, sum(map(len, paradigms.values())))
+
+
+def sentence_tokens(tokenizer: Any, sentences: list[str]) -> list[Tokens]:
+    """Tokens of each sentence, after BOS (EOS if there is no BOS) unless the tokenizer has already put it there."""
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if prefix is None:
+        raise ValueError("the tokenizer has neither a BOS nor an EOS token, one of which must precede a sentence")
+    rows = tokenizer([BEFORE_SENTENCE + text for text in sentences], add_special_tokens=False)["input_ids"]
+    tokens = [tuple(row) if row[:1] == [prefix] else (prefix, *row) for row in rows]
+    if empty := [text for text, row in zip(sentences, tokens, strict=True) if len(row) < 2]:
+        raise ValueError(f"the sentence {empty[0]!r} has no token to score; remove its pair")
+    return tokens
+
+
+def log_probabilities(
+    model: nn.Module, sequences: Iterable[Tokens], batch: int = BATCH_TOKENS, progress: bool = True
+) -> dict[Tokens, float]:
+    """Total log-probability of all tokens but the first, by sequence.
+
+    Equal sequences are scored once, so that they tie exactly, and in an order that does not depend on the given one.
+    """
+    unique = sorted(set(sequences), key=lambda sequence: (len(sequence), sequence))
+    parts = [
+        part
+        for length, group in itertools.groupby(unique, key=len)
+        for part in torch.tensor(list(group)).split(max(1, batch // length))
+    ]
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        losses: list[Tensor] = [
+            sequence_losses(model, part.to(device))
+            for part in tqdm(parts, desc="sentences", unit="batch", disable=not progress)
+        ]
+    return dict(zip(unique, torch.cat(losses).neg().tolist(), strict=True))
+
+
+def read_paradigms(path: str | Path, items: int | None = None) -> dict[str, list[tuple[str, str]]]:
+    """The first `items` pairs (good, bad) of each paradigm of an archive, by name; see `blimp`."""
+    paradigms: dict[str, list[tuple[str, str]]] = {}
+    for member, data in read_members(path):
+        name = PurePosixPath(member).stem
+        if name in paradigms:
+            raise ValueError(f"{path} holds two files {name}.jsonl; remove one of them")
+        lines = [(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
+        if not lines:
+            raise ValueError(f"{path}: {member} holds no pairs; remove it, or fill it")
+        paradigms[name] = [read_pair(line, f"{path}: {member}, line {number}") for number, line in lines[:items]]
+    if not paradigms:
+        raise ValueError(f"{path} holds no paradigm: there must be a file NAME.jsonl for each")
+    return paradigms
+
+
+def read_members(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the .jsonl files in an archive; hidden ones, which macOS adds, are left out."""
+    left = ARCHIVE_BYTES
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in sorted(archive.infolist(), key=lambda member: member.filename):
+                name = PurePosixPath(member.filename)
+                if name.suffix != ".jsonl" or name.name.startswith("."):
+                    continue
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise zipfile.BadZipFile(f"{name} is compressed by method {member.compress_type}, not deflate")
+                with archive.open(member) as file:
+                    data = file.read(left + 1)  # the size in the header may be a lie
+                left -= len(data)
+                if left < 0:
+                    raise zipfile.BadZipFile(f"its text is larger than {ARCHIVE_BYTES:,} bytes")
+                yield member.filename, data
+    except Exception as error:  # zipfile, zlib and struct raise a dozen kinds of error on damaged archives
+        raise ValueError(f"{path} cannot be read as a zip archive ({error}); copy or download it again") from error
+
+
+def read_pair(line: bytes, place: str) -> tuple[str, str]:
+    """The good and the bad sentence of a line; `place` says in errors where it is."""
+    try:
+        row = json.loads(line)
+        good, bad = row["sentence_good"], row["sentence_bad"]
+        for text in (good, bad):
+            if not isinstance(text, str) or not text.strip() or len(text.encode()) > SENTENCE_BYTES:
+                raise ValueError(f"a sentence is not a text of 1 to {SENTENCE_BYTES} bytes")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{place} is not a minimal pair ({error!r}); it must be a JSON object with the texts sentence_good and "
+            "sentence_bad"
+        ) from error
+    return good, bad
+
+
+class HarnessResult(NamedTuple):
+    """What the lm-evaluation-harness measured.
+
+    Attributes
+    ----------
+    results : dict
+        Its own record, less settings and samples: metrics, versions, shots and sample counts by task and group.
+    table : str
+        The table that it prints.
+    """
+
+    results: dict[str, Any]
+    table: str
+
+
+def harness(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    include: str | Path | None = None,
+    batch: int = HARNESS_BATCH,
+) -> HarnessResult:
+    """Run tasks of the lm-evaluation-harness on a model (`lm_eval.simple_evaluate`, with its own settings).
+
+    It seeds the global random generators, and gives the tokenizer a padding token if it has none.
+
+    Parameters
+    ----------
+    model : transformers causal language model, dense or packed
+    tokenizer : transformers tokenizer
+    tasks : sequence of str
+        Names of tasks or groups, or patterns such as "blimp_*".
+    include : str or Path, optional
+        Folder with more tasks, as YAML files. They may name Python code, which is run: use folders that you trust.
+    batch : int
+        Requests read at once.
+
+    Raises
+    ------
+    ImportError
+        If the harness is not installed.
+    ValueError
+        If it has no such task, or `include` is not a folder.
+    """
+    package = lm_eval()
+    if include is not None and not Path(include).is_dir():
+        raise ValueError(f"{include} is not a folder of task files; give one that holds YAML files")
+    manager = package.tasks.TaskManager(include_path=None if include is None else str(include))
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise ValueError(
+            f"the lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them; or include a folder"
+        )
+    results = package.simple_evaluate(
+        package.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+        tasks=manager.match_tasks(list(tasks)),
+        task_manager=manager,
+        log_samples=False,
+    )
+    columns = [column for column in ("results", "groups") if results.get(column)]
+    kept = (*columns, "versions", "n-shot", "n-samples", "lm_eval_version")
+    return HarnessResult(
+        {key: results[key] for key in kept if key in results},
+        "\n".join(package.utils.make_table(results, column) for column in columns),
+    )
+
+
+def lm_eval() -> Any:
+    """The lm-evaluation-harness, imported when first needed.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed; the message says what to do.
+    """
+    try:
+        for part in ("models.huggingface", "tasks", "utils"):
+            importlib.import_module(f"lm_eval.{part}")
+        return importlib.import_module("lm_eval")
+    except ImportError as error:
+        raise ImportError(f"this needs the lm-evaluation-harness: pip install 'littlebit[eval]' ({error})") from error
