@@ -134,5 +134,5 @@ def digest(*tensors: Tensor) -> str:
     """SHA-256 of the contents of tensors."""
     value = hashlib.sha256()
     for tensor in tensors:
-        value.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+        value.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return value.hexdigest()

@@ -736,6 +736,7 @@ def check_tokens(text: Tensor, model: nn.Module, config: TrainConfig) -> None:
     """Raise ValueError unless a text is long enough and its tokens are in the vocabulary."""
     if text.ndim != 1 or len(text) < config.sequence:
         raise ValueError(f"a training text has {text.numel()} tokens, but a sequence needs {config.sequence}")
-    largest, size = int(text.max()), model.config.vocab_size  # type: ignore[union-attr]
+    known: Any = model.config
+    largest, size = int(text.max()), known.vocab_size
     if int(text.min()) < 0 or largest >= size:
         raise ValueError(f"a training text has token {largest}, but the model's vocabulary has {size}: wrong tokenizer")
