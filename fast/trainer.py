@@ -225,6 +225,7 @@ class Run:
         self.kl_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = kl_rows
         self.history: list[dict[str, float]] = []
         self.step = 0
+        self.losses: list[Tensor] = []  # of the steps since the last entry of the log
         masters = student.masters()
         self.masters = masters.named()
         rates = (config.lr_latents, config.lr_scales, config.lr_others)
@@ -300,8 +301,7 @@ class Run:
     ) -> None:
         """The steps of one part, from `self.step` to `last`."""
         backward, update = step
-        losses: list[Tensor] = []
-        begin = time.perf_counter()
+        begin, done = time.perf_counter(), self.step
         while self.step < last:
             self.tokens.copy_(self.batch(self.step))
             factor = learning_rate_factor((self.step - first) / (last - first), self.config)
@@ -313,20 +313,21 @@ class Run:
             backward()
             self.average_gradients()
             update()
-            losses.append(self.loss.clone())
+            self.losses.append(self.loss.clone())
             self.step += 1
             logging = self.step % log_steps == 0 or self.step == last
             if logging:
-                self.log(losses, begin, self.groups[0][1] * factor, bar)
-                losses, begin = [], time.perf_counter()
+                self.log(self.step - done, begin, self.groups[0][1] * factor, bar)
+                begin, done = time.perf_counter(), self.step
             if self.world == 1 or logging:
-                self.keep(bool(stop), losses)
+                self.keep(bool(stop))
 
-    def log(self, losses: list[Tensor], begin: float, lr: float, bar: tqdm) -> None:
-        """Add an entry to the log; raise TrainingError if the loss is not a number."""
-        loss = self.checked(losses)  # waits for the GPU, so the time is taken after it
+    def log(self, steps: int, begin: float, lr: float, bar: tqdm) -> None:
+        """Add an entry to the log, `steps` after the last; raise TrainingError if the loss is not a number."""
+        loss = self.checked()  # waits for the GPU, so the time is taken after it
+        self.losses.clear()
         seconds = time.perf_counter() - begin
-        count = len(losses) * self.config.batch * self.config.sequence
+        count = steps * self.config.batch * self.config.sequence
         memory = torch.cuda.max_memory_allocated() if self.on_gpu else 0
         entry = {
             "step": self.step,
@@ -343,22 +344,22 @@ class Run:
         bar.set_postfix(loss=f"{loss:.3f}", memory=f"{memory / 2**30:.1f} GiB", refresh=False)
         bar.update(count)
 
-    def checked(self, losses: list[Tensor]) -> float:
-        """Mean of the losses over steps and processes; raises TrainingError if it is not finite."""
-        if not losses:
+    def checked(self) -> float:
+        """Mean of the losses over steps and processes; raises TrainingError if it or the gradient is not finite."""
+        if not self.losses:
             return 0.0
-        mean = torch.stack(losses).mean()
+        mean = torch.stack(self.losses).mean()
         if self.world > 1:
             distributed.all_reduce(mean)
             mean /= self.world
-        if not math.isfinite(mean.item()):
+        if not (math.isfinite(mean.item()) and math.isfinite(self.norm.item())):
             raise TrainingError(
-                f"the loss is {mean.item()} before step {self.step}: lower the learning rates, or look at the data; "
-                "the last saved state stays"
+                f"the loss is {mean.item()}, the gradient's norm {self.norm.item()} up to step {self.step}: lower the "
+                "learning rates, or look at the data; the last saved state stays"
             )
         return mean.item()
 
-    def keep(self, stop: bool, losses: list[Tensor]) -> None:
+    def keep(self, stop: bool) -> None:
         """Save the state if it is time, or if a signal says to stop."""
         wanted = stop or (self.keeper is not None and self.keeper.is_time())
         if self.world > 1:
@@ -366,11 +367,11 @@ class Run:
             distributed.all_reduce(flags, distributed.ReduceOp.MAX)
             wanted, stop = (bool(flag) for flag in flags.tolist())
         if wanted:
-            self.checked(losses)
+            self.checked()
             if self.keeper is not None:
                 tensors = {name: whole(tensor) for name, tensor in self.state().items()}  # every process takes part
                 if self.rank == 0:
-                    self.keeper.save(self.step, tensors)
+                    self.keeper.save(self.step, tensors | {"losses": torch.tensor(self.losses)})
         if stop:
             kept = "its state is saved: the same command goes on" if self.keeper is not None else "no state was kept"
             raise TrainingStopped(f"training was told to stop after step {self.step}; {kept}")
@@ -380,7 +381,10 @@ class Run:
         found = self.keeper.last() if self.keeper is not None else None
         if found is not None:
             self.step, tensors, self.history = found
+            self.losses = list(tensors.pop("losses").to(self.device))
             put(self.state(), tensors)
+        if self.keeper is not None and self.rank == 0:
+            self.keeper.begin(self.history)
 
     def logit_loss(self, tokens: Tensor, taps: "Taps | None") -> Tensor:
         """KL on the logits, plus the hidden-state loss."""
