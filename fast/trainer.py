@@ -171,10 +171,16 @@ def train_(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     starts = schedule([len(text) for text in texts], weights, config)  # (steps, batch)
     corpus = torch.cat([text.to(torch.int32) for text in texts])
+    if shard and not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError("shard divides the masters over processes: start them with torchrun")
+    if log_steps < 1:
+        raise ValueError(f"log_steps must be at least 1, not {log_steps}")
     if keeper is not None:
         keeper.check(asdict(config) | {"world": world, "shard": shard, "data": digest(corpus, starts)})
     capture = device.type == "cuda" and not shard and is_plainly_causal(model, config.sequence)
     compile = compile and capture
+    for parameter in model.parameters() if world > 1 else ():  # each process's factors may be rounded differently
+        distributed.broadcast(parameter.data, 0)
     teacher.to(dtype).requires_grad_(False)  # type: ignore[call-arg]
     student = (ShardedStudent if shard else StackedStudent)(model, config.rule, config.train, dtype)
     if shard:
@@ -464,8 +470,9 @@ class Run:
         """Mean of the gradients over the processes; FSDP has taken it already."""
         if self.world > 1 and isinstance(self.student, StackedStudent):
             for master in self.masters.values():
-                distributed.all_reduce(master.grad)
-                master.grad /= self.world  # type: ignore[operator]
+                if master.grad is not None:  # blocks that are trained by themselves leave the last norm alone
+                    distributed.all_reduce(master.grad)
+                    master.grad /= self.world
 
 
 class Taps:
@@ -576,7 +583,7 @@ def schedule(lengths: Sequence[int], weights: Sequence[float] | None, config: Tr
         If there are no weights that can be drawn from.
     """
     weights = list(lengths if weights is None else weights)
-    if len(weights) != len(lengths) or min(weights) < 0 or sum(weights) <= 0:
+    if len(weights) != len(lengths) or not all(0 <= each < math.inf for each in weights) or not sum(weights):
         raise ValueError(f"weights must be one per text, not negative, and not all zero: {weights} for {len(lengths)}")
     generator = torch.Generator().manual_seed(config.seed)
     count = config.steps * config.batch
@@ -711,7 +718,7 @@ def check_config(config: TrainConfig, world: int) -> None:
             raise ValueError(f"{key} must be at least 1, not {getattr(config, key)}")
     if config.batch % world:
         raise ValueError(f"a step's {config.batch} sequences cannot be divided evenly among {world} processes")
-    at_once = config.micro_batch or config.batch // world
+    at_once = config.batch // world if config.micro_batch is None else config.micro_batch
     if at_once < 1 or (config.batch // world) % at_once:
         raise ValueError(
             f"a process's {config.batch // world} sequences a step cannot be divided evenly into parts of {at_once} "
@@ -719,7 +726,7 @@ def check_config(config: TrainConfig, world: int) -> None:
         )
     if not 0 <= config.warmup < 1:
         raise ValueError(f"warmup must be a part of the schedule, 0 to below 1, not {config.warmup}")
-    for key in ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final"):
+    for key in ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final", "block_tokens"):
         if not (math.isfinite(getattr(config, key)) and getattr(config, key) >= 0):
             raise ValueError(f"{key} must be a finite number, not negative, not {getattr(config, key)}")
 
