@@ -9,6 +9,8 @@ import copy
 import json
 import lzma
 import math
+import os
+import signal
 import subprocess
 import sys
 
@@ -551,6 +553,18 @@ def test_command_in_two_processes_begins_with_the_first_ones_factors(loud_llama,
         assert [workers.ended(process) for process in processes] == [0, 0], outputs[0].read_text()
         written.append((out / "model.safetensors").read_bytes())
     assert written[0] == written[1]
+
+
+def test_command_in_two_processes_stops_in_all_when_one_is_told(loud_llama, text, tmp_path):
+    words = command(loud_llama, tmp_path / "out", text, "--tokens", str(400 * 128), "--log-steps", "2")
+    outputs, log = [tmp_path / "first", tmp_path / "second"], tmp_path / "out.training" / "log.jsonl"
+    processes = workers.group([words] * 2, outputs)
+    while processes[1].is_alive() and not (log.exists() and log.read_text()):
+        processes[1].join(0.01)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert [workers.ended(process) for process in processes] == [143, 143]
+    (state,) = log.parent.glob("step-*")
+    assert all(f"step {state.name[5:]}; its state is saved" in output.read_text() for output in outputs)
 
 
 def test_command_in_two_processes_refuses_a_step_that_cannot_be_divided(loud_llama, text, tmp_path):
