@@ -23,7 +23,7 @@ from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import ARTIFACTS, fetch
 from .hf import load_model, load_tokenizer, text_tokens
 from .model import ALLOCATIONS, INITS, Config, LayerResult, quantize_
-from .resume import Keeper
+from .resume import Keeper, digest
 from .signs import RULES
 from .student import TRAINABLE
 from .trainer import TrainConfig, TrainingError, TrainingStopped, joined_processes, process, train_
@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quieten() -> None:
-    """Keep the libraries' own warnings and progress bars out of the output."""
+    """Keep the libraries' own warnings and progress bars out of the output; what this package warns of stays."""
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", module=r"littlebit\.fast\.")
     for library in ("transformers", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
@@ -273,8 +274,9 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     training = TrainConfig(**settings)
     config, calibration = quantisation(arguments, tokenizer)
     state = arguments.out.with_name(arguments.out.name + ".training")
-    keeper = Keeper(state, arguments.save_minutes, {"model": arguments.model} | asdict(config))
-    if keeper.states():  # what was trained takes the place of all factors, so the cheapest ones will do
+    measured = None if calibration is None else digest(calibration)
+    keeper = Keeper(state, arguments.save_minutes, {"model": arguments.model, "calibration": measured} | asdict(config))
+    if keeper.newest() is not None:  # what was trained takes the place of all factors, so the cheapest ones will do
         config = replace(config, init="dual-svid", importance=False)
     teacher = load_model(arguments.model, device)
     model = copy.deepcopy(teacher)
@@ -299,7 +301,8 @@ def train(arguments: argparse.Namespace, device: str) -> None:
         print(json.dumps(stored | {"training": log[-1] if log else None}))
         return
     print(f"{arguments.out}: {summary(stored)}")
-    print(f"last loss {log[-1]['loss']:.4f} nats after {log[-1]['tokens']:,} tokens; the log is training.jsonl there")
+    if log:
+        print(f"last loss {log[-1]['loss']:.4f} nats after {log[-1]['tokens']:,} tokens; the log is in training.jsonl")
 
 
 def kind_table(results: dict[str, LayerResult]) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,56 +71,71 @@ class Keeper:
             with written_whole(path) as part:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part / STATE)
                 description = {"run": self.run, "step": step, "sha256": file_digest(part / STATE)}
-                (part / RUN).write_text(json.dumps(description, indent=1) + "\n")
+                (part / RUN).write_text(json.dumps(description | {"check": text_digest(description)}, indent=1) + "\n")
         except OSError as error:
-            warnings.warn(f"the state of step {step} was not saved, the one before it stays: {error}", stacklevel=2)
+            warnings.warn(f"the state of step {step} was not saved, the one before it stays: {error}", stacklevel=1)
             return
         for old in self.states()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def last(self) -> tuple[int, dict[str, Tensor], list[dict[str, float]]] | None:
-        """Step, tensors and log of the newest state that is whole, or None; damaged ones are named in a warning."""
+    def newest(self) -> Path | None:
+        """The newest state that is whole, or None; newer ones are damaged, named in a warning and removed."""
         for path in self.states():
             try:
-                description = described(path)
-                if description.get("sha256") != file_digest(path / STATE):
-                    raise OSError("its checksum is wrong")
-                tensors, step = load_file(path / STATE), int(description["step"])
-            except (OSError, SafetensorError, KeyError) as error:
-                warnings.warn(f"{path} is damaged and passed over ({error}); going on from before it", stacklevel=2)
-                shutil.rmtree(path, ignore_errors=True)
-                continue
-            return step, tensors, self.cut_log(step)
-        self.cut_log(0)
+                if described(path).get("sha256") == file_digest(path / STATE):
+                    return path
+                error = "its checksum is wrong"
+            except OSError as missing:
+                error = str(missing)
+            warnings.warn(f"{path} is damaged and passed over ({error}); going on from before it", stacklevel=1)
+            shutil.rmtree(path, ignore_errors=True)
         return None
+
+    def last(self) -> tuple[int, dict[str, Tensor], list[dict[str, float]]] | None:
+        """Step, tensors and log of the newest state that is whole, or None."""
+        path = self.newest()
+        if path is None:
+            return None
+        step = described(path)["step"]
+        return step, load_file(path / STATE), self.entries(step)
 
     def log(self, entry: dict[str, float]) -> None:
         """Add an entry to the log."""
         with (self.folder / LOG).open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def cut_log(self, step: int) -> list[dict[str, float]]:
-        """The log's entries up to a step; what comes after it is dropped, because it will be done again."""
-        path = self.folder / LOG
-        entries = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # the last line of a process that was killed
-                    break
-                if entry["step"] <= step:
-                    entries.append(entry)
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        return entries
+    def entries(self, step: int) -> list[dict[str, float]]:
+        """The log's entries up to a step; what comes after it will be done again."""
+        path, entries = self.folder / LOG, []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:  # the last line of a process that was killed
+                break
+        return [entry for entry in entries if entry["step"] <= step]
+
+    def begin(self, entries: list[dict[str, float]]) -> None:
+        """Begin with these entries of the log, and without what processes that were killed left unfinished."""
+        for left in self.folder.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        part = self.folder / f"{LOG}.part"
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        part.replace(self.folder / LOG)
 
 
 def described(path: Path) -> dict[str, Any]:
-    """What run.json says of a saved state; nothing if it cannot be read."""
+    """What run.json says of a saved state; nothing if it is damaged."""
     try:
-        return json.loads((path / RUN).read_text())
-    except (OSError, ValueError):
+        description = json.loads((path / RUN).read_text())
+        check = description.pop("check")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
+    return description if check == text_digest(description) else {}
+
+
+def text_digest(value: dict[str, Any]) -> str:
+    """SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -134,5 +148,5 @@ def digest(*tensors: Tensor) -> str:
     """SHA-256 of the contents of tensors."""
     value = hashlib.sha256()
     for tensor in tensors:
-        value.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+        value.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return value.hexdigest()

@@ -132,8 +132,9 @@ class StackedStudent:
 
     def finish(self) -> None:
         """End training: the model's parameters are ordinary ones again, with the trained values."""
-        for master in self.masters().named().values():
-            master.requires_grad_(False)
+        for p in self.model.parameters():
+            p.grad = None
+            p.requires_grad_()
 
 
 class ShardedStudent:

@@ -171,10 +171,16 @@ def train_(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     starts = schedule([len(text) for text in texts], weights, config)  # (steps, batch)
     corpus = torch.cat([text.to(torch.int32) for text in texts])
+    if shard and not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError("shard divides the masters over processes: start them with torchrun")
+    if log_steps < 1:
+        raise ValueError(f"log_steps must be at least 1, not {log_steps}")
     if keeper is not None:
         keeper.check(asdict(config) | {"world": world, "shard": shard, "data": digest(corpus, starts)})
     capture = device.type == "cuda" and not shard and is_plainly_causal(model, config.sequence)
     compile = compile and capture
+    for parameter in model.parameters() if world > 1 else ():  # each process's factors may be rounded differently
+        distributed.broadcast(parameter.data, 0)
     teacher.to(dtype).requires_grad_(False)  # type: ignore[call-arg]
     student = (ShardedStudent if shard else StackedStudent)(model, config.rule, config.train, dtype)
     if shard:
@@ -225,6 +231,7 @@ class Run:
         self.kl_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = kl_rows
         self.history: list[dict[str, float]] = []
         self.step = 0
+        self.losses: list[Tensor] = []  # of the steps since the last entry of the log
         masters = student.masters()
         self.masters = masters.named()
         rates = (config.lr_latents, config.lr_scales, config.lr_others)
@@ -300,8 +307,7 @@ class Run:
     ) -> None:
         """The steps of one part, from `self.step` to `last`."""
         backward, update = step
-        losses: list[Tensor] = []
-        begin = time.perf_counter()
+        begin, done = time.perf_counter(), self.step
         while self.step < last:
             self.tokens.copy_(self.batch(self.step))
             factor = learning_rate_factor((self.step - first) / (last - first), self.config)
@@ -313,20 +319,21 @@ class Run:
             backward()
             self.average_gradients()
             update()
-            losses.append(self.loss.clone())
+            self.losses.append(self.loss.clone())
             self.step += 1
             logging = self.step % log_steps == 0 or self.step == last
             if logging:
-                self.log(losses, begin, self.groups[0][1] * factor, bar)
-                losses, begin = [], time.perf_counter()
+                self.log(self.step - done, begin, self.groups[0][1] * factor, bar)
+                begin, done = time.perf_counter(), self.step
             if self.world == 1 or logging:
-                self.keep(bool(stop), losses)
+                self.keep(bool(stop))
 
-    def log(self, losses: list[Tensor], begin: float, lr: float, bar: tqdm) -> None:
-        """Add an entry to the log; raise TrainingError if the loss is not a number."""
-        loss = self.checked(losses)  # waits for the GPU, so the time is taken after it
+    def log(self, steps: int, begin: float, lr: float, bar: tqdm) -> None:
+        """Add an entry to the log, `steps` after the last; raise TrainingError if the loss is not a number."""
+        loss = self.checked()  # waits for the GPU, so the time is taken after it
+        self.losses.clear()
         seconds = time.perf_counter() - begin
-        count = len(losses) * self.config.batch * self.config.sequence
+        count = steps * self.config.batch * self.config.sequence
         memory = torch.cuda.max_memory_allocated() if self.on_gpu else 0
         entry = {
             "step": self.step,
@@ -343,22 +350,22 @@ class Run:
         bar.set_postfix(loss=f"{loss:.3f}", memory=f"{memory / 2**30:.1f} GiB", refresh=False)
         bar.update(count)
 
-    def checked(self, losses: list[Tensor]) -> float:
-        """Mean of the losses over steps and processes; raises TrainingError if it is not finite."""
-        if not losses:
+    def checked(self) -> float:
+        """Mean of the losses over steps and processes; raises TrainingError if it or the gradient is not finite."""
+        if not self.losses:
             return 0.0
-        mean = torch.stack(losses).mean()
+        mean = torch.stack(self.losses).mean()
         if self.world > 1:
             distributed.all_reduce(mean)
             mean /= self.world
-        if not math.isfinite(mean.item()):
+        if not (math.isfinite(mean.item()) and math.isfinite(self.norm.item())):
             raise TrainingError(
-                f"the loss is {mean.item()} before step {self.step}: lower the learning rates, or look at the data; "
-                "the last saved state stays"
+                f"the loss is {mean.item()}, the gradient's norm {self.norm.item()} up to step {self.step}: lower the "
+                "learning rates, or look at the data; the last saved state stays"
             )
         return mean.item()
 
-    def keep(self, stop: bool, losses: list[Tensor]) -> None:
+    def keep(self, stop: bool) -> None:
         """Save the state if it is time, or if a signal says to stop."""
         wanted = stop or (self.keeper is not None and self.keeper.is_time())
         if self.world > 1:
@@ -366,11 +373,11 @@ class Run:
             distributed.all_reduce(flags, distributed.ReduceOp.MAX)
             wanted, stop = (bool(flag) for flag in flags.tolist())
         if wanted:
-            self.checked(losses)
+            self.checked()
             if self.keeper is not None:
                 tensors = {name: whole(tensor) for name, tensor in self.state().items()}  # every process takes part
                 if self.rank == 0:
-                    self.keeper.save(self.step, tensors)
+                    self.keeper.save(self.step, tensors | {"losses": torch.tensor(self.losses)})
         if stop:
             kept = "its state is saved: the same command goes on" if self.keeper is not None else "no state was kept"
             raise TrainingStopped(f"training was told to stop after step {self.step}; {kept}")
@@ -380,7 +387,10 @@ class Run:
         found = self.keeper.last() if self.keeper is not None else None
         if found is not None:
             self.step, tensors, self.history = found
+            self.losses = list(tensors.pop("losses").to(self.device))
             put(self.state(), tensors)
+        if self.keeper is not None and self.rank == 0:
+            self.keeper.begin(self.history)
 
     def logit_loss(self, tokens: Tensor, taps: "Taps | None") -> Tensor:
         """KL on the logits, plus the hidden-state loss."""
@@ -460,8 +470,9 @@ class Run:
         """Mean of the gradients over the processes; FSDP has taken it already."""
         if self.world > 1 and isinstance(self.student, StackedStudent):
             for master in self.masters.values():
-                distributed.all_reduce(master.grad)
-                master.grad /= self.world  # type: ignore[operator]
+                if master.grad is not None:  # blocks that are trained by themselves leave the last norm alone
+                    distributed.all_reduce(master.grad)
+                    master.grad /= self.world
 
 
 class Taps:
@@ -572,7 +583,7 @@ def schedule(lengths: Sequence[int], weights: Sequence[float] | None, config: Tr
         If there are no weights that can be drawn from.
     """
     weights = list(lengths if weights is None else weights)
-    if len(weights) != len(lengths) or min(weights) < 0 or sum(weights) <= 0:
+    if len(weights) != len(lengths) or not all(0 <= each < math.inf for each in weights) or not sum(weights):
         raise ValueError(f"weights must be one per text, not negative, and not all zero: {weights} for {len(lengths)}")
     generator = torch.Generator().manual_seed(config.seed)
     count = config.steps * config.batch
@@ -707,7 +718,7 @@ def check_config(config: TrainConfig, world: int) -> None:
             raise ValueError(f"{key} must be at least 1, not {getattr(config, key)}")
     if config.batch % world:
         raise ValueError(f"a step's {config.batch} sequences cannot be divided evenly among {world} processes")
-    at_once = config.micro_batch or config.batch // world
+    at_once = config.batch // world if config.micro_batch is None else config.micro_batch
     if at_once < 1 or (config.batch // world) % at_once:
         raise ValueError(
             f"a process's {config.batch // world} sequences a step cannot be divided evenly into parts of {at_once} "
@@ -715,7 +726,7 @@ def check_config(config: TrainConfig, world: int) -> None:
         )
     if not 0 <= config.warmup < 1:
         raise ValueError(f"warmup must be a part of the schedule, 0 to below 1, not {config.warmup}")
-    for key in ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final"):
+    for key in ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final", "block_tokens"):
         if not (math.isfinite(getattr(config, key)) and getattr(config, key) >= 0):
             raise ValueError(f"{key} must be a finite number, not negative, not {getattr(config, key)}")
 
@@ -736,6 +747,7 @@ def check_tokens(text: Tensor, model: nn.Module, config: TrainConfig) -> None:
     """Raise ValueError unless a text is long enough and its tokens are in the vocabulary."""
     if text.ndim != 1 or len(text) < config.sequence:
         raise ValueError(f"a training text has {text.numel()} tokens, but a sequence needs {config.sequence}")
-    largest, size = int(text.max()), model.config.vocab_size  # type: ignore[union-attr]
+    known: Any = model.config
+    largest, size = int(text.max()), known.vocab_size
     if int(text.min()) < 0 or largest >= size:
         raise ValueError(f"a training text has token {largest}, but the model's vocabulary has {size}: wrong tokenizer")

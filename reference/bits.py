@@ -76,6 +76,21 @@ def padded(count: int, word_bits: int = WORD_BITS) -> int:
     return -(-count // width) * width
 
 
+def filled(rank: int, word_bits: int = WORD_BITS) -> int:
+    """The largest rank up to `rank` whose words of U are full; ranks below the narrowest word are left as they are.
+
+    The first rank of a new word costs the whole word, in every row of U; the others of that word cost V alone.
+
+    Examples
+    --------
+    >>> [filled(rank) for rank in (5, 8, 15, 31, 63, 64)]
+    [5, 8, 8, 16, 32, 64]
+    """
+    while rank > NARROWEST_WORD_BITS and padded(rank, word_bits) != rank:
+        rank -= 1
+    return rank
+
+
 def layer_bits(
     d_out: int, d_in: int, ranks: Sequence[int], scale_bits: int = SCALE_BITS, word_bits: int = WORD_BITS
 ) -> int:
@@ -161,11 +176,12 @@ def allocate_ranks(
 ) -> dict[str, Ranks]:
     """Ranks for every layer of a model under one budget.
 
-    Without gains the layers are as equal in bits per weight as whole ranks allow: every layer gets the ranks of the
-    highest common level that the budget affords, but at least rank 1, so that a layer too small for the target
-    borrows from the others. With gains the budget goes to the layer that gains most per bit, and fills its words of U
-    each time: ranks rise to 8, 16, 32, 64, 96 and so on. In both cases what is left is spent one rank at a time on
-    the layer that has the fewest bits per weight, until the cheapest step no longer fits.
+    Without gains the layers are as equal in sign bits per weight as full words of U allow: every layer gets the ranks
+    of the highest common level that the budget affords, but at least rank 1, so that a layer whose scales alone are
+    too much for the target borrows from the others. With gains the budget goes to the layer that gains most per bit.
+    Ranks rise to 8, 16, 32, 64, 96 and so on, because a word costs the same full or not. In both cases what is left
+    goes to the layer that has the fewest sign bits per weight, a word and then one rank at a time, until the cheapest
+    step no longer fits.
 
     Parameters
     ----------
@@ -212,7 +228,9 @@ def allocate_ranks(
         ranks = equal_ranks(shapes, counts, bits, budget, scale_bits, word_bits)
     else:
         ranks = best_ranks(shapes, smallest, gains, budget - stored, scale_bits, word_bits)
-    spend_rest(shapes, ranks, budget - model_bits(shapes, ranks, scale_bits, word_bits), scale_bits, word_bits)
+    for step_bits in (word_bits, 1):
+        rest = budget - model_bits(shapes, ranks, scale_bits, word_bits)
+        spend_rest(shapes, ranks, rest, step_bits, scale_bits, word_bits)
     return ranks
 
 
@@ -232,13 +250,13 @@ def model_bits(
 def equal_ranks(
     shapes: Mapping[str, Shape], counts: Mapping[str, int], bits: float, budget: int, scale_bits: int, word_bits: int
 ) -> dict[str, Ranks]:
-    """The ranks of the highest common level of bits per weight that `budget` bits afford, found by bisection."""
+    """The ranks of the highest common level of sign bits per weight that `budget` bits afford, found by bisection."""
 
     def at_level(level: float) -> dict[str, Ranks]:
         kinds = {}
         for shape, count in {(shapes[name], counts[name]) for name in shapes}:
-            most = largest_rank(shape, bits_budget(level, math.prod(shape)), count, scale_bits, word_bits)
-            kinds[shape, count] = (max(1, most),) * count
+            most = largest_rank(shape, bits_budget(level, math.prod(shape)), count, 0, word_bits)
+            kinds[shape, count] = (max(1, filled(most, word_bits)),) * count
         return {name: kinds[shapes[name], counts[name]] for name in shapes}
 
     low, high = 0.0, 2.0 * bits
@@ -285,18 +303,23 @@ def best_ranks(
     return ranks
 
 
-def spend_rest(shapes: Mapping[str, Shape], ranks: dict[str, Ranks], rest: int, scale_bits: int, word_bits: int):
-    """Raise `ranks` in place, one rank at a time, until no step costs at most the `rest` of the budget, in bits."""
+def spend_rest(
+    shapes: Mapping[str, Shape], ranks: dict[str, Ranks], rest: int, step_bits: int, scale_bits: int, word_bits: int
+) -> None:
+    """Raise `ranks` in place until no step costs at most the `rest` of the budget, in bits.
+
+    A step is one rank (`step_bits` 1) or what fills the words of U.
+    """
     widths = scale_bits, word_bits
     while True:
         steps = []
         for order, (name, (d_out, d_in)) in enumerate(shapes.items()):
             before = ranks[name]
-            after = next_ranks(before, min(d_out, d_in))
-            now = layer_bits(d_out, d_in, before, *widths)
-            cost = layer_bits(d_out, d_in, after, *widths) - now
+            after = next_ranks(before, min(d_out, d_in), step_bits)
+            cost = layer_bits(d_out, d_in, after, *widths) - layer_bits(d_out, d_in, before, *widths)
             if after != before and cost <= rest:
-                steps.append((now / (d_out * d_in), order, name, after, cost))
+                signs = layer_bits(d_out, d_in, before, 0, word_bits)
+                steps.append((signs / (d_out * d_in), order, name, after, cost))
         if not steps:
             return
         *_, name, after, cost = min(steps)

@@ -1,12 +1,14 @@
 """Settings shared by all tests: Hypothesis profiles, strategies and the two comparisons."""
 
 import os
+import shutil
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file, save_file
 
 settings.register_profile("default", max_examples=200, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
@@ -64,6 +66,18 @@ def make_tiny_llama(folder, **changes):
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
         ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loud_llama(tiny_llama, tmp_path_factory):
+    """The random Llama with weights so large that its predictions are far from uniform, as a trained model's are."""
+    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("loud") / "llama")
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            tensor *= 24 if "embed" in name else 8
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

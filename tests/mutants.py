@@ -52,6 +52,10 @@ TESTS = {
     "decode": "test_model.py",
     "cpu": "test_linear.py",
     "__init__": "test_linear.py",  # of kernels/
+    "student": "test_student.py",
+    "trainer": "test_resume.py test_trainer.py",
+    "resume": "test_resume.py test_trainer.py",
+    "__main__": "test_resume.py test_command.py",
 }
 
 MUTANTS = [
@@ -231,6 +235,81 @@ MUTANTS = [
     Mutant("fast/layers.py", "((rank, v_number), v_dtype)", "((rank, v_number), u_dtype)", "V in words as wide as U's"),
     Mutant("fast/kernels/cpu.py", "order > 0,", "False,", "the last path alone"),
     Mutant("fast/kernels/cpu.py", "range(whole, d_in)", "range(whole + 1, d_in)", "a column of x skipped"),
+    Mutant(
+        "fast/student.py",
+        "for path in paths) for paths in same)",
+        "for path in paths[:1]) for paths in same)",
+        "too little room for the residual path",
+    ),
+    Mutant("fast/student.py", "(0, 0, 0, missing)", "(0, 0, missing, 0)", "A filled up before its rows, B after"),
+    Mutant("fast/student.py", "torch.stack(grads)", "torch.stack(grads[::-1])", "gradients of layers in reverse"),
+    Mutant(
+        "fast/student.py",
+        "tensor.data = whole_tensor[row]",
+        "tensor.data = whole_tensor[row].clone()",
+        "layers do not follow",
+    ),
+    Mutant("fast/student.py", ".ndim == 1)", ".ndim <= 2)", "norms: all is trained"),
+    Mutant("fast/student.py", "group = latents if", "group = scales if", "groups of learning rates changed over"),
+    Mutant("fast/student.py", "            p.grad = None\n", "", "gradients stay after training"),
+    Mutant("fast/trainer.py", "master.grad /= self.world", "pass", "gradients summed over processes"),
+    Mutant("fast/trainer.py", "if master.grad is not None:", "if True:", "a norm without a gradient"),
+    Mutant("fast/trainer.py", "(1 + math.cos", "(1 - math.cos", "rates rise along the cosine"),
+    Mutant(
+        "fast/trainer.py", "starts[:, rank::world]", "starts[:, : config.batch // world]", "all processes read the same"
+    ),
+    Mutant(
+        "fast/trainer.py", "first = sum(lengths[:at])", "first = sum(lengths[: at + 1]) - lengths[0]", "texts overlap"
+    ),
+    Mutant(
+        "fast/trainer.py",
+        "offset + sequence * torch.randperm",
+        "offset + (sequence - 1) * torch.randperm",
+        "windows overlap",
+    ),
+    Mutant("fast/trainer.py", "* (len(part) / len(self.tokens))", "", "micro-batches are summed"),
+    Mutant("fast/trainer.py", "self.config.clip or math.inf", "math.inf", "no clipping"),
+    Mutant("fast/trainer.py", "self.teacher[before]", "self.student[before]", "blocks read the student's stream"),
+    Mutant("fast/trainer.py", "loss + self.config.hidden *", "loss + 0 *", "no hidden-state loss"),
+    Mutant("fast/trainer.py", "and math.isfinite(self.norm.item())", "", "a spoilt state is kept"),
+    Mutant(
+        "fast/trainer.py",
+        "for key, tensor in self.optimizer.state[master].items()",
+        "for key, tensor in {}.items()",
+        "going on forgets Adam's moments",
+    ),
+    Mutant(
+        "fast/trainer.py",
+        'list(tensors.pop("losses").to(self.device))',
+        'list(tensors.pop("losses"))[:0]',
+        "going on forgets losses",
+    ),
+    Mutant(
+        "fast/trainer.py",
+        "distributed.broadcast(parameter.data, 0)",
+        "pass",
+        "processes begin with models of their own",
+    ),
+    Mutant("fast/trainer.py", "        if forced:", "        if not forced:", "the wrong part is forced"),
+    Mutant("fast/resume.py", "if described(path).get", "if True or described(path).get", "damaged states are taken"),
+    Mutant(
+        "fast/resume.py",
+        "return description if check == text_digest(description) else {}",
+        "return description",
+        "run.json is not checked",
+    ),
+    Mutant("fast/resume.py", "self.states()[KEPT:]", "self.states()[KEPT + 1 :]", "a state too many"),
+    Mutant("fast/resume.py", 'entry["step"] <= step', "True", "log entries twice"),
+    Mutant("fast/resume.py", "reverse=True", "reverse=False", "the oldest state first"),
+    Mutant("fast/resume.py", "before is not None and before != self.run", "False", "the state of another run is taken"),
+    Mutant("fast/resume.py", "60 * self.minutes", "0", "saves after every step"),
+    Mutant(
+        "fast/__main__.py",
+        "if keeper.newest() is not None:",
+        "if keeper.states():",
+        "damaged states choose the initialisation",
+    ),
+    Mutant("fast/__main__.py", "return STOPPED", "return USER_ERROR", "told to stop is an error"),
 ]
 
 

@@ -21,7 +21,10 @@ ONLY_REFERENCE = {
     # the backward pass by hand, which autograd does in fast
     "train": {"forward", "backward", "little", "little_vjp", "dense", "dense_vjp", "cross_entropy_vjp"},
 }
-ONLY_FAST = {"linear": {"folded"}}
+ONLY_FAST = {
+    "linear": {"folded"},
+    "distill": {"kl_rows"},  # what a trainer compiles of the loss
+}
 # these are differentiated in fast, so they need the rule that the reference gives to their vjp
 EXTRA_PARAMETERS = {("linear", "linear"): {"rule"}, ("train", "mlp"): {"rule"}}
 # a plain summary differs where one side iterates and the other calls torch
