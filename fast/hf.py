@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .fetch import ARTIFACTS, cache_folder, fetch
+from .fetch import cache_folder, fetch, known_names
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
 
@@ -39,7 +39,7 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     Parameters
     ----------
     source : str or Path
-        A name that `fetch` knows ("smollm2"), a .gguf file, a directory, or a hub id.
+        A name that `fetch` knows ("smollm2", "tiny"), a .gguf file, a directory, or a hub id.
     device : str
     dtype : torch.dtype
         Of the parameters; GGUF weights are dequantised.
@@ -101,22 +101,22 @@ def unknown_model(source: str | Path, error: Exception) -> ValueError:
     reason = str(error).strip().splitlines()[0]
     return ValueError(
         f"cannot load a model from {str(source)!r}: it is not a directory with config.json, a .gguf file, a known name "
-        f"({', '.join(sorted(ARTIFACTS))}) or a reachable hub id ({reason})"
+        f"({', '.join(known_names())}) or a reachable hub id ({reason})"
     )
 
 
 def resolve(source: str | Path) -> str:
     """Directory or hub id for a source; names are fetched, GGUF files converted once into the cache."""
-    if str(source) in ARTIFACTS and not Path(source).exists():
-        return str(converted(fetch(str(source))))
     path = Path(source)
+    if str(source) in known_names() and not path.exists():
+        path = fetch(str(source))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"no such file: {source}")
         return str(converted(path))
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{source} is not a model directory: it has no config.json")
-    return str(source)
+    return str(path) if path.exists() else str(source)
 
 
 def converted(gguf: Path) -> Path:

@@ -13,29 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .checkpoint import WEIGHTS, CheckpointError, written_whole
-from .fetch import cache_folder
+from .fetch import DATA, cache_folder
 from .resume import file_digest
-
-DATA = Path(__file__).with_name("data")
-SUFFIX = "bit.safetensors"
-
-
-def shipped_names() -> list[str]:
-    """Names of the shipped checkpoints, such as smollm2-0.55bit."""
-    return sorted(path.stem for path in DATA.glob(f"*{SUFFIX}"))
 
 
 def shipped(name: str) -> Path:
-    """Directory of a shipped checkpoint, put together from the file and its base on first use.
-
-    Raises
-    ------
-    ValueError
-        If there is no such checkpoint.
-    """
+    """Directory of a shipped checkpoint, put together from its file and its base on first use."""
     file = DATA / f"{name}.safetensors"
-    if name not in shipped_names():
-        raise ValueError(f"no checkpoint is called {name!r}; known: {', '.join(shipped_names())}")
     folder = cache_folder() / "shipped" / f"{name}-{file_digest(file)[:12]}"
     if not folder.exists():
         put_together(file, folder)

@@ -60,7 +60,7 @@ class TrainConfig:
     rule : str
         What the derivative of a sign is taken for: a name in `signs.RULES`.
     hidden : float
-        Weight of the hidden-state loss, summed over blocks; 0 leaves it out.
+        Weight of the hidden-state loss, summed over blocks; it falls with the learning rates. 0 leaves it out.
     normalise : bool
         Whether that loss is relative to each position's size (see `distill.hidden_loss`).
     block_tokens : int
@@ -191,10 +191,11 @@ def train_(
             if capture:
                 for each in (model, teacher):
                     during.enter_context(causal_attention(each))
-            during.enter_context(compiled(compile and not taps_needed(config), student, teacher))
+            during.enter_context(compiled(compile, student, teacher))
             run = Run(student, teacher, corpus.to(device), starts[:, rank::world], config, keeper, capture)
             if compile:
                 run.kl_rows = torch.compile(kl_rows, dynamic=False)
+                run.hidden_loss = torch.compile(hidden_loss, dynamic=False)
             log = run.run(log_steps, progress and rank == 0)
     except torch.OutOfMemoryError as error:
         at_once = config.micro_batch or config.batch // world
@@ -227,8 +228,9 @@ class Run:
         self.starts = starts.to(self.device)  # (steps, sequences of this process)
         self.offsets = torch.arange(config.sequence, device=self.device)
         self.tokens = self.batch(0)  # what a step reads: the same memory in each, for captured steps
-        self.loss, self.norm = torch.zeros((2,), device=self.device)
+        self.loss, self.norm, self.hidden_weight = torch.zeros(3, device=self.device)
         self.kl_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = kl_rows
+        self.hidden_loss: Callable[[Tensor, Tensor, bool], Tensor] = hidden_loss
         self.history: list[dict[str, float]] = []
         self.step = 0
         self.losses: list[Tensor] = []  # of the steps since the last entry of the log
@@ -316,6 +318,7 @@ class Run:
                     group["lr"].fill_(rate * factor)
                 else:
                     group["lr"] = rate * factor
+            self.hidden_weight.fill_(self.config.hidden * factor)
             backward()
             self.average_gradients()
             update()
@@ -398,7 +401,7 @@ class Run:
             wanted = self.teacher(input_ids=tokens, use_cache=False).logits
         loss = KLLoss.apply(self.student.logits(tokens), wanted, self.kl_rows)
         if taps is not None:
-            loss = loss + self.config.hidden * taps.loss(self.config.normalise)
+            loss = loss + self.hidden_weight * taps.loss(self.hidden_loss, self.config.normalise)
         return loss
 
     def block_loss(self, tokens: Tensor, taps: "Taps | None") -> Tensor:
@@ -407,7 +410,7 @@ class Run:
         with torch.no_grad():
             self.teacher(input_ids=tokens, use_cache=False)
         self.student.logits(tokens)
-        return taps.loss(self.config.normalise)
+        return taps.loss(self.hidden_loss, self.config.normalise)
 
     @contextlib.contextmanager
     def tapped(self, loss_of: Callable) -> Iterator[None]:
@@ -519,7 +522,7 @@ class Taps:
 
         return hook
 
-    def loss(self, normalise: bool) -> Tensor:
+    def loss(self, hidden_loss: Callable[[Tensor, Tensor, bool], Tensor], normalise: bool) -> Tensor:
         """Hidden-state loss summed over blocks."""
         pairs = zip(self.student, self.teacher, strict=True)
         loss = torch.stack([hidden_loss(mine, wanted, normalise) for mine, wanted in pairs]).sum()
@@ -531,11 +534,6 @@ class Taps:
         """Take the hooks off again."""
         for handle in self.handles:
             handle.remove()
-
-
-def taps_needed(config: TrainConfig) -> bool:
-    """Whether the training looks at hidden states."""
-    return bool(config.hidden or config.block_steps)
 
 
 def without_gradients(backward: Callable[[], None], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -676,15 +674,15 @@ def compiled(wanted: bool, student: StackedStudent | ShardedStudent, teacher: nn
         return
     parts = [*blocks(student.model), *blocks(teacher)]
     student.fold = torch.compile(fold, dynamic=True)
-    for block in parts:
-        block.compile(dynamic=False)
+    for block in parts:  # its forward alone, so that hooks stay outside of the compiled code
+        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
     try:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):  # type: ignore[attr-defined]
             yield
     finally:
         student.fold = fold
         for block in parts:
-            block._compiled_call_impl = None
+            del block.forward
 
 
 @contextlib.contextmanager

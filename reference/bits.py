@@ -208,7 +208,7 @@ def allocate_ranks(
     Examples
     --------
     >>> allocate_ranks({"square": (256, 256), "small": (64, 256)}, bits=1.0)
-    {'square': (33, 32), 'small': (17, 16)}
+    {'square': (32, 32), 'small': (32, 32)}
     """
     check_bits(bits, 1 if paths is None else paths)
     counts = {
