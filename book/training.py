@@ -1,10 +1,12 @@
-"""Training SmolLM2-135M-Instruct below one bit: how fast, and which recipe.
+r"""Training SmolLM2-135M-Instruct below one bit: how fast, and which recipe.
 
-Each experiment is a set of changes to the defaults; a row of results is written as soon as it is measured. Figures in
-book/results/training_*.json came from this script on one GPU:
+Each experiment is a set of changes to the defaults; a row of results is written as soon as it is measured. The
+figures of book/results/training_smollm2.json came from this script, one GPU for each process:
 
     python book/training.py speed  --out speed.json
-    python book/training.py ladder --out ladder.json --texts wikitext2-train.txt books.txt --test wikitext2-test.txt
+    python book/training.py ladder --out ladder.json --texts wikitext2-train.txt books.txt --test test.txt \
+        --experiments book/training_ladder.json
+    python book/training.py ship   --out smollm2-0.55bit.json --bits 0.55 --seconds 470 --texts ... --test ...
 
 Texts are UTF-8 files, or .npy files of tokens made from them. The test text is only evaluated on.
 """
@@ -13,6 +15,7 @@ import argparse
 import copy
 import json
 import math
+import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -20,24 +23,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from littlebit.fast import Config, TrainConfig, load_model, load_tokenizer, perplexity, quantize_, save, train_
+from littlebit.fast import Config, TrainConfig, load_model, load_tokenizer, perplexity, quantize_, save, shipped, train_
 from littlebit.fast.bench import save_results
 from littlebit.fast.hf import text_tokens
 from littlebit.fast.student import littlebit_layers
 
 TEACHER = "smollm2"
+HELD_OUT = 60_000  # tokens
+PILOT_TOKENS, PILOT_RATES = 4_096_000, (4e-3, 8e-3)
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "ladder"])
+    parser.add_argument("what", choices=["speed", "ladder", "ship"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--texts", nargs="+", type=Path, default=[])
     parser.add_argument("--test", type=Path)
     parser.add_argument("--experiments", type=Path, help="JSON: a list of objects, each a name and changed settings")
-    parser.add_argument("--save", type=Path, help="folder for the packed checkpoints of all experiments")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no experiment after so long")
+    parser.add_argument("--bits", type=float, help="of the checkpoint to ship")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no experiment, or end, after so long")
+    parser.add_argument("--sequence", type=int, default=512, help="tokens in a sequence of the checkpoint's training")
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a step of the checkpoint's training")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     globals()[arguments.what](arguments)
@@ -73,12 +80,46 @@ def ladder(arguments: argparse.Namespace) -> None:
     for changes in json.loads(arguments.experiments.read_text()):
         if time.perf_counter() - begin > arguments.seconds:
             break
-        row, student = experiment(dict(changes), teacher, texts, test, quantised)
+        row, _ = experiment(dict(changes), teacher, texts, test, quantised)
         rows.append(row)
         print(json.dumps({key: value for key, value in row.items() if key != "log"}), flush=True)
         save_results(arguments.out, rows, "python book/training.py ladder", torch.cuda.get_device_name())
-        if arguments.save:
-            save(student, arguments.save / row["name"], tokenizer, row["bits"], overwrite=True)
+
+
+def ship(arguments: argparse.Namespace) -> None:
+    """Train a checkpoint for so many seconds, initialisation included, and write it as the package ships it.
+
+    Short trainings at two learning rates come first. The one with the lower perplexity on the end of the first text,
+    which is held out, decides: three quarters of its rate train for the time that is left.
+    """
+    begin = time.perf_counter()
+    tokenizer = load_tokenizer(TEACHER)
+    texts = [read_tokens(path, tokenizer) for path in arguments.texts]
+    texts[0], held_out = texts[0][:-HELD_OUT], texts[0][-HELD_OUT:]
+    test = read_tokens(arguments.test, tokenizer)
+    teacher = load_model(TEACHER, arguments.device)
+    rows: list[dict[str, Any]] = []
+    quantised: dict[Config, torch.nn.Module] = {}
+    shared = {"bits": arguments.bits, "weights": [1 / len(texts)] * len(texts), "hidden": 0.1}
+    shared |= {"sequence": arguments.sequence, "batch": arguments.batch}
+
+    def run(name: str, rate: float, tokens: int) -> tuple[dict[str, Any], torch.nn.Module]:
+        changes = shared | {"name": name, "tokens": tokens, "lr_latents": rate, "lr_scales": rate / 4}
+        row, student = experiment(changes, teacher, texts, test, quantised)
+        row["validation"] = perplexity(student, held_out, arguments.sequence, progress=False).perplexity
+        rows.append(row)
+        print(json.dumps({key: value for key, value in row.items() if key != "log"}), flush=True)
+        save_results(arguments.out, rows, "python book/training.py ship", torch.cuda.get_device_name())
+        return row, student
+
+    pilots = [run(f"pilot, latents {rate}", rate, PILOT_TOKENS)[0] for rate in PILOT_RATES]
+    best = min(pilots, key=lambda row: row["validation"])
+    left = arguments.seconds - (time.perf_counter() - begin)
+    row, student = run(arguments.out.stem, 0.75 * best["lr_latents"], int(0.95 * left * best["tokens_per_s"]))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = save(student.cpu(), Path(folder) / "checkpoint", tokenizer, arguments.bits)
+        training = {key: value for key, value in row.items() if key != "log"}
+        shipped.ship(checkpoint, TEACHER, arguments.out.with_suffix(".safetensors"), training)
 
 
 def experiment(

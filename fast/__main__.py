@@ -105,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
         "--weights", type=float, nargs="+", help="how often each text is drawn from; by default its length"
     )
     add_quantisation(sub)
+    sub.set_defaults(init="admm", paths="1")
     add_training(sub)
     sub.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     sub.add_argument("--threads", type=int, help="CPU threads; torch's default if not given")

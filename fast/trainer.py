@@ -41,14 +41,14 @@ class TrainingStopped(RuntimeError):  # noqa: N818 (not an error)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """How to train; the defaults are what trained the shipped checkpoints (`book/training.md`).
 
     Attributes
     ----------
     tokens : int
         Training tokens in all, in whole steps.
     sequence : int
-        Tokens in a sequence.
+        Tokens in a sequence. A student is good up to about the length that it was trained at.
     batch : int
         Sequences in a step, over all processes.
     micro_batch : int, optional
@@ -81,12 +81,12 @@ class TrainConfig:
     sequence: int = 512
     batch: int = 8
     micro_batch: int | None = None
-    lr_latents: float = 2e-3
-    lr_scales: float = 1e-3
-    lr_others: float = 3e-4
+    lr_latents: float = 6e-3
+    lr_scales: float = 1.5e-3
+    lr_others: float = 4e-4
     train: str = "norms"
     rule: str = "straight_through"
-    hidden: float = 0.0
+    hidden: float = 0.1
     normalise: bool = True
     block_tokens: int = 0
     warmup: float = 0.02
