@@ -21,8 +21,9 @@ The result for a row of x does not depend on the other rows, nor on the number o
 """
 # pyright: reportCallIssue=false
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numba
 import numpy as np
@@ -406,15 +407,12 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors], kernel: int = NIBBL
     y = torch.empty(len(x), d_out)
     plan, kept = layer_plan(paths)
     arguments = kernel, plan, d_out, d_in, x.data_ptr(), y.data_ptr(), len(x)
-    threads = worthwhile_threads(len(x) * sum(path.ell.shape[0] for path in paths) * (d_out + d_in))
-    if threads > 1 and parallel_lock.acquire(blocking=False):
-        try:
-            set_threads(threads)
-            layer_parallel(*arguments, threads)
-        finally:
-            parallel_lock.release()
-    else:
+    work = len(x) * sum(path.ell.shape[0] for path in paths) * (d_out + d_in)
+    if work < PARALLEL_WORK or torch.get_num_threads() == 1:
         layer(*arguments)
+    else:
+        with numba_threads(torch.get_num_threads()) as threads:
+            layer_parallel(*arguments, threads)
     del kept
     return y
 
@@ -431,13 +429,17 @@ def layer_plan(paths: Sequence[PackedFactors]) -> tuple[np.ndarray, list[Tensor]
     return np.array(numbers, np.int64), kept
 
 
-def worthwhile_threads(work: int) -> int:
-    """How many threads `work` sign additions are worth."""
-    return 1 if work < PARALLEL_WORK else min(torch.get_num_threads(), MAX_THREADS)
-
-
-def set_threads(count: int) -> None:
-    """Let Numba use `count` threads for what this thread calls; setting it costs more than a small layer."""
-    if getattr(local, "count", None) != count:
-        numba.set_num_threads(count)
-        local.count = count
+@contextlib.contextmanager
+def numba_threads(count: int) -> Iterator[int]:
+    """How many of Numba's threads the block may use: at most `count`, and one if another Python thread uses them."""
+    count = min(count, MAX_THREADS)
+    if count == 1 or not parallel_lock.acquire(blocking=False):
+        yield 1
+        return
+    try:
+        if getattr(local, "count", None) != count:  # setting it costs more than a small layer
+            numba.set_num_threads(count)
+            local.count = count
+        yield count
+    finally:
+        parallel_lock.release()

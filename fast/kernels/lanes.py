@@ -12,6 +12,7 @@ a processor instead of this one. Its cache keeps the compiled code of different 
 """
 # pyright: reportCallIssue=false
 
+import math
 import os
 
 import numba
@@ -483,3 +484,135 @@ def pointer(typingctx, address):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def subtract(typingctx, first, second):
+    """Lane by lane, first - second."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fsub(*args)
+
+    return floats(floats, floats), codegen
+
+
+@intrinsic
+def divide(typingctx, first, second):
+    """Lane by lane, first / second."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fdiv(*args)
+
+    return floats(floats, floats), codegen
+
+
+@intrinsic
+def load_at(typingctx, address):
+    """Sixteen float32 at an address."""
+
+    def codegen(context, builder, signature, args):
+        return vector_from(builder, args[0], FLOATS)
+
+    return floats(types.int64), codegen
+
+
+@intrinsic
+def store_at(typingctx, address, lanes):
+    """Store sixteen float32 to an address."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[1], builder.inttoptr(args[0], FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, floats), codegen
+
+
+@intrinsic
+def broadcast_at(typingctx, address):
+    """Sixteen times the float32 at an address."""
+
+    def codegen(context, builder, signature, args):
+        return splat(builder, vector_from(builder, args[0], ir.FloatType()), FLOATS)
+
+    return floats(types.int64), codegen
+
+
+def bytes_from(builder, address, integer_type):
+    """Sixteen numbers of an LLVM integer type at an address, aligned to a byte."""
+    vector = ir.VectorType(integer_type, LANES)
+    return builder.load(builder.inttoptr(address, vector.as_pointer()), align=1)
+
+
+@intrinsic
+def load_half_at(typingctx, address):
+    """Sixteen float16 at an address, as float32."""
+
+    def codegen(context, builder, signature, args):
+        halves = bytes_from(builder, args[0], ir.IntType(16))
+        return half_bits_to_float(builder, builder.zext(halves, WORDS), WORDS)
+
+    return floats(types.int64), codegen
+
+
+@intrinsic
+def load_int8_at(typingctx, address):
+    """Sixteen int8 at an address, as float32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.sitofp(bytes_from(builder, args[0], ir.IntType(8)), FLOATS)
+
+    return floats(types.int64), codegen
+
+
+@intrinsic
+def load_int4_at(typingctx, address):
+    """Sixteen bytes at an address as 32 numbers of -8 to 7 in float32: first the low nibbles less 8, then the high."""
+
+    def codegen(context, builder, signature, args):
+        codes = builder.zext(bytes_from(builder, args[0], ir.IntType(8)), WORDS)
+        fifteen, four, eight = (ir.Constant(WORDS, [value] * LANES) for value in (15, 4, 8))
+        halves = builder.and_(codes, fifteen), builder.lshr(codes, four)
+        numbers = [builder.sitofp(builder.sub(half, eight), FLOATS) for half in halves]
+        return context.make_tuple(builder, signature.return_type, numbers)
+
+    return types.UniTuple(floats, 2)(types.int64), codegen
+
+
+@intrinsic
+def exponential(typingctx, lanes):
+    """e to the power of each lane, with a relative error below 2e-7; lanes beyond -87 and 88 count as these.
+
+    e^x = 2^n e^r with n the integer nearest to x / ln 2 and |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7,
+    whose remainder is below r^8 / 8! < 6e-9; 2^n by adding n to the exponent's bits.
+    """
+
+    def codegen(context, builder, signature, args):
+        def constant(value):
+            return ir.Constant(FLOATS, [value] * LANES)
+
+        def clamped(x, limit, comparison):
+            return builder.select(builder.fcmp_ordered(comparison, x, constant(limit)), constant(limit), x)
+
+        x = clamped(clamped(args[0], -87.0, "<"), 88.0, ">")
+        magic = constant(1.5 * 2.0**23)  # adding it leaves the nearest integer in the lowest bits
+        shifted = multiply_added(builder, x, constant(1 / math.log(2)), magic)
+        n = builder.fsub(shifted, magic)
+        high = 0.693359375  # of ln 2, in so few bits that n times it is exact
+        r = multiply_added(builder, n, constant(high - math.log(2)), multiply_added(builder, n, constant(-high), x))
+        power = constant(1 / math.factorial(7))
+        for degree in range(6, -1, -1):
+            power = multiply_added(builder, power, r, constant(1 / math.factorial(degree)))
+        bits = builder.shl(builder.bitcast(shifted, WORDS), ir.Constant(WORDS, [23] * LANES))
+        return builder.bitcast(builder.add(builder.bitcast(power, WORDS), bits), FLOATS)
+
+    return floats(floats), codegen
+
+
+@intrinsic
+def lane_maximum(typingctx, first, second):
+    """Lane by lane, the larger."""
+
+    def codegen(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return floats(floats, floats), codegen
