@@ -18,7 +18,8 @@ import torch
 
 from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
 from .checkpoint import check_target, info, is_checkpoint, load, save
-from .decode import generate
+from .decode import generate, stream
+from .embeddings import quantize_embeddings_, quantize_table
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
 from .hf import load_model, load_tokenizer, resolve, text_tokens
@@ -90,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help=model_help)
     sub.add_argument("out", type=Path, help="directory to write")
     add_quantisation(sub)
+    sub.add_argument(
+        "--embedding-bits", type=int, choices=[16, 8, 4], default=16, help="bits of an entry of embedding and head"
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -249,7 +253,10 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model)
     config, tokens = quantisation(arguments, tokenizer)
     model = load_model(arguments.model)
+    if arguments.embedding_bits != 16:
+        quantize_table(model.get_input_embeddings().weight[:1], arguments.embedding_bits)  # refused before hours of work
     results = quantize_(model, config, tokens)
+    quantize_embeddings_(model, arguments.embedding_bits)
     save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
     stored = info(arguments.out)
     if arguments.json:
@@ -323,7 +330,8 @@ def summary(stored: dict[str, Any]) -> str:
     """One line of `info`."""
     return (
         f"{stored['bits_per_weight']:.4f} bits per weight stored in {stored['layers']} layers, "
-        f"{stored['linear_bytes']:,} bytes of linear weights, {stored['file_bytes']:,} bytes in all"
+        f"{stored['linear_bytes']:,} bytes of linear weights, {stored['file_bytes']:,} bytes in all "
+        f"({stored['file_bits_per_parameter']:.3f} bits per parameter; embeddings of {stored['embedding_bits']} bits)"
     )
 
 
@@ -371,10 +379,10 @@ def blimp_table(result: BlimpResult) -> str:
 def run_generate(arguments: argparse.Namespace) -> None:
     """Run `littlebit generate`."""
     model, tokenizer = load_any(arguments.model, arguments.device), load_tokenizer(arguments.model)
-    if arguments.json:  # a first token loads the kernels, which is not decoding
+    if arguments.json:  # the first token loads the kernels, which is not decoding
         generate(model, arguments.prompt, 1, chat=arguments.chat, tokenizer=tokenizer)
     start = time.perf_counter()
-    text = generate(
+    pieces = stream(
         model,
         arguments.prompt,
         arguments.max_new_tokens,
@@ -385,13 +393,16 @@ def run_generate(arguments: argparse.Namespace) -> None:
         arguments.chat,
         tokenizer,
     )
-    seconds = time.perf_counter() - start
     if arguments.json:
+        text = "".join(pieces)
+        seconds = time.perf_counter() - start
         count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         row = {"prompt": arguments.prompt, "text": text, "new_tokens": count, "seconds": seconds}
         print(json.dumps(row | {"tokens_per_s": count / seconds}))
-    else:
-        print(text)
+        return
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def run_info(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,12 @@ class Table(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
 
+    @classmethod
+    def empty(cls, bits: int, rows: int, size: int, group: int) -> "Table":
+        """A table of tensors without memory, to be filled from a checkpoint."""
+        codes = torch.empty(rows, size * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device="meta")
+        return cls(bits, codes, torch.empty(rows, size // group, dtype=torch.float16, device="meta"))
+
     @property
     def group(self) -> int:
         """Entries that share a scale."""
@@ -106,7 +112,8 @@ def quantize_table(weight: Tensor, bits: int) -> Table:
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
         best_error, best = torch.full_like(largest, torch.inf), (largest, groups)
         for step in range(STEPS if bits == 4 else 1):
-            scale = (largest / (low if bits == 4 else high) * (1 - step * 0.02)).half().float()
+            scale = largest / low if bits == 4 else largest.abs() / high
+            scale = (scale * (1 - step * 0.02)).half().float()
             safe = torch.where(scale == 0, 1, scale)
             codes = (groups / safe).round().clamp(low, high)
             error = (codes * scale - groups).square().sum(-1, keepdim=True)
