@@ -13,7 +13,7 @@ it changes and why that is faster. n is the number of signs, in sign additions a
 `nibbles` puts the words of sixteen rows side by side, so that one VPERMPS looks up four signs of each of them: 64 signs
 for three instructions (lookup, addition, shift to the next nibble) that two execution ports share. Bringing the rows'
 words side by side costs five instructions more for each 512 signs, hence 36 a cycle at best. The tables of x are made
-once for all rows, and stay in the first-level cache, as x is taken in chunks of 1024 columns.
+once for all rows, and stay in the first-level cache, as x is taken in chunks of 512 columns.
 
 Bytes moved: the sign words once for each four rows of x, the scales (float16) once, x and y once each.
 
@@ -61,9 +61,10 @@ LOOPS, BYTES, SELECT, NIBBLES = 1, 2, 3, 4
 KERNELS = {"loops": LOOPS, "bytes": BYTES, "select": SELECT, "nibbles": NIBBLES}
 BEST = NIBBLES
 
-CHUNK = 32  # words of a row that are taken at once: the tables of 1024 columns, 16 KB
+CHUNK = 16  # words of a row that are taken at once: the tables of 512 columns, 8 KB
 TABLE_BYTES = 4 * LANES
-AHEAD = 192  # rows that words are asked for before they are used
+GROUP = 64  # rows of signs that share a chunk's tables before the next chunk; their words are asked for in advance
+LINE = 64  # bytes of a cache line
 PARALLEL_WORK = 1 << 20  # sign additions below which a second thread costs more than it brings
 
 MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
@@ -179,35 +180,39 @@ def add_nibbles_of_rows(row, row_step, count, table, step, sums, sums_step, each
 
 
 @numba.njit(nogil=True, cache=True)
-def add_nibbles(words, stride, first, count, table, step, sums, sums_step, start, stop, each):
-    """`add_loops` by tables that fit a register, for each of several rows of x.
+def add_nibbles(words, width, tables, sums, sums_step, start, stop, each):
+    """`add_loops` by tables that fit a register, for all columns and for each of several rows of x.
 
-    table : address of their `nibble_tables`, `step` bytes apart; sums : address of the float32 sums of row `start`,
-    `sums_step` bytes apart, padded to a multiple of sixteen rows; each : a tuple of as many entries as rows of x.
+    words : flat uint32, `width` a row; tables : address of their `nibble_tables`, chunk after chunk, in each the rows
+    of x one after the other; sums : address of the float32 sums of row `start`, `sums_step` bytes apart, padded to a
+    multiple of sixteen rows; each : a tuple of as many entries as rows of x.
 
-    The last rows are copied, padded to sixteen rows of a multiple of four words, so that no load leaves the array.
+    Rows are taken in groups and, for each group, columns in chunks: a chunk's tables stay in the first-level cache for
+    the group, and meanwhile the next group's words, which lie one after the other in memory, are asked for. The last
+    rows, fewer than 32, are copied and padded, so that no load of four words of sixteen rows leaves the array.
     """
-    width = count + 3 & ~3
-    inside = (len(words) - first - width) // stride + 1  # rows whose loads of four words stay inside
-    lines = max(1, LANES // stride)  # rows that share a cache line
-    copy = np.empty(LANES * width if start + (stop - start & -LANES) < stop or inside < stop else 0, np.uint32)
-    row_step, row = 4 * stride, words.ctypes.data + 4 * (start * stride + first)
-    for i in range(start, stop, LANES):
-        if i + LANES > min(stop, inside):
-            copy[:] = 0
-            for at in range(min(LANES, stop - i)):
-                for k in range(count):
-                    copy[at * width + k] = words[(i + at) * stride + first + k]
-            row_step, row = 4 * width, copy.ctypes.data
-        else:
-            ahead = row + AHEAD * row_step
-            if i + AHEAD >= stop:  # the same rows' next chunk
-                ahead += 4 * CHUNK - (stop - start) * row_step
-            for at in range(0, LANES, lines):
-                prefetch(ahead + at * row_step)
-        add_nibbles_of_rows(row, row_step, count, table, step, sums, sums_step, each)
-        row += LANES * row_step
-        sums += 4 * LANES
+    padded = width + 3 & -4
+    whole = start + (stop - start & -LANES)  # rows up to the last incomplete sixteen
+    if (len(words) - padded) // width + 1 < whole:  # the last sixteen's last loads would leave the array
+        whole -= LANES
+    copy = np.zeros(2 * LANES * padded if whole < stop else 0, np.uint32)
+    for i in range(whole, stop):
+        for k in range(width):
+            copy[(i - whole) * padded + k] = words[i * width + k]
+    group_rows = GROUP * len(each)
+    ahead = words.ctypes.data + 4 * (start + group_rows) * width
+    for group in range(start, stop, group_rows):
+        for first in range(0, width, CHUNK):
+            count = min(CHUNK, width - first)
+            table, step = tables + len(each) * 8 * TABLE_BYTES * first, 8 * TABLE_BYTES * count
+            for i in range(group, min(group + group_rows, stop), LANES):
+                row, row_step = words.ctypes.data + 4 * (i * width + first), 4 * width
+                if i >= whole:
+                    row, row_step = copy.ctypes.data + 4 * ((i - whole) * padded + first), 4 * padded
+                for line in range(count):
+                    prefetch(ahead + LINE * line)
+                ahead += LINE * count
+                add_nibbles_of_rows(row, row_step, count, table, step, sums + 4 * (i - start), sums_step, each)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -245,16 +250,14 @@ def sign_products(kernel, words, x, x_step, scale, sums, sums_step, start, stop,
     """
     rows, size = len(each), len(scale)
     width = (size + 31) // 32
-    columns, tables = aligned(rows * 32 * CHUNK), aligned(rows * 128 * CHUNK)
+    columns, tables = aligned(rows * 32 * CHUNK), aligned(rows * 128 * width if kernel == NIBBLES else 0)
     for b in range(rows):
         sums[b * sums_step :][: stop - start + LANES - 1 & -LANES] = 0
     for first in range(0, width, CHUNK):
         count = min(CHUNK, width - first)
         scaled_chunk(x, x_step, scale, size, first, count, columns, rows)
         if kernel == NIBBLES:
-            nibble_tables(columns, rows * count, tables)
-            table, step, into = tables.ctypes.data, 8 * TABLE_BYTES * count, sums.ctypes.data
-            add_nibbles(words, width, first, count, table, step, into, 4 * sums_step, start, stop, each)
+            nibble_tables(columns, rows * count, tables[rows * 128 * first :])
             continue
         for b in range(rows):
             mine, part = columns[b * 32 * count :][: 32 * count], sums[b * sums_step :]
@@ -264,6 +267,9 @@ def sign_products(kernel, words, x, x_step, scale, sums, sums_step, start, stop,
                 add_bytes(words, width, first, count, mine, part, start, stop)
             else:
                 add_select(words, width, first, count, mine, part, start, stop)
+    if kernel == NIBBLES:
+        add_nibbles(words, width, tables.ctypes.data, sums.ctypes.data, 4 * sums_step, start, stop, each)
+        tables[0] = 0  # a use after the address: until here the array must not be freed
 
 
 # A layer as numbers, so that compiled code can take any number of paths, and of layers: for each path the addresses of
@@ -372,11 +378,9 @@ def layer(kernel, plan, d_out, d_in, x_address, y_address, rows):
     while b + 4 <= rows:
         layer_rows(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0, 0, 0))
         b += 4
-    if b + 2 <= rows:
-        layer_rows(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0))
-        b += 2
-    if b < rows:
+    while b < rows:
         layer_rows(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0,))
+        b += 1
 
 
 @numba.njit(nogil=True, cache=True)
@@ -388,11 +392,9 @@ def layer_parallel(kernel, plan, d_out, d_in, x_address, y_address, rows, thread
     while b + 4 <= rows:
         layer_rows_parallel(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0, 0, 0), threads)
         b += 4
-    if b + 2 <= rows:
-        layer_rows_parallel(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0), threads)
-        b += 2
-    if b < rows:
+    while b < rows:
         layer_rows_parallel(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0,), threads)
+        b += 1
 
 
 @numba.njit(nogil=True, cache=True)

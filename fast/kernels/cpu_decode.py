@@ -204,11 +204,9 @@ def linear(numbers, paths, x, y, rows, threads):
         while b + 4 <= rows:
             packed(mine, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0, 0, 0), threads)
             b += 4
-        if b + 2 <= rows:
-            packed(mine, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0), threads)
-            b += 2
-        if b < rows:
+        while b < rows:
             packed(mine, d_out, d_in, x[b * d_in :], y[b * d_out :], (0,), threads)
+            b += 1
     if numbers[BIAS]:
         bias = floats_at(numbers[BIAS], d_out)
         for b in range(rows):
