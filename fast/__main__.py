@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
+from .bench_decode import bench_decode
 from .checkpoint import check_target, info, is_checkpoint, load, save
 from .decode import generate, stream
 from .embeddings import quantize_embeddings_, quantize_table
@@ -148,8 +149,14 @@ def parser() -> argparse.ArgumentParser:
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
     sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
 
-    sub = command("bench", run_bench, "Time the packed layer beside torch's.")
-    sub.add_argument("what", choices=["linear"])
+    sub = command("bench", run_bench, "Time the packed layer beside torch's, or decoding beside other engines'.")
+    sub.add_argument("what", choices=["linear", "decode"])
+    sub.add_argument("--model", type=Path, help="decode: a packed checkpoint")
+    sub.add_argument("--dense", default="smollm2", help="decode: what transformers runs in float32")
+    sub.add_argument("--gguf", type=Path, help="decode: what llama.cpp runs, if llama_cpp can be imported")
+    sub.add_argument("--llama-python", default=sys.executable, help="decode: a Python that can import llama_cpp")
+    sub.add_argument("--tokens", type=int, default=64, help="decode: tokens in a round")
+    sub.add_argument("--rounds", type=int, default=3, help="decode: rounds")
     sub.add_argument("--device", choices=["cpu"], default="cpu")
     sub.add_argument("--shape", type=shape, nargs="+", default=list(SHAPES), help="D_OUTxD_IN")
     sub.add_argument("--bits", type=float, nargs="+", default=list(BITS))
@@ -428,7 +435,9 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
-    """Run `littlebit bench linear`."""
+    """Run `littlebit bench`."""
+    if arguments.what == "decode":
+        return run_bench_decode(arguments)
     rows = bench_linear(
         tuple(arguments.shape), tuple(arguments.bits), arguments.batch, arguments.threads, arguments.paths
     )
@@ -446,6 +455,32 @@ def run_bench(arguments: argparse.Namespace) -> None:
             f"{size:>15}{row['bits']:>8.3f}{row['rank']:>6}{row['time_us']:>12.1f}{row['dense_us']:>12.1f}"
             f"{row['speedup']:>9.1f}x{row['max_error']:>11.1e}"
         )
+
+
+def run_bench_decode(arguments: argparse.Namespace) -> None:
+    """Run `littlebit bench decode`."""
+    if arguments.model is None:
+        raise ValueError("bench decode times a packed checkpoint: name one with --model (littlebit quantize makes it)")
+    stored = info(arguments.model)
+    rows = bench_decode(
+        arguments.model,
+        arguments.dense,
+        tuple(range(1, arguments.threads + 1)),
+        arguments.tokens,
+        arguments.rounds,
+        arguments.llama_python,
+        arguments.gguf,
+    )
+    rows = [row | {key: stored[key] for key in ("bits_per_weight", "embedding_bits")} for row in rows]
+    if arguments.save:
+        save_results(arguments.save, rows, arguments.typed, cpu_name())
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'engine':<14}{'threads':>8}{'ms a token':>12}{'tokens/s':>10}{'resident MB':>13}")
+    for row in rows:
+        memory = row["memory_bytes"] / 1e6
+        print(f"{row['engine']:<14}{row['threads']:>8}{row['time_ms']:>12.2f}{row['tokens_per_s']:>10.1f}{memory:>13.0f}")
 
 
 if __name__ == "__main__":
