@@ -113,8 +113,8 @@ class Decoder:
         """The numbers of an embedding or head."""
         if isinstance(module, QuantizedEmbedding | QuantizedHead):
             table = module.table
-            self.kept.append((table.codes, table.scale))
-            return np.array([table.bits, table.codes.data_ptr(), table.scale.data_ptr(), table.group])
+            self.kept.append(table.codes)
+            return np.array([table.bits, table.codes.data_ptr(), self.address(table.scale), table.group])
         if module.weight.dtype == torch.float16:
             self.kept.append(module.weight.detach().contiguous())
             return np.array([16, self.kept[-1].data_ptr(), 0, 0])

@@ -64,6 +64,7 @@ BEST = NIBBLES
 CHUNK = 16  # words of a row that are taken at once: the tables of 512 columns, 8 KB
 TABLE_BYTES = 4 * LANES
 GROUP = 64  # rows of signs that share a chunk's tables before the next chunk; their words are asked for in advance
+ASKED = 1 << 14  # bytes of the next stage's words that are asked for at most, before this one
 LINE = 64  # bytes of a cache line
 PARALLEL_WORK = 1 << 20  # sign additions below which a second thread costs more than it brings
 
@@ -327,6 +328,13 @@ def add_scaled(y, y_at, h, sums, at, start, stop, accumulate):
 
 
 @numba.njit(nogil=True, cache=True)
+def ask_for(address, size):
+    """Bring the first of `size` bytes at an address nearer, at most ASKED of them."""
+    for line in range(0, min(size, ASKED), LINE):
+        prefetch(address + line)
+
+
+@numba.njit(nogil=True, cache=True)
 def layer_rows(kernel, paths, d_out, d_in, x, y, each):
     """len(each) rows of y = W_hat x, on one thread; x and y are flat, `paths` is (paths, 6) int64."""
     for order in range(len(paths)):
@@ -334,7 +342,12 @@ def layer_rows(kernel, paths, d_out, d_in, x, y, each):
         rank = path[RANK]
         step = rank + LANES - 1 & -LANES
         t = aligned(len(each) * step)
+        ask_for(path[U], 4 * d_out * ((rank + 31) // 32))
+        ask_for(path[H], 2 * d_out)
         first_stage(kernel, path, d_in, x, 0, rank, t, step, each)
+        if order + 1 < len(paths):
+            ask_for(paths[order + 1, V], 4 * rank * ((d_in + 31) // 32))
+            ask_for(paths[order + 1, G], 2 * d_in)
         second_stage(kernel, path, d_out, t, step, 0, d_out, y, order > 0, each)
 
 

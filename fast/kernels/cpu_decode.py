@@ -19,12 +19,14 @@ import numba
 import numpy as np
 
 from .cpu import (
+    G,
     NIBBLES,
     PARALLEL_WORK,
     RANK,
+    V,
     aligned,
+    ask_for,
     floats_at,
-    halves_at,
     layer_rows,
     layer_rows_parallel,
     share,
@@ -36,7 +38,6 @@ from .lanes import (
     broadcast_at,
     divide,
     exponential,
-    half_to_float,
     lane_maximum,
     lane_sum,
     load_at,
@@ -53,9 +54,9 @@ from .lanes import (
 # Sizes of a model, by their place in an int64 array
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY, CAPACITY = range(8)
 # The linear layers of a layer, and the numbers of each
-Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741 (names of the architecture)
+QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)
 FIRST_PATH, PATHS, D_OUT, D_IN, BIAS, DENSE = range(6)  # DENSE: address of float32 weights, 0 for packed layers
-# An embedding or head: bits of an entry (32 and 16 are floats), addresses of entries and float16 scales, entries a scale
+# An embedding or head: bits of an entry (32 and 16 are floats), addresses of entries and float32 scales, entries a scale
 BITS, ENTRIES, SCALES, GROUP = range(4)
 
 
@@ -123,64 +124,92 @@ def silu_product(gate, up, size):
 
 
 @numba.njit(nogil=True, cache=True)
-def row_product(table, row, x, size):
-    """Dot product of one row of an embedding or head with x, an address; size a multiple of the group."""
-    bits, group = table[BITS], table[GROUP]
-    sums = zeros()
-    if bits == 32:
-        place = table[ENTRIES] + 4 * row * size
-        for j in range(0, 4 * size, 64):
-            sums = multiply_add(load_at(place + j), load_at(x + j), sums)
-        return lane_sum(sums)
-    if bits == 16:
-        place = table[ENTRIES] + 2 * row * size
-        for j in range(0, size, LANES):
-            sums = multiply_add(load_half_at(place + 2 * j), load_at(x + 4 * j), sums)
-        return lane_sum(sums)
-    groups = size // group
-    scales = halves_at(table[SCALES] + 2 * row * groups, groups)
-    place = table[ENTRIES] + row * size * bits // 8
-    for at in range(groups):
-        part = zeros()
-        if bits == 8:
-            for _ in range(0, group, LANES):
-                part = multiply_add(load_int8_at(place), load_at(x), part)
-                place += LANES
-                x += 4 * LANES
+def embed(table, row, size, out):
+    """One row of an embedding as float32, to an address."""
+    bits = table[BITS]
+    for j in range(0, size, LANES if bits >= 16 else 2 * LANES):
+        at = row * size + j
+        if bits == 32:
+            store_at(out + 4 * j, load_at(table[ENTRIES] + 4 * at))
+        elif bits == 16:
+            store_at(out + 4 * j, load_half_at(table[ENTRIES] + 2 * at))
         else:
-            for _ in range(0, group, 2 * LANES):
-                low, high = load_int4_at(place)
-                part = multiply_add(high, load_at(x + 4 * LANES), multiply_add(low, load_at(x), part))
-                place += LANES
-                x += 8 * LANES
-        sums = multiply_add(part, broadcast(half_to_float(scales[at])), sums)
-    return lane_sum(sums)
+            scale = broadcast_at(table[SCALES] + 4 * (at // table[GROUP]))
+            low, high = codes(bits, table[ENTRIES] + at * bits // 8)
+            store_at(out + 4 * j, multiply(low, scale))
+            store_at(out + 4 * (j + LANES), multiply(high, scale))
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def codes(bits, address):
+    """The 32 integers of 8 or 4 bits at an address, as two vectors of float32."""
+    if bits == 8:
+        return load_int8_at(address), load_int8_at(address + LANES)
+    return load_int4_at(address)
 
 
 @numba.njit(nogil=True, cache=True)
-def embed(table, row, size, out):
-    """One row of an embedding as float32, to an address."""
-    bits, group = table[BITS], table[GROUP]
-    for j in range(0, size, LANES if bits != 4 else 2 * LANES):
-        if bits == 32:
-            store_at(out + 4 * j, load_at(table[ENTRIES] + 4 * (row * size + j)))
-        elif bits == 16:
-            store_at(out + 4 * j, load_half_at(table[ENTRIES] + 2 * (row * size + j)))
-        else:
-            scale = broadcast(half_to_float(halves_at(table[SCALES], (row + 1) * size // group)[(row * size + j) // group]))
-            if bits == 8:
-                store_at(out + 4 * j, multiply(load_int8_at(table[ENTRIES] + row * size + j), scale))
-            else:
-                low, high = load_int4_at(table[ENTRIES] + (row * size + j) // 2)
-                store_at(out + 4 * j, multiply(low, scale))
-                store_at(out + 4 * (j + LANES), multiply(high, scale))
+def float_rows(table, x, size, logits, start, stop):
+    """`head_rows` for weights of 32 or 16 bits."""
+    bits, place = table[BITS], table[ENTRIES] + start * size * (table[BITS] // 8)
+    for i in range(start, stop):
+        sums = zeros()
+        for j in range(0, 4 * size, 64):
+            weights = load_at(place) if bits == 32 else load_half_at(place)
+            sums = multiply_add(weights, load_at(x + j), sums)
+            place += bits * LANES // 8
+        logits[i] = lane_sum(sums)
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def add_scaled_codes(bits, sums, place, scale, x0, x1):
+    """Sums plus the products of 32 scaled integers with 32 entries of x."""
+    low, high = codes(bits, place)
+    return multiply_add(multiply_add(high, x1, multiply(low, x0)), broadcast_at(scale), sums)
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def integer_rows(bits, table, x, size, logits, start, stop):
+    """`head_rows` for integers of 8 or 4 bits: four rows at a time share the loads of x.
+
+    A partial sum of 32 products is scaled before it is added to the others; all in float32, so the error of an entry
+    is that of a sum of `size` products and 3 * size / 32 more roundings.
+    """
+    row, shift = size * bits // 8, 0 if table[GROUP] == 32 else 1
+    scale_row = 4 * (size // table[GROUP])
+    for i in range(start, stop, 4):
+        place, scale = table[ENTRIES] + i * row, table[SCALES] + i * scale_row
+        step, scale_step = (row, scale_row) if i + 4 <= stop else (0, 0)  # the last rows come one at a time below
+        a0 = a1 = a2 = a3 = zeros()
+        if step:
+            for unit in range(size // 32):
+                x0, x1 = load_at(x + 128 * unit), load_at(x + 128 * unit + 64)
+                at, scale_at = place + 4 * bits * unit, scale + 4 * (unit >> shift)
+                a0 = add_scaled_codes(bits, a0, at, scale_at, x0, x1)
+                a1 = add_scaled_codes(bits, a1, at + step, scale_at + scale_step, x0, x1)
+                a2 = add_scaled_codes(bits, a2, at + 2 * step, scale_at + 2 * scale_step, x0, x1)
+                a3 = add_scaled_codes(bits, a3, at + 3 * step, scale_at + 3 * scale_step, x0, x1)
+            logits[i], logits[i + 1] = lane_sum(a0), lane_sum(a1)
+            logits[i + 2], logits[i + 3] = lane_sum(a2), lane_sum(a3)
+            continue
+        for last in range(i, stop):
+            a0 = zeros()
+            for unit in range(size // 32):
+                x0, x1 = load_at(x + 128 * unit), load_at(x + 128 * unit + 64)
+                at, scale_at = table[ENTRIES] + last * row + 4 * bits * unit, table[SCALES] + last * scale_row
+                a0 = add_scaled_codes(bits, a0, at, scale_at + 4 * (unit >> shift), x0, x1)
+            logits[last] = lane_sum(a0)
 
 
 @numba.njit(nogil=True, cache=True)
 def head_rows(table, x, size, logits, start, stop):
     """logits[i] = row i of the head times x, for start <= i < stop; x is an address."""
-    for i in range(start, stop):
-        logits[i] = row_product(table, i, x, size)
+    if table[BITS] >= 16:
+        float_rows(table, x, size, logits, start, stop)
+    elif table[BITS] == 8:
+        integer_rows(8, table, x, size, logits, start, stop)
+    else:
+        integer_rows(4, table, x, size, logits, start, stop)
 
 
 @numba.njit(nogil=True, cache=True, parallel=True)
@@ -199,7 +228,11 @@ def linear(numbers, paths, x, y, rows, threads):
         for b in range(rows):
             head_rows(table, x.ctypes.data + 4 * b * d_in, d_in, y[b * d_out :], 0, d_out)
     else:
-        mine = paths[numbers[FIRST_PATH] : numbers[FIRST_PATH] + numbers[PATHS]]
+        following = numbers[FIRST_PATH] + numbers[PATHS]
+        mine = paths[numbers[FIRST_PATH] : following]
+        if following < len(paths):  # the next layer's first words
+            ask_for(paths[following, V], 4 * d_in)
+            ask_for(paths[following, G], 2 * d_in)
         b = 0
         while b + 4 <= rows:
             packed(mine, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0, 0, 0), threads)
@@ -247,9 +280,9 @@ def step(sizes, eps, linears, paths, norms, embedding, head, angles, keys, value
         embed(embedding, tokens[b], hidden, x.ctypes.data + 4 * b * hidden)
     for layer in range(sizes[LAYERS]):
         rms_norm(x.ctypes.data, norms[2 * layer], eps, normed.ctypes.data, count, hidden)
-        linear(linears[layer, Q], paths, normed, q, count, threads)
-        linear(linears[layer, K], paths, normed, k, count, threads)
-        linear(linears[layer, V], paths, normed, v, count, threads)
+        linear(linears[layer, QUERY], paths, normed, q, count, threads)
+        linear(linears[layer, KEY], paths, normed, k, count, threads)
+        linear(linears[layer, VALUE], paths, normed, v, count, threads)
         for b in range(count):
             at = position + b
             rotate(q[b * heads * size :], heads, size, angles[0, at], angles[1, at])
@@ -270,7 +303,7 @@ def step(sizes, eps, linears, paths, norms, embedding, head, angles, keys, value
                     scores,
                     mixed.ctypes.data + place,
                 )
-        linear(linears[layer, O], paths, mixed, delta, count, threads)
+        linear(linears[layer, OUT], paths, mixed, delta, count, threads)
         for j in range(count * hidden):
             x[j] += delta[j]
         rms_norm(x.ctypes.data, norms[2 * layer + 1], eps, normed.ctypes.data, count, hidden)
