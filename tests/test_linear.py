@@ -201,6 +201,20 @@ def test_packed_linear_serves_several_python_threads_at_once(any_threads):
                 assert_same(found, wanted)
 
 
+def test_numbas_threads_leave_torchs_number_as_it_was():
+    """In a fresh process: both count OpenMP's threads, and Numba sets that number when it starts."""
+    code = """
+import torch, littlebit.fast as lb
+from littlebit.fast.kernels import cpu
+torch.set_num_threads(1)
+with cpu.numba_threads() as threads:
+    assert threads == 1
+assert torch.get_num_threads() == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_packed_linear_is_an_operator_that_torch_can_compile():
     layer = fast.PackedLinear([random_path(40, 50, rank, torch.Generator().manual_seed(0)) for rank in (9, 20)])
     tensors = [tensor for path in layer.factors() for tensor in path]

@@ -22,6 +22,7 @@ The result for a row of x does not depend on the other rows, nor on the number o
 # pyright: reportCallIssue=false
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -452,11 +453,14 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors], kernel: int = NIBBL
     plan, kept = layer_plan(paths)
     arguments = kernel, plan, d_out, d_in, x.data_ptr(), y.data_ptr(), len(x)
     work = len(x) * sum(path.ell.shape[0] for path in paths) * (d_out + d_in)
-    if work < PARALLEL_WORK or torch.get_num_threads() == 1:
+    if work < PARALLEL_WORK:
         layer(*arguments)
     else:
-        with numba_threads(torch.get_num_threads()) as threads:
-            layer_parallel(*arguments, threads)
+        with numba_threads() as threads:
+            if threads == 1:
+                layer(*arguments)
+            else:
+                layer_parallel(*arguments, threads)
     del kept
     return y
 
@@ -473,10 +477,19 @@ def layer_plan(paths: Sequence[PackedFactors]) -> tuple[np.ndarray, list[Tensor]
     return np.array(numbers, np.int64), kept
 
 
+@functools.cache
+def start_threads() -> None:
+    """Start Numba's threads, once, and put back torch's number of threads, which that changes: both ask OpenMP."""
+    before = torch.get_num_threads()
+    numba.set_num_threads(MAX_THREADS)
+    torch.set_num_threads(before)
+
+
 @contextlib.contextmanager
-def numba_threads(count: int) -> Iterator[int]:
-    """How many of Numba's threads the block may use: at most `count`, and one if another Python thread uses them."""
-    count = min(count, MAX_THREADS)
+def numba_threads() -> Iterator[int]:
+    """How many of Numba's threads the block may use: torch's number, or one if another Python thread uses them."""
+    start_threads()
+    count = min(torch.get_num_threads(), MAX_THREADS)
     if count == 1 or not parallel_lock.acquire(blocking=False):
         yield 1
         return
