@@ -20,7 +20,7 @@ from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
 from .bench_decode import bench_decode
 from .checkpoint import check_target, info, is_checkpoint, load, save
 from .decode import generate, stream
-from .embeddings import quantize_embeddings_, quantize_table
+from .embeddings import quantize_embeddings_
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
 from .hf import load_model, load_tokenizer, resolve, text_tokens
@@ -260,8 +260,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model)
     config, tokens = quantisation(arguments, tokenizer)
     model = load_model(arguments.model)
-    if arguments.embedding_bits != 16:
-        quantize_table(model.get_input_embeddings().weight[:1], arguments.embedding_bits)  # refused before hours of work
+    check_embeddings(model, arguments.embedding_bits)  # before hours of work
     results = quantize_(model, config, tokens)
     quantize_embeddings_(model, arguments.embedding_bits)
     save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
@@ -480,7 +479,9 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
     print(f"{'engine':<14}{'threads':>8}{'ms a token':>12}{'tokens/s':>10}{'resident MB':>13}")
     for row in rows:
         memory = row["memory_bytes"] / 1e6
-        print(f"{row['engine']:<14}{row['threads']:>8}{row['time_ms']:>12.2f}{row['tokens_per_s']:>10.1f}{memory:>13.0f}")
+        print(
+            f"{row['engine']:<14}{row['threads']:>8}{row['time_ms']:>12.2f}{row['tokens_per_s']:>10.1f}{memory:>13.0f}"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Llama-like models on a CPU go through compiled code (decode_cpu.py), all others 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .decode_cpu import decode, why_not
 
 log = logging.getLogger(__name__)
 
-# Settings of a generation_config that change what greedy decoding or sampling chooses, and what each is when it does not
+# Settings of a generation_config that change which token is chosen, and their values that do not
 NEUTRAL = {"repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0)}
 NEUTRAL |= {"min_new_tokens": (None, 0), "bad_words_ids": (None,), "suppress_tokens": (None,), "num_beams": (None, 1)}
 
@@ -57,9 +57,7 @@ def generate(
     ValueError
         If the prompt has no tokens, or a setting is out of range.
     """
-    return "".join(
-        stream(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, chat, tokenizer)
-    )
+    return "".join(stream(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, chat, tokenizer))
 
 
 def stream(
@@ -160,7 +158,7 @@ def stream_tokens(
     return iter(through_transformers(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad))
 
 
-def stop_tokens(model: Any) -> Sequence[int]:
+def stop_tokens(model: Any) -> tuple[int, ...]:
     """The tokens after which a model says no more."""
     settings = getattr(model, "generation_config", None) or model.config
     stop = settings.eos_token_id

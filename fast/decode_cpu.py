@@ -82,7 +82,9 @@ class Decoder:
         )
         self.eps = np.float32(config.rms_norm_eps)
         self.paths = np.empty((0, cpu.PATH_NUMBERS), np.int64)
-        self.linears = np.array([[self.linear(each.get_submodule(name)) for name in PROJECTIONS] for each in inner.layers])
+        self.linears = np.array(
+            [[self.linear(each.get_submodule(name)) for name in PROJECTIONS] for each in inner.layers]
+        )
         norms = [norm for each in inner.layers for norm in (each.input_layernorm, each.post_attention_layernorm)]
         self.norms = np.array([self.address(norm.weight) for norm in [*norms, inner.norm]])
         self.embedding, self.head = self.table(inner.embed_tokens), self.table(model.lm_head)

@@ -23,7 +23,7 @@ class Table(nn.Module):
     bits : int
         8 or 4.
     codes : (rows, size) int8 tensor, or (rows, size / 2) uint8 for 4 bits
-        With 4 bits each 32 entries are 16 bytes, byte k holding 8 + code k in its low half, 8 + code k + 16 in its high.
+        With 4 bits each 32 entries are 16 bytes: byte k holds 8 + code k in its low half, 8 + code k + 16 in its other.
     scale : (rows, size / group) float16 tensor
     """
 
@@ -127,6 +127,12 @@ def quantize_table(weight: Tensor, bits: int) -> Table:
         pairs = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, 16))
         codes = (pairs[..., 0, :] | pairs[..., 1, :] << 4).flatten(-2)
     return Table(bits, codes, scale)
+
+
+def check_embeddings(model: Any, bits: int) -> None:
+    """Raise ValueError unless a model's embedding and head can be kept in so many bits."""
+    if bits != 16:
+        quantize_table(model.get_input_embeddings().weight[:1], bits)
 
 
 def quantize_embeddings_(model: Any, bits: int) -> None:

@@ -7,8 +7,8 @@ it changes and why that is faster. n is the number of signs, in sign additions a
 |---|---|---|---|
 | loops | one sign, one addition | n branches or selects | 1 |
 | bytes | eight signs choose one of 256 partial sums, made once for all rows | n / 8 x 2 loads | 8 to 12 |
-| select | sixteen signs are a lane mask; add x where a bit is set: sum x - 2 * (sum over set bits) | n / 16 masks | 16 |
-| nibbles | four signs choose one of sixteen partial sums, which lie in one register; sixteen rows at once | below | 44 |
+| select | sixteen signs are a lane mask: sum x - 2 * (sum of x over set bits) | n / 16 masks, additions | 16 |
+| nibbles | four signs choose one of sixteen sums, which lie in one register; sixteen rows at once | below | 44 |
 
 `nibbles` puts the words of sixteen rows side by side, so that one VPERMPS looks up four signs of each of them: 64 signs
 for three instructions (lookup, addition, shift to the next nibble) that two execution ports share. Bringing the rows'
@@ -19,7 +19,7 @@ Bytes moved: the sign words once for each four rows of x, the scales (float16) o
 
 The result for a row of x does not depend on the other rows, nor on the number of threads.
 """
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
 import contextlib
 import functools
@@ -35,7 +35,6 @@ from torch import Tensor
 from ..packing import PackedFactors
 from .lanes import (
     LANES,
-    LEVEL,
     add,
     add_lookups,
     add_where,
@@ -382,7 +381,7 @@ def layer_rows_parallel(kernel, paths, d_out, d_in, x, y, each, threads):
 
 @numba.njit(nogil=True, cache=True)
 def layer(kernel, plan, d_out, d_in, x_address, y_address, rows):
-    """y = W_hat x for each row of x, on one thread: as many rows at a time as share a lookup.
+    """Y = W_hat x for each row of x, on one thread: as many rows at a time as share a lookup.
 
     plan : six numbers for each path; x, y : addresses of (rows, d_in) and (rows, d_out) float32.
     """

@@ -13,23 +13,22 @@ that are large enough.
 
 Bytes moved a token: all sign words and scales once, the head once, keys and values of all earlier tokens once.
 """
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 import numba
 import numpy as np
 
 from .cpu import (
-    G,
     NIBBLES,
     PARALLEL_WORK,
     RANK,
+    G,
     V,
     aligned,
     ask_for,
     floats_at,
     layer_rows,
     layer_rows_parallel,
-    share,
 )
 from .lanes import (
     LANES,
@@ -38,7 +37,6 @@ from .lanes import (
     broadcast_at,
     divide,
     exponential,
-    lane_maximum,
     lane_sum,
     load_at,
     load_half_at,
@@ -56,13 +54,13 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY, CAPACITY = 
 # The linear layers of a layer, and the numbers of each
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)
 FIRST_PATH, PATHS, D_OUT, D_IN, BIAS, DENSE = range(6)  # DENSE: address of float32 weights, 0 for packed layers
-# An embedding or head: bits of an entry (32 and 16 are floats), addresses of entries and float32 scales, entries a scale
+# An embedding or head: bits of an entry (32 and 16: floats), addresses of entries and of float32 scales, entries a scale
 BITS, ENTRIES, SCALES, GROUP = range(4)
 
 
 @numba.njit(nogil=True, cache=True)
 def rms_norm(x, weight, eps, out, rows, size):
-    """out = x / sqrt(mean(x^2) + eps) * weight for each row; addresses; size a multiple of sixteen."""
+    """Out = x / sqrt(mean(x^2) + eps) * weight for each row; addresses; size a multiple of sixteen."""
     for b in range(rows):
         row, to = x + 4 * b * size, out + 4 * b * size
         squares = zeros()
@@ -221,7 +219,7 @@ def head_rows_parallel(table, x, size, logits, count, threads):
 
 @numba.njit(nogil=True, cache=True)
 def linear(numbers, paths, x, y, rows, threads):
-    """y = W x + b for each row, W packed or dense; x and y are flat arrays."""
+    """Y = W x + b for each row, W packed or dense; x and y are flat arrays."""
     d_out, d_in = numbers[D_OUT], numbers[D_IN]
     if numbers[DENSE]:
         table = np.array([32, numbers[DENSE], 0, 0])

@@ -1,8 +1,8 @@
 """Sixteen lanes for Numba: vectors of sixteen float32 or uint32, written as LLVM vectors.
 
 Numba compiles loops but has no vector type. These intrinsics add one: LLVM maps a vector of sixteen to one AVX-512
-register, two AVX2 registers, four NEON or SSE registers, and whatever else a processor has. Only `add_lookups` asks which
-processor it is compiled for, because LLVM has no general instruction for it.
+register, two AVX2 registers, four NEON or SSE registers, and whatever else a processor has. Only `add_lookups` asks
+which processor it is compiled for, because LLVM has no general instruction for it.
 
 An array argument is one-dimensional and contiguous; an index counts its elements and is not checked. What the innermost
 loops use takes addresses (int64, in bytes) instead: an array costs seven arguments a call.
@@ -189,7 +189,9 @@ def half_bits_to_float(builder, bits, vector):
     magnitude = builder.shl(builder.and_(bits, constant(0x7FFF)), constant(13))
     scale = builder.bitcast(constant((127 + 112) << 23), float_type)
     value = builder.bitcast(builder.fmul(builder.bitcast(magnitude, float_type), scale), vector)
-    return builder.bitcast(builder.or_(value, builder.shl(builder.and_(bits, constant(0x8000)), constant(16))), float_type)
+    return builder.bitcast(
+        builder.or_(value, builder.shl(builder.and_(bits, constant(0x8000)), constant(16))), float_type
+    )
 
 
 @intrinsic
@@ -297,9 +299,7 @@ def four_tables(typingctx, x, tables):
     """
 
     def codegen(context, builder, signature, args):
-        signs = [
-            ir.Constant(FLOATS, [-1.0 if entry >> bit & 1 else 1.0 for entry in range(LANES)]) for bit in range(4)
-        ]
+        signs = [ir.Constant(FLOATS, [-1.0 if entry >> bit & 1 else 1.0 for entry in range(LANES)]) for bit in range(4)]
         x, tables = args
         for table in range(4):
             values = [
@@ -427,7 +427,7 @@ def lookup_avx512(builder, table, lanes):
 
 
 def lookup_avx2(builder, table, lanes):
-    """`lookup_avx512` by the VPERMPS of eight lanes, which reads three bits: once in each half of the table, then a choice."""
+    """`lookup_avx512` by the VPERMPS of eight lanes, which reads three bits: in both halves of the table; a choice."""
     half_floats, half_words = ir.VectorType(ir.FloatType(), 8), ir.VectorType(I32, 8)
     function = named_function(builder, "llvm.x86.avx2.permps", ir.FunctionType(half_floats, [half_floats, half_words]))
     low, high = (shuffle(builder, table, table, range(start, start + 8)) for start in (0, 8))
@@ -580,7 +580,7 @@ def load_int4_at(typingctx, address):
 
 @intrinsic
 def exponential(typingctx, lanes):
-    """e to the power of each lane, with a relative error below 2e-7; lanes beyond -87 and 88 count as these.
+    """The power of e by each lane, with a relative error below 2e-7; lanes beyond -87 and 88 count as these.
 
     e^x = 2^n e^r with n the integer nearest to x / ln 2 and |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7,
     whose remainder is below r^8 / 8! < 6e-9; 2^n by adding n to the exponent's bits.
