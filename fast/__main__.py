@@ -20,7 +20,7 @@ from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
 from .bench_decode import bench_decode
 from .checkpoint import check_target, info, is_checkpoint, load, save
 from .decode import generate, stream
-from .embeddings import quantize_embeddings_
+from .embeddings import check_embeddings, quantize_embeddings_
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
 from .hf import load_model, load_tokenizer, resolve, text_tokens

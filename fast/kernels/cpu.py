@@ -469,11 +469,18 @@ def layer_plan(paths: Sequence[PackedFactors]) -> tuple[np.ndarray, list[Tensor]
     numbers: list[int] = []
     kept = []
     for path in paths:
-        for tensor in path:
+        for tensor in (widened(path.u_words), widened(path.v_words), path.h, path.ell, path.g):
             kept.append(tensor if tensor.is_contiguous() else tensor.contiguous())
             numbers.append(kept[-1].data_ptr())
         numbers.append(path.ell.shape[0])
     return np.array(numbers, np.int64), kept
+
+
+def widened(words: Tensor) -> Tensor:
+    """Words as int32, which is all that the kernels read; narrow ones get further pad bits, zeros as all are."""
+    if words.dtype == torch.int32:
+        return words
+    return words.to(torch.int32) & (1 << 8 * words.itemsize) - 1  # without the int16's sign
 
 
 @functools.cache

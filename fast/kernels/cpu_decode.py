@@ -54,7 +54,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY, CAPACITY = 
 # The linear layers of a layer, and the numbers of each
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)
 FIRST_PATH, PATHS, D_OUT, D_IN, BIAS, DENSE = range(6)  # DENSE: address of float32 weights, 0 for packed layers
-# An embedding or head: bits of an entry (32 and 16: floats), addresses of entries and of float32 scales, entries a scale
+# An embedding or head: bits of an entry (32, 16: floats), addresses of entries and float32 scales, entries a scale
 BITS, ENTRIES, SCALES, GROUP = range(4)
 
 
