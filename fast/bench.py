@@ -55,7 +55,9 @@ def bench_linear(
 
     Both sides rotate through copies of their weights, more of them than the second-level cache holds, so that no call
     finds its weights warm. A figure is the median over all calls of `repeats` rotations; packed and dense rotations,
-    and measurements of the kernel's innermost loop alone, alternate, so that all see the same machine.
+    and measurements of the kernel's innermost loop alone, alternate, so that all see the same machine. With one thread
+    the clock is that thread's processor time, which a busy machine disturbs less: else a call of milliseconds waits for
+    other programs, and one of microseconds mostly does not.
 
     Parameters
     ----------
@@ -103,6 +105,7 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
         [partial(functional.linear, dense_x, weight) for weight in dense],
         repeats,
         lambda: peaks.append(lookups_per_second()),
+        time.thread_time if threads == 1 else time.perf_counter,
     )
     exact = torch.stack([exact_path(x, path) for path in packed[0]]).sum(0)
     error = (packed_linear(x, packed[0]).double() - exact).abs().max() / exact.abs().max()
@@ -135,16 +138,17 @@ def alternate(
     second: Sequence[Callable[[], Any]],
     repeats: int,
     between: Callable[[], Any] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
     """Median seconds of a call of two lists of calls that take turns, after one warm-up each."""
     samples: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
         for calls, kept in zip((first, second), samples, strict=True):
             for call in calls:
-                start = time.perf_counter()
+                start = clock()
                 call()
                 if turn:
-                    kept.append(time.perf_counter() - start)
+                    kept.append(clock() - start)
         between()
     return statistics.median(samples[0]), statistics.median(samples[1])
 

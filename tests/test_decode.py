@@ -231,6 +231,20 @@ assert missed == [0, 0], missed
         assert done.returncode == 0 or not last, done.stderr
 
 
+def test_compiled_code_of_other_sources_is_dropped(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from littlebit.fast import kernels
+
+    (tmp_path / "old.nbi").write_text("")
+    monkeypatch.setattr(kernels.cpu, "layer", SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path))))
+    kernels.drop_stale_code()
+    assert not (tmp_path / "old.nbi").exists()
+    (tmp_path / "new.nbi").write_text("")
+    kernels.drop_stale_code()
+    assert (tmp_path / "new.nbi").exists()
+
+
 @given(st.integers(0, 2**32 - 1), st.sampled_from([8, 4]), st.sampled_from([32, 64, 96, 192]))
 def test_quantize_table_rounds_to_the_nearest(seed, bits, size):
     """Each entry lies within half a step of its own, or where 4 bits' best scale cuts off, has the outermost code."""

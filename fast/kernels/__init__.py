@@ -1,6 +1,9 @@
 """Kernels that compute with packed signs, and the one place that chooses among them."""
 
+import contextlib
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,6 +11,28 @@ from torch.nn import functional
 
 from ..packing import PackedFactors, check_words, row_bits
 from . import cpu
+
+
+def drop_stale_code() -> None:
+    """Delete compiled kernels that were made from other sources.
+
+    Numba looks at the file of a function to see whether its cached code is good, but not at those of the functions
+    that it calls, which that code contains.
+    """
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    place = Path(cpu.layer.stats.cache_path)
+    note = place / "littlebit-kernels.sha256"
+    with contextlib.suppress(OSError):  # a cache that cannot be written cannot be stale for long
+        if note.exists() and note.read_text() == digest:
+            return
+        place.mkdir(parents=True, exist_ok=True)
+        for path in place.glob("*.nb[ci]"):
+            path.unlink(missing_ok=True)
+        note.write_text(digest)
+
+
+drop_stale_code()
 
 
 def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
