@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
+from .bench_decode import bench_decode
 from .checkpoint import check_target, info, is_checkpoint, load, save
-from .decode import generate
+from .decode import generate, stream
+from .embeddings import check_embeddings, quantize_embeddings_
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
 from .hf import load_model, load_tokenizer, resolve, text_tokens
@@ -90,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help=model_help)
     sub.add_argument("out", type=Path, help="directory to write")
     add_quantisation(sub)
+    sub.add_argument(
+        "--embedding-bits", type=int, choices=[16, 8, 4], default=16, help="bits of an entry of embedding and head"
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -145,8 +150,14 @@ def parser() -> argparse.ArgumentParser:
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
     sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
 
-    sub = command("bench", run_bench, "Time the packed layer beside torch's.")
-    sub.add_argument("what", choices=["linear"])
+    sub = command("bench", run_bench, "Time the packed layer beside torch's, or decoding beside other engines'.")
+    sub.add_argument("what", choices=["linear", "decode"])
+    sub.add_argument("--model", type=Path, help="decode: a packed checkpoint")
+    sub.add_argument("--dense", default="smollm2", help="decode: what transformers runs in float32")
+    sub.add_argument("--gguf", type=Path, help="decode: what llama.cpp runs, if llama_cpp can be imported")
+    sub.add_argument("--llama-python", default=sys.executable, help="decode: a Python that can import llama_cpp")
+    sub.add_argument("--tokens", type=int, default=64, help="decode: tokens in a round")
+    sub.add_argument("--rounds", type=int, default=3, help="decode: rounds")
     sub.add_argument("--device", choices=["cpu"], default="cpu")
     sub.add_argument("--shape", type=shape, nargs="+", default=list(SHAPES), help="D_OUTxD_IN")
     sub.add_argument("--bits", type=float, nargs="+", default=list(BITS))
@@ -250,7 +261,9 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model)
     config, tokens = quantisation(arguments, tokenizer)
     model = load_model(arguments.model)
+    check_embeddings(model, arguments.embedding_bits)  # before hours of work
     results = quantize_(model, config, tokens)
+    quantize_embeddings_(model, arguments.embedding_bits)
     save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
     stored = info(arguments.out)
     if arguments.json:
@@ -324,7 +337,8 @@ def summary(stored: dict[str, Any]) -> str:
     """One line of `info`."""
     return (
         f"{stored['bits_per_weight']:.4f} bits per weight stored in {stored['layers']} layers, "
-        f"{stored['linear_bytes']:,} bytes of linear weights, {stored['file_bytes']:,} bytes in all"
+        f"{stored['linear_bytes']:,} bytes of linear weights, {stored['file_bytes']:,} bytes in all "
+        f"({stored['file_bits_per_parameter']:.3f} bits per parameter; embeddings of {stored['embedding_bits']} bits)"
     )
 
 
@@ -372,10 +386,10 @@ def blimp_table(result: BlimpResult) -> str:
 def run_generate(arguments: argparse.Namespace) -> None:
     """Run `littlebit generate`."""
     model, tokenizer = load_any(arguments.model, arguments.device), load_tokenizer(arguments.model)
-    if arguments.json:  # a first token loads the kernels, which is not decoding
+    if arguments.json:  # the first token loads the kernels, which is not decoding
         generate(model, arguments.prompt, 1, chat=arguments.chat, tokenizer=tokenizer)
     start = time.perf_counter()
-    text = generate(
+    pieces = stream(
         model,
         arguments.prompt,
         arguments.max_new_tokens,
@@ -386,13 +400,16 @@ def run_generate(arguments: argparse.Namespace) -> None:
         arguments.chat,
         tokenizer,
     )
-    seconds = time.perf_counter() - start
     if arguments.json:
+        text = "".join(pieces)
+        seconds = time.perf_counter() - start
         count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         row = {"prompt": arguments.prompt, "text": text, "new_tokens": count, "seconds": seconds}
         print(json.dumps(row | {"tokens_per_s": count / seconds}))
-    else:
-        print(text)
+        return
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -418,7 +435,9 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
-    """Run `littlebit bench linear`."""
+    """Run `littlebit bench`."""
+    if arguments.what == "decode":
+        return run_bench_decode(arguments)
     rows = bench_linear(
         tuple(arguments.shape), tuple(arguments.bits), arguments.batch, arguments.threads, arguments.paths
     )
@@ -435,6 +454,34 @@ def run_bench(arguments: argparse.Namespace) -> None:
         print(
             f"{size:>15}{row['bits']:>8.3f}{row['rank']:>6}{row['time_us']:>12.1f}{row['dense_us']:>12.1f}"
             f"{row['speedup']:>9.1f}x{row['max_error']:>11.1e}"
+        )
+
+
+def run_bench_decode(arguments: argparse.Namespace) -> None:
+    """Run `littlebit bench decode`."""
+    if arguments.model is None:
+        raise ValueError("bench decode times a packed checkpoint: name one with --model (littlebit quantize makes it)")
+    stored = info(arguments.model)
+    rows = bench_decode(
+        arguments.model,
+        arguments.dense,
+        tuple(range(1, arguments.threads + 1)),
+        arguments.tokens,
+        arguments.rounds,
+        arguments.llama_python,
+        arguments.gguf,
+    )
+    rows = [row | {key: stored[key] for key in ("bits_per_weight", "embedding_bits")} for row in rows]
+    if arguments.save:
+        save_results(arguments.save, rows, arguments.typed, cpu_name())
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'engine':<14}{'threads':>8}{'ms a token':>12}{'tokens/s':>10}{'resident MB':>13}")
+    for row in rows:
+        memory = row["memory_bytes"] / 1e6
+        print(
+            f"{row['engine']:<14}{row['threads']:>8}{row['time_ms']:>12.2f}{row['tokens_per_s']:>10.1f}{memory:>13.0f}"
         )
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from .bits import layer_bits, rank_for_bits
-from .kernels.cpu import MAX_THREADS
+from .kernels.cpu import MAX_THREADS, lookups_per_second
 from .linear import packed_linear
 from .packing import PackedFactors, row_words, unpack_factors
 
@@ -54,8 +54,10 @@ def bench_linear(
     """Time the packed CPU layer against torch's bfloat16 linear, and compare it with float64.
 
     Both sides rotate through copies of their weights, more of them than the second-level cache holds, so that no call
-    finds its weights warm. A sample is the mean over one rotation, a figure the median of `repeats` samples; packed
-    and dense samples alternate, so that both see the same machine.
+    finds its weights warm. A figure is the median over all calls of `repeats` rotations; packed and dense rotations,
+    and measurements of the kernel's innermost loop alone, alternate, so that all see the same machine. With one thread
+    the clock is that thread's processor time, which a busy machine disturbs less: else a call of milliseconds waits for
+    other programs, and one of microseconds mostly does not.
 
     Parameters
     ----------
@@ -73,12 +75,12 @@ def bench_linear(
     Returns
     -------
     One dict per shape and bits: d_out, d_in, bits (stored), rank (per path), paths, batch, threads, time_us,
-    dense_us, speedup, max_error (largest |y - y64| over the largest |y64|), sign_adds_per_s.
+    dense_us, speedup, max_error (largest |y - y64| over the largest |y64|), sign_adds_per_s,
+    peak_sign_adds_per_s (`kernels.cpu.lookups_per_second` times threads), fraction_of_peak.
     """
     cases = [(shape, rank_for_bits(*shape, target, paths)) for shape in shapes for target in bits]
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    numba.set_num_threads(min(threads, MAX_THREADS))
+    torch.set_num_threads(min(threads, MAX_THREADS))
     try:
         with torch.inference_mode():
             bar = tqdm(cases, desc="bench linear", disable=not progress)
@@ -97,13 +99,17 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
     dense = torch.randn(dense_copies, d_out, d_in, generator=generator, dtype=torch.bfloat16)
     x = torch.randn(batch, d_in, generator=generator)
     dense_x = x.bfloat16()
+    peaks: list[float] = []
     time_s, dense_s = alternate(
         [partial(packed_linear, x, layer) for layer in packed],
         [partial(functional.linear, dense_x, weight) for weight in dense],
         repeats,
+        lambda: peaks.append(lookups_per_second()),
+        time.thread_time if threads == 1 else time.perf_counter,
     )
     exact = torch.stack([exact_path(x, path) for path in packed[0]]).sum(0)
     error = (packed_linear(x, packed[0]).double() - exact).abs().max() / exact.abs().max()
+    rate, peak = batch * paths * rank * (d_out + d_in) / time_s, threads * statistics.median(peaks)
     return {
         "d_out": d_out,
         "d_in": d_in,
@@ -116,7 +122,9 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
         "dense_us": dense_s * 1e6,
         "speedup": dense_s / time_s,
         "max_error": float(error),
-        "sign_adds_per_s": batch * paths * rank * (d_out + d_in) / time_s,
+        "sign_adds_per_s": rate,
+        "peak_sign_adds_per_s": peak,
+        "fraction_of_peak": rate / peak,
     }
 
 
@@ -126,17 +134,22 @@ def copies_beyond_cache(size: int) -> int:
 
 
 def alternate(
-    first: Sequence[Callable[[], Any]], second: Sequence[Callable[[], Any]], repeats: int
+    first: Sequence[Callable[[], Any]],
+    second: Sequence[Callable[[], Any]],
+    repeats: int,
+    between: Callable[[], Any] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
-    """Median seconds per call of two lists of calls that take turns, after one warm-up each."""
+    """Median seconds of a call of two lists of calls that take turns, after one warm-up each."""
     samples: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
         for calls, kept in zip((first, second), samples, strict=True):
-            start = time.perf_counter()
             for call in calls:
+                start = clock()
                 call()
-            if turn:
-                kept.append((time.perf_counter() - start) / len(calls))
+                if turn:
+                    kept.append(clock() - start)
+        between()
     return statistics.median(samples[0]), statistics.median(samples[1])
 
 

@@ -7,7 +7,11 @@ config.json is the model's own configuration plus a section `quantization_config
 
 For each of those layers model.safetensors holds `LAYER.paths.K.{u_words,v_words,h,ell,g}`, whose shapes and dtypes
 follow from the layer's sizes and ranks (see packing.py: rows of signs are U8, I16 or I32 words, the narrowest that
-hold a row); every other tensor of the model is there as the model has it, in 16 bits.
+hold a row); every other tensor of the model is there as the model has it, in 16 bits. The section may also hold
+
+    "embeddings": {"bits": 8, "group": 64, "tied": true}
+
+and then the embedding and the head are tables of integers with scales (see embeddings.py), one if they are tied.
 """
 
 import contextlib
@@ -25,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .embeddings import QuantizedEmbedding, Table, replace_embeddings
 from .fetch import fetch, shipped_names
 from .layers import PackedLinear, packed_shapes
 from .model import LayerResult, pack_, packed_layers, replace_module
@@ -92,7 +97,7 @@ def save(
         "format_version": FORMAT_VERSION,
         "bits": bits,
         "layers": {name: describe(layer) for name, layer in layers.items()},
-    }
+    } | embedding_section(model)
     with written_whole(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
         save_file(stored_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
@@ -112,6 +117,32 @@ def save(
 def describe(layer: PackedLinear) -> dict[str, Any]:
     """A layer's entry in config.json."""
     return {"d_out": layer.d_out, "d_in": layer.d_in, "ranks": list(layer.ranks), "bias": layer.bias is not None}
+
+
+def embedding_section(model: Any) -> dict[str, Any]:
+    """What config.json says about quantised embeddings: nothing, if they are not."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, QuantizedEmbedding):
+        return {}
+    table = embedding.table
+    return {"embeddings": {"bits": table.bits, "group": table.group, "tied": head.table is table}}
+
+
+def put_embeddings(model: Any, section: Any, dtype: torch.dtype, path: Path) -> None:
+    """Give an empty model the empty tables that a section describes, if it describes any."""
+    if section is None:
+        return
+    if not isinstance(section, dict) or section.get("bits") not in (8, 4) or section.get("group") not in (32, 64):
+        raise CheckpointError(f"{path / 'config.json'}: 'embeddings' is {section!r}, which describes no embedding")
+    rows, size = model.get_input_embeddings().weight.shape
+    if size % section["group"]:
+        raise CheckpointError(f"{path / 'config.json'}: groups of {section['group']} do not divide rows of {size}")
+
+    def table() -> Table:
+        return Table.empty(section["bits"], rows, size, section["group"])
+
+    first = table()
+    replace_embeddings(model, first, first if section.get("tied") else table(), dtype)
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -230,6 +261,7 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     for name, entry in layers.items():
         check_module(model, name, entry)
         replace_module(model, name, PackedLinear.empty(**entry))
+    put_embeddings(model, config["quantization_config"].get("embeddings"), dtype, path)
     fill(model, tensors, path)
     model.name_or_path = str(path)  # type: ignore[assignment]
     return cast_dense(model, dtype).to(device)
@@ -321,7 +353,8 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path / WEIGHTS} does not fit the model in config.json: {error}") from error
-    model.tie_weights()  # type: ignore[operator]
+    if not isinstance(model.get_input_embeddings(), QuantizedEmbedding):  # type: ignore[operator]
+        model.tie_weights()  # type: ignore[operator]
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing or unexpected:
         raise CheckpointError(
@@ -348,8 +381,9 @@ def info(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict with `bits_per_weight` (stored bits of the packed layers over their weights), `target_bits`, `weights`,
-    `linear_bytes` (packed layers, biases excepted), `file_bytes` (all of model.safetensors), `layers` and, by kind
-    of layer, `kinds`.
+    `linear_bytes` (packed layers, biases excepted), `file_bytes` (all of model.safetensors), `embedding_bits` (16, 8
+    or 4), `other_bytes` (everything but packed layers), `file_bits_per_parameter` (whole file), `layers` and, by
+    kind of layer, `kinds`.
 
     Raises
     ------
@@ -379,11 +413,27 @@ def info(path: str | Path) -> dict[str, Any]:
         "weights": weights,
         "linear_bytes": linear_bytes,
         "file_bytes": (path / WEIGHTS).stat().st_size,
+        "embedding_bits": (config["quantization_config"].get("embeddings") or {"bits": 16})["bits"],
+        "other_bytes": sum(sizes.values()) - linear_bytes,
+        "file_bits_per_parameter": 8 * (path / WEIGHTS).stat().st_size / (weights + other_parameters(path)),
         "layers": len(layers),
         "kinds": kinds,
         "model_type": config.get("model_type"),
         "format_version": FORMAT_VERSION,
     }
+
+
+def other_parameters(path: Path) -> int:
+    """How many parameters the tensors outside the packed layers stand for."""
+    bits = {"I8": 8, "U8": 4}  # codes of an embedding
+    count = 0
+    with safe_open(path / WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            if ".paths." in name or name.endswith("table.scale"):
+                continue
+            part = file.get_slice(name)
+            count += torch.Size(part.get_shape()).numel() * 8 // bits.get(part.get_dtype(), 8)
+    return count
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:

@@ -140,10 +140,11 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None
         fit the scales.
     """
     check_input(x, paths)
-    y = kernels.packed_linear(x.reshape(-1, x.shape[-1]), paths)  # (rows, d_out) float32
+    y = kernels.packed_linear(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), paths)  # (rows, d_out) float32
     if bias is not None:
         y += bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+    y = y.to(x.dtype)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def check_input(x: Tensor, paths: Sequence[Factors] | Sequence[PackedFactors]) -> None:

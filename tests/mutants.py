@@ -49,8 +49,12 @@ TESTS = {
     "evaluate": "test_model.py test_zero_shot.py",
     "zero_shot": "test_zero_shot.py",
     "calibrate": "test_calibrate.py",
-    "decode": "test_model.py",
+    "decode": "test_model.py test_decode.py",
+    "decode_cpu": "test_decode.py",
+    "embeddings": "test_decode.py",
     "cpu": "test_linear.py",
+    "lanes": "test_linear.py",
+    "cpu_decode": "test_decode.py",
     "__init__": "test_linear.py",  # of kernels/
     "student": "test_student.py",
     "trainer": "test_resume.py test_trainer.py",
@@ -224,17 +228,37 @@ MUTANTS = [
     ),
     Mutant("fast/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
     Mutant("fast/zero_shot.py", "file.read(left + 1)", "file.read(left)", "archives of any size pass"),
+    Mutant("fast/kernels/cpu.py", "np.float32(2) * lane_sum(a0)", "lane_sum(a0)", "set bits subtracted once"),
     Mutant(
-        "fast/kernels/cpu.py", "np.float32(2) * lane_sum(negative)", "lane_sum(negative)", "set bits subtracted once"
+        "fast/kernels/cpu.py", "        if rest > 2:", "        if rest > 3:", "a third word left over is not added"
     ),
-    Mutant("fast/kernels/cpu.py", "(done + 1) * stride", "done * stride", "a row of x read twice"),
-    Mutant("fast/kernels/__init__.py", " & (1 << 8 * words.itemsize) - 1", "", "the int16's sign is kept as pad bits"),
+    Mutant("fast/kernels/cpu.py", "words[i * width + k]", "words[whole * width + k]", "the last rows are all the same"),
+    Mutant("fast/kernels/cpu.py", "blocks * part // parts", "blocks * part // (parts + 1)", "rows left to no thread"),
+    Mutant(
+        "fast/kernels/lanes.py", "-1.0 if entry >> bit & 1", "-1.0 if entry >> (3 - bit) & 1", "nibbles read backwards"
+    ),
+    Mutant("fast/kernels/cpu_decode.py", "high * cosine[j] + low", "high * cosine[j] - low", "keys turn the wrong way"),
+    Mutant(
+        "fast/kernels/cpu_decode.py", "head_at // (heads // kv_heads)", "head_at % kv_heads", "queries ask other keys"
+    ),
+    Mutant(
+        "fast/kernels/cpu_decode.py", "for last in range(i, stop):", "for last in range(i, i):", "last rows of the head"
+    ),
+    Mutant("fast/decode_cpu.py", "before < top_p", "before + chances < top_p", "the nucleus is one token short"),
+    Mutant("fast/embeddings.py", "pairs >> 4", "pairs >> 3", "high nibbles misread"),
+    Mutant("fast/decode.py", 'not now.endswith("\\ufffd")', "True", "half a character is written"),
+    Mutant("fast/kernels/cpu.py", " & (1 << 8 * words.itemsize) - 1", "", "the int16's sign is kept as pad bits"),
     Mutant("fast/kernels/__init__.py", "(b / largest).to", "b.to", "a product of scales overflows float16"),
     Mutant("fast/kernels/__init__.py", "[..., :count]", "[..., -count:]", "pad bits taken for signs"),
     Mutant("fast/kernels/__init__.py", "            check_words(words, count)\n", "", "the kernel reads any words"),
     Mutant("fast/layers.py", "((rank, v_number), v_dtype)", "((rank, v_number), u_dtype)", "V in words as wide as U's"),
     Mutant("fast/kernels/cpu.py", "order > 0,", "False,", "the last path alone"),
-    Mutant("fast/kernels/cpu.py", "range(whole, d_in)", "range(whole + 1, d_in)", "a column of x skipped"),
+    Mutant(
+        "fast/kernels/cpu.py",
+        "range(whole, stop):\n            columns",
+        "range(whole + 1, stop):\n            columns",
+        "a column of x skipped",
+    ),
     Mutant(
         "fast/student.py",
         "for path in paths) for paths in same)",

@@ -1,14 +1,22 @@
 """The layer: both backends, packed and not, against float64 within the bound of the arithmetic."""
 
+import concurrent.futures
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import littlebit.fast as fast
 import littlebit.reference as ref
 import numpy as np
 import pytest
 import torch
 from compare import assert_same, assert_within
-from hypothesis import given, strategies as st
-from littlebit.fast.bench import random_path
-from littlebit.fast.kernels import unpacked_linear, widened
+from hypothesis import HealthCheck, given, settings, strategies as st
+from littlebit.fast.bench import exact_path, random_path
+from littlebit.fast.kernels import cpu, unpacked_linear
+from littlebit.fast.kernels.cpu import widened
+from littlebit.fast.kernels.lanes import LEVEL, LEVELS
 from strategies import factor_arrays, inputs, sizes
 
 
@@ -76,7 +84,11 @@ def test_packed_linear_equals_dense(largest, data):
     assert_within(ref.packed_linear(x, packed, bias), exact, magnitude, terms)
     fast_packed = [fast.pack_factors(torch_factors(path)) for path in paths]
     y = fast.packed_linear(torch.from_numpy(x), fast_packed, torch.from_numpy(bias))
-    assert_within(y, exact, 3 * magnitude, terms)  # sum - 2 * part: at most three times the magnitude is rounded
+    assert_within(y, exact, magnitude, terms)
+    for kernel in cpu.KERNELS.values():
+        y = cpu.packed_linear(torch.from_numpy(x).reshape(-1, x.shape[-1]), fast_packed, kernel).reshape(exact.shape)
+        # sum - 2 * part: at most three times the magnitude is rounded
+        assert_within(y, exact - bias, 3 * magnitude if kernel in (cpu.SELECT, cpu.BYTES) else magnitude, terms)
 
 
 @given(sizes(40), sizes(40), st.integers(1, 40))
@@ -146,23 +158,106 @@ def test_to_dense_agrees_with_linear(data, paths):
     )
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 6])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_packed_linear_is_the_same_for_any_threads(batch, threads, monkeypatch):
-    monkeypatch.setattr("littlebit.fast.kernels.cpu.PARALLEL_WORK", 0)
-    paths = [random_path(130, 200, rank, torch.Generator().manual_seed(rank)) for rank in (33, 70)]
-    x = torch.randn(batch, 200, generator=torch.Generator().manual_seed(0))
+@pytest.fixture
+def any_threads(monkeypatch):
+    """Small layers use several threads too, and the number of threads is put back."""
+    monkeypatch.setattr(cpu, "PARALLEL_WORK", 0)
     before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        serial = fast.packed_linear(x, paths)
-        torch.set_num_threads(threads)
-        assert_same(fast.packed_linear(x, paths), serial)
-    finally:
-        torch.set_num_threads(before)
-    rows = torch.cat([fast.packed_linear(row[None], paths) for row in x])
-    magnitude = np.full(serial.shape, float(serial.abs().max()))
-    assert_within(serial, rows, magnitude, terms=300)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kernel", list(cpu.KERNELS))
+@given(data=st.data(), d_out=sizes(100), d_in=sizes(1200), rank=sizes(100), batch=st.integers(1, 9))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_packed_linear_is_the_same_for_any_threads_and_batch(any_threads, kernel, data, d_out, d_in, rank, batch):
+    """Bit for bit: neither the threads nor the other rows of x touch the order of a row's additions."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    paths = [random_path(d_out, d_in, rank, generator) for _ in range(data.draw(st.integers(1, 3)))]
+    x = torch.randn(batch, d_in, generator=generator)
+    torch.set_num_threads(1)
+    serial = cpu.packed_linear(x, paths, cpu.KERNELS[kernel])
+    assert_same(torch.cat([cpu.packed_linear(row[None], paths, cpu.KERNELS[kernel]) for row in x]), serial)
+    torch.set_num_threads(2)
+    assert_same(cpu.packed_linear(x, paths, cpu.KERNELS[kernel]), serial)
+    exact = sum(exact_path(x, path) for path in paths)
+    magnitude = sum(exact_path(x.abs(), in_magnitude(path)) for path in paths)
+    assert_within(serial, exact, 3 * magnitude, terms=8 + len(paths) * (d_in + rank))
+
+
+def in_magnitude(path):
+    """The path with all signs +1; its scales are positive."""
+    return path._replace(u_words=torch.zeros_like(path.u_words), v_words=torch.zeros_like(path.v_words))
+
+
+def test_packed_linear_serves_several_python_threads_at_once(any_threads):
+    torch.set_num_threads(2)
+    paths = [random_path(300, 400, 70, torch.Generator().manual_seed(0))]
+    x = torch.randn(8, 2, 400, generator=torch.Generator().manual_seed(1))
+    expected = [fast.packed_linear(rows, paths) for rows in x]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            for found, wanted in zip(pool.map(lambda rows: fast.packed_linear(rows, paths), x), expected, strict=True):
+                assert_same(found, wanted)
+
+
+def test_numbas_threads_leave_torchs_number_as_it_was():
+    """In a fresh process: both count OpenMP's threads, and Numba sets that number when it starts."""
+    code = """
+import torch, littlebit.fast as lb
+from littlebit.fast.kernels import cpu
+torch.set_num_threads(1)
+with cpu.numba_threads() as threads:
+    assert threads == 1
+assert torch.get_num_threads() == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_packed_linear_is_an_operator_that_torch_can_compile():
+    layer = fast.PackedLinear([random_path(40, 50, rank, torch.Generator().manual_seed(0)) for rank in (9, 20)])
+    tensors = [tensor for path in layer.factors() for tensor in path]
+    torch.library.opcheck(torch.ops.littlebit.packed_linear.default, (torch.randn(3, 50), tensors))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for x in (torch.randn(4, 50), torch.randn(2, 3, 50).bfloat16(), torch.randn(50, 5).T):
+            assert_same(compiled(x).float(), layer(x).float())
+
+
+LEVEL_CHECK = """
+import sys, numpy as np, torch
+sys.path.insert(0, {tests!r})
+from compare import assert_within
+from littlebit.fast.bench import exact_path, random_path
+from littlebit.fast.kernels import cpu
+from test_linear import in_magnitude
+assert cpu.LEVEL == {level!r}
+torch.set_num_threads(1)
+for seed, (d_out, d_in, rank, batch) in enumerate([(1, 1, 1, 1), (17, 33, 31, 7), (130, 600, 70, 3), (16, 64, 32, 4)]):
+    generator = torch.Generator().manual_seed(seed)
+    paths = [random_path(d_out, d_in, rank, generator) for _ in range(2)]
+    x = torch.randn(batch, d_in, generator=generator)
+    exact = sum(exact_path(x, path) for path in paths)
+    magnitude = sum(exact_path(x.abs(), in_magnitude(path)) for path in paths)
+    for kernel in cpu.KERNELS.values():
+        assert_within(cpu.packed_linear(x, paths, kernel), exact, 3 * magnitude, 8 + 2 * (d_in + rank))
+"""
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if list(LEVELS).index(level) >= list(LEVELS).index(LEVEL)])
+def test_packed_linear_agrees_on_every_kind_of_processor(level):
+    code = LEVEL_CHECK.format(tests=str(Path(__file__).parent), level=level)
+    environment = os.environ | {"LITTLEBIT_CPU": level}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_kind_of_processor_is_refused():
+    environment = os.environ | {"LITTLEBIT_CPU": "abacus"}
+    code = "import littlebit.fast"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "LITTLEBIT_CPU must be one of" in done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])

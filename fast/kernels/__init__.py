@@ -1,6 +1,9 @@
 """Kernels that compute with packed signs, and the one place that chooses among them."""
 
+import contextlib
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,6 +11,28 @@ from torch.nn import functional
 
 from ..packing import PackedFactors, check_words, row_bits
 from . import cpu
+
+
+def drop_stale_code() -> None:
+    """Delete compiled kernels that were made from other sources.
+
+    Numba looks at the file of a function to see whether its cached code is good, but not at those of the functions
+    that it calls, which that code contains.
+    """
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    place = Path(cpu.layer.stats.cache_path)
+    note = place / "littlebit-kernels.sha256"
+    with contextlib.suppress(OSError):  # a cache that cannot be written cannot be stale for long
+        if note.exists() and note.read_text() == digest:
+            return
+        place.mkdir(parents=True, exist_ok=True)
+        for path in place.glob("*.nb[ci]"):
+            path.unlink(missing_ok=True)
+        note.write_text(digest)
+
+
+drop_stale_code()
 
 
 def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
@@ -40,17 +65,35 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
                     f"is on {x.device}: move the model or the input with .to(device)"
                 )
             check_words(words, count)
-    if x.device.type == "cpu":
-        wide = [path._replace(u_words=widened(path.u_words), v_words=widened(path.v_words)) for path in paths]
-        return cpu.packed_linear(x, wide)
-    return unpacked_linear(x, paths)
+    if x.device.type != "cpu":
+        return unpacked_linear(x, paths)
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        return cpu.packed_linear(x, paths)  # the operator's own way there costs ten microseconds
+    return torch.ops.littlebit.packed_linear(x, [tensor for path in paths for tensor in path])
 
 
-def widened(words: Tensor) -> Tensor:
-    """Words as int32, which is all that the CPU kernels read; narrow ones get further pad bits, zeros as all are."""
-    if words.dtype == torch.int32:
-        return words
-    return words.to(torch.int32) & (1 << 8 * words.itemsize) - 1  # without the int16's sign
+# The same as an operator, which torch.compile and its like can put into their graphs.
+library = torch.library.Library("littlebit", "DEF")
+library.define("packed_linear(Tensor x, Tensor[] paths) -> Tensor")
+
+
+@torch.library.impl(library, "packed_linear", "CPU")
+def packed_linear_on_cpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The operator: x (rows, d_in), and the tensors of all paths one after the other."""
+    return cpu.packed_linear(x, [PackedFactors(*each) for each in batched(tensors)])
+
+
+@torch.library.register_fake("littlebit::packed_linear", lib=library)
+def packed_linear_shape(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """An empty tensor of the operator's output shape and dtype."""
+    (first, *_) = batched(tensors)
+    return x.new_empty((x.shape[0], PackedFactors(*first).h.shape[0]), dtype=torch.float32)
+
+
+def batched(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """The tensors of each path."""
+    width = len(PackedFactors._fields)
+    return [tensors[at : at + width] for at in range(0, len(tensors), width)]
 
 
 def unpacked_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:

@@ -1,346 +1,508 @@
-"""Sign matrix times vectors on a CPU, from packed words, in Numba.
+"""Sign matrices times vectors on a CPU, from packed words, in Numba: a ladder of four kernels.
 
-With bit 1 for -1, a row of signs s times x is
+All four compute the same thing, sums_i = sum_j s_ij x_j for rows of signs s and a few columns of x, and each says what
+it changes and why that is faster. n is the number of signs, in sign additions a cycle of a core with AVX-512:
 
-    sum_j s_j x_j = sum_j x_j - 2 * sum over set bits j of x_j,
+| kernel | idea | cost of n signs | most a cycle |
+|---|---|---|---|
+| loops | one sign, one addition | n branches or selects | 1 |
+| bytes | eight signs choose one of 256 partial sums, made once for all rows | n / 8 x 2 loads | 8 to 12 |
+| select | sixteen signs are a lane mask: sum x - 2 * (sum of x over set bits) | n / 16 masks, additions | 16 |
+| nibbles | four signs choose one of sixteen sums, which lie in one register; sixteen rows at once | below | 44 |
 
-so sixteen signs are one lane mask and one masked addition, and the sum of x is shared by all rows. Lanes are written
-as LLVM vectors of sixteen floats, which the compiler maps to AVX-512, AVX2, NEON or plain registers. Four rows of
-signs share each load of x when there is one vector; two rows share it for four vectors otherwise. Nothing is unpacked.
+`nibbles` puts the words of sixteen rows side by side, so that one VPERMPS looks up four signs of each of them: 64 signs
+for three instructions (lookup, addition, shift to the next nibble) that two execution ports share. Bringing the rows'
+words side by side costs five instructions more for each 512 signs, hence 36 a cycle at best. The tables of x are made
+once for all rows, and stay in the first-level cache, as x is taken in chunks of 512 columns.
 
-Bytes moved: the sign words once per four vectors, the scales (float16) once, x and y once each.
+Bytes moved: the sign words once for each four rows of x, the scales (float16) once, x and y once each.
+
+The result for a row of x does not depend on the other rows, nor on the number of threads.
 """
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
+import contextlib
+import functools
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from ..packing import PackedFactors
+from .lanes import (
+    LANES,
+    add,
+    add_lookups,
+    add_where,
+    each_add,
+    each_load,
+    each_store,
+    each_zeros,
+    four_columns,
+    four_tables,
+    half_to_float,
+    lane_sum,
+    load,
+    load_half,
+    load_words,
+    multiply,
+    next_nibble,
+    pointer,
+    prefetch,
+    store,
+    zeros,
+)
 
-LANES = 16
-ROWS_PER_TASK = 64
+LOOPS, BYTES, SELECT, NIBBLES = 1, 2, 3, 4
+KERNELS = {"loops": LOOPS, "bytes": BYTES, "select": SELECT, "nibbles": NIBBLES}
+BEST = NIBBLES
+
+CHUNK = 16  # words of a row that are taken at once: the tables of 512 columns, 8 KB
+TABLE_BYTES = 4 * LANES
+GROUP = 64  # rows of signs that share a chunk's tables before the next chunk; their words are asked for in advance
+ASKED = 1 << 14  # bytes of the next stage's words that are asked for at most, before this one
+LINE = 64  # bytes of a cache line
 PARALLEL_WORK = 1 << 20  # sign additions below which a second thread costs more than it brings
 
 MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
-FLOATS = ir.VectorType(ir.FloatType(), LANES)
-MASK = ir.VectorType(ir.IntType(1), LANES)
-
-
-class Floats(types.Type):
-    """Sixteen float32 lanes."""
-
-    def __init__(self):
-        super().__init__(name="littlebit_floats16")
-
-
-floats = Floats()
-
-
-@register_model(Floats)
-class FloatsModel(models.PrimitiveModel):
-    """A Floats value is one LLVM vector."""
-
-    def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, FLOATS)
-
-
-def element_pointer(context, builder, array_type, array, index):
-    """LLVM pointer to array[index], without bounds check or wraparound."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [index])
-
-
-@intrinsic
-def zeros(typingctx):
-    """Sixteen zeros."""
-
-    def codegen(context, builder, signature, args):
-        return ir.Constant(FLOATS, [0.0] * LANES)
-
-    return floats(), codegen
-
-
-@intrinsic
-def load(typingctx, x, index):
-    """x[index : index + 16] of a float32 array."""
-
-    def codegen(context, builder, signature, args):
-        pointer = element_pointer(context, builder, signature.args[0], args[0], args[1])
-        return builder.load(builder.bitcast(pointer, FLOATS.as_pointer()), align=4)
-
-    return floats(x, types.intp), codegen
-
-
-@intrinsic
-def add_where(typingctx, total, halfwords, index, lanes):
-    """Add lanes to total in those of the sixteen lanes whose bit is set in halfwords[index]."""
-
-    def codegen(context, builder, signature, args):
-        pointer = element_pointer(context, builder, signature.args[1], args[1], args[2])
-        mask = builder.bitcast(builder.load(pointer), MASK)
-        return builder.select(mask, builder.fadd(args[0], args[3]), args[0])
-
-    return floats(floats, halfwords, types.intp, floats), codegen
-
-
-@intrinsic
-def load_half(typingctx, bits, index):
-    """bits[index : index + 16] of an array of float16 bits, as float32."""
-
-    def codegen(context, builder, signature, args):
-        pointer = element_pointer(context, builder, signature.args[0], args[0], args[1])
-        halves = ir.VectorType(ir.HalfType(), LANES)
-        return builder.fpext(builder.load(builder.bitcast(pointer, halves.as_pointer()), align=2), FLOATS)
-
-    return floats(bits, types.intp), codegen
-
-
-@intrinsic
-def store(typingctx, x, index, lanes):
-    """x[index : index + 16] = lanes, in a float32 array."""
-
-    def codegen(context, builder, signature, args):
-        pointer = element_pointer(context, builder, signature.args[0], args[0], args[1])
-        builder.store(args[2], builder.bitcast(pointer, FLOATS.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(x, types.intp, floats), codegen
-
-
-@intrinsic
-def add(typingctx, first, second):
-    """Lane by lane, first + second."""
-
-    def codegen(context, builder, signature, args):
-        return builder.fadd(*args)
-
-    return floats(floats, floats), codegen
-
-
-@intrinsic
-def multiply(typingctx, first, second):
-    """Lane by lane, first * second."""
-
-    def codegen(context, builder, signature, args):
-        return builder.fmul(*args)
-
-    return floats(floats, floats), codegen
-
-
-@intrinsic
-def lane_sum(typingctx, lanes):
-    """Sum of the sixteen lanes, pairwise."""
-
-    def codegen(context, builder, signature, args):
-        (lanes,) = args
-        width = LANES
-        while width > 1:
-            width //= 2
-            halves = [
-                builder.shuffle_vector(
-                    lanes,
-                    ir.Constant(lanes.type, ir.Undefined),
-                    ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(start, start + width))),
-                )
-                for start in (0, width)
-            ]
-            lanes = builder.fadd(*halves)
-        return builder.extract_element(lanes, ir.Constant(ir.IntType(32), 0))
-
-    return types.float32(floats), codegen
-
-
-@intrinsic
-def half_to_float(typingctx, bits):
-    """The float32 value of a float16 given by its bits."""
-
-    def codegen(context, builder, signature, args):
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), codegen
-
 
 @numba.njit(nogil=True, cache=True)
-def sign_rows(words, x, totals, scale, y, start, stop, accumulate):
-    """y[b, i] (+)= scale[i] * sum_j sign[i, j] x[b, j] for start <= i < stop and every b.
+def add_loops(words, stride, first, count, x, sums, start, stop):
+    """sums[i - start] += sum_j s_ij x_j for start <= i < stop: one sign at a time.
 
-    words : (m, 2 * words a row) uint16; x : (batch, 16 * halfwords) float32, zero beyond the last sign;
-    totals : (batch,) float32, the sum of each row of x; scale : (m,) uint16 bits of float16; y : (batch, >= m) float32.
+    words : flat uint32, row i in words[i * stride + first :]; count : words of it to use; x : (32 * count,) float32;
+    sums : float32.
     """
-    halves = words.shape[1]
-    flat, flat_x = words.reshape(-1), x.reshape(-1)
-    stride = x.shape[1]
-    batch = x.shape[0]
-    done = 0
-    while done + 4 <= batch:
-        x0, x1, x2, x3 = done * stride, (done + 1) * stride, (done + 2) * stride, (done + 3) * stride
-        i = start
-        while i < stop:
-            row0 = i * halves
-            row1 = row0 + halves if i + 1 < stop else row0
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros()
-            for k in range(halves):
-                lanes0, lanes1 = load(flat_x, x0 + k * LANES), load(flat_x, x1 + k * LANES)
-                lanes2, lanes3 = load(flat_x, x2 + k * LANES), load(flat_x, x3 + k * LANES)
-                a0, a1 = add_where(a0, flat, row0 + k, lanes0), add_where(a1, flat, row0 + k, lanes1)
-                a2, a3 = add_where(a2, flat, row0 + k, lanes2), add_where(a3, flat, row0 + k, lanes3)
-                b0, b1 = add_where(b0, flat, row1 + k, lanes0), add_where(b1, flat, row1 + k, lanes1)
-                b2, b3 = add_where(b2, flat, row1 + k, lanes2), add_where(b3, flat, row1 + k, lanes3)
-            if i + 1 < stop:
-                put(y, done, i + 1, b0, totals, scale, accumulate)
-                put(y, done + 1, i + 1, b1, totals, scale, accumulate)
-                put(y, done + 2, i + 1, b2, totals, scale, accumulate)
-                put(y, done + 3, i + 1, b3, totals, scale, accumulate)
-            put(y, done, i, a0, totals, scale, accumulate)
-            put(y, done + 1, i, a1, totals, scale, accumulate)
-            put(y, done + 2, i, a2, totals, scale, accumulate)
-            put(y, done + 3, i, a3, totals, scale, accumulate)
-            i += 2
-        done += 4
-    for b in range(done, batch):
-        sign_rows_of_one(flat, halves, flat_x, b, stride, totals, scale, y, start, stop, accumulate)
+    for i in range(start, stop):
+        total = np.float32(0)
+        for k in range(count):
+            word = words[i * stride + first + k]
+            for bit in range(32):
+                value = x[32 * k + bit]
+                total += -value if word >> np.uint32(bit) & np.uint32(1) else value
+        sums[i - start] += total
 
 
 @numba.njit(nogil=True, cache=True)
-def sign_rows_of_one(flat, halves, flat_x, b, stride, totals, scale, y, start, stop, accumulate):
-    """`sign_rows` for row b of x alone, four rows of signs at a time."""
-    x0 = b * stride
-    i = start
-    while i + 4 <= stop:
-        row = i * halves
+def add_bytes(words, stride, first, count, x, sums, start, stop):
+    """`add_loops` by tables: for each eight columns the partial sums of all 256 bytes, shared by the rows."""
+    tables = np.empty((4 * count, 256), np.float32)
+    for k in range(4 * count):
+        tables[k, 0] = x[8 * k : 8 * k + 8].sum()
+        for bit in range(8):  # setting a bit takes its x away twice
+            for low in range(1 << bit):
+                tables[k, low + (1 << bit)] = tables[k, low] - np.float32(2) * x[8 * k + bit]
+    for i in range(start, stop):
+        total = np.float32(0)
+        for k in range(count):
+            word = words[i * stride + first + k]
+            total += tables[4 * k, word & np.uint32(255)]
+            total += tables[4 * k + 1, word >> np.uint32(8) & np.uint32(255)]
+            total += tables[4 * k + 2, word >> np.uint32(16) & np.uint32(255)]
+            total += tables[4 * k + 3, word >> np.uint32(24)]
+        sums[i - start] += total
+
+
+@numba.njit(nogil=True, cache=True)
+def add_select(words, stride, first, count, x, sums, start, stop):
+    """`add_loops` by lane masks: four rows share each sixteen columns, and all of them the sum of x."""
+    halves = words.view(np.uint16)
+    all_x = zeros()
+    for k in range(2 * count):
+        all_x = add(all_x, load(x, LANES * k))
+    total = lane_sum(all_x)
+    step = 2 * stride
+    for i in range(start, stop, 4):
+        row0 = 2 * (i * stride + first)
+        row1 = row0 + step if i + 1 < stop else row0
+        row2 = row0 + 2 * step if i + 2 < stop else row0
+        row3 = row0 + 3 * step if i + 3 < stop else row0
         a0 = a1 = a2 = a3 = zeros()
-        for k in range(halves):
-            lanes = load(flat_x, x0 + k * LANES)
-            a0 = add_where(a0, flat, row + k, lanes)
-            a1 = add_where(a1, flat, row + halves + k, lanes)
-            a2 = add_where(a2, flat, row + 2 * halves + k, lanes)
-            a3 = add_where(a3, flat, row + 3 * halves + k, lanes)
-        put(y, b, i, a0, totals, scale, accumulate)
-        put(y, b, i + 1, a1, totals, scale, accumulate)
-        put(y, b, i + 2, a2, totals, scale, accumulate)
-        put(y, b, i + 3, a3, totals, scale, accumulate)
-        i += 4
-    while i < stop:
-        a0 = zeros()
-        for k in range(halves):
-            a0 = add_where(a0, flat, i * halves + k, load(flat_x, x0 + k * LANES))
-        put(y, b, i, a0, totals, scale, accumulate)
-        i += 1
+        for k in range(2 * count):
+            lanes = load(x, LANES * k)
+            a0, a1 = add_where(a0, halves, row0 + k, lanes), add_where(a1, halves, row1 + k, lanes)
+            a2, a3 = add_where(a2, halves, row2 + k, lanes), add_where(a3, halves, row3 + k, lanes)
+        sums[i - start] += total - np.float32(2) * lane_sum(a0)
+        if i + 1 < stop:
+            sums[i + 1 - start] += total - np.float32(2) * lane_sum(a1)
+        if i + 2 < stop:
+            sums[i + 2 - start] += total - np.float32(2) * lane_sum(a2)
+        if i + 3 < stop:
+            sums[i + 3 - start] += total - np.float32(2) * lane_sum(a3)
+
+
+@numba.njit(nogil=True, cache=True)
+def nibble_tables(x, count, tables):
+    """The partial sums of each four of 32 * count columns, sixteen for each: what `add_nibbles` looks up."""
+    column, table = x.ctypes.data, tables.ctypes.data
+    for k in range(2 * count):
+        four_tables(column + 4 * LANES * k, table + 4 * TABLE_BYTES * k)
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def put(y, b, i, negative, totals, scale, accumulate):
-    """Finish one dot product: y[b, i] (+)= scale[i] * (total - 2 * the sum over set bits)."""
-    value = half_to_float(scale[i]) * (totals[b] - np.float32(2) * lane_sum(negative))
-    y[b, i] = y[b, i] + value if accumulate else value
+def add_nibbles_of_word(totals, table, step, word):
+    """Totals plus the sums that the eight nibbles of one word of each of sixteen rows look up."""
+    for nibble in range(8):
+        totals = add_lookups(totals, table + TABLE_BYTES * nibble, step, word)
+        word = next_nibble(word)
+    return totals
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def add_nibbles_of_rows(row, row_step, count, table, step, sums, sums_step, each):
+    """`add_nibbles` for sixteen rows; reads up to three words more than `count` of each.
+
+    Four sums in turn, one for each word, keep the additions from waiting for each other.
+    """
+    a0 = each_load(each, sums, sums_step)
+    a1 = a2 = a3 = each_zeros(each)
+    for _ in range(count >> 2):
+        w0, w1, w2, w3 = four_columns(row, row_step)
+        a0 = add_nibbles_of_word(a0, table, step, w0)
+        a1 = add_nibbles_of_word(a1, table + 8 * TABLE_BYTES, step, w1)
+        a2 = add_nibbles_of_word(a2, table + 16 * TABLE_BYTES, step, w2)
+        a3 = add_nibbles_of_word(a3, table + 24 * TABLE_BYTES, step, w3)
+        row += 16
+        table += 32 * TABLE_BYTES
+    rest = count & 3
+    if rest:
+        w0, w1, w2, w3 = four_columns(row, row_step)
+        a0 = add_nibbles_of_word(a0, table, step, w0)
+        if rest > 1:
+            a1 = add_nibbles_of_word(a1, table + 8 * TABLE_BYTES, step, w1)
+        if rest > 2:
+            a2 = add_nibbles_of_word(a2, table + 16 * TABLE_BYTES, step, w2)
+    each_store(sums, sums_step, each_add(each_add(a0, a1), each_add(a2, a3)))
 
 
 @numba.njit(nogil=True, cache=True)
-def scaled_rows(x, scale, width):
-    """Multiply x by scale, into rows of `width` columns, zero beyond the last, and the sum of each row."""
-    batch, d_in = x.shape
-    scaled = np.zeros((batch, width), np.float32)
-    totals = np.empty(batch, np.float32)
-    flat_x, flat_scaled = x.reshape(-1), scaled.reshape(-1)
-    whole = d_in // LANES * LANES
-    for b in range(batch):
-        sums = zeros()
+def add_nibbles(words, width, tables, sums, sums_step, start, stop, each):
+    """`add_loops` by tables that fit a register, for all columns and for each of several rows of x.
+
+    words : flat uint32, `width` a row; tables : address of their `nibble_tables`, chunk after chunk, in each the rows
+    of x one after the other; sums : address of the float32 sums of row `start`, `sums_step` bytes apart, padded to a
+    multiple of sixteen rows; each : a tuple of as many entries as rows of x.
+
+    Rows are taken in groups and, for each group, columns in chunks: a chunk's tables stay in the first-level cache for
+    the group, and meanwhile the next group's words, which lie one after the other in memory, are asked for. The last
+    rows, fewer than 32, are copied and padded, so that no load of four words of sixteen rows leaves the array.
+    """
+    padded = width + 3 & -4
+    whole = start + (stop - start & -LANES)  # rows up to the last incomplete sixteen
+    if (len(words) - padded) // width + 1 < whole:  # the last sixteen's last loads would leave the array
+        whole -= LANES
+    copy = np.zeros(2 * LANES * padded if whole < stop else 0, np.uint32)
+    for i in range(whole, stop):
+        for k in range(width):
+            copy[(i - whole) * padded + k] = words[i * width + k]
+    group_rows = GROUP * len(each)
+    ahead = words.ctypes.data + 4 * (start + group_rows) * width
+    for group in range(start, stop, group_rows):
+        for first in range(0, width, CHUNK):
+            count = min(CHUNK, width - first)
+            table, step = tables + len(each) * 8 * TABLE_BYTES * first, 8 * TABLE_BYTES * count
+            for i in range(group, min(group + group_rows, stop), LANES):
+                row, row_step = words.ctypes.data + 4 * (i * width + first), 4 * width
+                if i >= whole:
+                    row, row_step = copy.ctypes.data + 4 * ((i - whole) * padded + first), 4 * padded
+                for line in range(count):
+                    prefetch(ahead + LINE * line)
+                ahead += LINE * count
+                add_nibbles_of_rows(row, row_step, count, table, step, sums + 4 * (i - start), sums_step, each)
+
+
+@numba.njit(nogil=True, cache=True)
+def aligned(size):
+    """An uninitialised float32 array that begins on a cache line."""
+    space = np.empty(size + LANES, np.float32)
+    skip = (-space.ctypes.data & 63) // 4
+    return space[skip : skip + size]
+
+
+@numba.njit(nogil=True, cache=True)
+def scaled_chunk(x, x_step, scale, size, first, count, columns, rows):
+    """Columns 32 * first, ... of `rows` rows of x * scale into rows of 32 * count, zero beyond column `size`.
+
+    x : flat float32, rows x_step apart; scale : (size,) uint16 bits of float16.
+    """
+    stop = min(32 * count, size - 32 * first)
+    for b in range(rows):
+        at, x_at = b * 32 * count, b * x_step + 32 * first
+        whole = stop & -LANES
         for j in range(0, whole, LANES):
-            lanes = multiply(load(flat_x, b * d_in + j), load_half(scale, j))
-            store(flat_scaled, b * width + j, lanes)
-            sums = add(sums, lanes)
-        totals[b] = lane_sum(sums)
-        for j in range(whole, d_in):
-            scaled[b, j] = x[b, j] * half_to_float(scale[j])
-            totals[b] += scaled[b, j]
-    return scaled, totals
+            store(columns, at + j, multiply(load(x, x_at + j), load_half(scale, 32 * first + j)))
+        for j in range(whole, stop):
+            columns[at + j] = x[x_at + j] * half_to_float(scale[32 * first + j])
+        columns[at + stop : at + 32 * count] = 0
 
 
 @numba.njit(nogil=True, cache=True)
-def row_sums(t, totals):
-    """Fill totals with the sum of each row of t, always in the same order; a row is a whole number of lanes."""
-    flat = t.reshape(-1)
-    for b in range(t.shape[0]):
-        sums = zeros()
-        for j in range(b * t.shape[1], (b + 1) * t.shape[1], LANES):
-            sums = add(sums, load(flat, j))
-        totals[b] = lane_sum(sums)
+def sign_products(kernel, words, x, x_step, scale, sums, sums_step, start, stop, each):
+    """sums[b, i - start] = sum_j s_ij scale_j x_bj for rows start <= i < stop of signs, by one of the KERNELS.
+
+    words : flat uint32, len(scale) signs a row; x : flat float32, rows x_step apart; scale : uint16 bits of float16;
+    sums : flat float32, rows sums_step apart, each padded to a multiple of sixteen; start is a multiple of sixteen;
+    each : a tuple of as many entries as rows of x.
+    """
+    rows, size = len(each), len(scale)
+    width = (size + 31) // 32
+    columns, tables = aligned(rows * 32 * CHUNK), aligned(rows * 128 * width if kernel == NIBBLES else 0)
+    for b in range(rows):
+        sums[b * sums_step :][: stop - start + LANES - 1 & -LANES] = 0
+    for first in range(0, width, CHUNK):
+        count = min(CHUNK, width - first)
+        scaled_chunk(x, x_step, scale, size, first, count, columns, rows)
+        if kernel == NIBBLES:
+            nibble_tables(columns, rows * count, tables[rows * 128 * first :])
+            continue
+        for b in range(rows):
+            mine, part = columns[b * 32 * count :][: 32 * count], sums[b * sums_step :]
+            if kernel == LOOPS:
+                add_loops(words, width, first, count, mine, part, start, stop)
+            elif kernel == BYTES:
+                add_bytes(words, width, first, count, mine, part, start, stop)
+            else:
+                add_select(words, width, first, count, mine, part, start, stop)
+    if kernel == NIBBLES:
+        add_nibbles(words, width, tables.ctypes.data, sums.ctypes.data, 4 * sums_step, start, stop, each)
+        tables[0] = 0  # a use after the address: until here the array must not be freed
+
+
+# A layer as numbers, so that compiled code can take any number of paths, and of layers: for each path the addresses of
+# its five arrays, and its rank.
+U, V, H, ELL, G, RANK = range(6)
+PATH_NUMBERS = 6
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def words_at(address, size):
+    """The uint32 array of `size` entries at an address."""
+    return numba.carray(pointer(address), (size,), np.uint32)
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def halves_at(address, size):
+    """The float16 array of `size` entries at an address, as uint16 bits."""
+    return numba.carray(pointer(address), (size,), np.uint16)
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def floats_at(address, size):
+    """The float32 array of `size` entries at an address."""
+    return numba.carray(pointer(address), (size,), np.float32)
 
 
 @numba.njit(nogil=True, cache=True)
-def path_serial(x, u_words, v_words, h, ell, g, y, accumulate):
-    """One path on one thread: y (+)= ((((x * g) V_sign) * ell) U_sign^T) * h."""
-    scaled, totals = scaled_rows(x, g, v_words.shape[1] * LANES)
-    t = np.zeros((x.shape[0], u_words.shape[1] * LANES), np.float32)
-    sign_rows(v_words, scaled, totals, ell, t, 0, v_words.shape[0], False)
-    row_sums(t, totals)
-    sign_rows(u_words, t, totals, h, y, 0, u_words.shape[0], accumulate)
+def first_stage(kernel, path, d_in, x, start, stop, t, t_step, each):
+    """t[b, i] = sum_j V_sign[j, i] g[j] x[b, j] for start <= i < stop; x and t are flat, t's rows padded to sixteen."""
+    words = words_at(path[V], path[RANK] * ((d_in + 31) // 32))
+    sign_products(kernel, words, x, d_in, halves_at(path[G], d_in), t[start:], t_step, start, stop, each)
+
+
+@numba.njit(nogil=True, cache=True)
+def second_stage(kernel, path, d_out, t, t_step, start, stop, y, accumulate, each):
+    """y[b, i] (+)= h[i] sum_k U_sign[i, k] ell[k] t[b, k] for start <= i < stop; y is flat."""
+    step = stop - start + LANES - 1 & -LANES
+    sums = aligned(len(each) * step)
+    words = words_at(path[U], d_out * ((path[RANK] + 31) // 32))
+    sign_products(kernel, words, t, t_step, halves_at(path[ELL], path[RANK]), sums, step, start, stop, each)
+    for b in range(len(each)):
+        add_scaled(y, b * d_out, halves_at(path[H], d_out), sums, b * step, start, stop, accumulate)
+
+
+@numba.njit(nogil=True, cache=True)
+def add_scaled(y, y_at, h, sums, at, start, stop, accumulate):
+    """y[y_at + i] (+)= h[i] * sums[at + i - start] for start <= i < stop."""
+    whole = start + (stop - start & -LANES)
+    for i in range(start, whole, LANES):
+        value = multiply(load_half(h, i), load(sums, at + i - start))
+        store(y, y_at + i, add(load(y, y_at + i), value) if accumulate else value)
+    for i in range(whole, stop):
+        single = half_to_float(h[i]) * sums[at + i - start]
+        y[y_at + i] = y[y_at + i] + single if accumulate else single
+
+
+@numba.njit(nogil=True, cache=True)
+def ask_for(address, size):
+    """Bring the first of `size` bytes at an address nearer, at most ASKED of them."""
+    for line in range(0, min(size, ASKED), LINE):
+        prefetch(address + line)
+
+
+@numba.njit(nogil=True, cache=True)
+def layer_rows(kernel, paths, d_out, d_in, x, y, each):
+    """len(each) rows of y = W_hat x, on one thread; x and y are flat, `paths` is (paths, 6) int64."""
+    for order in range(len(paths)):
+        path = paths[order]
+        rank = path[RANK]
+        step = rank + LANES - 1 & -LANES
+        t = aligned(len(each) * step)
+        ask_for(path[U], 4 * d_out * ((rank + 31) // 32))
+        ask_for(path[H], 2 * d_out)
+        first_stage(kernel, path, d_in, x, 0, rank, t, step, each)
+        if order + 1 < len(paths):
+            ask_for(paths[order + 1, V], 4 * rank * ((d_in + 31) // 32))
+            ask_for(paths[order + 1, G], 2 * d_in)
+        second_stage(kernel, path, d_out, t, step, 0, d_out, y, order > 0, each)
+
+
+@numba.njit(nogil=True, cache=True)
+def share(size, part, parts):
+    """First row of one of `parts` shares of `size` rows, a multiple of sixteen (or the end)."""
+    blocks = (size + LANES - 1) // LANES
+    return min(size, blocks * part // parts * LANES)
 
 
 @numba.njit(nogil=True, cache=True, parallel=True)
-def path_parallel(x, u_words, v_words, h, ell, g, y, accumulate):
-    """`path_serial` with the rows of signs divided among Numba's threads."""
-    scaled, totals = scaled_rows(x, g, v_words.shape[1] * LANES)
-    t = np.zeros((x.shape[0], u_words.shape[1] * LANES), np.float32)
-    rank, d_out = v_words.shape[0], u_words.shape[0]
-    for task in numba.prange(-(-rank // ROWS_PER_TASK)):
-        start = task * ROWS_PER_TASK
-        sign_rows(v_words, scaled, totals, ell, t, start, min(rank, start + ROWS_PER_TASK), False)
-    row_sums(t, totals)
-    for task in numba.prange(-(-d_out // ROWS_PER_TASK)):
-        start = task * ROWS_PER_TASK
-        sign_rows(u_words, t, totals, h, y, start, min(d_out, start + ROWS_PER_TASK), accumulate)
+def layer_rows_parallel(kernel, paths, d_out, d_in, x, y, each, threads):
+    """`layer_rows` with the rows of signs divided among Numba's threads."""
+    rows, count = len(each), len(paths)
+    starts = np.zeros(count + 1, np.int64)
+    for order in range(count):
+        starts[order + 1] = starts[order] + (paths[order, RANK] + LANES - 1 & -LANES)
+    t = aligned(rows * starts[count])
+    for task in numba.prange(count * threads):
+        order, part = task % count, task // count
+        rank, step = paths[order, RANK], starts[order + 1] - starts[order]
+        start, stop = share(rank, part, threads), share(rank, part + 1, threads)
+        first_stage(kernel, paths[order], d_in, x, start, stop, t[rows * starts[order] :], step, each)
+    for part in numba.prange(threads):
+        start, stop = share(d_out, part, threads), share(d_out, part + 1, threads)
+        for order in range(count):
+            step = starts[order + 1] - starts[order]
+            mine = t[rows * starts[order] :]
+            second_stage(kernel, paths[order], d_out, mine, step, start, stop, y, order > 0, each)
 
 
-threads = threading.local()
+@numba.njit(nogil=True, cache=True)
+def layer(kernel, plan, d_out, d_in, x_address, y_address, rows):
+    """Y = W_hat x for each row of x, on one thread: as many rows at a time as share a lookup.
+
+    plan : six numbers for each path; x, y : addresses of (rows, d_in) and (rows, d_out) float32.
+    """
+    paths = plan.reshape(-1, PATH_NUMBERS)
+    x, y = floats_at(x_address, rows * d_in), floats_at(y_address, rows * d_out)
+    b = 0
+    while b + 4 <= rows:
+        layer_rows(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0, 0, 0))
+        b += 4
+    while b < rows:
+        layer_rows(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0,))
+        b += 1
 
 
-def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
-    """`kernels.packed_linear` for tensors on the CPU, on at most torch.get_num_threads() threads."""
-    rows = x.detach().to(torch.float32).contiguous().numpy()  # (batch, d_in)
-    y = torch.empty(len(rows), paths[0].h.shape[0])
-    out = y.numpy()
-    for order, path in enumerate(paths):
-        work = len(rows) * path.ell.shape[0] * (path.h.shape[0] + path.g.shape[0])
-        kernel = path_parallel if use_threads(work) else path_serial
-        kernel(
-            rows,
-            halfwords(path.u_words),
-            halfwords(path.v_words),
-            half_bits(path.h),
-            half_bits(path.ell),
-            half_bits(path.g),
-            out,
-            order > 0,
-        )
+@numba.njit(nogil=True, cache=True)
+def layer_parallel(kernel, plan, d_out, d_in, x_address, y_address, rows, threads):
+    """`layer` on several threads."""
+    paths = plan.reshape(-1, PATH_NUMBERS)
+    x, y = floats_at(x_address, rows * d_in), floats_at(y_address, rows * d_out)
+    b = 0
+    while b + 4 <= rows:
+        layer_rows_parallel(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0, 0, 0), threads)
+        b += 4
+    while b < rows:
+        layer_rows_parallel(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0,), threads)
+        b += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def lookup_rounds(words, tables, sums, rounds):
+    """The innermost loop of `nibbles` and nothing else: `rounds` times 2048 sign additions from registers and cache."""
+    table, into = tables.ctypes.data, sums.ctypes.data
+    a0 = a1 = a2 = a3 = each_zeros((0,))
+    for _ in range(rounds):
+        w0, w1 = load_words(words, 0), load_words(words, LANES)
+        w2, w3 = load_words(words, 2 * LANES), load_words(words, 3 * LANES)
+        a0 = add_nibbles_of_word(a0, table, 0, w0)
+        a1 = add_nibbles_of_word(a1, table + 8 * TABLE_BYTES, 0, w1)
+        a2 = add_nibbles_of_word(a2, table + 16 * TABLE_BYTES, 0, w2)
+        a3 = add_nibbles_of_word(a3, table + 24 * TABLE_BYTES, 0, w3)
+        each_store(into, 0, a3)  # a store keeps the loads of the words from leaving the loop
+    each_store(into, 0, each_add(each_add(a0, a1), each_add(a2, a3)))
+
+
+def lookups_per_second(rounds: int = 20000) -> float:
+    """Sign additions a second that one core reaches when only looking up: the limit of `nibbles` on this machine."""
+    words, tables = np.arange(4 * LANES, dtype=np.uint32) * 2654435769, aligned(32 * LANES)
+    words, sums = words.astype(np.uint32), aligned(4 * LANES)
+    tables[:] = 1
+    lookup_rounds(words, tables, sums, 1)
+    start = time.perf_counter()
+    lookup_rounds(words, tables, sums, rounds)
+    return 4 * 512 * rounds / (time.perf_counter() - start)
+
+
+local = threading.local()
+parallel_lock = threading.Lock()
+
+
+def packed_linear(x: Tensor, paths: Sequence[PackedFactors], kernel: int = NIBBLES) -> Tensor:
+    """`kernels.packed_linear` for tensors on the CPU, on at most torch.get_num_threads() threads.
+
+    `kernel` is one of KERNELS. Several Python threads may call it at once; one of them at a time uses Numba's.
+    """
+    d_out, d_in = paths[0].h.shape[0], paths[0].g.shape[0]
+    x = x.to(torch.float32).contiguous()  # (batch, d_in)
+    y = torch.empty(len(x), d_out)
+    plan, kept = layer_plan(paths)
+    arguments = kernel, plan, d_out, d_in, x.data_ptr(), y.data_ptr(), len(x)
+    work = len(x) * sum(path.ell.shape[0] for path in paths) * (d_out + d_in)
+    if work < PARALLEL_WORK:
+        layer(*arguments)
+    else:
+        with numba_threads() as threads:
+            if threads == 1:
+                layer(*arguments)
+            else:
+                layer_parallel(*arguments, threads)
+    del kept
     return y
 
 
-def use_threads(work: int) -> bool:
-    """Whether `work` sign additions are worth several threads; if so, Numba's number of threads is set to torch's."""
+def layer_plan(paths: Sequence[PackedFactors]) -> tuple[np.ndarray, list[Tensor]]:
+    """Six numbers for each path, (paths * 6,) int64, and the tensors that must live as long as they are used."""
+    numbers: list[int] = []
+    kept = []
+    for path in paths:
+        for tensor in (widened(path.u_words), widened(path.v_words), path.h, path.ell, path.g):
+            kept.append(tensor if tensor.is_contiguous() else tensor.contiguous())
+            numbers.append(kept[-1].data_ptr())
+        numbers.append(path.ell.shape[0])
+    return np.array(numbers, np.int64), kept
+
+
+def widened(words: Tensor) -> Tensor:
+    """Words as int32, which is all that the kernels read; narrow ones get further pad bits, zeros as all are."""
+    if words.dtype == torch.int32:
+        return words
+    return words.to(torch.int32) & (1 << 8 * words.itemsize) - 1  # without the int16's sign
+
+
+@functools.cache
+def start_threads() -> None:
+    """Start Numba's threads, once, and put back torch's number of threads, which that changes: both ask OpenMP."""
+    before = torch.get_num_threads()
+    numba.set_num_threads(MAX_THREADS)
+    torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def numba_threads() -> Iterator[int]:
+    """How many of Numba's threads the block may use: torch's number, or one if another Python thread uses them."""
+    start_threads()
     count = min(torch.get_num_threads(), MAX_THREADS)
-    if count == 1 or work < PARALLEL_WORK:
-        return False
-    if getattr(threads, "count", None) != count:  # setting it costs more than a small layer
-        numba.set_num_threads(count)
-        threads.count = count
-    return True
-
-
-def halfwords(words: Tensor) -> np.ndarray:
-    """Words as uint16, sixteen signs each, least significant first."""
-    return words.contiguous().numpy().view("<u2")
-
-
-def half_bits(scale: Tensor) -> np.ndarray:
-    """Bits of float16 scales, which Numba cannot read as numbers on a CPU."""
-    return scale.to(torch.float16).contiguous().numpy().view(np.uint16)
+    if count == 1 or not parallel_lock.acquire(blocking=False):
+        yield 1
+        return
+    try:
+        if getattr(local, "count", None) != count:  # setting it costs more than a small layer
+            numba.set_num_threads(count)
+            local.count = count
+        yield count
+    finally:
+        parallel_lock.release()

@@ -1,0 +1,169 @@
+"""Benchmark of decoding: this project's decoder beside transformers and llama.cpp, each in a process of its own."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+PROMPT = "Once upon a time, in a small town by the sea, there lived"
+ENGINES = ("littlebit", "transformers", "llama.cpp")
+
+# Runs in a Python that may lack this package: llama.cpp's bindings can live in an environment of their own
+LLAMA = """
+import json, sys, time
+import llama_cpp
+path, threads, tokens, prompt = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+model = llama_cpp.Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+model.eval(model.tokenize(prompt.encode()))
+times = []
+for _ in range(tokens):
+    token = model.sample(temp=0.0)
+    start = time.perf_counter()
+    model.eval([token])
+    times.append(time.perf_counter() - start)
+memory = {key: int(value.split()[0]) * 1024 for key, value in
+          (line.split(":") for line in open("/proc/self/status") if line.startswith("VmRSS"))}
+print(json.dumps({"times": times, "memory": memory.get("VmRSS", 0)}))
+"""
+
+
+def bench_decode(
+    model: str | Path,
+    dense: str = "smollm2",
+    threads: tuple[int, ...] = (1, 2),
+    tokens: int = 64,
+    rounds: int = 3,
+    llama_python: str = sys.executable,
+    gguf: str | Path | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Time greedy decoding at batch 1, one token after another.
+
+    Every engine runs in its own process, and the engines take turns `rounds` times, so that all see the same machine.
+    A figure is the median over all tokens of all rounds; sampling and detokenising are left out for all three.
+
+    Parameters
+    ----------
+    model : str or Path
+        A packed checkpoint.
+    dense : str
+        What transformers runs, in float32.
+    threads : tuple of int
+    tokens : int
+        New tokens in a round.
+    rounds : int
+    llama_python : str
+        A Python that can import llama_cpp; llama.cpp is left out if it cannot.
+    gguf : str or Path, optional
+        What llama.cpp runs; it is left out otherwise.
+    progress : bool
+
+    Returns
+    -------
+    One dict per engine and number of threads: engine, threads, time_ms (a token), tokens_per_s, memory_bytes (resident
+    at the end), rounds, tokens.
+    """
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    plan = [(engine, count) for _ in range(rounds) for count in threads for engine in ENGINES]
+    for engine, count in tqdm(plan, desc="bench decode", disable=not progress):
+        found = run(engine, str(model), dense, count, tokens, llama_python, gguf)
+        if found is not None:
+            runs.setdefault((engine, count), []).append(found)
+    return [summary(engine, count, tokens, found) for (engine, count), found in runs.items()]
+
+
+def run(
+    engine: str, model: str, dense: str, threads: int, tokens: int, llama_python: str, gguf: str | Path | None
+) -> dict[str, Any] | None:
+    """Times of each token, in seconds, and resident bytes of one engine's process; None if it is not there."""
+    if engine == "llama.cpp":
+        if gguf is None:
+            return None
+        command = [llama_python, "-c", LLAMA, str(gguf), str(threads), str(tokens), PROMPT]
+    else:
+        source = model if engine == "littlebit" else dense
+        command = [sys.executable, "-m", "littlebit.fast.bench_decode", engine, source, str(threads), str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        if engine == "llama.cpp" and "No module named" in done.stderr:
+            return None
+        raise OSError(f"{engine} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def summary(engine: str, threads: int, tokens: int, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of `bench_decode`."""
+    time_s = statistics.median([each for one in found for each in one["times"]])
+    return {
+        "engine": engine,
+        "threads": threads,
+        "time_ms": 1e3 * time_s,
+        "tokens_per_s": 1 / time_s,
+        "memory_bytes": statistics.median(one["memory"] for one in found),
+        "rounds": len(found),
+        "tokens": tokens,
+    }
+
+
+def measure(engine: str, source: str, threads: int, tokens: int) -> dict[str, Any]:
+    """What one process measures."""
+    import torch
+
+    from .hf import load_tokenizer
+
+    torch.set_num_threads(threads)
+    prompt = load_tokenizer(source)(PROMPT, return_tensors="pt")["input_ids"]
+    times = (packed_times if engine == "littlebit" else dense_times)(source, prompt, tokens)
+    return {"times": times, "memory": resident_bytes()}
+
+
+def packed_times(source: str, prompt: Any, tokens: int) -> list[float]:
+    """Seconds of each token through the compiled decoder."""
+    import numpy as np
+
+    from .checkpoint import load
+    from .decode_cpu import Decoder
+
+    decoder, times = Decoder(load(source), prompt.shape[1] + tokens), []
+    logits = decoder(prompt[0].numpy())
+    for _ in range(tokens):
+        token = np.array([logits.argmax()])
+        start = time.perf_counter()
+        logits = decoder(token)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def dense_times(source: str, prompt: Any, tokens: int) -> list[float]:
+    """Seconds of each token through transformers, in float32 with its dynamic cache."""
+    import torch
+
+    from .hf import load_model
+
+    model, times = load_model(source), []
+    with torch.inference_mode():
+        output = model(prompt, use_cache=True)
+        for _ in range(tokens):
+            token = output.logits[:, -1:].argmax(-1)
+            start = time.perf_counter()
+            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))

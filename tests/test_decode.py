@@ -1,0 +1,328 @@
+"""The compiled decoder against transformers, sampling, streaming, and quantised embeddings."""
+
+import copy
+import json
+import logging
+import subprocess
+import sys
+
+import littlebit.fast as lb
+import numpy as np
+import pytest
+import torch
+from compare import assert_same, assert_within
+from conftest import make_tiny_llama
+from hypothesis import given, strategies as st
+from littlebit.fast import decode
+from littlebit.fast.decode_cpu import Decoder, sample, why_not
+from littlebit.fast.embeddings import QuantizedHead, Table, quantize_embeddings_, quantize_table
+from littlebit.fast.kernels import cpu
+from littlebit.fast.layers import PackedLinear
+from littlebit.fast.model import packed_layers, replace_module
+from strategies import NOISE
+
+BITS = 2.5
+CHANGES = {
+    "biases, grouped queries, tied": {},
+    "plain": {"attention_bias": False, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "more layers": {"num_hidden_layers": 3, "mlp_bias": True, "rope_theta": 100.0},
+}
+
+
+@pytest.fixture(scope="module", params=list(CHANGES))
+def packed(request, tmp_path_factory):
+    folder = make_tiny_llama(tmp_path_factory.mktemp("decode"), **CHANGES[request.param])
+    model = lb.load_model(folder)
+    lb.quantize_(model, lb.Config(bits=BITS, exclude=("*.0.mlp.up_proj",)), progress=False)
+    return lb.pack_(model)
+
+
+def in_double(model):
+    """The same model in float64, with dense layers."""
+    model = copy.deepcopy(model)
+    for name, layer in packed_layers(model).items():
+        linear = torch.nn.Linear(layer.d_in, layer.d_out, bias=layer.bias is not None)
+        factors = [lb.unpack_factors(path) for path in layer.factors()]
+        linear.weight.data = sum(path.to_dense().double() for path in (lb.Factors(*map(double, f)) for f in factors))
+        if layer.bias is not None:
+            linear.bias.data = layer.bias
+        replace_module(model, name, linear)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if hasattr(module, "table"):
+            rows = module.table.rows(slice(None)).double()
+            dense = torch.nn.Embedding.from_pretrained(rows)
+            if isinstance(module, QuantizedHead):
+                dense = torch.nn.Linear(rows.shape[1], rows.shape[0], bias=False)
+                dense.weight.data = rows
+                model.set_output_embeddings(dense)
+            else:
+                model.set_input_embeddings(dense)
+    return model.double()
+
+
+def double(tensor):
+    return tensor.double()
+
+
+def exact_and_condition(model, tokens):
+    """Logits after all tokens in float64, and how far the largest moves per unit of relative noise in the weights."""
+    model = in_double(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        exact = model(tokens[None]).logits[0, -1].numpy()
+        moved = np.abs(exact).max()
+        for _ in range(3):
+            noisy = copy.deepcopy(model)
+            for parameter in noisy.parameters():
+                noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1
+                parameter.data = parameter.data * (1 + NOISE * noise)
+            moved = max(moved, np.abs(noisy(tokens[None]).logits[0, -1].numpy() - exact).max() / NOISE)
+    return exact, np.full(exact.shape, moved)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("length", [1, 7, 41])
+def test_decoder_logits_equal_those_of_the_model(packed, bits, length):
+    """A result entry sees the roundings of each layer's longest sums, 64 + 96 + the ranks and the positions."""
+    model = copy.deepcopy(packed)
+    quantize_embeddings_(model, bits)
+    tokens = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(length))
+    exact, moved = exact_and_condition(model, tokens)
+    terms = 64 + sum(layer.d_in + sum(layer.ranks) + length for layer in packed_layers(model).values())
+    decoder = Decoder(model, 64)
+    assert_within(decoder(tokens.numpy()), exact, moved, terms)
+    with torch.inference_mode():
+        assert_within(model(tokens[None]).logits[0, -1], exact, moved, terms)
+    one_by_one = Decoder(model, 64)
+    for token in tokens.numpy():
+        logits = one_by_one(np.array([token]))
+    assert_within(logits, exact, moved, terms)
+
+
+def test_decoder_gives_the_same_on_any_number_of_threads(packed, monkeypatch):
+    tokens = np.arange(40) * 5 % 256
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        serial = Decoder(packed, 64)(tokens).copy()
+        torch.set_num_threads(2)
+        assert_same(Decoder(packed, 64)(tokens), serial)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_generate_writes_what_transformers_writes(packed):
+    prompts = [torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(length)) for length in (1, 9)]
+    for tokens in prompts:
+        new = decode.generate_tokens(packed, tokens, 40)
+        expected = decode.through_transformers(packed, tokens[0], 40, 0.0, None, None, 0, 258)
+        assert new[0].tolist() == expected
+
+
+def test_decoder_refuses_what_it_cannot_hold(packed):
+    decoder = Decoder(packed, 4)
+    with pytest.raises(ValueError, match="holds 4 tokens"):
+        decoder(np.arange(5))
+    with pytest.raises(ValueError, match="from 0 to 259"):
+        decoder(np.array([260]))
+
+
+@given(st.data())
+def test_sample_draws_from_the_likeliest(data):
+    size = data.draw(st.integers(2, 30))
+    logits = np.array(data.draw(st.permutations(range(size))), np.float32) / 3
+    top_k = data.draw(st.none() | st.integers(1, size))
+    top_p = data.draw(st.none() | st.floats(0.05, 1.0))
+    temperature = data.draw(st.floats(0.2, 2.0))
+    order = np.argsort(-logits)[:top_k]
+    chances = np.exp(logits[order].astype(np.float64) / temperature)
+    chances /= chances.sum()
+    allowed = order
+    if top_p is not None:
+        before = np.cumsum(chances) - chances
+        allowed = order[: max(1, int((before < top_p + 1e-5).sum()))]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    for _ in range(10):
+        assert sample(logits, temperature, top_k, top_p, generator) in allowed
+
+
+def test_sample_has_the_frequencies_of_the_softmax():
+    """Each count of 4000 draws lies within five standard deviations of its mean."""
+    logits, generator = np.array([0.0, 1.0, 2.0, -1.0], np.float32), torch.Generator().manual_seed(0)
+    counts = np.bincount([sample(logits, 0.7, None, None, generator) for _ in range(4000)], minlength=4)
+    chances = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
+    assert (np.abs(counts - 4000 * chances) < 5 * np.sqrt(4000 * chances * (1 - chances))).all()
+
+
+def test_stream_is_generate_in_pieces(tiny_llama):
+    model, tokenizer = lb.load_model(tiny_llama), lb.load_tokenizer(tiny_llama)
+    for seed in range(3):
+        settings = {"max_new_tokens": 50, "temperature": 1.5, "seed": seed, "tokenizer": tokenizer}
+        pieces = list(decode.stream(model, "abc", **settings))
+        assert len(pieces) > 1
+        tokens = tokenizer("abc", return_tensors="pt")["input_ids"]
+        new = decode.generate_tokens(model, tokens, 50, 1.5, seed=seed)
+        assert "".join(pieces) == lb.generate(model, "abc", **settings)
+        assert "".join(pieces) == tokenizer.decode(new[0], skip_special_tokens=True)
+
+
+def test_pieces_hold_whole_characters(tiny_llama):
+    tokenizer = lb.load_tokenizer(tiny_llama)
+    tokens = tokenizer("a é 漢 🎈!")["input_ids"]
+    assert list(decode.pieces(tokenizer, iter(tokens))) == list("a é 漢 🎈!")
+
+
+def test_generate_stops_at_the_last_token(packed):
+    tokens = torch.tensor([[5, 6, 7]])
+    full = decode.generate_tokens(packed, tokens, 30)[0].tolist()
+    model = copy.deepcopy(packed)
+    model.generation_config.eos_token_id = [full[11]]
+    assert decode.generate_tokens(model, tokens, 30)[0].tolist() == full[: full.index(full[11]) + 1]
+
+
+def test_generate_falls_back_to_transformers_and_says_so(tiny_llama, tmp_path, caplog):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_positions=64, n_embd=32, n_layer=1, n_head=2)).eval()
+    tokenizer = lb.load_tokenizer(tiny_llama)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(lb.generate(model, "abc", 5, tokenizer=tokenizer), str)
+    assert "model type 'gpt2'" in caplog.text
+    caplog.clear()
+    model = lb.load_model(tiny_llama)
+    model.generation_config.repetition_penalty = 1.5
+    with caplog.at_level(logging.WARNING):
+        lb.generate(model, "abc", 5, tokenizer=tokenizer)
+    assert "repetition_penalty" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: setattr(model.config, "hidden_act", "gelu"), "gelu"),
+        (lambda model: model.config.rope_parameters.update(rope_type="dynamic"), "dynamic"),
+        (lambda model: setattr(model.model.layers[0].mlp, "up_proj", torch.nn.Identity()), "Identity"),
+        (lambda model: setattr(model.config, "head_dim", 24), "sixteen"),
+    ],
+)
+def test_why_not_finds_what_the_decoder_does_not_know(packed, change, reason):
+    model = copy.deepcopy(packed)
+    assert why_not(model) is None
+    change(model)
+    assert reason in why_not(model)
+
+
+def test_a_second_start_compiles_nothing(tiny_llama):
+    """Numba's cache serves every function of a greedy generation in a fresh process."""
+    code = f"""
+import littlebit.fast as lb
+from littlebit.fast.kernels import cpu, cpu_decode
+import numpy as np, torch
+from littlebit.fast.decode_cpu import Decoder
+model = lb.load_model({str(tiny_llama)!r})
+Decoder(model, 8)(np.arange(3))
+lb.packed_linear(torch.zeros(1, 32), [lb.pack_factors(lb.Factors(*map(torch.ones, ((8, 4), (32, 4), 8, 4, 32))))])
+missed = [sum(f.stats.cache_misses.values()) for f in (cpu_decode.step, cpu.layer)]
+assert missed == [0, 0], missed
+"""
+    for last in (False, True):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0 or not last, done.stderr
+
+
+def test_compiled_code_of_other_sources_is_dropped(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from littlebit.fast import kernels
+
+    (tmp_path / "old.nbi").write_text("")
+    monkeypatch.setattr(kernels.cpu, "layer", SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path))))
+    kernels.drop_stale_code()
+    assert not (tmp_path / "old.nbi").exists()
+    (tmp_path / "new.nbi").write_text("")
+    kernels.drop_stale_code()
+    assert (tmp_path / "new.nbi").exists()
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([8, 4]), st.sampled_from([32, 64, 96, 192]))
+def test_quantize_table_rounds_to_the_nearest(seed, bits, size):
+    """Each entry lies within half a step of its own, or where 4 bits' best scale cuts off, has the outermost code."""
+    rng = np.random.default_rng(seed)
+    weight = torch.from_numpy(rng.standard_normal((5, size)).astype(np.float32) * 10 ** rng.uniform(-3, 3))
+    weight[2] = 0
+    table = quantize_table(weight, bits)
+    rows = table.rows(slice(None))
+    assert table.size == size
+    scale = table.scale.float().repeat_interleave(table.group, 1).abs()
+    assert_same(rows[2], weight[2])
+    inside = rows.abs() < (127 if bits == 8 else 7) * scale
+    error = (rows - weight).abs()
+    assert (error[inside] <= 0.5 * scale[inside] * (1 + 1e-5)).all()
+    relative = error.square().sum() / weight.square().sum()
+    assert relative < (1e-4 if bits == 8 else 2e-2)
+    assert_same(table.rows(torch.tensor([[3, 1]])), rows[torch.tensor([[3, 1]])])
+
+
+def test_quantize_table_keeps_what_lies_on_the_grid():
+    codes = torch.arange(-127, 129).clamp(max=127).reshape(2, 128)
+    codes[:, ::64] = -127
+    assert_same(quantize_table(codes * 0.5, 8).codes, codes.to(torch.int8))
+    grid = torch.arange(-8, 8).repeat(2, 2).float()
+    assert_same(quantize_table(grid * 0.25, 4).rows(slice(None)), grid * 0.25)
+
+
+def test_quantize_table_refuses_odd_sizes_and_bits():
+    with pytest.raises(ValueError, match="multiple of 32"):
+        quantize_table(torch.zeros(4, 40), 8)
+    with pytest.raises(ValueError, match="16, 8 or 4 bits"):
+        quantize_table(torch.zeros(4, 64), 3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantised_embeddings_survive_saving(bits, tied, tmp_path):
+    model = lb.load_model(make_tiny_llama(tmp_path / "model", tie_word_embeddings=tied))
+    lb.quantize_(model, lb.Config(bits=BITS), progress=False)
+    quantize_embeddings_(model, bits)
+    loaded = lb.load(lb.save(model, tmp_path / "out"))
+    tables = [loaded.get_input_embeddings().table, loaded.get_output_embeddings().table]
+    assert (tables[0] is tables[1]) == tied
+    assert_same(tables[1].codes, model.get_output_embeddings().table.codes)
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        first = loaded(tokens).logits
+        assert_same(lb.load(tmp_path / "out")(tokens).logits, first)
+    stored = lb.info(tmp_path / "out")
+    assert stored["embedding_bits"] == bits
+    rows = 260 * (64 * bits // 8 + 2 * tables[0].scale.shape[1])
+    norms = sum(p.numel() for p in loaded.parameters()) + 2 * 2 * (64 + 32 + 32 + 64) // 2
+    assert rows * (1 if tied else 2) <= stored["other_bytes"] <= rows * (1 if tied else 2) + 2 * norms
+    assert isinstance(lb.generate(loaded, "abc", 4, tokenizer=lb.load_tokenizer(tmp_path / "model")), str)
+
+
+@pytest.mark.parametrize("section", [{"bits": 5, "group": 32}, {"bits": 8, "group": 48}, "eight"])
+def test_load_refuses_a_section_that_describes_no_embedding(section, tiny_llama, tmp_path):
+    model = lb.load_model(tiny_llama)
+    lb.quantize_(model, lb.Config(bits=BITS), progress=False)
+    quantize_embeddings_(model, 8)
+    path = lb.save(model, tmp_path / "out")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["embeddings"] = section
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lb.CheckpointError, match="describes no embedding"):
+        lb.load(path)
+
+
+def test_quantised_head_is_its_table_times_x():
+    table = quantize_table(torch.randn(5000, 64, generator=torch.Generator().manual_seed(0)), 4)
+    assert isinstance(table, Table)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ table.rows(slice(None)).double().T
+    magnitude = x.double().abs() @ table.rows(slice(None)).double().abs().T
+    assert_within(QuantizedHead(table)(x), exact, magnitude, terms=64)
+
+
+def test_packed_layers_are_what_the_decoder_reads(packed):
+    assert any(isinstance(module, PackedLinear) for module in packed.modules())
+    assert cpu.KERNELS["nibbles"] == cpu.NIBBLES
