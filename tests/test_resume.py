@@ -177,6 +177,17 @@ def test_log_cut_off_in_a_line_is_repaired(models, whole, tmp_path, stop_before)
     assert_same_run(train(models, tmp_path), whole)
 
 
+def test_log_forgets_what_will_be_done_again(models, whole, tmp_path, stop_before):
+    """The fifth step is in the log, but its state is gone."""
+    stop_before(5)
+    with pytest.raises(StopError):
+        train(models, tmp_path)
+    flip(tmp_path / "step-5" / "state.safetensors", -1)
+    with pytest.warns(UserWarning, match="step-5 is damaged"):
+        assert_same_run(train(models, tmp_path), whole)
+    assert timeless(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())) == timeless(whole[1])
+
+
 def test_full_disk_warns_and_keeps_the_older_state(models, whole, tmp_path, monkeypatch, stop_before):
     real = resume.save_file
 
