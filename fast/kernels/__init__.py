@@ -21,7 +21,7 @@ def drop_stale_code() -> None:
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    place = Path(cpu.layer.stats.cache_path)
+    place = Path(cpu.layer.stats.cache_path or sources[0].parent)
     note = place / "littlebit-kernels.sha256"
     with contextlib.suppress(OSError):  # a cache that cannot be written cannot be stale for long
         if note.exists() and note.read_text() == digest:

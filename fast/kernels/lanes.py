@@ -606,13 +606,3 @@ def exponential(typingctx, lanes):
         return builder.bitcast(builder.add(builder.bitcast(power, WORDS), bits), FLOATS)
 
     return floats(floats), codegen
-
-
-@intrinsic
-def lane_maximum(typingctx, first, second):
-    """Lane by lane, the larger."""
-
-    def codegen(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
-
-    return floats(floats, floats), codegen
