@@ -294,7 +294,7 @@ MUTANTS = [
     Mutant("fast/trainer.py", "* (len(part) / len(self.tokens))", "", "micro-batches are summed"),
     Mutant("fast/trainer.py", "self.config.clip or math.inf", "math.inf", "no clipping"),
     Mutant("fast/trainer.py", "self.teacher[before]", "self.student[before]", "blocks read the student's stream"),
-    Mutant("fast/trainer.py", "loss + self.config.hidden *", "loss + 0 *", "no hidden-state loss"),
+    Mutant("fast/trainer.py", "loss + self.hidden_weight *", "loss + 0 *", "no hidden-state loss"),
     Mutant("fast/trainer.py", "and math.isfinite(self.norm.item())", "", "a spoilt state is kept"),
     Mutant(
         "fast/trainer.py",
