@@ -1,0 +1,92 @@
+"""Checkpoints that come with the package: what they hold, and how they are put together."""
+
+import json
+import math
+
+import littlebit.fast as lb
+import pytest
+import torch
+from compare import assert_same
+from littlebit.fast.__main__ import main
+from littlebit.fast.checkpoint import WEIGHTS
+from littlebit.fast.fetch import DATA, shipped_names
+from littlebit.fast.shipped import put_together, ship, shipped
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+SHIPPED = shipped_names()
+MODEL_WEIGHTS = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)  # linear layers of SmolLM2-135M
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A packed checkpoint of the tiny model, whose norms moved as training moves them."""
+    model = lb.load_model("tiny")
+    lb.quantize_(model, lb.Config(bits=2.0, paths=1), progress=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.mul_(1.5)
+    return lb.save(model, tmp_path_factory.mktemp("shipped") / "out", lb.load_tokenizer("tiny"), bits=2.0)
+
+
+def test_ship_and_put_together_give_the_checkpoint_back(packed, tmp_path):
+    file = tmp_path / "tiny-2bit.safetensors"
+    ship(packed, "tiny", file, {"tokens": 7})
+    assert not any("embed" in name for name in load_file(file))  # the base has it
+    put_together(file, tmp_path / "whole")
+    before, after = load_file(packed / WEIGHTS), load_file(tmp_path / "whole" / WEIGHTS)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert_same(after[name], tensor)
+    assert lb.info(tmp_path / "whole") == lb.info(packed) | {"file_bytes": lb.info(tmp_path / "whole")["file_bytes"]}
+    assert json.loads((tmp_path / "whole" / "training.json").read_text()) == {"tokens": 7}
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        logits = [lb.load(folder)(tokens).logits for folder in (packed, tmp_path / "whole")]
+    assert_same(*logits)
+
+
+def test_ship_refuses_a_checkpoint_of_another_model(packed, tiny_llama, tmp_path):
+    model = lb.load_model(tiny_llama)
+    lb.quantize_(model, lb.Config(bits=2.0, paths=1), progress=False)
+    other = lb.save(model, tmp_path / "other")
+    with pytest.raises(lb.CheckpointError, match="was not made from tiny: it lacks"):
+        ship(other, "tiny", tmp_path / "x.safetensors", {})
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_checkpoints_keep_their_bits_and_size(name):
+    path = DATA / f"{name}.safetensors"
+    assert path.stat().st_size <= 16 * 2**20
+    with safe_open(path, framework="pt") as file:
+        note = json.loads(file.metadata()["littlebit"])
+    layers = note["quantization_config"]["layers"]
+    assert len(layers) == 210
+    linear = [tensor for key, tensor in load_file(path).items() if ".paths." in key]
+    stored = 8 * sum(tensor.nbytes for tensor in linear)
+    assert stored == sum(lb.layer_bits(row["d_out"], row["d_in"], row["ranks"]) for row in layers.values())
+    target = float(name.removeprefix("smollm2-").removesuffix("bit"))
+    assert math.floor(target * MODEL_WEIGHTS) >= stored > 0.999 * target * MODEL_WEIGHTS
+    assert {"tokens", "perplexity", "lr_latents"} <= note["training"].keys()
+
+
+def test_shipped_names_are_the_promised_ones():
+    assert SHIPPED == ["smollm2-0.1bit", "smollm2-0.3bit", "smollm2-0.55bit", "smollm2-1bit"]
+
+
+def test_shipped_is_put_together_once(packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("littlebit.fast.shipped.DATA", tmp_path)
+    ship(packed, "tiny", tmp_path / "tiny-2bit.safetensors", {})
+    folder = shipped("tiny-2bit")
+    changed = (folder / WEIGHTS).stat().st_mtime_ns
+    assert shipped("tiny-2bit") == folder
+    assert (folder / WEIGHTS).stat().st_mtime_ns == changed
+
+
+def test_the_tiny_model_has_a_name_and_predicts_english(capsys):
+    assert main(["eval", "tiny", "--window", "256", "--max-windows", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] < 6  # bytes; a uniform guess has 260
+    assert main(["fetch", "tiny"]) == 0
+    assert capsys.readouterr().out.strip() == str(DATA / "tiny")
