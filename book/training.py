@@ -4,9 +4,11 @@ Each experiment is a set of changes to the defaults; a row of results is written
 figures of book/results/training_smollm2.json came from this script, one GPU for each process:
 
     python book/training.py speed  --out speed.json
-    python book/training.py ladder --out ladder.json --texts wikitext2-train.txt books.txt --test test.txt \
+    python book/training.py write  --out teacher.npy --texts wikitext2-train.txt books.txt
+    python book/training.py ladder --out ladder.json --texts wikitext2-train.txt books.txt teacher.npy --test test.txt \
         --experiments book/training_ladder.json
-    python book/training.py ship   --out smollm2-0.55bit.json --bits 0.55 --seconds 470 --texts ... --test ...
+    python book/training.py ship   --out smollm2-0.55bit.json --bits 0.55 --seconds 470 --texts ... --test ... \
+        --blimp blimp.zip
 
 Texts are UTF-8 files, or .npy files of tokens made from them. The test text is only evaluated on.
 """
@@ -15,75 +17,135 @@ import argparse
 import copy
 import json
 import math
+import sys
 import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from littlebit.fast import Config, TrainConfig, load_model, load_tokenizer, perplexity, quantize_, save, shipped, train_
+from littlebit.fast import (
+    Config,
+    TrainConfig,
+    load,
+    load_model,
+    load_tokenizer,
+    perplexity,
+    quantize_,
+    save,
+    shipped,
+    train_,
+)
 from littlebit.fast.bench import save_results
 from littlebit.fast.hf import text_tokens
 from littlebit.fast.student import littlebit_layers
+from littlebit.fast.zero_shot import blimp
 
 TEACHER = "smollm2"
 HELD_OUT = 60_000  # tokens
-PILOT_TOKENS, PILOT_RATES = 4_096_000, (4e-3, 8e-3)
+BLIMP_TOKENS = 32_768  # read at once
+PILOT_TOKENS, PILOT_RATES = 4_096_000, (8e-3, 1.2e-2)
+PROMPT, WRITTEN = 16, 2048  # tokens of a prompt, and sequences of 512 that the teacher writes
+SPEEDS = (  # sequences in a step, tokens in a sequence, weight of the hidden-state loss
+    (8, 512, 0.0),
+    (8, 512, 0.1),
+    (2, 2048, 0.1),
+    (32, 512, 0.0),
+    (32, 512, 0.1),
+)
+
+
+class Data(NamedTuple):
+    """What the students learn from, and what they are measured on."""
+
+    tokenizer: Any
+    texts: list[torch.Tensor]  # the first without its end
+    held_out: torch.Tensor  # that end
+    test: torch.Tensor
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "ladder", "ship"])
+    parser.add_argument("what", choices=["speed", "write", "ladder", "ship"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--texts", nargs="+", type=Path, default=[])
     parser.add_argument("--test", type=Path)
     parser.add_argument("--experiments", type=Path, help="JSON: a list of objects, each a name and changed settings")
     parser.add_argument("--bits", type=float, help="of the checkpoint to ship")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no experiment, or end, after so long")
-    parser.add_argument("--sequence", type=int, default=512, help="tokens in a sequence of the checkpoint's training")
-    parser.add_argument("--batch", type=int, default=8, help="sequences in a step of the checkpoint's training")
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings of the checkpoint's training")
+    parser.add_argument("--blimp", type=Path, help="BLiMP's archive, to score the checkpoint on")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     globals()[arguments.what](arguments)
 
 
 def speed(arguments: argparse.Namespace) -> None:
-    """Tokens per second at several sizes of a step, on random tokens."""
-    teacher, rows = load_model(TEACHER, arguments.device), []
-    tokens = torch.randint(0, teacher.config.vocab_size, (1 << 20,), generator=torch.Generator().manual_seed(0))
+    """Tokens per second at several sizes of a step: random weights of SmolLM2-135M's shapes, and random tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shapes = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    teacher, rows = LlamaForCausalLM(shapes).to(arguments.device).eval(), []
+    tokens = torch.randint(0, shapes.vocab_size, (1 << 21,))
     start = copy.deepcopy(teacher)
-    quantize_(start, Config(bits=0.55, paths=1))
-    for batch, compiled in ((8, True), (32, True), (8, False)):
-        student, config = copy.deepcopy(start), TrainConfig(tokens=60 * batch * 512, batch=batch)
+    quantize_(start, Config(bits=0.55, paths=1, init="dual-svid"))
+    for batch, sequence, hidden in SPEEDS:
+        student, steps = copy.deepcopy(start), 60
+        config = TrainConfig(tokens=steps * batch * sequence, batch=batch, sequence=sequence, hidden=hidden)
         torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
-        log = train_(student, copy.deepcopy(teacher), tokens, config, compile=compiled)
-        rows.append(
-            {"tokens_a_step": batch * 512, "compile": compiled} | log[-1] | {"seconds": time.perf_counter() - begin}
-        )
+        log = train_(student, copy.deepcopy(teacher), tokens, config, progress=False)
+        row = {"tokens_a_step": batch * sequence, "sequence": sequence, "hidden": hidden} | log[-1]
+        rows.append(row | {"seconds": time.perf_counter() - begin})
         print(rows[-1], flush=True)
-        save_results(arguments.out, rows, "python book/training.py speed", torch.cuda.get_device_name())
+        save_results(arguments.out, rows, " ".join(["python", *sys.argv]), torch.cuda.get_device_name())
+
+
+def write(arguments: argparse.Namespace) -> None:
+    """Let the teacher go on from short pieces of the texts: a million tokens, as a .npy file."""
+    tokenizer = load_tokenizer(TEACHER)
+    texts = [read_tokens(path, tokenizer)[:-HELD_OUT] for path in arguments.texts]
+    teacher: Any = load_model(TEACHER, arguments.device, torch.bfloat16)
+    generator, prompts = torch.Generator().manual_seed(0), []
+    for text in texts:
+        starts = torch.randint(0, len(text) - PROMPT, (WRITTEN // len(texts),), generator=generator)
+        prompts.append(text[starts[:, None] + torch.arange(PROMPT)])
+    torch.manual_seed(0)
+    written = teacher.generate(
+        torch.cat(prompts).to(arguments.device),
+        attention_mask=torch.ones(WRITTEN, PROMPT, dtype=torch.int64, device=arguments.device),
+        max_length=512,
+        min_length=512,
+        do_sample=True,
+        top_k=0,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    np.save(arguments.out, written[torch.randperm(WRITTEN)].flatten().cpu().numpy().astype(np.uint16))
 
 
 def ladder(arguments: argparse.Namespace) -> None:
     """Train once for every experiment and measure perplexity on the test text."""
     begin = time.perf_counter()
-    tokenizer = load_tokenizer(TEACHER)
-    texts = [read_tokens(path, tokenizer) for path in arguments.texts]
-    test = read_tokens(arguments.test, tokenizer)
-    teacher = load_model(TEACHER, arguments.device)
-    rows = [{"name": "teacher", "perplexity": perplexity(teacher, test, progress=False).perplexity}]
+    data, teacher = read(arguments), load_model(TEACHER, arguments.device)
+    rows: list[dict[str, Any]] = []
     quantised: dict[Config, torch.nn.Module] = {}
     for changes in json.loads(arguments.experiments.read_text()):
         if time.perf_counter() - begin > arguments.seconds:
             break
-        row, _ = experiment(dict(changes), teacher, texts, test, quantised)
-        rows.append(row)
-        print(json.dumps({key: value for key, value in row.items() if key != "log"}), flush=True)
-        save_results(arguments.out, rows, "python book/training.py ladder", torch.cuda.get_device_name())
+        experiment(changes, teacher, data, quantised, rows, arguments.out)
 
 
 def ship(arguments: argparse.Namespace) -> None:
@@ -93,70 +155,74 @@ def ship(arguments: argparse.Namespace) -> None:
     which is held out, decides: three quarters of its rate train for the time that is left.
     """
     begin = time.perf_counter()
-    tokenizer = load_tokenizer(TEACHER)
-    texts = [read_tokens(path, tokenizer) for path in arguments.texts]
-    texts[0], held_out = texts[0][:-HELD_OUT], texts[0][-HELD_OUT:]
-    test = read_tokens(arguments.test, tokenizer)
-    teacher = load_model(TEACHER, arguments.device)
+    data, teacher = read(arguments), load_model(TEACHER, arguments.device)
     rows: list[dict[str, Any]] = []
     quantised: dict[Config, torch.nn.Module] = {}
-    shared = {"bits": arguments.bits, "weights": [1 / len(texts)] * len(texts), "hidden": 0.1}
-    shared |= {"sequence": arguments.sequence, "batch": arguments.batch}
+    shared = {"bits": arguments.bits, "weights": [1 / len(data.texts)] * len(data.texts)} | arguments.settings
 
-    def run(name: str, rate: float, tokens: int) -> tuple[dict[str, Any], torch.nn.Module]:
+    def run(name: str, rate: float, tokens: int) -> torch.nn.Module:
         changes = shared | {"name": name, "tokens": tokens, "lr_latents": rate, "lr_scales": rate / 4}
-        row, student = experiment(changes, teacher, texts, test, quantised)
-        row["validation"] = perplexity(student, held_out, arguments.sequence, progress=False).perplexity
-        rows.append(row)
-        print(json.dumps({key: value for key, value in row.items() if key != "log"}), flush=True)
-        save_results(arguments.out, rows, "python book/training.py ship", torch.cuda.get_device_name())
-        return row, student
+        return experiment(changes, teacher, data, quantised, rows, arguments.out)
 
-    pilots = [run(f"pilot, latents {rate}", rate, PILOT_TOKENS)[0] for rate in PILOT_RATES]
-    best = min(pilots, key=lambda row: row["validation"])
+    for rate in PILOT_RATES:
+        run(f"pilot, latents {rate}", rate, PILOT_TOKENS)
+    best = min(rows, key=lambda row: row["held_out_2048"])
     left = arguments.seconds - (time.perf_counter() - begin)
-    row, student = run(arguments.out.stem, 0.75 * best["lr_latents"], int(0.95 * left * best["tokens_per_s"]))
+    student = run(arguments.out.stem, 0.75 * best["lr_latents"], int(0.95 * left * best["tokens_per_s"]))
+    row = rows[-1]
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = save(student.cpu(), Path(folder) / "checkpoint", tokenizer, arguments.bits)
+        checkpoint = save(student.cpu(), Path(folder) / "checkpoint", data.tokenizer, arguments.bits)
         training = {key: value for key, value in row.items() if key != "log"}
-        shipped.ship(checkpoint, TEACHER, arguments.out.with_suffix(".safetensors"), training)
+        shipped.ship(checkpoint, TEACHER, arguments.out.with_name(f"{arguments.out.stem}.safetensors"), training)
+        packed: Any = load(checkpoint, arguments.device)
+    row["perplexity_packed"] = perplexity(packed, data.test, progress=False).perplexity
+    if arguments.blimp:
+        result = blimp(packed, data.tokenizer, arguments.blimp, batch=BLIMP_TOKENS, progress=False)
+        row |= {"blimp": result.accuracy, "blimp_pairs": result.pairs}
+    print(row["perplexity_packed"], row.get("blimp"), flush=True)
+    save_results(arguments.out, rows, " ".join(["python", *sys.argv]), torch.cuda.get_device_name())
 
 
 def experiment(
     changes: dict[str, Any],
     teacher: torch.nn.Module,
-    texts: list[torch.Tensor],
-    test: torch.Tensor,
+    data: Data,
     quantised: dict[Config, torch.nn.Module],
-) -> tuple[dict[str, Any], torch.nn.Module]:
-    """One row: initialise, train, round to what is stored, measure."""
+    rows: list[dict[str, Any]],
+    out: Path,
+) -> torch.nn.Module:
+    """Initialise, train, round to what is stored, measure, and add a row to the results; the trained student."""
     row: dict[str, Any] = dict(changes)
-    weights = changes.pop("weights", None)
-    name = changes.pop("name")
     settings = {"bits": 0.55, "paths": 1, "init": "admm"} | changes
     config, options = (pick(kind, settings) for kind in (Config, TrainConfig))
-    unknown = set(changes) - {field.name for kind in (Config, TrainConfig) for field in fields(kind)}
-    if unknown:
-        raise ValueError(f"experiment {name}: unknown settings {unknown}")
+    known = {field.name for kind in (Config, TrainConfig) for field in fields(kind)} | {"name", "weights"}
+    if unknown := set(changes) - known:
+        raise ValueError(f"experiment {changes['name']}: unknown settings {unknown}")
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     if config not in quantised:
         quantised.clear()
         quantised[config] = copy.deepcopy(teacher)
-        results = quantize_(quantised[config], config, texts[0][:65536], progress=False)
+        results = quantize_(quantised[config], config, data.texts[0][:65536], progress=False)
         row["error"] = sum(result.error for result in results.values()) / len(results)
     student = copy.deepcopy(quantised[config])
     row["initialisation_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    row["log"] = train_(student, copy.deepcopy(teacher), texts, options, weights, log_steps=50, progress=False)
+    weights = changes.get("weights")
+    row["log"] = train_(student, copy.deepcopy(teacher), data.texts, options, weights, log_steps=50, progress=False)
     row["training_s"] = time.perf_counter() - begin
     row["tokens_per_s"] = float(np.median([entry["tokens_per_s"] for entry in row["log"]]))
     row["loss"] = row["log"][-1]["loss"]
     row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     row["bits"] = config.bits
     round_scales(student)
-    row["perplexity"] = perplexity(student, test, progress=False).perplexity
-    return row | {"name": name}, student
+    row["perplexity"] = perplexity(student, data.test, progress=False).perplexity
+    for window in (512, 2048):
+        row[f"held_out_{window}"] = perplexity(student, data.held_out, window, progress=False).perplexity
+    rows.append(row)
+    print(json.dumps({key: value for key, value in row.items() if key != "log"}), flush=True)
+    save_results(out, rows, " ".join(["python", *sys.argv]), torch.cuda.get_device_name())
+    return student
 
 
 def pick(kind: type, settings: dict[str, Any]) -> Any:
@@ -170,6 +236,15 @@ def round_scales(model: torch.nn.Module) -> None:
         for path in layer.factors():
             for tensor in (path.h, path.ell, path.g):
                 tensor.data = tensor.data.half().float()
+
+
+def read(arguments: argparse.Namespace) -> Data:
+    """The texts that the command line names, as tokens."""
+    tokenizer = load_tokenizer(TEACHER)
+    texts = [read_tokens(path, tokenizer) for path in arguments.texts]
+    return Data(
+        tokenizer, [texts[0][:-HELD_OUT], *texts[1:]], texts[0][-HELD_OUT:], read_tokens(arguments.test, tokenizer)
+    )
 
 
 def read_tokens(path: Path, tokenizer: Any) -> torch.Tensor:
