@@ -51,7 +51,7 @@ PROMPT, WRITTEN = 16, 2048  # tokens of a prompt, and sequences of 512 that the 
 SPEEDS = (  # sequences in a step, tokens in a sequence, weight of the hidden-state loss
     (8, 512, 0.0),
     (8, 512, 0.1),
-    (2, 2048, 0.1),
+    (4, 1024, 0.1),
     (32, 512, 0.0),
     (32, 512, 0.1),
 )

@@ -691,7 +691,9 @@ def compiled(wanted: bool, student: StackedStudent | ShardedStudent, teacher: nn
     for block in parts:  # its forward alone, so that hooks stay outside of the compiled code
         block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
     try:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):  # type: ignore[attr-defined]
+        # floats are constants: torch 2.11 cannot trace a derivative that reads a global one as a symbol
+        settings = {"recompile_limit": RECOMPILE_LIMIT, "specialize_float": True}
+        with torch._dynamo.config.patch(settings):  # type: ignore[attr-defined]
             yield
     finally:
         student.fold = fold
