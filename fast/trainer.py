@@ -50,7 +50,7 @@ class TrainingStopped(RuntimeError):  # noqa: N818 (not an error)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train; the defaults are what trained the shipped checkpoints (`book/training.md`).
+    """How to train; the defaults are close to what trained the shipped checkpoints (`book/training.md` has the rest).
 
     Attributes
     ----------
@@ -87,8 +87,8 @@ class TrainConfig:
     """
 
     tokens: int = 4_194_304
-    sequence: int = 512
-    batch: int = 8
+    sequence: int = 1024
+    batch: int = 4
     micro_batch: int | None = None
     lr_latents: float = 6e-3
     lr_scales: float = 1.5e-3
