@@ -27,17 +27,18 @@ ROTATED_BYTES = 1 << 25  # 32 MiB, several times a core's second-level cache
 
 
 def random_path(d_out: int, d_in: int, rank: int, generator: torch.Generator) -> PackedFactors:
-    """A packed path of random signs and of scales near one, without its dense form."""
+    """A packed path of random signs and of scales near one, without its dense form, on the generator's device."""
+    device = generator.device
 
     def words(rows: int, count: int) -> Tensor:
         number, dtype = row_words(count)
-        whole = torch.randint(-(2**31), 2**31, (rows, number), generator=generator, dtype=torch.int32)
+        whole = torch.randint(-(2**31), 2**31, (rows, number), generator=generator, dtype=torch.int32, device=device)
         if count % 32:
             whole[:, -1] &= (1 << count % 32) - 1  # pad bits; a narrow word has all its signs below them
         return whole.to(dtype)
 
     def scale(count: int) -> Tensor:
-        return (0.5 + torch.rand(count, generator=generator)).half()
+        return (0.5 + torch.rand(count, generator=generator, device=device)).half()
 
     return PackedFactors(words(d_out, rank), words(rank, d_in), scale(d_out), scale(rank), scale(d_in))
 

@@ -1,0 +1,110 @@
+"""What numba-cuda's simulator lacks, for tests: shuffles, and a block whose threads wait without polling.
+
+Import it before any kernel is defined, in a process that set NUMBA_ENABLE_CUDASIM=1. A lane that is not in the mask, or
+lanes of a warp that call different things, are errors here; on a GPU they would be undefined, or hang.
+"""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+from numba import cuda
+from numba.cuda.simulator import kernel, kernelapi
+
+PATIENCE = 10.0  # seconds that a lane waits for the others
+
+
+class Warp:
+    """Values that the lanes of a warp exchange."""
+
+    def __init__(self):
+        self.arrival = threading.Condition()
+        self.exchanges = {}
+        self.turns = {}
+
+
+def exchange(kind, mask, value):
+    """Give a value and get those of all lanes in the mask: (this lane, lane -> value)."""
+    thread = threading.current_thread()
+    number, lane = divmod(thread.thread_id, 32)
+    alive = min(32, int(np.prod(thread._manager._block_dim)) - 32 * number)
+    warp = thread._manager.__dict__.setdefault("warps", {}).setdefault(number, Warp())
+    mask = int(mask) & 0xFFFFFFFF
+    if not mask >> lane & 1:
+        raise RuntimeError(f"{kind}: lane {lane} is not in mask {mask:#x}")
+    expected = [other for other in range(alive) if mask >> other & 1]
+    with warp.arrival:
+        turn = warp.turns[lane, mask] = warp.turns.get((lane, mask), -1) + 1
+        here = warp.exchanges.setdefault((mask, turn), SimpleNamespace(values={}, left=len(expected), kind=kind))
+        if here.kind != kind:
+            raise RuntimeError(f"divergent warp: lane {lane} in {kind}, others in {here.kind}")
+        here.values[lane] = value
+        if len(here.values) == len(expected):
+            warp.arrival.notify_all()
+        end = time.monotonic() + PATIENCE
+        while len(here.values) < len(expected):
+            warp.arrival.wait(0.25)
+            if thread.abort:
+                raise RuntimeError("aborted")
+            if time.monotonic() > end:
+                raise RuntimeError(f"{kind}: lanes {sorted(set(expected) - set(here.values))} never arrived")
+        here.left -= 1
+        if not here.left:
+            del warp.exchanges[mask, turn]
+    return lane, here.values
+
+
+def shuffle(self, mask, value, source):
+    _, values = exchange("shfl_sync", mask, value)
+    return values[int(source) % 32]
+
+
+def shuffle_xor(self, mask, value, distance):
+    lane, values = exchange("shfl_xor_sync", mask, value)
+    return values[lane ^ int(distance)]
+
+
+def run_block(self, grid_point, *args):
+    """Run a block's threads; all that wait at a barrier go on together."""
+    threads = [
+        kernel.BlockThread(lambda: self._f(*args), self, grid_point, point, self._debug)
+        for point in np.ndindex(*self._block_dim)
+    ]
+    for thread in threads:
+        thread.start()
+    alive, pause = list(threads), 2e-5
+    while alive:
+        failed = next((thread for thread in alive if thread.exception), None)
+        if failed:
+            for thread in threads:
+                thread.abort, thread.syncthreads_blocked = True, False
+                thread.syncthreads_event.set()
+            break
+        if all(thread.syncthreads_blocked for thread in alive):
+            for thread in alive:
+                thread.syncthreads_blocked = False
+            for thread in alive:
+                thread.syncthreads_event.set()
+            pause = 2e-5
+        else:
+            time.sleep(pause)
+            pause = min(1.5 * pause, 1e-3)
+        alive = [thread for thread in alive if thread.is_alive()]
+    for thread in threads:
+        if thread.exception:
+            raise thread.exception[0].with_traceback(thread.exception[1])
+
+
+kernelapi.FakeCUDAModule.shfl_sync = shuffle
+kernelapi.FakeCUDAModule.shfl_xor_sync = shuffle_xor
+kernel.BlockManager.run = run_block
+simulated_jit = cuda.jit
+
+
+def jit(*args, **options):
+    options.pop("forceinline", None)  # unknown to the simulator
+    return simulated_jit(*args, **options)
+
+
+cuda.jit = jit
