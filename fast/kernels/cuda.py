@@ -19,7 +19,7 @@ order that depends on time: results are the same each time.
 
 `plain_latent` and `plain_output` are the first step of the ladder: a warp for each row, a sign at a time.
 
-Torch reaches these kernels through `packed_linear` of this module only; `kernels.packed_linear` does not choose them yet.
+`packed_linear` here is their way in from torch; `kernels.packed_linear` does not choose it yet.
 """
 
 # What Numba makes of cuda.threadIdx and its like is not what their Python stand-ins say.
