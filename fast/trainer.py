@@ -190,16 +190,17 @@ def train_(
     if log_steps < 1:
         raise ValueError(f"log_steps must be at least 1, not {log_steps}")
     if keeper is not None:
-        keeper.check(asdict(config) | {"world": world, "shard": shard, "data": digest(corpus, starts)})
+        kind = {"dtype": str(dtype), "device": device.type}
+        keeper.check(asdict(config) | kind | {"world": world, "shard": shard, "data": digest(corpus, starts)})
     capture = device.type == "cuda" and not shard and is_plainly_causal(model, config.sequence)
     compile = compile and capture
     for parameter in model.parameters() if world > 1 else ():  # each process's factors may be rounded differently
         distributed.broadcast(parameter.data, 0)
-    teacher.to(dtype).requires_grad_(False)  # type: ignore[call-arg]
-    student = (ShardedStudent if shard else StackedStudent)(model, config.rule, config.train, dtype)
-    if shard:
-        shard_(teacher, dtype)
     try:
+        teacher.to(dtype).requires_grad_(False)  # type: ignore[call-arg]
+        student = (ShardedStudent if shard else StackedStudent)(model, config.rule, config.train, dtype)
+        if shard:
+            shard_(teacher, dtype)
         with contextlib.ExitStack() as during:
             during.enter_context(deterministic())
             if capture:

@@ -390,11 +390,12 @@ def test_train_stops_at_parameters_that_are_not_finite(models):
         train((models[0], broken), log_steps=4)
 
 
-def test_train_names_what_to_do_about_memory(models, monkeypatch):
+@pytest.mark.parametrize("where", ["__init__", "logits"])
+def test_train_names_what_to_do_about_memory(models, where, monkeypatch):
     def forward(*arguments, **keywords):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer.StackedStudent, "logits", forward)
+    monkeypatch.setattr(trainer.StackedStudent, where, forward)
     with pytest.raises(lb.TrainingError, match="with 2 sequences of 32 tokens at once: lower micro_batch"):
         train(models, micro_batch=2)
 
