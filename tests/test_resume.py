@@ -225,6 +225,16 @@ def test_state_of_another_run_is_refused_and_stays(models, tmp_path, stop_before
     assert (tmp_path / "step-2").exists()
 
 
+def test_state_of_another_dtype_is_refused(models, tmp_path, stop_before):
+    stop_before(2)
+    with pytest.raises(StopError):
+        train(models, tmp_path)
+    teacher, student = copy.deepcopy(models)
+    keeper, config = lb.Keeper(tmp_path, 0.0), lb.TrainConfig(**SETTINGS)
+    with pytest.raises(ValueError, match="which differs in dtype:"):
+        lb.train_(student, teacher, TEXT, config, keeper=keeper, dtype=torch.bfloat16, progress=False)
+
+
 def test_tensors_of_every_type_come_back_with_their_digest():
     values = torch.arange(6, dtype=torch.int32).reshape(2, 3)
     assert resume.digest(values) == resume.digest(values.t().contiguous().t()) != resume.digest(values + 1)
