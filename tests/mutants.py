@@ -247,6 +247,26 @@ MUTANTS = [
     Mutant("fast/decode_cpu.py", "before < top_p", "before + chances < top_p", "the nucleus is one token short"),
     Mutant("fast/embeddings.py", "pairs >> 4", "pairs >> 3", "high nibbles misread"),
     Mutant("fast/decode.py", 'not now.endswith("\\ufffd")', "True", "half a character is written"),
+    Mutant(
+        "fast/kernels/cpu.py",
+        "(tensor.data_ptr(), tensor.dtype, tensor.shape) for",
+        "tensor.dtype for",
+        "plans by dtype",
+    ),
+    Mutant("fast/kernels/cpu.py", " if tensor.is_contiguous()\n", "\n", "a plan for strided words"),
+    Mutant("fast/kernels/cpu.py", "to_half(name, getattr(path, name))", "getattr(path, name)", "scales of any dtype"),
+    Mutant(
+        "fast/kernels/cpu.py", "subtract(lanes, add(negative, negative))", "subtract(lanes, negative)", "zero for -1"
+    ),
+    Mutant("fast/kernels/cpu.py", "if rows > LARGE_BATCH and", "if", "small batches are unpacked"),
+    Mutant("fast/kernels/cpu.py", "kept == width else 0 :]", "kept == width else 128 :]", "tables out of place"),
+    Mutant(
+        "fast/kernels/__init__.py",
+        "plan.fits(tensors):\n        return plan",
+        "True:\n        return plan",
+        "plans for ever",
+    ),
+    Mutant("fast/layers.py", '| {"plan": None}', "", "copies share a plan"),
     Mutant("fast/kernels/cpu.py", " & (1 << 8 * words.itemsize) - 1", "", "the int16's sign is kept as pad bits"),
     Mutant("fast/kernels/__init__.py", "(b / largest).to", "b.to", "a product of scales overflows float16"),
     Mutant("fast/kernels/__init__.py", "[..., :count]", "[..., -count:]", "pad bits taken for signs"),

@@ -33,6 +33,7 @@ from .cpu import (
 from .lanes import (
     LANES,
     add,
+    address_of,
     broadcast,
     broadcast_at,
     divide,
@@ -96,7 +97,7 @@ def attend(q, keys, values, length, size, scores, out):
         most = max(most, scores[at])
     padded = length + LANES - 1 & -LANES
     scores[length:padded] = -np.inf
-    place, total = scores.ctypes.data, zeros()
+    place, total = address_of(scores), zeros()
     for at in range(0, 4 * padded, 64):
         power = exponential(subtract(load_at(place + at), broadcast(most)))
         store_at(place + at, power)
@@ -224,7 +225,7 @@ def linear(numbers, paths, x, y, rows, threads):
     if numbers[DENSE]:
         table = np.array([32, numbers[DENSE], 0, 0])
         for b in range(rows):
-            head_rows(table, x.ctypes.data + 4 * b * d_in, d_in, y[b * d_out :], 0, d_out)
+            head_rows(table, address_of(x) + 4 * b * d_in, d_in, y[b * d_out :], 0, d_out)
     else:
         following = numbers[FIRST_PATH] + numbers[PATHS]
         mine = paths[numbers[FIRST_PATH] : following]
@@ -275,9 +276,9 @@ def step(sizes, eps, linears, paths, norms, embedding, head, angles, keys, value
     gate, up, delta = aligned(count * wide), aligned(count * wide), aligned(count * hidden)
     scores = aligned(position + count + LANES)
     for b in range(count):
-        embed(embedding, tokens[b], hidden, x.ctypes.data + 4 * b * hidden)
+        embed(embedding, tokens[b], hidden, address_of(x) + 4 * b * hidden)
     for layer in range(sizes[LAYERS]):
-        rms_norm(x.ctypes.data, norms[2 * layer], eps, normed.ctypes.data, count, hidden)
+        rms_norm(address_of(x), norms[2 * layer], eps, address_of(normed), count, hidden)
         linear(linears[layer, QUERY], paths, normed, q, count, threads)
         linear(linears[layer, KEY], paths, normed, k, count, threads)
         linear(linears[layer, VALUE], paths, normed, v, count, threads)
@@ -293,28 +294,28 @@ def step(sizes, eps, linears, paths, norms, embedding, head, angles, keys, value
                 shared = head_at // (heads // kv_heads)
                 place = 4 * (b * heads + head_at) * size
                 attend(
-                    q.ctypes.data + place,
-                    keys[layer, shared].ctypes.data,
-                    values[layer, shared].ctypes.data,
+                    address_of(q) + place,
+                    address_of(keys[layer, shared]),
+                    address_of(values[layer, shared]),
                     at + 1,
                     size,
                     scores,
-                    mixed.ctypes.data + place,
+                    address_of(mixed) + place,
                 )
         linear(linears[layer, OUT], paths, mixed, delta, count, threads)
         for j in range(count * hidden):
             x[j] += delta[j]
-        rms_norm(x.ctypes.data, norms[2 * layer + 1], eps, normed.ctypes.data, count, hidden)
+        rms_norm(address_of(x), norms[2 * layer + 1], eps, address_of(normed), count, hidden)
         linear(linears[layer, GATE], paths, normed, gate, count, threads)
         linear(linears[layer, UP], paths, normed, up, count, threads)
-        silu_product(gate.ctypes.data, up.ctypes.data, count * wide)
+        silu_product(address_of(gate), address_of(up), count * wide)
         linear(linears[layer, DOWN], paths, gate, delta, count, threads)
         for j in range(count * hidden):
             x[j] += delta[j]
-    last = x.ctypes.data + 4 * (count - 1) * hidden
-    rms_norm(last, norms[2 * sizes[LAYERS]], eps, normed.ctypes.data, 1, hidden)
+    last = address_of(x) + 4 * (count - 1) * hidden
+    rms_norm(last, norms[2 * sizes[LAYERS]], eps, address_of(normed), 1, hidden)
     if threads > 1:
-        head_rows_parallel(head, normed.ctypes.data, hidden, logits, sizes[VOCABULARY], threads)
+        head_rows_parallel(head, address_of(normed), hidden, logits, sizes[VOCABULARY], threads)
     else:
-        head_rows(head, normed.ctypes.data, hidden, logits, 0, sizes[VOCABULARY])
+        head_rows(head, address_of(normed), hidden, logits, 0, sizes[VOCABULARY])
     x[0] = normed[0] = 0  # a use after the last address: until here the arrays must not be freed

@@ -477,6 +477,19 @@ def prefetch(typingctx, address):
 
 
 @intrinsic
+def address_of(typingctx, array):
+    """The address of an array's first entry, as int64.
+
+    That of array.ctypes.data is unsigned, and Numba adds an unsigned number and a signed one in float64.
+    """
+
+    def codegen(context, builder, signature, args):
+        return builder.ptrtoint(context.make_array(signature.args[0])(context, builder, args[0]).data, ir.IntType(64))
+
+    return types.int64(array), codegen
+
+
+@intrinsic
 def pointer(typingctx, address):
     """An address (int64) as a pointer, for numba.carray."""
 
