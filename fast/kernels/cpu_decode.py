@@ -55,8 +55,9 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY, CAPACITY = 
 # The linear layers of a layer, and the numbers of each
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)
 FIRST_PATH, PATHS, D_OUT, D_IN, BIAS, DENSE = range(6)  # DENSE: address of float32 weights, 0 for packed layers
-# An embedding or head: bits of an entry (32, 16: floats), addresses of entries and float32 scales, entries a scale
-BITS, ENTRIES, SCALES, GROUP = range(4)
+# An embedding or head: bits of an entry (32, 16: floats), addresses of entries and float32 scales, entries a scale,
+# address of float32 offsets (for 4 bits)
+BITS, ENTRIES, SCALES, GROUP, OFFSETS = range(5)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -135,8 +136,9 @@ def embed(table, row, size, out):
         else:
             scale = broadcast_at(table[SCALES] + 4 * (at // table[GROUP]))
             low, high = codes(bits, table[ENTRIES] + at * bits // 8)
-            store_at(out + 4 * j, multiply(low, scale))
-            store_at(out + 4 * (j + LANES), multiply(high, scale))
+            offset = broadcast_at(table[OFFSETS] + 4 * (at // table[GROUP])) if bits == 4 else zeros()
+            store_at(out + 4 * j, multiply_add(low, scale, offset))
+            store_at(out + 4 * (j + LANES), multiply_add(high, scale, offset))
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -161,10 +163,11 @@ def float_rows(table, x, size, logits, start, stop):
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def add_scaled_codes(bits, sums, place, scale, x0, x1):
-    """Sums plus the products of 32 scaled integers with 32 entries of x."""
+def add_scaled_codes(bits, sums, place, scale, offset, x0, x1):
+    """Sums plus the products of 32 scaled integers, and with 4 bits of their offset, with 32 entries of x."""
     low, high = codes(bits, place)
-    return multiply_add(multiply_add(high, x1, multiply(low, x0)), broadcast_at(scale), sums)
+    sums = multiply_add(multiply_add(high, x1, multiply(low, x0)), broadcast_at(scale), sums)
+    return multiply_add(add(x0, x1), broadcast_at(offset), sums) if bits == 4 else sums
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -172,10 +175,10 @@ def integer_rows(bits, table, x, size, logits, start, stop):
     """`head_rows` for integers of 8 or 4 bits: four rows at a time share the loads of x.
 
     A partial sum of 32 products is scaled before it is added to the others; all in float32, so the error of an entry
-    is that of a sum of `size` products and 3 * size / 32 more roundings.
+    is that of a sum of `size` products and 4 * size / 32 more roundings.
     """
     row, shift = size * bits // 8, 0 if table[GROUP] == 32 else 1
-    scale_row = 4 * (size // table[GROUP])
+    scale_row, offsets = 4 * (size // table[GROUP]), table[OFFSETS] - table[SCALES]  # from a scale to its offset
     for i in range(start, stop, 4):
         place, scale = table[ENTRIES] + i * row, table[SCALES] + i * scale_row
         step, scale_step = (row, scale_row) if i + 4 <= stop else (0, 0)  # the last rows come one at a time below
@@ -183,11 +186,12 @@ def integer_rows(bits, table, x, size, logits, start, stop):
         if step:
             for unit in range(size // 32):
                 x0, x1 = load_at(x + 128 * unit), load_at(x + 128 * unit + 64)
-                at, scale_at = place + 4 * bits * unit, scale + 4 * (unit >> shift)
-                a0 = add_scaled_codes(bits, a0, at, scale_at, x0, x1)
-                a1 = add_scaled_codes(bits, a1, at + step, scale_at + scale_step, x0, x1)
-                a2 = add_scaled_codes(bits, a2, at + 2 * step, scale_at + 2 * scale_step, x0, x1)
-                a3 = add_scaled_codes(bits, a3, at + 3 * step, scale_at + 3 * scale_step, x0, x1)
+                at, s0 = place + 4 * bits * unit, scale + 4 * (unit >> shift)
+                s1, s2, s3 = s0 + scale_step, s0 + 2 * scale_step, s0 + 3 * scale_step
+                a0 = add_scaled_codes(bits, a0, at, s0, s0 + offsets, x0, x1)
+                a1 = add_scaled_codes(bits, a1, at + step, s1, s1 + offsets, x0, x1)
+                a2 = add_scaled_codes(bits, a2, at + 2 * step, s2, s2 + offsets, x0, x1)
+                a3 = add_scaled_codes(bits, a3, at + 3 * step, s3, s3 + offsets, x0, x1)
             logits[i], logits[i + 1] = lane_sum(a0), lane_sum(a1)
             logits[i + 2], logits[i + 3] = lane_sum(a2), lane_sum(a3)
             continue
@@ -195,8 +199,9 @@ def integer_rows(bits, table, x, size, logits, start, stop):
             a0 = zeros()
             for unit in range(size // 32):
                 x0, x1 = load_at(x + 128 * unit), load_at(x + 128 * unit + 64)
-                at, scale_at = table[ENTRIES] + last * row + 4 * bits * unit, table[SCALES] + last * scale_row
-                a0 = add_scaled_codes(bits, a0, at, scale_at + 4 * (unit >> shift), x0, x1)
+                at, s0 = table[ENTRIES] + last * row + 4 * bits * unit, table[SCALES] + last * scale_row
+                s0 += 4 * (unit >> shift)
+                a0 = add_scaled_codes(bits, a0, at, s0, s0 + offsets, x0, x1)
             logits[last] = lane_sum(a0)
 
 
@@ -223,7 +228,7 @@ def linear(numbers, paths, x, y, rows, threads):
     """Y = W x + b for each row, W packed or dense; x and y are flat arrays."""
     d_out, d_in = numbers[D_OUT], numbers[D_IN]
     if numbers[DENSE]:
-        table = np.array([32, numbers[DENSE], 0, 0])
+        table = np.array([32, numbers[DENSE], 0, 0, 0])
         for b in range(rows):
             head_rows(table, address_of(x) + 4 * b * d_in, d_in, y[b * d_out :], 0, d_out)
     else:
@@ -263,7 +268,7 @@ def step(sizes, eps, linears, paths, norms, embedding, head, angles, keys, value
     """Logits after the last of `tokens`, which stand at `position` and the places after it.
 
     sizes : int64, see above; eps : float32; linears : (layers, 7, 6) int64; paths : (all paths, 6) int64;
-    norms : (2 * layers + 1,) int64 addresses of float32 weights; embedding, head : (4,) int64;
+    norms : (2 * layers + 1,) int64 addresses of float32 weights; embedding, head : (5,) int64;
     angles : (2, capacity, head_dim / 2) float32, cosines and sines; keys, values : (layers, kv_heads, capacity,
     head_dim) float32, filled up to `position` and, by this call, up to its last token; tokens : (n,) int64;
     logits : (vocabulary,) float32, overwritten.

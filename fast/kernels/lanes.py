@@ -579,13 +579,13 @@ def load_int8_at(typingctx, address):
 
 @intrinsic
 def load_int4_at(typingctx, address):
-    """Sixteen bytes at an address as 32 numbers of -8 to 7 in float32: first the low nibbles less 8, then the high."""
+    """Sixteen bytes at an address as 32 numbers of 0 to 15 in float32: first the low nibbles, then the high."""
 
     def codegen(context, builder, signature, args):
         codes = builder.zext(bytes_from(builder, args[0], ir.IntType(8)), WORDS)
-        fifteen, four, eight = (ir.Constant(WORDS, [value] * LANES) for value in (15, 4, 8))
+        fifteen, four = (ir.Constant(WORDS, [value] * LANES) for value in (15, 4))
         halves = builder.and_(codes, fifteen), builder.lshr(codes, four)
-        numbers = [builder.sitofp(builder.sub(half, eight), FLOATS) for half in halves]
+        numbers = [builder.sitofp(half, FLOATS) for half in halves]
         return context.make_tuple(builder, signature.return_type, numbers)
 
     return types.UniTuple(floats, 2)(types.int64), codegen
