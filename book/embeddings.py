@@ -1,9 +1,9 @@
-"""What small embeddings cost in perplexity: SmolLM2, dense and at 0.55 bits, its embedding and head in 16, 8 and 4 bits.
+"""What small embeddings cost in perplexity: SmolLM2, dense and at 0.55 bits, embedding and head in 16, 8 and 4 bits.
 
     python book/embeddings.py OUT.json [--text more.txt] [--windows 8]
 
-Nothing but embedding and head changes from row to row. 4 bits are calibrated on the shipped training text; perplexity is
-measured on the shipped evaluation text and on --text.
+Nothing but embedding and head changes from row to row. 4 bits are calibrated on the shipped training text; perplexity
+is measured on the shipped evaluation text and on --text.
 """
 
 import argparse
@@ -22,6 +22,7 @@ CALIBRATION_TOKENS = 8192
 
 
 def main() -> None:
+    """Measure all rows and save them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", type=Path, nargs="*", default=[])
