@@ -397,11 +397,14 @@ def layer_rows_parallel(kernel, paths, d_out, d_in, x, y, each, threads):
     for order in range(count):
         starts[order + 1] = starts[order] + (paths[order, RANK] + LANES - 1 & -LANES)
     t = aligned(rows * starts[count])
-    for task in numba.prange(count * threads):
-        order, part = task % count, task // count
-        rank, step = paths[order, RANK], starts[order + 1] - starts[order]
-        start, stop = share(rank, part, threads), share(rank, part + 1, threads)
-        first_stage(kernel, paths[order], d_in, x, start, stop, t[rows * starts[order] :], step, each)
+    for part in numba.prange(threads):  # shares of all paths' rows one after the other: few paths each, few tables
+        first, last = share(starts[count], part, threads), share(starts[count], part + 1, threads)
+        for order in range(count):
+            rank, step = paths[order, RANK], starts[order + 1] - starts[order]
+            start, stop = max(first - starts[order], 0), min(last - starts[order], rank)
+            if start < stop:
+                mine = t[rows * starts[order] :]
+                first_stage(kernel, paths[order], d_in, x, start, stop, mine, step, each)
     for part in numba.prange(threads):
         start, stop = share(d_out, part, threads), share(d_out, part + 1, threads)
         for order in range(count):
