@@ -69,8 +69,8 @@ BEST = NIBBLES
 
 CHUNK = 16  # words of a row that are taken at once: the tables of 512 columns, 8 KB
 TABLE_BYTES = 4 * LANES
-GROUP = 64  # rows of signs, at least, that share a chunk's tables before the next chunk
-GROUP_BYTES = 1 << 18  # of the words of such rows: they stay in the second-level cache from chunk to chunk
+GROUP = 64  # rows of signs that share a chunk's tables before the next chunk; the next group's words are asked for
+GROUP_BYTES = 1 << 18  # of words that are one group: the second-level cache holds them from chunk to chunk
 ASKED = 1 << 14  # bytes of the next stage's words that are asked for at most, before this one
 LINE = 64  # bytes of a cache line
 PARALLEL_WORK = 1 << 20  # sign additions below which a second thread costs more than it brings
@@ -220,12 +220,16 @@ def scaled_chunk(x, x_step, scale, first, count, columns, rows):
 
 
 @numba.njit(nogil=True, cache=True)
-def add_nibbles_of_chunk(row, width, count, following, table, sums, sums_step, rows, each):
-    """`add_nibbles` for the first `count` words of `rows` rows; asks for what lies `following` words further."""
-    step, lines, apart = 8 * TABLE_BYTES * count, min(width, CHUNK), max(LINE, 4 * width)
+def add_nibbles_of_chunk(row, width, count, ahead, lines, apart, table, sums, sums_step, rows, each):
+    """`add_nibbles` for the first `count` words of `rows` rows.
+
+    For each sixteen of them it asks for `lines` lines of later words, `apart` bytes apart, from the address `ahead` on.
+    """
+    step = 8 * TABLE_BYTES * count
     for _ in range(0, rows, LANES):
         for line in range(lines):
-            prefetch(row + 4 * following + line * apart)
+            prefetch(ahead + apart * line)
+        ahead += apart * lines
         add_nibbles_of_rows(row, 4 * width, count, table, step, sums, sums_step, each)
         row += 4 * LANES * width
         sums += 4 * LANES
@@ -252,9 +256,8 @@ def add_nibbles(words, x, x_step, scale, sums, sums_step, start, stop, each):
     for i in range(whole, stop):
         for k in range(width):
             copy[(i - whole) * padded + k] = words[i * width + k]
-    group_rows = max(GROUP, GROUP_BYTES // (4 * width) & -LANES)
-    next_group = (group_rows if width > CHUNK else GROUP) * width  # a short row's next chunk is a later row
-    kept = width if stop - start > group_rows else min(width, CHUNK)
+    alone = width <= CHUNK or 4 * width * (stop - start) <= GROUP_BYTES  # one group
+    group_rows, kept = (stop - start, min(width, CHUNK)) if alone else (GROUP, width)
     columns, tables = aligned(rows * 32 * CHUNK), aligned(rows * 128 * kept)
     for group in range(start, stop, group_rows):
         end = min(group + group_rows, stop)
@@ -266,12 +269,15 @@ def add_nibbles(words, x, x_step, scale, sums, sums_step, start, stop, each):
                 scaled_chunk(x, x_step, scale, first, count, columns, rows)
                 nibble_tables(columns, rows * count, mine)
             table, into = address_of(mine), address_of(sums) + 4 * (group - start)
-            following = CHUNK if first + CHUNK < width else next_group - first
             place = address_of(words) + 4 * (group * width + first)
-            add_nibbles_of_chunk(place, width, count, following, table, into, 4 * sums_step, split - group, each)
+            ahead, lines, apart = place + 4 * (GROUP * width + (GROUP - 1) * first), count, LINE  # the next group's
+            if alone and width > CHUNK:
+                ahead, lines, apart = place + 2 * LINE - 4, LANES, 4 * width  # the ends of the same rows' next chunks
+            mine_rows = split - group
+            add_nibbles_of_chunk(place, width, count, ahead, lines, apart, table, into, 4 * sums_step, mine_rows, each)
             if split < end:
                 place, into = address_of(copy) + 4 * ((split - whole) * padded + first), into + 4 * (split - group)
-                add_nibbles_of_chunk(place, padded, count, 0, table, into, 4 * sums_step, end - split, each)
+                add_nibbles_of_chunk(place, padded, count, ahead, 0, 0, table, into, 4 * sums_step, end - split, each)
     columns[0] = tables[0] = 0  # a use after the last address: until here the arrays must not be freed
 
 
