@@ -149,7 +149,7 @@ def in_4_bits(rows: Tensor, group: int, feedback: Tensor | None) -> tuple[Tensor
     codes, scales, offsets = torch.empty_like(rows, dtype=torch.uint8), [], []
     for first in range(0, size, group):
         columns, errors = rest[:, first : first + group], torch.zeros_like(rest[:, first : first + group])
-        scale, offset = best_scale(columns)
+        scale, offset = fitted_range(columns)
         scales.append(scale)
         offsets.append(offset)
         scale, offset = scale.float(), offset.float()
@@ -166,19 +166,20 @@ def in_4_bits(rows: Tensor, group: int, feedback: Tensor | None) -> tuple[Tensor
     return codes, torch.cat(scales, -1), torch.cat(offsets, -1)
 
 
-def best_scale(groups: Tensor) -> tuple[Tensor, Tensor]:
+def fitted_range(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and offset (rows, 1) float16 of groups (rows, group), each for the smallest squared error of 0 to 15."""
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best_error = torch.full_like(low, torch.inf)
-    best = low.half(), low.half()
+    best_scale, best_offset = low.half(), low.half()
     for step in range(STEPS):
         reach = (high - low) * (1 - 0.02 * step)
         scale, offset = (reach / LEVELS).half(), ((low + high - reach) / 2).half()
         codes = ((groups - offset) / torch.where(scale == 0, 1, scale.float())).round().clamp(0, LEVELS)
         error = (codes * scale.float() + offset - groups).square().sum(-1, keepdim=True)
-        best = tuple(torch.where(error < best_error, new, old) for new, old in zip((scale, offset), best, strict=True))
+        better = error < best_error
+        best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
         best_error = torch.minimum(error, best_error)
-    return best
+    return best_scale, best_offset
 
 
 def feedback_factors(moments: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ TESTS = {
     "decode": "test_model.py test_decode.py",
     "decode_cpu": "test_decode.py",
     "embeddings": "test_decode.py",
+    "agreement": "test_decode.py",
     "cpu": "test_linear.py",
     "lanes": "test_linear.py",
     "cpu_decode": "test_decode.py",
@@ -245,6 +246,11 @@ MUTANTS = [
         "fast/kernels/cpu_decode.py", "for last in range(i, stop):", "for last in range(i, i):", "last rows of the head"
     ),
     Mutant("fast/decode_cpu.py", "before < top_p", "before + chances < top_p", "the nucleus is one token short"),
+    Mutant("fast/embeddings.py", "errors[:, j : j + 1] * feedback", "0 * feedback", "errors stay within a group"),
+    Mutant("fast/embeddings.py", "return total / len(tokens)", "return total", "moments are sums"),
+    Mutant("fast/kernels/cpu_decode.py", "s1, s1 + offsets", "s1, s0 + offsets", "rows share an offset"),
+    Mutant("fast/agreement.py", "if a != b", "if a == b", "texts agree where they differ"),
+    Mutant("fast/kernels/cpu.py", "max(first - starts[order], 0)", "0", "threads repeat the first rows"),
     Mutant("fast/embeddings.py", "pairs >> 4", "pairs >> 3", "high nibbles misread"),
     Mutant("fast/decode.py", 'not now.endswith("\\ufffd")', "True", "half a character is written"),
     Mutant(
