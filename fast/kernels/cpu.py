@@ -257,7 +257,7 @@ def add_nibbles(words, x, x_step, scale, sums, sums_step, start, stop, each):
         for k in range(width):
             copy[(i - whole) * padded + k] = words[i * width + k]
     alone = width <= CHUNK or 4 * width * (stop - start) <= GROUP_BYTES  # one group
-    group_rows, kept = (stop - start, min(width, CHUNK)) if alone else (GROUP, width)
+    group_rows, kept = (max(stop - start, 1), min(width, CHUNK)) if alone else (GROUP, width)  # a share may be empty
     columns, tables = aligned(rows * 32 * CHUNK), aligned(rows * 128 * kept)
     for group in range(start, stop, group_rows):
         end = min(group + group_rows, stop)
