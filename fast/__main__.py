@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .agreement import agreement
 from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
 from .bench_decode import bench_decode
 from .checkpoint import check_target, info, is_checkpoint, load, save
@@ -150,13 +151,18 @@ def parser() -> argparse.ArgumentParser:
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
     sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
 
-    sub = command("bench", run_bench, "Time the packed layer beside torch's, or decoding beside other engines'.")
-    sub.add_argument("what", choices=["linear", "decode"])
-    sub.add_argument("--model", type=Path, help="decode: a packed checkpoint")
+    sub = command(
+        "bench",
+        run_bench,
+        "Time the packed layer beside torch's, or decoding beside other engines', or compare greedy texts with "
+        "transformers' (agreement).",
+    )
+    sub.add_argument("what", choices=["linear", "decode", "agreement"])
+    sub.add_argument("--model", type=Path, help="decode, agreement: a packed checkpoint, or the name of a shipped one")
     sub.add_argument("--dense", default="smollm2", help="decode: what transformers runs in float32")
     sub.add_argument("--gguf", type=Path, help="decode: what llama.cpp runs, if llama_cpp can be imported")
     sub.add_argument("--llama-python", default=sys.executable, help="decode: a Python that can import llama_cpp")
-    sub.add_argument("--tokens", type=int, default=64, help="decode: tokens in a round")
+    sub.add_argument("--tokens", type=int, default=64, help="decode: tokens in a round; agreement: tokens of each text")
     sub.add_argument("--rounds", type=int, default=3, help="decode: rounds")
     sub.add_argument("--device", choices=["cpu"], default="cpu")
     sub.add_argument("--shape", type=shape, nargs="+", default=list(SHAPES), help="D_OUTxD_IN")
@@ -263,7 +269,8 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model)
     check_embeddings(model, arguments.embedding_bits)  # before hours of work
     results = quantize_(model, config, tokens)
-    quantize_embeddings_(model, arguments.embedding_bits)
+    text = text_tokens(tokenizer, arguments.calibration)[: arguments.calibration_tokens]
+    quantize_embeddings_(model, arguments.embedding_bits, text if arguments.embedding_bits == 4 else None)
     save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
     stored = info(arguments.out)
     if arguments.json:
@@ -436,8 +443,12 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench`."""
+    if arguments.what != "linear" and arguments.model is None:
+        raise ValueError(f"bench {arguments.what} needs a packed checkpoint: name one with --model")
     if arguments.what == "decode":
         return run_bench_decode(arguments)
+    if arguments.what == "agreement":
+        return run_bench_agreement(arguments)
     rows = bench_linear(
         tuple(arguments.shape), tuple(arguments.bits), arguments.batch, arguments.threads, arguments.paths
     )
@@ -459,9 +470,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
 
 def run_bench_decode(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode`."""
-    if arguments.model is None:
-        raise ValueError("bench decode times a packed checkpoint: name one with --model (littlebit quantize makes it)")
-    stored = info(arguments.model)
+    stored = info(resolve(str(arguments.model)))
     rows = bench_decode(
         arguments.model,
         arguments.dense,
@@ -482,6 +491,23 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
         memory = row["memory_bytes"] / 1e6
         print(
             f"{row['engine']:<14}{row['threads']:>8}{row['time_ms']:>12.2f}{row['tokens_per_s']:>10.1f}{memory:>13.0f}"
+        )
+
+
+def run_bench_agreement(arguments: argparse.Namespace) -> None:
+    """Run `littlebit bench agreement`."""
+    torch.set_num_threads(arguments.threads)
+    rows = agreement(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens)
+    if arguments.save:
+        save_results(arguments.save, rows, arguments.typed, cpu_name())
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'prompt':<48}{'equal tokens':>14}{'least gap':>11}{'error':>9}{'of transformers':>17}{'of bound':>10}")
+    for row in rows:
+        print(
+            f"{row['prompt'].splitlines()[0]:<48}{row['same']:>8} / {row['tokens']}{row['gap']:>11.1e}"
+            f"{row['error']:>9.1e}{row['transformers_error']:>17.1e}{row['bound_share']:>10.1e}"
         )
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .bits import layer_bits, rank_for_bits
 from .kernels.cpu import MAX_THREADS, lookups_per_second
-from .linear import packed_linear
+from .layers import PackedLinear
 from .packing import PackedFactors, row_words, unpack_factors
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
@@ -95,21 +95,21 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
     generator = torch.Generator().manual_seed(0)
     stored = layer_bits(d_out, d_in, (rank,) * paths)
     copies = copies_beyond_cache(stored // 8)
-    packed = [[random_path(d_out, d_in, rank, generator) for _ in range(paths)] for _ in range(copies)]
+    packed = [PackedLinear([random_path(d_out, d_in, rank, generator) for _ in range(paths)]) for _ in range(copies)]
     dense_copies = copies_beyond_cache(2 * d_out * d_in)
     dense = torch.randn(dense_copies, d_out, d_in, generator=generator, dtype=torch.bfloat16)
     x = torch.randn(batch, d_in, generator=generator)
     dense_x = x.bfloat16()
     peaks: list[float] = []
     time_s, dense_s = alternate(
-        [partial(packed_linear, x, layer) for layer in packed],
+        [partial(layer, x) for layer in packed],
         [partial(functional.linear, dense_x, weight) for weight in dense],
         repeats,
         lambda: peaks.append(lookups_per_second()),
         time.thread_time if threads == 1 else time.perf_counter,
     )
-    exact = torch.stack([exact_path(x, path) for path in packed[0]]).sum(0)
-    error = (packed_linear(x, packed[0]).double() - exact).abs().max() / exact.abs().max()
+    exact = torch.stack([exact_path(x, path) for path in packed[0].factors()]).sum(0)
+    error = (packed[0](x).double() - exact).abs().max() / exact.abs().max()
     rate, peak = batch * paths * rank * (d_out + d_in) / time_s, threads * statistics.median(peaks)
     return {
         "d_out": d_out,

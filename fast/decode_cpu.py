@@ -116,11 +116,12 @@ class Decoder:
         if isinstance(module, QuantizedEmbedding | QuantizedHead):
             table = module.table
             self.kept.append(table.codes)
-            return np.array([table.bits, table.codes.data_ptr(), self.address(table.scale), table.group])
+            offsets = 0 if table.offset is None else self.address(table.offset)
+            return np.array([table.bits, table.codes.data_ptr(), self.address(table.scale), table.group, offsets])
         if module.weight.dtype == torch.float16:
             self.kept.append(module.weight.detach().contiguous())
-            return np.array([16, self.kept[-1].data_ptr(), 0, 0])
-        return np.array([32, self.address(module.weight), 0, 0])
+            return np.array([16, self.kept[-1].data_ptr(), 0, 0, 0])
+        return np.array([32, self.address(module.weight), 0, 0, 0])
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """Logits (vocabulary,) after some more tokens, (n,) int64; the next call overwrites them.

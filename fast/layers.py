@@ -1,12 +1,15 @@
 """Layers: LittleBitLinear, which trains, and PackedLinear, which is stored and run."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import kernels
 from .factors import Factors
+from .kernels.cpu import Plan
 from .linear import linear, packed_linear
 from .packing import PackedFactors, pack_factors, row_words
 from .signs import named_rule
@@ -104,6 +107,11 @@ class PackedLinear(nn.Module):
             self.paths.append(path)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.plan: Plan | None = None  # of the last call, for the next one if the tensors are still the same
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the plan, which holds addresses: for copies and pickles."""
+        return self.__dict__ | {"plan": None}
 
     @classmethod
     def empty(
@@ -128,7 +136,20 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
-        return packed_linear(x, self.factors(), self.bias)
+        plan = self.plan
+        # nn.Module's own dictionaries: its attributes take a microsecond each
+        paths = self._modules["paths"]._modules.values()  # type: ignore[union-attr]
+        tensors = [tensor for path in paths for tensor in path._buffers.values()]  # type: ignore[union-attr]
+        fitting = kernels.plan_for(x, tensors, plan)  # type: ignore[arg-type]
+        if fitting is None or x.shape[-1] != self.d_in:
+            return packed_linear(x, self.factors(), self.bias)
+        if fitting is not plan:
+            self.plan = fitting
+        y = fitting(x)
+        bias = self._buffers["bias"]
+        if bias is not None:
+            y += bias
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from littlebit.fast.__main__ import main
+from littlebit.fast.agreement import PROMPTS
 
 BITS = "2.5"
 
@@ -92,6 +93,14 @@ def test_bench_linear_prints_and_saves_every_field(tmp_path, capsys):
     assert row["max_error"] < 1e-5
 
 
+def test_bench_agreement_prints_and_saves_a_row_for_each_prompt(checkpoint, tmp_path, capsys):
+    saved = tmp_path / "agreement.json"
+    command = ["bench", "agreement", "--model", str(checkpoint), "--tokens", "3", "--save", str(saved)]
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("3 / 3") == len(PROMPTS)
+    assert [row["prompt"] for row in json.loads(saved.read_text())["rows"]] == list(PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -105,6 +114,7 @@ def test_bench_linear_prints_and_saves_every_field(tmp_path, capsys):
         (["generate", "{out}", "--prompt", ""], "prompt is empty"),
         (["fetch", "gpt-5"], "known names: smollm2"),
         (["bench", "linear", "--shape", "64x64", "--bits", "0.1"], "smallest possible value is"),
+        (["bench", "agreement"], "name one with --model"),
     ],
 )
 def test_errors_say_what_to_do_and_exit_with_2(arguments, message, checkpoint, tiny_llama, tmp_path, capsys):

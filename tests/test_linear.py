@@ -1,7 +1,9 @@
 """The layer: both backends, packed and not, against float64 within the bound of the arithmetic."""
 
 import concurrent.futures
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +187,31 @@ def test_packed_linear_is_the_same_for_any_threads_and_batch(any_threads, kernel
     assert_within(serial, exact, 3 * magnitude, terms=8 + len(paths) * (d_in + rank))
 
 
+@given(data=st.data(), d_out=sizes(100), d_in=sizes(300), rank=sizes(100), batch=st.integers(33, 70))
+def test_packed_linear_of_a_large_batch_agrees_by_lookups_and_unpacked(data, d_out, d_in, rank, batch):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    paths = [random_path(d_out, d_in, rank, generator) for _ in range(data.draw(st.integers(1, 2)))]
+    x = torch.randn(batch, d_in, generator=generator)
+    plan = cpu.Plan([tensor for path in paths for tensor in path])
+    exact = sum(exact_path(x, path) for path in paths)
+    magnitude = sum(exact_path(x.abs(), in_magnitude(path)) for path in paths)
+    terms = 8 + len(paths) * (d_in + rank)
+    assert_within(plan.unpacked(x), exact, magnitude, terms)
+    chosen = plan.unpacked(x) if plan.is_quicker_unpacked(batch) else plan(x, cpu.BEST)
+    assert_same(fast.packed_linear(x, paths), chosen)
+
+
+def test_few_rows_and_many_signs_are_never_unpacked(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    plan = cpu.Plan(random_path(64, 64, 1, generator))
+    assert plan.is_quicker_unpacked(1000)
+    assert not cpu.Plan(random_path(2000, 2000, 500, generator)).is_quicker_unpacked(cpu.LARGE_BATCH + 1)
+    monkeypatch.setattr(cpu.Plan, "unpacked", lambda *_: pytest.fail("unpacked"))
+    plan(torch.zeros(cpu.LARGE_BATCH, 64))
+    with pytest.raises(pytest.fail.Exception):
+        plan(torch.zeros(1000, 64))
+
+
 def in_magnitude(path):
     """The path with all signs +1; its scales are positive."""
     return path._replace(u_words=torch.zeros_like(path.u_words), v_words=torch.zeros_like(path.v_words))
@@ -243,6 +270,8 @@ for seed, (d_out, d_in, rank, batch) in enumerate([(1, 1, 1, 1), (17, 33, 31, 7)
     magnitude = sum(exact_path(x.abs(), in_magnitude(path)) for path in paths)
     for kernel in cpu.KERNELS.values():
         assert_within(cpu.packed_linear(x, paths, kernel), exact, 3 * magnitude, 8 + 2 * (d_in + rank))
+    unpacked = cpu.Plan([tensor for path in paths for tensor in path]).unpacked(x)
+    assert_within(unpacked, exact, magnitude, 8 + 2 * (d_in + rank))
 """
 
 
@@ -301,3 +330,81 @@ def test_packed_linear_never_unpacks():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4096 * 512
+
+
+CHANGES = {
+    "to bfloat16": lambda layer, other: layer.to(torch.bfloat16),
+    "to float64 and back": lambda layer, other: layer.double().half(),
+    "to float32": lambda layer, other: layer.float(),
+    "load_state_dict": lambda layer, other: layer.load_state_dict(other.state_dict()),
+    "load_state_dict with assign": lambda layer, other: layer.load_state_dict(other.state_dict(), assign=True),
+    "a buffer replaced": lambda layer, other: setattr(layer.paths[0], "u_words", other.paths[0].u_words),
+    "a buffer written": lambda layer, other: layer.paths[0].v_words.copy_(other.paths[0].v_words),
+    "a buffer's data replaced": lambda layer, other: setattr(layer.paths[0].g, "data", 2 * layer.paths[0].g),
+    "memory read as another dtype": lambda layer, other: setattr(
+        layer.paths[0].h, "data", layer.paths[0].h.data.view(torch.bfloat16)
+    ),
+    "a path replaced": lambda layer, other: layer.paths.__setitem__(0, other.paths[0]),
+    "a path removed": lambda layer, other: layer.paths.__delitem__(1),
+    "a buffer strided": lambda layer, other: setattr(
+        layer.paths[0], "u_words", other.paths[0].u_words.T.contiguous().T
+    ),
+    "a bias": lambda layer, other: setattr(layer, "bias", torch.ones(70)),
+}
+
+
+@pytest.mark.parametrize("ranks", [(40, 50), (7, 16)])
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_packed_linear_layer_follows_its_tensors(change, ranks):
+    """The layer keeps the addresses of its tensors from call to call; no change to them may go unnoticed."""
+    generator = torch.Generator().manual_seed(0)
+    layer, other = (fast.PackedLinear([random_path(70, 90, rank, generator) for rank in ranks]) for _ in range(2))
+    x = torch.randn(3, 90, generator=generator)
+    before = layer(x)
+    assert_same(layer(x), before)
+    CHANGES[change](layer, other)
+    expected = fast.packed_linear(x, layer.factors(), layer.bias)
+    assert_same(layer(x), expected)
+    assert_same(layer(x), expected)
+    if change not in ("to float64 and back", "to float32"):
+        assert not torch.equal(expected, before)
+
+
+def test_packed_linear_layer_refuses_words_that_no_longer_fit():
+    layer = fast.PackedLinear([random_path(70, 90, 40, torch.Generator().manual_seed(0))])
+    x = torch.ones(90)
+    layer(x)
+    with pytest.raises(ValueError, match="last axis must be d_in = 90"):
+        layer(torch.ones(180))
+    with pytest.raises(ValueError, match=r"torch\.no_grad"):
+        layer(torch.ones(90, requires_grad=True))
+    layer.paths[0].u_words.data = layer.paths[0].u_words.data[:, :1]
+    with pytest.raises(ValueError, match="40 signs need 2 word"):
+        layer(x)
+
+
+def test_packed_linear_layer_shares_no_addresses_with_its_copies():
+    generator = torch.Generator().manual_seed(0)
+    layer = fast.PackedLinear([random_path(70, 90, 40, generator)])
+    x = torch.randn(90, generator=generator)
+    y = layer(x)
+    assert layer.plan is not None
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.plan is None
+        assert_same(twin(x), y)
+        twin.paths[0].h.mul_(2)
+        assert_same(twin(x), 2 * y)
+        assert_same(layer(x), y)
+
+
+def test_packed_linear_layer_may_change_while_threads_call_it():
+    """Each result is that of the words before or after, never of a mixture."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [fast.PackedLinear([random_path(70, 90, 40, generator)]) for _ in range(2)]
+    x = torch.randn(90, generator=generator)
+    wanted = [layer(x) for layer in layers]
+    layer = copy.deepcopy(layers[0])
+    paths = [copy.deepcopy(each.paths[0]) for each in layers]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(layer, x) for _ in range(200) if layer.paths.__setitem__(0, paths[_ % 2]) is None]
+        assert all(any(torch.equal(each.result(), y) for y in wanted) for each in found)

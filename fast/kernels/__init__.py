@@ -52,6 +52,16 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
     ValueError
         If x needs a gradient, words and x are on different devices, or the words do not fit the scales.
     """
+    check_call(x, paths)
+    if x.device.type != "cpu":
+        return unpacked_linear(x, paths)
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        return cpu.packed_linear(x, paths)  # the operator's own way there costs ten microseconds
+    return torch.ops.littlebit.packed_linear(x, [tensor for path in paths for tensor in path])
+
+
+def check_call(x: Tensor, paths: Sequence[PackedFactors]) -> None:
+    """Raise ValueError if x needs a gradient, or the words are on another device or do not fit the scales."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "packed signs have no gradient: call the layer under torch.no_grad() or torch.inference_mode(), or train "
@@ -65,11 +75,28 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
                     f"is on {x.device}: move the model or the input with .to(device)"
                 )
             check_words(words, count)
-    if x.device.type != "cpu":
-        return unpacked_linear(x, paths)
-    if type(x) is Tensor and not torch.compiler.is_compiling():
-        return cpu.packed_linear(x, paths)  # the operator's own way there costs ten microseconds
-    return torch.ops.littlebit.packed_linear(x, [tensor for path in paths for tensor in path])
+
+
+def plan_for(x: Tensor, tensors: Sequence[Tensor], plan: cpu.Plan | None) -> cpu.Plan | None:
+    """A checked plan for the tensors of a layer's paths: the given one if it still fits them, or a new one.
+
+    None where a plan does not serve: under torch.compile and its like, on other devices, for inputs that need a
+    gradient, and for words that the kernels do not read as they are.
+
+    Raises
+    ------
+    ValueError
+        If the words are on another device than x or do not fit the scales.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling() or not x.is_cpu:
+        return None
+    if x.requires_grad and torch.is_grad_enabled():
+        return None
+    if plan is not None and plan.fits(tensors):
+        return plan
+    check_call(x, [PackedFactors(*each) for each in batched(tensors)])
+    plan = cpu.Plan(tensors)
+    return plan if plan.fits(tensors) else None
 
 
 # The same as an operator, which torch.compile and its like can put into their graphs.
@@ -92,8 +119,7 @@ def packed_linear_shape(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 def batched(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     """The tensors of each path."""
-    width = len(PackedFactors._fields)
-    return [tensors[at : at + width] for at in range(0, len(tensors), width)]
+    return [tensors[at : at + cpu.FIELDS] for at in range(0, len(tensors), cpu.FIELDS)]
 
 
 def unpacked_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:

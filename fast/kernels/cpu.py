@@ -17,7 +17,8 @@ once for all rows, and stay in the first-level cache, as x is taken in chunks of
 
 Bytes moved: the sign words once for each four rows of x, the scales (float16) once, x and y once each.
 
-The result for a row of x does not depend on the other rows, nor on the number of threads.
+The result for a row of x does not depend on the other rows, nor on the number of threads, but on whether there are so
+many rows that unpacking them for torch's BLAS is quicker (`Plan.is_quicker_unpacked`).
 """
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
@@ -31,13 +32,17 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..packing import PackedFactors
+from ..packing import PackedFactors, to_half
 from .lanes import (
     LANES,
+    LEVEL,
     add,
     add_lookups,
     add_where,
+    address_of,
+    broadcast,
     each_add,
     each_load,
     each_store,
@@ -54,6 +59,7 @@ from .lanes import (
     pointer,
     prefetch,
     store,
+    subtract,
     zeros,
 )
 
@@ -63,10 +69,18 @@ BEST = NIBBLES
 
 CHUNK = 16  # words of a row that are taken at once: the tables of 512 columns, 8 KB
 TABLE_BYTES = 4 * LANES
-GROUP = 64  # rows of signs that share a chunk's tables before the next chunk; their words are asked for in advance
+GROUP = 64  # rows of signs that share a chunk's tables before the next chunk; the next group's words are asked for
+GROUP_BYTES = 1 << 18  # of words that are one group: the second-level cache holds them from chunk to chunk
 ASKED = 1 << 14  # bytes of the next stage's words that are asked for at most, before this one
 LINE = 64  # bytes of a cache line
 PARALLEL_WORK = 1 << 20  # sign additions below which a second thread costs more than it brings
+
+# What large batches cost, in the time of a sign addition of `nibbles`, as measured with 1 to 544 signs a row
+LARGE_BATCH = 32  # rows of x above which unpacking is thought of
+TABLE_COST = 20  # of a column of x: its share of making the tables
+PATH_COST = 60_000  # of a path, for each row of x
+PRODUCT_COST = {"avx512": 1.3, "avx2": 0.8, "plain": 0.9}[LEVEL]  # of a multiplication and addition in torch's BLAS
+UNPACK_COST = {"avx512": 30, "avx2": 25, "plain": 20}[LEVEL]  # of unpacking one sign
 
 MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
@@ -139,7 +153,7 @@ def add_select(words, stride, first, count, x, sums, start, stop):
 @numba.njit(nogil=True, cache=True)
 def nibble_tables(x, count, tables):
     """The partial sums of each four of 32 * count columns, sixteen for each: what `add_nibbles` looks up."""
-    column, table = x.ctypes.data, tables.ctypes.data
+    column, table = address_of(x), address_of(tables)
     for k in range(2 * count):
         four_tables(column + 4 * LANES * k, table + 4 * TABLE_BYTES * k)
 
@@ -181,56 +195,20 @@ def add_nibbles_of_rows(row, row_step, count, table, step, sums, sums_step, each
 
 
 @numba.njit(nogil=True, cache=True)
-def add_nibbles(words, width, tables, sums, sums_step, start, stop, each):
-    """`add_loops` by tables that fit a register, for all columns and for each of several rows of x.
-
-    words : flat uint32, `width` a row; tables : address of their `nibble_tables`, chunk after chunk, in each the rows
-    of x one after the other; sums : address of the float32 sums of row `start`, `sums_step` bytes apart, padded to a
-    multiple of sixteen rows; each : a tuple of as many entries as rows of x.
-
-    Rows are taken in groups and, for each group, columns in chunks: a chunk's tables stay in the first-level cache for
-    the group, and meanwhile the next group's words, which lie one after the other in memory, are asked for. The last
-    rows, fewer than 32, are copied and padded, so that no load of four words of sixteen rows leaves the array.
-    """
-    padded = width + 3 & -4
-    whole = start + (stop - start & -LANES)  # rows up to the last incomplete sixteen
-    if (len(words) - padded) // width + 1 < whole:  # the last sixteen's last loads would leave the array
-        whole -= LANES
-    copy = np.zeros(2 * LANES * padded if whole < stop else 0, np.uint32)
-    for i in range(whole, stop):
-        for k in range(width):
-            copy[(i - whole) * padded + k] = words[i * width + k]
-    group_rows = GROUP * len(each)
-    ahead = words.ctypes.data + 4 * (start + group_rows) * width
-    for group in range(start, stop, group_rows):
-        for first in range(0, width, CHUNK):
-            count = min(CHUNK, width - first)
-            table, step = tables + len(each) * 8 * TABLE_BYTES * first, 8 * TABLE_BYTES * count
-            for i in range(group, min(group + group_rows, stop), LANES):
-                row, row_step = words.ctypes.data + 4 * (i * width + first), 4 * width
-                if i >= whole:
-                    row, row_step = copy.ctypes.data + 4 * ((i - whole) * padded + first), 4 * padded
-                for line in range(count):
-                    prefetch(ahead + LINE * line)
-                ahead += LINE * count
-                add_nibbles_of_rows(row, row_step, count, table, step, sums + 4 * (i - start), sums_step, each)
-
-
-@numba.njit(nogil=True, cache=True)
 def aligned(size):
     """An uninitialised float32 array that begins on a cache line."""
     space = np.empty(size + LANES, np.float32)
-    skip = (-space.ctypes.data & 63) // 4
+    skip = (-address_of(space) & 63) // 4
     return space[skip : skip + size]
 
 
 @numba.njit(nogil=True, cache=True)
-def scaled_chunk(x, x_step, scale, size, first, count, columns, rows):
-    """Columns 32 * first, ... of `rows` rows of x * scale into rows of 32 * count, zero beyond column `size`.
+def scaled_chunk(x, x_step, scale, first, count, columns, rows):
+    """Columns 32 * first, ... of `rows` rows of x * scale into rows of 32 * count, zero beyond the last column.
 
-    x : flat float32, rows x_step apart; scale : (size,) uint16 bits of float16.
+    x : flat float32, rows x_step apart; scale : (d_in,) uint16 bits of float16.
     """
-    stop = min(32 * count, size - 32 * first)
+    stop = min(32 * count, len(scale) - 32 * first)
     for b in range(rows):
         at, x_at = b * 32 * count, b * x_step + 32 * first
         whole = stop & -LANES
@@ -242,6 +220,68 @@ def scaled_chunk(x, x_step, scale, size, first, count, columns, rows):
 
 
 @numba.njit(nogil=True, cache=True)
+def add_nibbles_of_chunk(row, width, count, ahead, lines, apart, table, sums, sums_step, rows, each):
+    """`add_nibbles` for the first `count` words of `rows` rows.
+
+    For each sixteen of them it asks for `lines` lines of later words, `apart` bytes apart, from the address `ahead` on.
+    """
+    step = 8 * TABLE_BYTES * count
+    for _ in range(0, rows, LANES):
+        for line in range(lines):
+            prefetch(ahead + apart * line)
+        ahead += apart * lines
+        add_nibbles_of_rows(row, 4 * width, count, table, step, sums, sums_step, each)
+        row += 4 * LANES * width
+        sums += 4 * LANES
+
+
+@numba.njit(nogil=True, cache=True)
+def add_nibbles(words, x, x_step, scale, sums, sums_step, start, stop, each):
+    """`add_loops` by tables that fit a register, for all columns and for each of several rows of x.
+
+    Arguments as of `sign_products`. Rows are taken in groups and, for each group, columns in chunks, so that a chunk's
+    tables stay in the first-level cache. The first group makes the tables, each chunk's just before it is used; where
+    there are more groups, they are kept. The words that come next are asked for in advance.
+
+    The last rows, fewer than 32, are copied and padded, so that no load of four words of sixteen rows leaves the array.
+    """
+    rows, width = len(each), (len(scale) + 31) // 32
+    padded = width + 3 & -4
+    whole = start + (stop - start & -LANES)  # rows up to the last incomplete sixteen
+    if (
+        start < whole and (len(words) - padded) // width + 1 < whole
+    ):  # the last sixteen's last loads would leave the array
+        whole -= LANES
+    copy = np.zeros(2 * LANES * padded if whole < stop else 0, np.uint32)
+    for i in range(whole, stop):
+        for k in range(width):
+            copy[(i - whole) * padded + k] = words[i * width + k]
+    alone = width <= CHUNK or 4 * width * (stop - start) <= GROUP_BYTES  # one group
+    group_rows, kept = (max(stop - start, 1), min(width, CHUNK)) if alone else (GROUP, width)  # a share may be empty
+    columns, tables = aligned(rows * 32 * CHUNK), aligned(rows * 128 * kept)
+    for group in range(start, stop, group_rows):
+        end = min(group + group_rows, stop)
+        split = max(group, min(end, whole))  # the rows from here on are in the copy
+        for first in range(0, width, CHUNK):
+            count = min(CHUNK, width - first)
+            mine = tables[rows * 128 * first if kept == width else 0 :]
+            if group == start:
+                scaled_chunk(x, x_step, scale, first, count, columns, rows)
+                nibble_tables(columns, rows * count, mine)
+            table, into = address_of(mine), address_of(sums) + 4 * (group - start)
+            place = address_of(words) + 4 * (group * width + first)
+            ahead, lines, apart = place + 4 * (GROUP * width + (GROUP - 1) * first), count, LINE  # the next group's
+            if alone and width > CHUNK:
+                ahead, lines, apart = place + 2 * LINE - 4, LANES, 4 * width  # the ends of the same rows' next chunks
+            mine_rows = split - group
+            add_nibbles_of_chunk(place, width, count, ahead, lines, apart, table, into, 4 * sums_step, mine_rows, each)
+            if split < end:
+                place, into = address_of(copy) + 4 * ((split - whole) * padded + first), into + 4 * (split - group)
+                add_nibbles_of_chunk(place, padded, count, ahead, 0, 0, table, into, 4 * sums_step, end - split, each)
+    columns[0] = tables[0] = 0  # a use after the last address: until here the arrays must not be freed
+
+
+@numba.njit(nogil=True, cache=True)
 def sign_products(kernel, words, x, x_step, scale, sums, sums_step, start, stop, each):
     """sums[b, i - start] = sum_j s_ij scale_j x_bj for rows start <= i < stop of signs, by one of the KERNELS.
 
@@ -249,17 +289,16 @@ def sign_products(kernel, words, x, x_step, scale, sums, sums_step, start, stop,
     sums : flat float32, rows sums_step apart, each padded to a multiple of sixteen; start is a multiple of sixteen;
     each : a tuple of as many entries as rows of x.
     """
-    rows, size = len(each), len(scale)
-    width = (size + 31) // 32
-    columns, tables = aligned(rows * 32 * CHUNK), aligned(rows * 128 * width if kernel == NIBBLES else 0)
+    rows, width = len(each), (len(scale) + 31) // 32
     for b in range(rows):
         sums[b * sums_step :][: stop - start + LANES - 1 & -LANES] = 0
+    if kernel == NIBBLES:
+        add_nibbles(words, x, x_step, scale, sums, sums_step, start, stop, each)
+        return
+    columns = aligned(rows * 32 * CHUNK)
     for first in range(0, width, CHUNK):
         count = min(CHUNK, width - first)
-        scaled_chunk(x, x_step, scale, size, first, count, columns, rows)
-        if kernel == NIBBLES:
-            nibble_tables(columns, rows * count, tables[rows * 128 * first :])
-            continue
+        scaled_chunk(x, x_step, scale, first, count, columns, rows)
         for b in range(rows):
             mine, part = columns[b * 32 * count :][: 32 * count], sums[b * sums_step :]
             if kernel == LOOPS:
@@ -268,15 +307,13 @@ def sign_products(kernel, words, x, x_step, scale, sums, sums_step, start, stop,
                 add_bytes(words, width, first, count, mine, part, start, stop)
             else:
                 add_select(words, width, first, count, mine, part, start, stop)
-    if kernel == NIBBLES:
-        add_nibbles(words, width, tables.ctypes.data, sums.ctypes.data, 4 * sums_step, start, stop, each)
-        tables[0] = 0  # a use after the address: until here the array must not be freed
 
 
 # A layer as numbers, so that compiled code can take any number of paths, and of layers: for each path the addresses of
 # its five arrays, and its rank.
 U, V, H, ELL, G, RANK = range(6)
 PATH_NUMBERS = 6
+FIELDS = len(PackedFactors._fields)
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -366,11 +403,14 @@ def layer_rows_parallel(kernel, paths, d_out, d_in, x, y, each, threads):
     for order in range(count):
         starts[order + 1] = starts[order] + (paths[order, RANK] + LANES - 1 & -LANES)
     t = aligned(rows * starts[count])
-    for task in numba.prange(count * threads):
-        order, part = task % count, task // count
-        rank, step = paths[order, RANK], starts[order + 1] - starts[order]
-        start, stop = share(rank, part, threads), share(rank, part + 1, threads)
-        first_stage(kernel, paths[order], d_in, x, start, stop, t[rows * starts[order] :], step, each)
+    for part in numba.prange(threads):  # shares of all paths' rows one after the other: few paths each, few tables
+        first, last = share(starts[count], part, threads), share(starts[count], part + 1, threads)
+        for order in range(count):
+            rank, step = paths[order, RANK], starts[order + 1] - starts[order]
+            start, stop = max(first - starts[order], 0), min(last - starts[order], rank)
+            if start < stop:
+                mine = t[rows * starts[order] :]
+                first_stage(kernel, paths[order], d_in, x, start, stop, mine, step, each)
     for part in numba.prange(threads):
         start, stop = share(d_out, part, threads), share(d_out, part + 1, threads)
         for order in range(count):
@@ -411,9 +451,58 @@ def layer_parallel(kernel, plan, d_out, d_in, x_address, y_address, rows, thread
 
 
 @numba.njit(nogil=True, cache=True)
+def unpack_rows(words, rows, scale, factor, dense, step):
+    """dense[i * step + j] = factor[i] * s_ij * scale[j] for the rows of signs.
+
+    words : flat uint32, len(scale) signs a row; scale : float32; factor : (rows,) float32; dense : flat float32.
+    """
+    size, halves = len(scale), words.view(np.uint16)
+    width, whole = (size + 31) // 32, size & -LANES
+    for i in range(rows):
+        for j in range(0, whole, LANES):
+            lanes = multiply(broadcast(factor[i]), load(scale, j))
+            negative = add_where(zeros(), halves, 2 * width * i + j // LANES, lanes)
+            store(dense, i * step + j, subtract(lanes, add(negative, negative)))
+        for j in range(whole, size):
+            value = factor[i] * scale[j]
+            dense[i * step + j] = -value if words[i * width + j // 32] >> np.uint32(j % 32) & np.uint32(1) else value
+
+
+@numba.njit(nogil=True, cache=True)
+def unpack(plan, d_out, d_in, a_address, b_address):
+    """All paths as one pair: A = diag(ell) V_sign^T diag(g), stacked, and B = diag(h) U_sign, side by side.
+
+    plan : six numbers for each path; a, b : addresses of (R, d_in) and (d_out, R) float32 for a total rank R.
+    """
+    paths = plan.reshape(-1, PATH_NUMBERS)
+    total = paths[:, RANK].sum()
+    a, b = floats_at(a_address, total * d_in), floats_at(b_address, d_out * total)
+    before = 0
+    for order in range(len(paths)):
+        path = paths[order]
+        rank = path[RANK]
+        h, ell, g = floats_of(path[H], d_out), floats_of(path[ELL], rank), floats_of(path[G], d_in)
+        v_words = words_at(path[V], rank * ((d_in + 31) // 32))
+        unpack_rows(v_words, rank, g, ell, a[before * d_in :], d_in)
+        u_words = words_at(path[U], d_out * ((rank + 31) // 32))
+        unpack_rows(u_words, d_out, np.ones(rank, np.float32), h, b[before:], total)
+        before += rank
+
+
+@numba.njit(nogil=True, cache=True)
+def floats_of(place, size):
+    """Float16 values at an address, as a float32 array."""
+    halves = halves_at(place, size)
+    values = np.empty(size, np.float32)
+    for j in range(size):
+        values[j] = half_to_float(halves[j])
+    return values
+
+
+@numba.njit(nogil=True, cache=True)
 def lookup_rounds(words, tables, sums, rounds):
     """The innermost loop of `nibbles` and nothing else: `rounds` times 2048 sign additions from registers and cache."""
-    table, into = tables.ctypes.data, sums.ctypes.data
+    table, into = address_of(tables), address_of(sums)
     a0 = a1 = a2 = a3 = each_zeros((0,))
     for _ in range(rounds):
         w0, w1 = load_words(words, 0), load_words(words, LANES)
@@ -441,27 +530,77 @@ local = threading.local()
 parallel_lock = threading.Lock()
 
 
-def packed_linear(x: Tensor, paths: Sequence[PackedFactors], kernel: int = NIBBLES) -> Tensor:
-    """`kernels.packed_linear` for tensors on the CPU, on at most torch.get_num_threads() threads.
+class Plan:
+    """A layer's paths as the numbers that the kernels take, for as long as its tensors stay what they are.
 
-    `kernel` is one of KERNELS. Several Python threads may call it at once; one of them at a time uses Numba's.
+    Parameters
+    ----------
+    tensors : the tensors of all paths one after the other, on a CPU, of fitting shapes and dtypes
     """
-    d_out, d_in = paths[0].h.shape[0], paths[0].g.shape[0]
-    x = x.to(torch.float32).contiguous()  # (batch, d_in)
-    y = torch.empty(len(x), d_out)
-    plan, kept = layer_plan(paths)
-    arguments = kernel, plan, d_out, d_in, x.data_ptr(), y.data_ptr(), len(x)
-    work = len(x) * sum(path.ell.shape[0] for path in paths) * (d_out + d_in)
-    if work < PARALLEL_WORK:
-        layer(*arguments)
-    else:
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        paths = [PackedFactors(*tensors[at : at + FIELDS]) for at in range(0, len(tensors), FIELDS)]
+        self.numbers, self.kept = layer_plan(paths)
+        self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
+        self.ranks = [path.rank for path in paths]
+        self.work = sum(self.ranks) * (self.d_out + self.d_in)  # sign additions for a row of x
+        self.seen = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in self.kept]
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the plan reads just these tensors: the same memory, of the same shapes and dtypes, row after row.
+
+        Never for tensors that it had to copy. No other device has an address of this one's memory.
+        """
+        return self.seen == [
+            (tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors if tensor.is_contiguous()
+        ]
+
+    def __call__(self, x: Tensor, kernel: int | None = None) -> Tensor:
+        """(..., d_out) float32 from (..., d_in), on at most torch.get_num_threads() threads.
+
+        `kernel` is one of KERNELS; by default the best, or for large batches torch's BLAS if that is quicker. Several
+        Python threads may call it at once; one of them at a time uses Numba's.
+        """
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.to(torch.float32).contiguous()
+        rows = x.numel() // self.d_in
+        if kernel is None:
+            if rows > LARGE_BATCH and self.is_quicker_unpacked(rows):
+                return self.unpacked(x)
+            kernel = BEST
+        y = torch.empty(*x.shape[:-1], self.d_out)
+        arguments = kernel, self.numbers, self.d_out, self.d_in, x.data_ptr(), y.data_ptr(), rows
+        if rows * self.work < PARALLEL_WORK or torch.get_num_threads() == 1:
+            layer(*arguments)
+            return y
         with numba_threads() as threads:
             if threads == 1:
                 layer(*arguments)
             else:
                 layer_parallel(*arguments, threads)
-    del kept
-    return y
+        return y
+
+    def is_quicker_unpacked(self, rows: int) -> bool:
+        """Whether two dense products take less time than lookups, which work on sixteen rows and 32 columns of signs.
+
+        They do for small layers, for a processor without AVX-512, and for neither when there are few rows of x.
+        """
+        lookups = 0
+        for rank in self.ranks:
+            words = rank + 31 & -32
+            lookups += PATH_COST + ((rank + 15 & -LANES) + TABLE_COST) * self.d_in + words * (self.d_out + TABLE_COST)
+        return (UNPACK_COST + PRODUCT_COST * rows) * self.work < rows * lookups
+
+    def unpacked(self, x: Tensor) -> Tensor:
+        """The same by unpacking to float32, R * (d_in + d_out) numbers for a total rank R, and two dense products."""
+        a, b = torch.empty(sum(self.ranks), self.d_in), torch.empty(self.d_out, sum(self.ranks))
+        unpack(self.numbers, self.d_out, self.d_in, a.data_ptr(), b.data_ptr())
+        return functional.linear(functional.linear(x, a), b)
+
+
+def packed_linear(x: Tensor, paths: Sequence[PackedFactors], kernel: int | None = None) -> Tensor:
+    """`kernels.packed_linear` for tensors on the CPU; see `Plan`."""
+    return Plan([tensor for path in paths for tensor in path])(x, kernel)
 
 
 def layer_plan(paths: Sequence[PackedFactors]) -> tuple[np.ndarray, list[Tensor]]:
@@ -469,7 +608,8 @@ def layer_plan(paths: Sequence[PackedFactors]) -> tuple[np.ndarray, list[Tensor]
     numbers: list[int] = []
     kept = []
     for path in paths:
-        for tensor in (widened(path.u_words), widened(path.v_words), path.h, path.ell, path.g):
+        scales = [to_half(name, getattr(path, name)) for name in ("h", "ell", "g")]  # a model's dtype may be another
+        for tensor in (widened(path.u_words), widened(path.v_words), *scales):
             kept.append(tensor if tensor.is_contiguous() else tensor.contiguous())
             numbers.append(kept[-1].data_ptr())
         numbers.append(path.ell.shape[0])

@@ -33,6 +33,7 @@ from .cpu import (
 from .lanes import (
     LANES,
     add,
+    address_of,
     broadcast,
     broadcast_at,
     divide,
@@ -54,8 +55,9 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY, CAPACITY = 
 # The linear layers of a layer, and the numbers of each
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)
 FIRST_PATH, PATHS, D_OUT, D_IN, BIAS, DENSE = range(6)  # DENSE: address of float32 weights, 0 for packed layers
-# An embedding or head: bits of an entry (32, 16: floats), addresses of entries and float32 scales, entries a scale
-BITS, ENTRIES, SCALES, GROUP = range(4)
+# An embedding or head: bits of an entry (32, 16: floats), addresses of entries and float32 scales, entries a scale,
+# address of float32 offsets (for 4 bits)
+BITS, ENTRIES, SCALES, GROUP, OFFSETS = range(5)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -96,7 +98,7 @@ def attend(q, keys, values, length, size, scores, out):
         most = max(most, scores[at])
     padded = length + LANES - 1 & -LANES
     scores[length:padded] = -np.inf
-    place, total = scores.ctypes.data, zeros()
+    place, total = address_of(scores), zeros()
     for at in range(0, 4 * padded, 64):
         power = exponential(subtract(load_at(place + at), broadcast(most)))
         store_at(place + at, power)
@@ -134,8 +136,9 @@ def embed(table, row, size, out):
         else:
             scale = broadcast_at(table[SCALES] + 4 * (at // table[GROUP]))
             low, high = codes(bits, table[ENTRIES] + at * bits // 8)
-            store_at(out + 4 * j, multiply(low, scale))
-            store_at(out + 4 * (j + LANES), multiply(high, scale))
+            offset = broadcast_at(table[OFFSETS] + 4 * (at // table[GROUP])) if bits == 4 else zeros()
+            store_at(out + 4 * j, multiply_add(low, scale, offset))
+            store_at(out + 4 * (j + LANES), multiply_add(high, scale, offset))
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -160,10 +163,11 @@ def float_rows(table, x, size, logits, start, stop):
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def add_scaled_codes(bits, sums, place, scale, x0, x1):
-    """Sums plus the products of 32 scaled integers with 32 entries of x."""
+def add_scaled_codes(bits, sums, place, scale, offset, x0, x1):
+    """Sums plus the products of 32 scaled integers, and with 4 bits of their offset, with 32 entries of x."""
     low, high = codes(bits, place)
-    return multiply_add(multiply_add(high, x1, multiply(low, x0)), broadcast_at(scale), sums)
+    sums = multiply_add(multiply_add(high, x1, multiply(low, x0)), broadcast_at(scale), sums)
+    return multiply_add(add(x0, x1), broadcast_at(offset), sums) if bits == 4 else sums
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -171,10 +175,10 @@ def integer_rows(bits, table, x, size, logits, start, stop):
     """`head_rows` for integers of 8 or 4 bits: four rows at a time share the loads of x.
 
     A partial sum of 32 products is scaled before it is added to the others; all in float32, so the error of an entry
-    is that of a sum of `size` products and 3 * size / 32 more roundings.
+    is that of a sum of `size` products and 4 * size / 32 more roundings.
     """
     row, shift = size * bits // 8, 0 if table[GROUP] == 32 else 1
-    scale_row = 4 * (size // table[GROUP])
+    scale_row, offsets = 4 * (size // table[GROUP]), table[OFFSETS] - table[SCALES]  # from a scale to its offset
     for i in range(start, stop, 4):
         place, scale = table[ENTRIES] + i * row, table[SCALES] + i * scale_row
         step, scale_step = (row, scale_row) if i + 4 <= stop else (0, 0)  # the last rows come one at a time below
@@ -182,11 +186,12 @@ def integer_rows(bits, table, x, size, logits, start, stop):
         if step:
             for unit in range(size // 32):
                 x0, x1 = load_at(x + 128 * unit), load_at(x + 128 * unit + 64)
-                at, scale_at = place + 4 * bits * unit, scale + 4 * (unit >> shift)
-                a0 = add_scaled_codes(bits, a0, at, scale_at, x0, x1)
-                a1 = add_scaled_codes(bits, a1, at + step, scale_at + scale_step, x0, x1)
-                a2 = add_scaled_codes(bits, a2, at + 2 * step, scale_at + 2 * scale_step, x0, x1)
-                a3 = add_scaled_codes(bits, a3, at + 3 * step, scale_at + 3 * scale_step, x0, x1)
+                at, s0 = place + 4 * bits * unit, scale + 4 * (unit >> shift)
+                s1, s2, s3 = s0 + scale_step, s0 + 2 * scale_step, s0 + 3 * scale_step
+                a0 = add_scaled_codes(bits, a0, at, s0, s0 + offsets, x0, x1)
+                a1 = add_scaled_codes(bits, a1, at + step, s1, s1 + offsets, x0, x1)
+                a2 = add_scaled_codes(bits, a2, at + 2 * step, s2, s2 + offsets, x0, x1)
+                a3 = add_scaled_codes(bits, a3, at + 3 * step, s3, s3 + offsets, x0, x1)
             logits[i], logits[i + 1] = lane_sum(a0), lane_sum(a1)
             logits[i + 2], logits[i + 3] = lane_sum(a2), lane_sum(a3)
             continue
@@ -194,8 +199,9 @@ def integer_rows(bits, table, x, size, logits, start, stop):
             a0 = zeros()
             for unit in range(size // 32):
                 x0, x1 = load_at(x + 128 * unit), load_at(x + 128 * unit + 64)
-                at, scale_at = table[ENTRIES] + last * row + 4 * bits * unit, table[SCALES] + last * scale_row
-                a0 = add_scaled_codes(bits, a0, at, scale_at + 4 * (unit >> shift), x0, x1)
+                at, s0 = table[ENTRIES] + last * row + 4 * bits * unit, table[SCALES] + last * scale_row
+                s0 += 4 * (unit >> shift)
+                a0 = add_scaled_codes(bits, a0, at, s0, s0 + offsets, x0, x1)
             logits[last] = lane_sum(a0)
 
 
@@ -222,9 +228,9 @@ def linear(numbers, paths, x, y, rows, threads):
     """Y = W x + b for each row, W packed or dense; x and y are flat arrays."""
     d_out, d_in = numbers[D_OUT], numbers[D_IN]
     if numbers[DENSE]:
-        table = np.array([32, numbers[DENSE], 0, 0])
+        table = np.array([32, numbers[DENSE], 0, 0, 0])
         for b in range(rows):
-            head_rows(table, x.ctypes.data + 4 * b * d_in, d_in, y[b * d_out :], 0, d_out)
+            head_rows(table, address_of(x) + 4 * b * d_in, d_in, y[b * d_out :], 0, d_out)
     else:
         following = numbers[FIRST_PATH] + numbers[PATHS]
         mine = paths[numbers[FIRST_PATH] : following]
@@ -262,7 +268,7 @@ def step(sizes, eps, linears, paths, norms, embedding, head, angles, keys, value
     """Logits after the last of `tokens`, which stand at `position` and the places after it.
 
     sizes : int64, see above; eps : float32; linears : (layers, 7, 6) int64; paths : (all paths, 6) int64;
-    norms : (2 * layers + 1,) int64 addresses of float32 weights; embedding, head : (4,) int64;
+    norms : (2 * layers + 1,) int64 addresses of float32 weights; embedding, head : (5,) int64;
     angles : (2, capacity, head_dim / 2) float32, cosines and sines; keys, values : (layers, kv_heads, capacity,
     head_dim) float32, filled up to `position` and, by this call, up to its last token; tokens : (n,) int64;
     logits : (vocabulary,) float32, overwritten.
@@ -275,9 +281,9 @@ def step(sizes, eps, linears, paths, norms, embedding, head, angles, keys, value
     gate, up, delta = aligned(count * wide), aligned(count * wide), aligned(count * hidden)
     scores = aligned(position + count + LANES)
     for b in range(count):
-        embed(embedding, tokens[b], hidden, x.ctypes.data + 4 * b * hidden)
+        embed(embedding, tokens[b], hidden, address_of(x) + 4 * b * hidden)
     for layer in range(sizes[LAYERS]):
-        rms_norm(x.ctypes.data, norms[2 * layer], eps, normed.ctypes.data, count, hidden)
+        rms_norm(address_of(x), norms[2 * layer], eps, address_of(normed), count, hidden)
         linear(linears[layer, QUERY], paths, normed, q, count, threads)
         linear(linears[layer, KEY], paths, normed, k, count, threads)
         linear(linears[layer, VALUE], paths, normed, v, count, threads)
@@ -293,28 +299,28 @@ def step(sizes, eps, linears, paths, norms, embedding, head, angles, keys, value
                 shared = head_at // (heads // kv_heads)
                 place = 4 * (b * heads + head_at) * size
                 attend(
-                    q.ctypes.data + place,
-                    keys[layer, shared].ctypes.data,
-                    values[layer, shared].ctypes.data,
+                    address_of(q) + place,
+                    address_of(keys[layer, shared]),
+                    address_of(values[layer, shared]),
                     at + 1,
                     size,
                     scores,
-                    mixed.ctypes.data + place,
+                    address_of(mixed) + place,
                 )
         linear(linears[layer, OUT], paths, mixed, delta, count, threads)
         for j in range(count * hidden):
             x[j] += delta[j]
-        rms_norm(x.ctypes.data, norms[2 * layer + 1], eps, normed.ctypes.data, count, hidden)
+        rms_norm(address_of(x), norms[2 * layer + 1], eps, address_of(normed), count, hidden)
         linear(linears[layer, GATE], paths, normed, gate, count, threads)
         linear(linears[layer, UP], paths, normed, up, count, threads)
-        silu_product(gate.ctypes.data, up.ctypes.data, count * wide)
+        silu_product(address_of(gate), address_of(up), count * wide)
         linear(linears[layer, DOWN], paths, gate, delta, count, threads)
         for j in range(count * hidden):
             x[j] += delta[j]
-    last = x.ctypes.data + 4 * (count - 1) * hidden
-    rms_norm(last, norms[2 * sizes[LAYERS]], eps, normed.ctypes.data, 1, hidden)
+    last = address_of(x) + 4 * (count - 1) * hidden
+    rms_norm(last, norms[2 * sizes[LAYERS]], eps, address_of(normed), 1, hidden)
     if threads > 1:
-        head_rows_parallel(head, normed.ctypes.data, hidden, logits, sizes[VOCABULARY], threads)
+        head_rows_parallel(head, address_of(normed), hidden, logits, sizes[VOCABULARY], threads)
     else:
-        head_rows(head, normed.ctypes.data, hidden, logits, 0, sizes[VOCABULARY])
+        head_rows(head, address_of(normed), hidden, logits, 0, sizes[VOCABULARY])
     x[0] = normed[0] = 0  # a use after the last address: until here the arrays must not be freed

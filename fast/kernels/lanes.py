@@ -477,6 +477,19 @@ def prefetch(typingctx, address):
 
 
 @intrinsic
+def address_of(typingctx, array):
+    """The address of an array's first entry, as int64.
+
+    That of array.ctypes.data is unsigned, and Numba adds an unsigned number and a signed one in float64.
+    """
+
+    def codegen(context, builder, signature, args):
+        return builder.ptrtoint(context.make_array(signature.args[0])(context, builder, args[0]).data, ir.IntType(64))
+
+    return types.int64(array), codegen
+
+
+@intrinsic
 def pointer(typingctx, address):
     """An address (int64) as a pointer, for numba.carray."""
 
@@ -566,13 +579,13 @@ def load_int8_at(typingctx, address):
 
 @intrinsic
 def load_int4_at(typingctx, address):
-    """Sixteen bytes at an address as 32 numbers of -8 to 7 in float32: first the low nibbles less 8, then the high."""
+    """Sixteen bytes at an address as 32 numbers of 0 to 15 in float32: first the low nibbles, then the high."""
 
     def codegen(context, builder, signature, args):
         codes = builder.zext(bytes_from(builder, args[0], ir.IntType(8)), WORDS)
-        fifteen, four, eight = (ir.Constant(WORDS, [value] * LANES) for value in (15, 4, 8))
+        fifteen, four = (ir.Constant(WORDS, [value] * LANES) for value in (15, 4))
         halves = builder.and_(codes, fifteen), builder.lshr(codes, four)
-        numbers = [builder.sitofp(builder.sub(half, eight), FLOATS) for half in halves]
+        numbers = [builder.sitofp(half, FLOATS) for half in halves]
         return context.make_tuple(builder, signature.return_type, numbers)
 
     return types.UniTuple(floats, 2)(types.int64), codegen
