@@ -1,7 +1,10 @@
 """LittleBit in torch and Numba: the same functions as `littlebit.reference`, made to be used.
 
-Importing this package needs neither a GPU nor transformers.
+Importing this package needs neither a GPU nor transformers, and does not import transformers; where that is
+installed, it learns of LittleBit (see quantizer.py).
 """
+
+from typing import TYPE_CHECKING, Any
 
 if __name__ != "littlebit.fast":
     raise ImportError(
@@ -46,6 +49,7 @@ from .packing import (
     unpack_factors as unpack_factors,
     unpack_signs as unpack_signs,
 )
+from .plugin import announce
 from .residual import compensate as compensate, compensate_weighted as compensate_weighted
 from .resume import Keeper as Keeper
 from .signs import (
@@ -77,3 +81,17 @@ from .trainer import (
     train_ as train_,
 )
 from .zero_shot import BlimpResult as BlimpResult, blimp as blimp
+
+if TYPE_CHECKING:
+    from .quantizer import LittleBitConfig as LittleBitConfig
+
+announce()
+
+
+def __getattr__(name: str) -> Any:
+    """LittleBitConfig, which needs transformers and is imported when it is first asked for."""
+    if name != "LittleBitConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .quantizer import LittleBitConfig
+
+    return LittleBitConfig

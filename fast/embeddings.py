@@ -73,11 +73,19 @@ class QuantizedEmbedding(nn.Module):
 
 
 class QuantizedHead(nn.Module):
-    """A linear layer without bias whose weight's rows are a Table's."""
+    """A linear layer without bias whose weight's rows are a Table's.
 
-    def __init__(self, table: Table):
+    A tied table belongs to the embedding: the head then only refers to it, and a state dict holds it once.
+    """
+
+    table: Table
+
+    def __init__(self, table: Table, tied: bool = False):
         super().__init__()
-        self.table = table
+        if tied:
+            self.__dict__["table"] = table
+        else:
+            self.table = table
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) to (..., rows)."""
@@ -160,4 +168,5 @@ def quantize_embeddings_(model: Any, bits: int) -> None:
 def replace_embeddings(model: Any, table: Table, head: Table, dtype: torch.dtype) -> None:
     """Put tables where a model has its embedding and its head."""
     model.set_input_embeddings(QuantizedEmbedding(table, dtype))
-    model.set_output_embeddings(QuantizedHead(head))
+    model.set_output_embeddings(QuantizedHead(head, tied=head is table))
+    model._tied_weights_keys = model.all_tied_weights_keys = {}  # else transformers looks for weights to tie

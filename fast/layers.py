@@ -1,6 +1,6 @@
 """Layers: LittleBitLinear, which trains, and PackedLinear, which is stored and run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,22 @@ from torch.nn import functional
 
 from .factors import Factors
 from .linear import linear, packed_linear
-from .packing import PackedFactors, pack_factors, row_words
+from .packing import PackedFactors, pack_factors, row_words, to_half
 from .signs import named_rule
 
 
 class Path(nn.Module):
     """The tensors of one low-rank path: parameters of a LittleBitLinear, buffers of a PackedLinear."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Path":
+        """Move buffers but never cast them: packed scales are float16, whatever `.to(dtype)` makes of the model."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
 
 class LittleBitLinear(nn.Module):
@@ -68,14 +78,14 @@ class LittleBitLinear(nn.Module):
         return linear(x, self.factors(), self.bias, self.rule)
 
     def pack(self) -> "PackedLinear":
-        """The layer as it is stored: signs as bits, scales as float16.
+        """The layer as it is stored: signs as bits, scales and bias as float16.
 
         Raises
         ------
         ValueError
-            If a latent is NaN or a scale does not fit float16.
+            If a latent is NaN, or a scale or the bias does not fit float16.
         """
-        bias = None if self.bias is None else self.bias.detach()
+        bias = None if self.bias is None else to_half("bias", self.bias.detach())
         return PackedLinear([pack_factors(path) for path in self.factors()], bias)
 
     def extra_repr(self) -> str:
@@ -115,7 +125,9 @@ class PackedLinear(nn.Module):
             shapes = packed_shapes(d_out, d_in, rank)
             return PackedFactors(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes.values()))
 
-        return cls([path(rank) for rank in ranks], torch.empty(d_out, device=device) if bias else None)
+        return cls(
+            [path(rank) for rank in ranks], torch.empty(d_out, dtype=torch.float16, device=device) if bias else None
+        )
 
     @property
     def ranks(self) -> tuple[int, ...]:

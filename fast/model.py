@@ -143,6 +143,10 @@ def quantize_(
                 bits = layer_bits(*shapes[name], ranks[name]) / layers[name].weight.numel()
                 results[name] = LayerResult(*shapes[name], ranks[name], bits, errors[at])
             bar.update(len(names))
+    if hasattr(model, "save_pretrained"):  # a transformers model, which should know how it is to be saved
+        from .quantizer import attach
+
+        attach(model, {"bits": config.bits})
     return {name: results[name] for name in layers}
 
 
