@@ -185,6 +185,13 @@ def add_quantisation(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--calibration-tokens", type=int, default=8192, help="tokens of it to use")
     sub.add_argument("--include", nargs="+", default=list(Config.include), help="patterns of layer names")
     sub.add_argument("--exclude", nargs="+", default=list(Config.exclude), help="patterns of layer names")
+    sub.add_argument("--split-fused", action="store_true", help="quantise the parts of fused projections one by one")
+    sub.add_argument(
+        "--kv-rank-factor",
+        type=float,
+        default=1.0,
+        help="rank of k_proj and v_proj in models with grouped queries, times",
+    )
     sub.add_argument("--seed", type=int, default=Config.seed)
 
 
@@ -247,6 +254,8 @@ def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Config,
         importance=arguments.importance,
         include=tuple(arguments.include),
         exclude=tuple(arguments.exclude),
+        split_fused=arguments.split_fused,
+        kv_rank_factor=arguments.kv_rank_factor,
         seed=arguments.seed,
     )
     tokens = None

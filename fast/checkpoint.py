@@ -13,7 +13,11 @@ there as the model has it, in 16 bits. The section may also hold
 
     "embeddings": {"bits": 8, "group": 64, "tied": true}
 
-and then the embedding and the head are tables of integers with scales (see embeddings.py), one if they are tied.
+and then the embedding and the head are tables of integers with scales (see embeddings.py), one if they are tied; and
+
+    "fused": {"model.layers.0.self_attn.qkv_proj": [["q_proj", 576], ["k_proj", 192], ["v_proj", 192]], ...}
+
+names the parts of layers that were split, with the rows of each; the parts are layers of their own, packed or dense.
 """
 
 import contextlib
@@ -33,8 +37,8 @@ from torch import Tensor, nn
 
 from .embeddings import QuantizedEmbedding, Table, replace_embeddings
 from .fetch import fetch, shipped_names
-from .layers import PackedLinear, packed_shapes
-from .model import LayerResult, pack_, packed_layers, replace_module
+from .layers import Joined, PackedLinear, packed_shapes
+from .model import LayerResult, is_linear, linear_shape, pack_, packed_layers, replace_module, split
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -145,7 +149,18 @@ def section(model: nn.Module, bits: float | None = None) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "bits": bits,
         "layers": {name: describe(layer) for name, layer in packed_layers(model).items()},
-    } | embedding_section(model)
+    } | (embedding_section(model) | fused_section(model))
+
+
+def fused_section(model: nn.Module) -> dict[str, Any]:
+    """What config.json says about split layers: the rows of each part, nothing if no layer was split."""
+
+    def rows(part: Any) -> int:
+        return part.d_out if isinstance(part, PackedLinear) else linear_shape(part)[0]
+
+    joined = {name: module for name, module in model.named_modules() if isinstance(module, Joined)}
+    parts = {name: [[key, rows(part)] for key, part in module.named_children()] for name, module in joined.items()}
+    return {"fused": parts} if parts else {}
 
 
 def describe(layer: PackedLinear) -> dict[str, Any]:
@@ -316,7 +331,7 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
         raise
     except Exception as error:  # model classes raise anything at all on a configuration that makes no sense
         raise CheckpointError(f"{path / 'config.json'} does not describe a model: {error}") from error
-    put_layers(model, layers)
+    put_layers(model, layers, config["quantization_config"].get("fused"), path / "config.json")
     put_embeddings(model, config["quantization_config"].get("embeddings"), dtype, path / "config.json")
     fill(model, tensors, path)
     model.name_or_path = str(path)  # type: ignore[assignment]
@@ -435,8 +450,17 @@ def packed_tensors(layers: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str
                 yield layer, f"{layer}.paths.{order}.{kind}", shape, dtype
 
 
-def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, where: Path | str) -> None:
     """Give a model without memory the packed layers that a section describes, in the places of its linear ones."""
+    for name, parts in (fused or {}).items():
+        try:
+            layer, sizes = model.get_submodule(name), {key: int(rows) for key, rows in parts}
+            fits = is_linear(layer) and sum(sizes.values()) == linear_shape(layer)[0]
+        except (AttributeError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise CheckpointError(f"{where}: 'fused' splits {name} into {parts!r}, which does not fit the model")
+        replace_module(model, name, split(layer, sizes))
     for name, entry in layers.items():
         check_module(model, name, entry)
         replace_module(model, name, PackedLinear.empty(**entry))
@@ -449,7 +473,7 @@ def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
     except AttributeError as error:
         raise CheckpointError(f"layer {name} is in the quantization_config, but the model has no such layer") from error
     given = entry["d_out"], entry["d_in"]
-    if not isinstance(module, nn.Linear) or (module.out_features, module.in_features) != given:
+    if not is_linear(module) or linear_shape(module) != given:
         raise CheckpointError(f"layer {name}: config.json packs {given}, but the model has {module}")
 
 

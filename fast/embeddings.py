@@ -139,8 +139,14 @@ def quantize_table(weight: Tensor, bits: int) -> Table:
 
 def check_embeddings(model: Any, bits: int) -> None:
     """Raise ValueError unless a model's embedding and head can be kept in so many bits."""
-    if bits != 16:
-        quantize_table(model.get_input_embeddings().weight[:1], bits)
+    if bits == 16:
+        return
+    embedding = model.get_input_embeddings()
+    if type(embedding) is not nn.Embedding:
+        raise ValueError(
+            f"this model's {type(embedding).__name__} does more than look rows up, and must be kept in 16 bits"
+        )
+    quantize_table(embedding.weight[:1], bits)
 
 
 def quantize_embeddings_(model: Any, bits: int) -> None:
@@ -157,6 +163,7 @@ def quantize_embeddings_(model: Any, bits: int) -> None:
     ValueError
         If the bits are none of these, or a size is no multiple of 32.
     """
+    check_embeddings(model, bits)
     if bits == 16:
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -1,12 +1,13 @@
 """Layers: LittleBitLinear, which trains, and PackedLinear, which is stored and run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .factors import Factors
+from .kernels import unpacked
 from .linear import linear, packed_linear
 from .packing import PackedFactors, pack_factors, row_words, to_half
 from .signs import named_rule
@@ -134,6 +135,12 @@ class PackedLinear(nn.Module):
         """Rank of each path."""
         return tuple(path.rank for path in self.factors())
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense (d_out, d_in) float32 weight that the layer stands for, made anew each time."""
+        a, b = unpacked(self.factors())
+        return b @ a
+
     def factors(self) -> list[PackedFactors]:
         """The paths' packed tensors."""
         return [PackedFactors(*(getattr(path, name) for name in PackedFactors._fields)) for path in self.paths]
@@ -145,6 +152,24 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f"d_in={self.d_in}, d_out={self.d_out}, ranks={self.ranks}, bias={self.bias is not None}"
+
+
+class Joined(nn.Module):
+    """The outputs of several layers side by side, in the place of the one layer that they were split from.
+
+    Parameters
+    ----------
+    parts : mapping of name to module
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module]):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., sum of the parts' d_out)."""
+        return torch.cat([part(x) for part in self.children()], dim=-1)
 
 
 def packed_shapes(d_out: int, d_in: int, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -28,8 +28,8 @@ from .model import Config, pack_, quantize_
 
 METHOD = "littlebit"
 SECTION = "quantization_config"
-TO_DO = ("quant_method", "bits", "paths", "init", "include", "exclude", "seed")
-PACKED = ("quant_method", "bits", "format_version", "layers", "embeddings")
+TO_DO = ("quant_method", "bits", "paths", "init", "include", "exclude", "split_fused", "kv_rank_factor", "seed")
+PACKED = ("quant_method", "bits", "format_version", "layers", "embeddings", "fused")
 
 
 class LittleBitConfig(QuantizationConfigMixin):
@@ -37,9 +37,9 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     Parameters
     ----------
-    bits, paths, init, include, exclude, seed
+    bits, paths, init, include, exclude, split_fused, kv_rank_factor, seed
         See `Config`: what `from_pretrained` of an ordinary model is to do.
-    layers, format_version, embeddings
+    layers, format_version, embeddings, fused
         See checkpoint.py: what a packed checkpoint holds. They are written, not chosen.
 
     Raises
@@ -55,26 +55,32 @@ class LittleBitConfig(QuantizationConfigMixin):
         init: str = Config.init,
         include: tuple[str, ...] = Config.include,
         exclude: tuple[str, ...] = Config.exclude,
+        split_fused: bool = Config.split_fused,
+        kv_rank_factor: float = Config.kv_rank_factor,
         seed: int = Config.seed,
         layers: dict[str, Any] | None = None,
         format_version: int | None = None,
         embeddings: dict[str, Any] | None = None,
+        fused: dict[str, Any] | None = None,
         quant_method: str = METHOD,
     ):
         self.quant_method: Any = quant_method
         self.bits, self.paths, self.init, self.seed = bits, paths, init, seed
         self.include, self.exclude = tuple(include), tuple(exclude)
-        self.layers, self.format_version, self.embeddings = layers, format_version, embeddings
+        self.split_fused, self.kv_rank_factor = split_fused, kv_rank_factor
+        self.layers, self.format_version = layers, format_version
+        self.embeddings, self.fused = embeddings, fused
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of config.json: what is packed, or else what is to be done."""
         values = {name: getattr(self, name) for name in (PACKED if self.layers else TO_DO)}
-        return {name: value for name, value in values.items() if name != "embeddings" or value is not None}
+        return {name: value for name, value in values.items() if value is not None or name in ("bits", "paths")}
 
     def config(self) -> Config:
         """What `quantize_` is asked for."""
         bits = Config.bits if self.bits is None else self.bits
-        return Config(bits, self.paths, self.init, include=self.include, exclude=self.exclude, seed=self.seed)
+        rest = {name: getattr(self, name) for name in TO_DO[2:]}
+        return Config(bits=bits, **rest)
 
 
 class LittleBitQuantizer(HfQuantizer):
@@ -102,7 +108,7 @@ class LittleBitQuantizer(HfQuantizer):
                 f"a LittleBit model is loaded from its safetensors files, not from {checkpoint_files}"
             )
         check_layers(layers, read_headers(files))
-        put_layers(model, layers)
+        put_layers(model, layers, self.quantization_config.fused, SECTION)
         put_embeddings(model, self.quantization_config.embeddings, dtype or torch.get_default_dtype(), SECTION)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -224,11 +224,8 @@ def test_packed_scales_keep_their_dtype_when_the_model_is_cast(checkpoint):
             for left, right in zip(mine, theirs, strict=True):
                 assert_same(left, right)
     moved = packed_layers(model.to("meta", torch.bfloat16))[LAYER]
-    assert {(tensor.device.type, tensor.dtype) for tensor in moved.buffers()} == {
-        ("meta", torch.float16),
-        ("meta", torch.int32),
-        ("meta", torch.bfloat16),
-    } - ({("meta", torch.bfloat16)} if moved.bias is None else set())
+    assert {tensor.device.type for tensor in moved.buffers()} == {"meta"}
+    assert {tensor.dtype for tensor in moved.buffers() if tensor.is_floating_point()} == {torch.float16}
     trained = LittleBitLinear([lb.dual_svid(torch.eye(4), 2)]).double()
     assert all(p.dtype == torch.float64 for p in trained.parameters())
 
