@@ -42,6 +42,7 @@ from .hf import load_model as load_model, load_tokenizer as load_tokenizer
 from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
 from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
 from .model import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
+from .official import save_official as save_official
 from .packing import (
     PackedFactors as PackedFactors,
     pack_factors as pack_factors,

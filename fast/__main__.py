@@ -25,6 +25,7 @@ from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
 from .hf import load_model, load_tokenizer, resolve, text_tokens
 from .model import ALLOCATIONS, INITS, Config, LayerResult, quantize_
+from .official import is_official, save_official
 from .resume import Keeper, digest
 from .signs import RULES
 from .student import TRAINABLE
@@ -146,6 +147,12 @@ def parser() -> argparse.ArgumentParser:
     sub = command("info", run_info, "Say what a packed checkpoint really stores.")
     sub.add_argument("model", help="a packed checkpoint")
     sub.add_argument("--json", action="store_true")
+
+    sub = command("export", run_export, "Write a packed checkpoint in the format of another program.")
+    sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
+    sub.add_argument("out", type=Path, help="what to write")
+    sub.add_argument("--to", choices=list(EXPORTS), required=True, help="official: the authors' format")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
 
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
     sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
@@ -354,7 +361,8 @@ def summary(stored: dict[str, Any]) -> str:
 def load_any(source: str, device: str) -> torch.nn.Module:
     """A packed checkpoint or a dense model."""
     folder = resolve(source)
-    return load(folder, device) if is_checkpoint(Path(folder)) else load_model(folder, device)
+    packed = is_checkpoint(Path(folder)) or is_official(Path(folder))
+    return load(folder, device) if packed else load_model(folder, device)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -434,6 +442,22 @@ def run_info(arguments: argparse.Namespace) -> None:
             f"{name:<12}{kind['layers']:>7}{kind['weights']:>14,}{kind['linear_bytes']:>12,}"
             f"{kind['bits_per_weight']:>8.3f}"
         )
+
+
+def export_official(arguments: argparse.Namespace) -> str:
+    """Write the authors' format."""
+    model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
+    bits = info(resolve(arguments.model))["target_bits"]
+    save_official(model, arguments.out, tokenizer, bits, arguments.overwrite)
+    return f"{arguments.out}: {summary(info(arguments.out))}"
+
+
+EXPORTS: dict[str, Callable[[argparse.Namespace], str]] = {"official": export_official}
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """Run `littlebit export`."""
+    print(EXPORTS[arguments.to](arguments))
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

@@ -302,7 +302,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     Parameters
     ----------
     path : str or Path
-        Directory that `save` wrote, or the name of a shipped checkpoint ("smollm2-0.55bit").
+        Directory that `save` wrote, the name of a shipped checkpoint ("smollm2-0.55bit"), or a checkpoint of the
+        authors' repository (see official.py).
     device : str
     dtype : torch.dtype
         Of the tensors that are not packed (embeddings, norms, head).
@@ -319,11 +320,16 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     path = Path(path)
     if str(path) in shipped_names() and not path.exists():
         path = fetch(str(path))
-    config, layers = read_config(path)
-    tensors = read_tensors(path)
-    check_layers(layers, tensors)
     from .hf import empty_model
+    from .official import is_official, read_official
     from .quantizer import attach
+
+    if is_official(path):
+        config, layers, tensors = read_official(path)
+    else:
+        config, layers = read_config(path)
+        tensors = read_tensors(path)
+    check_layers(layers, tensors)
 
     try:
         model = empty_model(config)
@@ -506,29 +512,36 @@ def info(path: str | Path) -> dict[str, Any]:
     Parameters
     ----------
     path : str or Path
-        Directory that `save` wrote.
+        Directory that `save` wrote, or a checkpoint of the authors' repository.
 
     Returns
     -------
     dict with `bits_per_weight` (stored bits of the packed layers over their weights), `target_bits`, `weights`,
     `linear_bytes` (packed layers, biases excepted), `file_bytes` (all of the safetensors files), `embedding_bits`
-    (16, 8 or 4), `other_bytes` (everything but packed layers), `file_bits_per_parameter` (whole file), `layers` and, by
-    kind of layer, `kinds`.
+    (16, 8 or 4), `other_bytes` (everything but packed layers), `file_bits_per_parameter` (whole file), `layers`, by
+    kind of layer `kinds`, and `format` ("official" for the authors').
 
     Raises
     ------
     CheckpointError
         If the directory is not a complete, consistent checkpoint.
     """
+    from .official import is_official, official_header
+
     path = Path(path)
-    config, layers = read_config(path)
     files = weight_files(path)
-    headers = read_headers(files)
-    check_layers(layers, headers)
+    if is_official(path):
+        headers = read_headers(files)
+        config, layers, owners = official_header(path, headers)
+    else:
+        config, layers = read_config(path)
+        headers = read_headers(files)
+        check_layers(layers, headers)
+        owners = {name: layer for layer, name, _, _ in packed_tensors(layers)}
     sizes = {name: header.nbytes for name, header in headers.items()}
     file_bytes = sum(file.stat().st_size for file in files)
     kinds: dict[str, dict[str, Any]] = {}
-    for layer, name, _, _ in packed_tensors(layers):
+    for name, layer in owners.items():
         kind = kinds.setdefault(layer.split(".")[-1], {"layers": 0, "weights": 0, "linear_bytes": 0})
         kind["linear_bytes"] += sizes[name]
     for layer, entry in layers.items():
@@ -547,19 +560,19 @@ def info(path: str | Path) -> dict[str, Any]:
         "file_bytes": file_bytes,
         "embedding_bits": (config["quantization_config"].get("embeddings") or {"bits": 16})["bits"],
         "other_bytes": sum(sizes.values()) - linear_bytes,
-        "file_bits_per_parameter": 8 * file_bytes / (weights + other_parameters(headers)),
+        "file_bits_per_parameter": 8 * file_bytes / (weights + other_parameters(headers, owners)),
         "layers": len(layers),
         "kinds": kinds,
         "model_type": config.get("model_type"),
-        "format_version": FORMAT_VERSION,
+        "format": "official" if is_official(path) else f"littlebit {FORMAT_VERSION}",
     }
 
 
-def other_parameters(headers: Mapping[str, Header]) -> int:
+def other_parameters(headers: Mapping[str, Header], owners: Mapping[str, str]) -> int:
     """How many parameters the tensors outside the packed layers stand for."""
     bits = {torch.int8: 8, torch.uint8: 4}  # codes of an embedding
     return sum(
         8 * torch.Size(header.shape).numel() // bits.get(header.dtype, 8)
         for name, header in headers.items()
-        if ".paths." not in name and not name.endswith("table.scale")
+        if name not in owners and not name.endswith("table.scale")
     )

@@ -31,6 +31,7 @@ class Mutant(NamedTuple):
 
 
 TESTS = {
+    "hf": "test_official.py test_model.py",
     "signs": "test_signs.py test_factorise.py test_packing.py",
     "svd": "test_svd.py test_factorise.py",
     "factors": "test_linear.py test_factorise.py",
@@ -47,6 +48,7 @@ TESTS = {
     "model": "test_families.py test_model.py",
     "checkpoint": "test_model.py test_quantizer.py test_families.py",
     "quantizer": "test_quantizer.py",
+    "official": "test_official.py",
     "plugin": "test_quantizer.py",
     "evaluate": "test_model.py test_zero_shot.py",
     "zero_shot": "test_zero_shot.py",
@@ -335,6 +337,23 @@ MUTANTS = [
         "if keeper.states():",
         "damaged states choose the initialisation",
     ),
+    Mutant("fast/official.py", "words[:, -1] &= (1 << count % 32) - 1", "pass", "pad bits are kept"),
+    Mutant("fast/official.py", "ell = u2.float() * v1.float()", "ell = v1.float()", "u2 is forgotten"),
+    Mutant(
+        "fast/official.py",
+        'in_order(scales["v2"], scales["v1"], d_in)',
+        '(scales["v2"], scales["v1"])',
+        "scales are taken by name alone",
+    ),
+    Mutant(
+        "fast/official.py",
+        "words if words.itemsize == 4 else low",
+        "words.to(torch.int32)",
+        "sign bits of narrow words are spread",
+    ),
+    Mutant("fast/official.py", 'SUFFIXES = ("", "_R")', 'SUFFIXES = ("",)', "the residual path is dropped"),
+    Mutant("fast/official.py", 'not key.endswith(".bias")]', "True]", "biases count as packed"),
+    Mutant("fast/hf.py", " or is_official(Path(folder))", "", "the authors' format is taken for a dense model"),
     Mutant("reference/bits.py", "bits_budget(level * share,", "bits_budget(level,", "shares are ignored"),
     Mutant("reference/bits.py", "(d_out * d_in * shares[name])", "(d_out * d_in)", "the rest is spent without shares"),
     Mutant(
