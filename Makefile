@@ -32,7 +32,7 @@ demo: $(VENV)/.ok  ## Quantise SmolLM2-135M to 0.55 bits, reload it, measure it,
 test: $(VENV)/.ok  ## Run the tests
 	$(PY) -m pytest
 
-TRANSFORMERS_TESTS := tests/test_quantizer.py tests/test_families.py
+TRANSFORMERS_TESTS := tests/test_quantizer.py tests/test_families.py tests/test_lora.py
 # The oldest transformers that pyproject.toml allows, in a folder that Python looks into before the environment
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 

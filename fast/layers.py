@@ -136,6 +136,16 @@ class PackedLinear(nn.Module):
         return tuple(path.rank for path in self.factors())
 
     @property
+    def in_features(self) -> int:
+        """d_in, under the name that it has in torch.nn.Linear."""
+        return self.d_in
+
+    @property
+    def out_features(self) -> int:
+        """d_out, under the name that it has in torch.nn.Linear."""
+        return self.d_out
+
+    @property
     def weight(self) -> Tensor:
         """The dense (d_out, d_in) float32 weight that the layer stands for, made anew each time."""
         a, b = unpacked(self.factors())

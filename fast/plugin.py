@@ -1,54 +1,76 @@
-"""Tells transformers about LittleBit as soon as transformers is imported, and never imports it."""
+"""Tells transformers and PEFT about LittleBit as soon as they are imported, and never imports them."""
 
 import importlib.util
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-
-REGISTRY = "transformers.quantizers.auto"  # the module that keeps transformers' lists of quantisers
 
 log = logging.getLogger(__name__)
 
 
 def announce() -> None:
-    """Register LittleBit with transformers: now if that is imported already, else at the moment when it is."""
-    if REGISTRY in sys.modules:
-        register(sys.modules[REGISTRY])
-    else:
-        sys.meta_path.insert(0, Waiting())
+    """Register LittleBit with the libraries: now if they are imported already, else at the moment when they are."""
+    for name, register in REGISTERS.items():
+        if name in sys.modules:
+            register()
+        else:
+            sys.meta_path.insert(0, Waiting(name, register))
+
+
+def register_quantizer() -> None:
+    """Put the configuration and the quantiser into transformers' lists."""
+    from transformers.quantizers import auto
+
+    from .quantizer import METHOD, LittleBitConfig, LittleBitQuantizer
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LittleBitConfig
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = LittleBitQuantizer
+
+
+def register_lora() -> None:
+    """Let PEFT's LoRA know packed layers."""
+    from .lora import register
+
+    register()
+
+
+# The modules in which the libraries keep what is to be extended
+REGISTERS = {"transformers.quantizers.auto": register_quantizer, "peft.tuners.lora.model": register_lora}
 
 
 class Waiting(MetaPathFinder):
-    """Leaves finding modules to others; the registry's module registers LittleBit once it has run."""
+    """Leaves finding modules to others; once the module of this name has run, something else is done too."""
+
+    def __init__(self, name: str, then: Callable[[], None]):
+        self.name, self.then = name, then
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of the registry as others find it, with one more step at its end; None for all other modules."""
-        if name != REGISTRY:
+        """The spec of the module as others find it, with one more step at its end; None for all other modules."""
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def run_and_register(module: ModuleType) -> None:
+            def run_and_tell(module: ModuleType) -> None:
                 run(module)
-                register(module)
+                self.tell()
 
-            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = run_and_tell  # type: ignore[method-assign]
         return spec
 
-
-def register(registry: ModuleType) -> None:
-    """Put the configuration and the quantiser into transformers' lists, or warn that this transformers is too old."""
-    try:
-        from .quantizer import METHOD, LittleBitConfig, LittleBitQuantizer
-    except ImportError as error:
-        log.warning("littlebit needs transformers 5 or later to plug into it: pip install -U transformers (%s)", error)
-        return
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LittleBitConfig
-    registry.AUTO_QUANTIZER_MAPPING[METHOD] = LittleBitQuantizer
+    def tell(self) -> None:
+        """Do it; a library whose version is too old must still be usable without LittleBit."""
+        try:
+            self.then()
+        except (ImportError, AttributeError) as error:
+            package = self.name.split(".")[0]
+            log.warning(
+                "littlebit cannot plug into this version of %s (%s): pip install -U %s", package, error, package
+            )

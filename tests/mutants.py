@@ -48,8 +48,9 @@ TESTS = {
     "model": "test_families.py test_model.py",
     "checkpoint": "test_model.py test_quantizer.py test_families.py",
     "quantizer": "test_quantizer.py",
+    "lora": "test_lora.py",
     "official": "test_official.py",
-    "plugin": "test_quantizer.py",
+    "plugin": "test_quantizer.py test_lora.py",
     "evaluate": "test_model.py test_zero_shot.py",
     "zero_shot": "test_zero_shot.py",
     "calibrate": "test_calibrate.py",
@@ -337,6 +338,16 @@ MUTANTS = [
         "if keeper.states():",
         "damaged states choose the initialisation",
     ),
+    Mutant(
+        "fast/plugin.py",
+        "except (ImportError, AttributeError)",
+        "except ZeroDivisionError",
+        "old libraries can no longer be imported",
+    ),
+    Mutant(
+        "fast/lora.py", "if isinstance(base, PackedLinear) else None", "if False else None", "adapters do not attach"
+    ),
+    Mutant("fast/lora.py", "def merge(", "def no_merge(", "adapters merge into a copy that is lost"),
     Mutant("fast/official.py", "words[:, -1] &= (1 << count % 32) - 1", "pass", "pad bits are kept"),
     Mutant("fast/official.py", "ell = u2.float() * v1.float()", "ell = v1.float()", "u2 is forgotten"),
     Mutant(
@@ -427,7 +438,7 @@ MUTANTS = [
         "put_embeddings(model, None",
         "no quantised embeddings in transformers",
     ),
-    Mutant("fast/plugin.py", "if REGISTRY in sys.modules:", "if False:", "transformers that came first does not learn"),
+    Mutant("fast/plugin.py", "if name in sys.modules:", "if False:", "transformers that came first does not learn"),
     Mutant(
         "fast/plugin.py",
         "                register(module)",
