@@ -1,6 +1,8 @@
 """Layers: LittleBitLinear, which trains, and PackedLinear, which is stored and run."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,36 @@ class Path(nn.Module):
         return self
 
 
-class LittleBitLinear(nn.Module):
+class NotPickled(nn.Module):
+    """A module that is copied, and saved as tensors, but not pickled: a pickle runs code when it is loaded."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse.
+
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} is not pickled, because loading a pickle runs whatever code it holds: save the "
+            "model with littlebit.fast.save or save_pretrained, or its tensors with torch.save(model.state_dict())"
+        )
+
+    def __copy__(self) -> Any:
+        """What copy.copy makes of any module."""
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What copy.deepcopy makes of any module."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+
+class LittleBitLinear(NotPickled):
     """A linear layer y = W_hat x + b whose weight is the sum of its paths; latents and scales are float parameters.
 
     Parameters
@@ -94,7 +125,7 @@ class LittleBitLinear(nn.Module):
         return f"d_in={self.d_in}, d_out={self.d_out}, ranks={self.ranks}, bias={self.bias is not None}"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(NotPickled):
     """A linear layer that computes from packed signs; for inference.
 
     Parameters

@@ -44,7 +44,7 @@ TESTS = {
     "linear": "test_linear.py test_linear_vjp.py",
     "distill": "test_distill.py",
     "train": "test_train.py",
-    "layers": "test_model.py test_linear_vjp.py test_quantizer.py",
+    "layers": "test_torch.py test_model.py test_linear_vjp.py test_quantizer.py",
     "model": "test_families.py test_model.py",
     "checkpoint": "test_model.py test_quantizer.py test_families.py",
     "quantizer": "test_quantizer.py",
@@ -348,6 +348,9 @@ MUTANTS = [
         "fast/lora.py", "if isinstance(base, PackedLinear) else None", "if False else None", "adapters do not attach"
     ),
     Mutant("fast/lora.py", "def merge(", "def no_merge(", "adapters merge into a copy that is lost"),
+    Mutant("fast/layers.py", "made = memo[id(self)] = type", "made = type", "shared layers are copied twice"),
+    Mutant("fast/layers.py", "copy.deepcopy(self.__dict__, memo)", "self.__dict__", "deep copies share their tensors"),
+    Mutant("fast/layers.py", "def __reduce_ex__(", "def no_reduce(", "layers are pickled"),
     Mutant("fast/official.py", "words[:, -1] &= (1 << count % 32) - 1", "pass", "pad bits are kept"),
     Mutant("fast/official.py", "ell = u2.float() * v1.float()", "ell = v1.float()", "u2 is forgotten"),
     Mutant(
