@@ -38,6 +38,7 @@ from .dual_svid import dual_svid as dual_svid, svid as svid
 from .evaluate import Perplexity as Perplexity, perplexity as perplexity
 from .factors import Factors as Factors
 from .fetch import fetch as fetch
+from .gguf import save_gguf as save_gguf
 from .hf import load_model as load_model, load_tokenizer as load_tokenizer
 from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
 from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear

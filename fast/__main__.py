@@ -23,6 +23,7 @@ from .decode import generate, stream
 from .embeddings import check_embeddings, quantize_embeddings_
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
+from .gguf import PRECISIONS, save_gguf
 from .hf import load_model, load_tokenizer, resolve, text_tokens
 from .model import ALLOCATIONS, INITS, Config, LayerResult, quantize_
 from .official import is_official, save_official
@@ -151,7 +152,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command("export", run_export, "Write a packed checkpoint in the format of another program.")
     sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
     sub.add_argument("out", type=Path, help="what to write")
-    sub.add_argument("--to", choices=list(EXPORTS), required=True, help="official: the authors' format")
+    sub.add_argument(
+        "--to", choices=list(EXPORTS), required=True, help="official: the authors' format; gguf: dense, for llama.cpp"
+    )
+    sub.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="gguf: how weights are stored")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
 
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
@@ -452,7 +456,14 @@ def export_official(arguments: argparse.Namespace) -> str:
     return f"{arguments.out}: {summary(info(arguments.out))}"
 
 
-EXPORTS: dict[str, Callable[[argparse.Namespace], str]] = {"official": export_official}
+def export_gguf(arguments: argparse.Namespace) -> str:
+    """Write the dense model that the packed one stands for."""
+    model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
+    path = save_gguf(model, arguments.out, tokenizer, arguments.precision, arguments.overwrite)
+    return f"{path}: {path.stat().st_size:,} bytes; dense weights in {arguments.precision}, not packed"
+
+
+EXPORTS: dict[str, Callable[[argparse.Namespace], str]] = {"official": export_official, "gguf": export_gguf}
 
 
 def run_export(arguments: argparse.Namespace) -> None:

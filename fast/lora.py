@@ -1,6 +1,10 @@
-"""LoRA adapters of PEFT on packed layers. `plugin.py` tells PEFT of them; nothing here has to be called."""
+"""LoRA adapters of PEFT on packed layers.
+
+Importing this module tells PEFT of them, and `plugin.py` imports it when that is time; nothing here has to be called.
+"""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft.tuners.lora.model as lora_model
@@ -39,13 +43,15 @@ def dispatch_packed(target: nn.Module, adapter_name: str, config: Any, **kwargs:
     return PackedLora(target, adapter_name, config=config, **kwargs) if isinstance(base, PackedLinear) else None
 
 
-def register() -> None:
-    """Let PEFT ask `dispatch_packed` before the last of the functions with which it chooses an adapter's class."""
-    choices: Any = lora_model
-    default = choices.dispatch_default
+def dispatch_packed_first(default: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that chooses an adapter's class as `default` does, but for packed layers."""
 
-    def packed_or_default(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
+    def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
         found = dispatch_packed(target, adapter_name, config, **kwargs)
         return default(target, adapter_name, config=config, **kwargs) if found is None else found
 
-    choices.dispatch_default = packed_or_default
+    return dispatch
+
+
+choices: Any = lora_model  # PEFT's LoRA asks the functions in here, this one last
+choices.dispatch_default = dispatch_packed_first(choices.dispatch_default)

@@ -21,20 +21,13 @@ def announce() -> None:
 
 
 def register_quantizer() -> None:
-    """Put the configuration and the quantiser into transformers' lists."""
-    from transformers.quantizers import auto
-
-    from .quantizer import METHOD, LittleBitConfig, LittleBitQuantizer
-
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LittleBitConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = LittleBitQuantizer
+    """Import the module that puts the quantiser into transformers' lists, if it is not what imports transformers."""
+    from . import quantizer as quantizer
 
 
 def register_lora() -> None:
-    """Let PEFT's LoRA know packed layers."""
-    from .lora import register
-
-    register()
+    """Import the module that tells PEFT's LoRA of packed layers, if it is not what imports PEFT."""
+    from . import lora as lora
 
 
 # The modules in which the libraries keep what is to be extended

@@ -1,8 +1,9 @@
 """LittleBit as a quantisation method of transformers, `quant_method: "littlebit"`.
 
-`plugin.py` registers it with transformers. `AutoModelForCausalLM.from_pretrained` then rebuilds packed checkpoints,
-whose packed layers never exist as dense ones, `save_pretrained` writes them back, and a LittleBitConfig passed to
-`from_pretrained` quantises an ordinary model after it is loaded.
+Importing this module registers it with transformers, and `plugin.py` imports it when that is time.
+`AutoModelForCausalLM.from_pretrained` then rebuilds packed checkpoints, whose packed layers never exist as dense ones,
+`save_pretrained` writes them back, and a LittleBitConfig passed to `from_pretrained` quantises an ordinary model after
+it is loaded.
 """
 
 from copy import copy
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -166,3 +168,7 @@ def attach(model: Any, described: dict[str, Any]) -> None:
     config = LittleBitConfig(**{name: value for name, value in described.items() if name in PACKED})
     model.hf_quantizer = LittleBitQuantizer(config)
     model.config.quantization_config = config
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LittleBitConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = LittleBitQuantizer  # type: ignore[assignment]

@@ -84,6 +84,19 @@ def test_transformers_imported_first_knows_littlebit_too():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
+@pytest.mark.parametrize("first", ["lb.load(path)", "lb.LittleBitConfig()"])
+def test_whatever_is_done_first_the_format_is_known(first, checkpoint):
+    code = (
+        f"import sys, littlebit.fast as lb; path = sys.argv[1]; {first}\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from littlebit.fast.model import packed_layers\n"
+        "assert len(packed_layers(AutoModelForCausalLM.from_pretrained(path))) == 14"
+    )
+    done = subprocess.run([sys.executable, "-c", code, checkpoint], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cannot plug" not in done.stderr
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_from_pretrained_casts_what_is_not_packed(checkpoint, dtype):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
