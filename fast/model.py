@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .admm import admm, importance
 from .alignment import itq, random_rotation
@@ -18,6 +17,7 @@ from .calibrate import Moments, calibrate, spectral_gains
 from .dual_svid import dual_svid
 from .factors import Factors
 from .layers import Joined, LittleBitLinear, PackedLinear
+from .progress import tqdm
 from .residual import compensate, compensate_weighted
 
 BATCH_ELEMENTS = 1 << 24  # weights factorised at once: bounds the memory that the decompositions take

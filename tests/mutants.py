@@ -50,6 +50,10 @@ TESTS = {
     "quantizer": "test_quantizer.py",
     "lora": "test_lora.py",
     "gguf": "test_gguf.py",
+    "estimate": "test_cli.py",
+    "report": "test_cli.py",
+    "progress": "test_cli.py",
+    "completion": "test_cli.py",
     "official": "test_official.py",
     "plugin": "test_quantizer.py test_lora.py",
     "evaluate": "test_model.py test_zero_shot.py",
@@ -65,7 +69,7 @@ TESTS = {
     "student": "test_student.py",
     "trainer": "test_resume.py test_trainer.py",
     "resume": "test_resume.py test_trainer.py",
-    "__main__": "test_resume.py test_command.py",
+    "__main__": "test_resume.py test_command.py test_cli.py",
 }
 
 MUTANTS = [
@@ -368,6 +372,23 @@ MUTANTS = [
         "scaled positions are written as plain ones",
     ),
     Mutant("fast/gguf.py", "Path(part).unlink(missing_ok=True)", "pass", "a part of a file stays behind"),
+    Mutant("fast/estimate.py", "    model.tie_weights()", "    pass", "a tied head is counted twice"),
+    Mutant(
+        "fast/estimate.py",
+        "stored // 8 + 2 * (parameters - weights)",
+        "stored // 8 + 2 * parameters",
+        "dense weights are counted as stored",
+    ),
+    Mutant("fast/report.py", "<title>{html.escape(name)}", "<title>{name}", "names are not escaped"),
+    Mutant(
+        "fast/report.py",
+        "between(min(ranks), max(ranks))",
+        "between(min(ranks), min(ranks))",
+        "the largest rank is not shown",
+    ),
+    Mutant("fast/progress.py", 'or "ipykernel" in sys.modules', "", "notebooks are logs"),
+    Mutant("fast/progress.py", "return library.tqdm.status_printer(file)", "pass", "terminals are logs"),
+    Mutant("fast/completion.py", '"$command $previous" in', '"$previous" in', "choices are not completed"),
     Mutant("fast/official.py", "words[:, -1] &= (1 << count % 32) - 1", "pass", "pad bits are kept"),
     Mutant("fast/official.py", "ell = u2.float() * v1.float()", "ell = v1.float()", "u2 is forgotten"),
     Mutant(
