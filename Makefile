@@ -6,10 +6,10 @@ PY := $(VENV)/bin/python
 # uv does not read pip's find-links, where a machine may keep a CPU build of torch.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test check format mutants bench wheel clean
+.PHONY: help setup demo test test-oldest check format mutants bench wheel clean
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.ok: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (about a minute)"
@@ -31,6 +31,20 @@ demo: $(VENV)/.ok  ## Quantise SmolLM2-135M to 0.55 bits, reload it, measure it,
 
 test: $(VENV)/.ok  ## Run the tests
 	$(PY) -m pytest
+
+TRANSFORMERS_TESTS := tests/test_quantizer.py tests/test_families.py tests/test_lora.py
+# The oldest transformers that pyproject.toml allows, in a folder that Python looks into before the environment
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+
+build/oldest/.ok: $(VENV)/.ok
+	rm -rf build/oldest
+	$(VENV)/bin/uv pip install -q -p $(VENV) --target build/oldest 'transformers==$(OLDEST).*' \
+	  || $(PY) -m pip install -q --disable-pip-version-check --target build/oldest 'transformers==$(OLDEST).*'
+	@touch $@
+
+test-oldest: build/oldest/.ok  ## Run the tests that touch transformers with the oldest version that is allowed
+	PYTHONPATH=build/oldest $(PY) -c 'import transformers as t; assert t.__version__.startswith("$(OLDEST)."), t'
+	PYTHONPATH=build/oldest $(PY) -m pytest $(TRANSFORMERS_TESTS)
 
 check: $(VENV)/.ok build/types  ## Lint, formatting and types
 	$(VENV)/bin/ruff check .

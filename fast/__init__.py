@@ -1,7 +1,10 @@
 """LittleBit in torch and Numba: the same functions as `littlebit.reference`, made to be used.
 
-Importing this package needs neither a GPU nor transformers.
+Importing this package needs neither a GPU nor transformers, and does not import transformers; where that is
+installed, it learns of LittleBit (see quantizer.py).
 """
+
+from typing import TYPE_CHECKING, Any
 
 if __name__ != "littlebit.fast":
     raise ImportError(
@@ -35,10 +38,12 @@ from .dual_svid import dual_svid as dual_svid, svid as svid
 from .evaluate import Perplexity as Perplexity, perplexity as perplexity
 from .factors import Factors as Factors
 from .fetch import fetch as fetch
+from .gguf import save_gguf as save_gguf
 from .hf import load_model as load_model, load_tokenizer as load_tokenizer
 from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
 from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
 from .model import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
+from .official import save_official as save_official
 from .packing import (
     PackedFactors as PackedFactors,
     pack_factors as pack_factors,
@@ -46,6 +51,7 @@ from .packing import (
     unpack_factors as unpack_factors,
     unpack_signs as unpack_signs,
 )
+from .plugin import announce
 from .residual import compensate as compensate, compensate_weighted as compensate_weighted
 from .resume import Keeper as Keeper
 from .signs import (
@@ -77,3 +83,17 @@ from .trainer import (
     train_ as train_,
 )
 from .zero_shot import BlimpResult as BlimpResult, blimp as blimp
+
+if TYPE_CHECKING:
+    from .quantizer import LittleBitConfig as LittleBitConfig
+
+announce()
+
+
+def __getattr__(name: str) -> Any:
+    """LittleBitConfig, which needs transformers and is imported when it is first asked for."""
+    if name != "LittleBitConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .quantizer import LittleBitConfig
+
+    return LittleBitConfig

@@ -20,12 +20,17 @@ from .agreement import agreement
 from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
 from .bench_decode import bench_decode
 from .checkpoint import check_target, info, is_checkpoint, load, save
+from .completion import SHELLS, completion
 from .decode import generate, stream
 from .embeddings import check_embeddings, quantize_embeddings_
+from .estimate import estimate
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
+from .gguf import PRECISIONS, save_gguf
 from .hf import load_model, load_tokenizer, resolve, text_tokens
-from .model import ALLOCATIONS, INITS, Config, LayerResult, quantize_
+from .model import ALLOCATIONS, INITS, Config, quantize_
+from .official import is_official, save_official
+from .report import html_report, kind_table, kinds_of
 from .resume import Keeper, digest
 from .signs import RULES
 from .student import TRAINABLE
@@ -33,6 +38,38 @@ from .trainer import TrainConfig, TrainingError, TrainingStopped, joined_process
 from .zero_shot import BlimpResult, blimp, harness, lm_eval
 
 USER_ERROR, STOPPED = 2, 143
+EXIT_CODES = """exit codes:
+  0    done
+  1    a mistake in littlebit itself, with a traceback; please report it
+  2    it could not be done; the message says why, and what to do
+  143  stopped by a signal after the state was saved; the same command goes on
+"""
+EXAMPLES = {
+    "fetch": ["fetch smollm2", "fetch smollm2-0.55bit"],
+    "quantize": [
+        "quantize smollm2 out --bits 0.55 --init admm --paths 1",
+        "quantize smollm2 out --bits 0.55 --dry-run",
+        "quantize MODEL out --bits 1 --exclude '*.down_proj' --report report.html",
+    ],
+    "train": [
+        "train tiny out --bits 1.5 --tokens 500000 --sequence 128 --batch 16",
+        "train smollm2 out --bits 0.55 --tokens 40000000 --data texts/*.txt",
+    ],
+    "eval": ["eval out --text some.txt", "eval smollm2-0.55bit --json", "eval out --blimp blimp.zip --blimp-items 20"],
+    "generate": [
+        "generate smollm2-0.55bit --prompt 'Once upon a time'",
+        "generate out --prompt Hi --chat --temperature 0.8",
+    ],
+    "info": ["info out", "info smollm2-0.55bit --json"],
+    "export": ["export out theirs --to official", "export out model.gguf --to gguf --precision q8_0"],
+    "demo": ["demo --out build/demo"],
+    "bench": ["bench linear --shape 4096x11008 --bits 0.1", "bench decode --model out --threads 2"],
+    "completion": ["completion bash > ~/.local/share/bash-completion/completions/littlebit"],
+}
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with defaults, and with examples as they are written."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,13 +111,17 @@ def quieten() -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    top = argparse.ArgumentParser(prog="littlebit", description="Sub-1-bit quantisation of language models.")
+    top = argparse.ArgumentParser(
+        prog="littlebit",
+        description="Sub-1-bit quantisation of language models.",
+        epilog=EXIT_CODES,
+        formatter_class=Formatter,
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        examples = "examples:\n" + "".join(f"  littlebit {example}\n" for example in EXAMPLES[name])
+        sub = commands.add_parser(name, help=text, description=text, epilog=examples, formatter_class=Formatter)
         sub.set_defaults(run=run)
         return sub
 
@@ -97,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
         "--embedding-bits", type=int, choices=[16, 8, 4], default=16, help="bits of an entry of embedding and head"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    sub.add_argument("--device", type=device, default="cpu", help="a torch device, such as cpu or cuda")
+    sub.add_argument("--report", type=Path, metavar="HTML", help="also write a page with the table and pictures")
+    add_answer(sub)
 
     sub = command(
         "train",
@@ -120,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--save-minutes", type=float, default=5.0, help="time between saved states")
     sub.add_argument("--log-steps", type=int, default=20, help="steps between entries of the log")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_answer(sub)
 
     sub = command("eval", run_eval, "Measure a model's perplexity on a text, or how it does on tasks, zero-shot.")
     sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help}")
@@ -145,8 +188,20 @@ def parser() -> argparse.ArgumentParser:
     add_compute(sub)
 
     sub = command("info", run_info, "Say what a packed checkpoint really stores.")
-    sub.add_argument("model", help="a packed checkpoint")
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    sub = command("export", run_export, "Write a packed checkpoint in the format of another program.")
+    sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
+    sub.add_argument("out", type=Path, help="what to write")
+    sub.add_argument(
+        "--to", choices=list(EXPORTS), required=True, help="official: the authors' format; gguf: dense, for llama.cpp"
+    )
+    sub.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="gguf: how weights are stored")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+
+    sub = command("completion", run_completion, "Print a script that completes the command in a shell.")
+    sub.add_argument("shell", choices=SHELLS)
 
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
     sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
@@ -175,6 +230,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def add_answer(sub: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that write a checkpoint."""
+    sub.add_argument("--dry-run", action="store_true", help="say what it will take, in bits, memory and time, and stop")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
 def add_quantisation(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that quantise a model."""
     sub.add_argument("--bits", type=float, default=Config.bits, help="ceiling in stored bits per weight")
@@ -191,6 +252,13 @@ def add_quantisation(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--calibration-tokens", type=int, default=8192, help="tokens of it to use")
     sub.add_argument("--include", nargs="+", default=list(Config.include), help="patterns of layer names")
     sub.add_argument("--exclude", nargs="+", default=list(Config.exclude), help="patterns of layer names")
+    sub.add_argument("--split-fused", action="store_true", help="quantise the parts of fused projections one by one")
+    sub.add_argument(
+        "--kv-rank-factor",
+        type=float,
+        default=1.0,
+        help="rank of k_proj and v_proj in models with grouped queries, times",
+    )
     sub.add_argument("--seed", type=int, default=Config.seed)
 
 
@@ -243,9 +311,9 @@ def run_fetch(arguments: argparse.Namespace) -> None:
     print(fetch(arguments.name))
 
 
-def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Config, torch.Tensor | None]:
-    """The Config that the arguments say, and the calibration tokens if it needs any."""
-    config = Config(
+def chosen(arguments: argparse.Namespace) -> Config:
+    """The Config that the arguments say."""
+    return Config(
         bits=arguments.bits,
         paths=None if arguments.paths == "auto" else int(arguments.paths),
         init=arguments.init,
@@ -253,9 +321,15 @@ def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Config,
         importance=arguments.importance,
         include=tuple(arguments.include),
         exclude=tuple(arguments.exclude),
+        split_fused=arguments.split_fused,
+        kv_rank_factor=arguments.kv_rank_factor,
         seed=arguments.seed,
     )
-    tokens = None
+
+
+def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Config, torch.Tensor | None]:
+    """The Config that the arguments say, and the calibration tokens if it needs any."""
+    config, tokens = chosen(arguments), None
     if config.needs_calibration():
         tokens = text_tokens(tokenizer, arguments.calibration)[: arguments.calibration_tokens]
     return config, tokens
@@ -264,25 +338,63 @@ def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Config,
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Run `littlebit quantize`."""
     check_target(arguments.out, arguments.overwrite)
+    if arguments.dry_run:
+        return dry_run(arguments)
     tokenizer = load_tokenizer(arguments.model)
     config, tokens = quantisation(arguments, tokenizer)
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, arguments.device)
     check_embeddings(model, arguments.embedding_bits)  # before hours of work
     results = quantize_(model, config, tokens)
     text = text_tokens(tokenizer, arguments.calibration)[: arguments.calibration_tokens]
     quantize_embeddings_(model, arguments.embedding_bits, text if arguments.embedding_bits == 4 else None)
     save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
     stored = info(arguments.out)
+    if arguments.report:
+        html_report(arguments.report, f"{arguments.model} at {config.bits:g} bits", summary(stored), results)
     if arguments.json:
         print(json.dumps(stored | {"results": {name: asdict(result) for name, result in results.items()}}))
         return
-    print(kind_table(results))
+    print(kind_table(kinds_of(results)))
     print(f"{arguments.out}: {summary(stored)}")
+    print(f"next: littlebit eval {arguments.out}; or littlebit train {arguments.model} OUT --bits {config.bits:g}")
+
+
+def dry_run(arguments: argparse.Namespace) -> None:
+    """Say what `littlebit quantize` or `train` will take."""
+    found = estimate(arguments.model, chosen(arguments), getattr(arguments, "tokens", 0))
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    rows = [
+        {"kind": kind, "layers": row["layers"], "d_out x d_in": f"{row['d_out']} x {row['d_in']}"}
+        | {"rank": "+".join(map(str, row["ranks"])), "bits": f"{row['bits']:.3f}"}
+        for kind, row in found["kinds"].items()
+    ]
+    print(kind_table(rows))
+    print(
+        f"{found['bits_per_weight']:.4f} bits per weight in {found['layers']} layers, {found['linear_bytes']:,} bytes "
+        f"of linear weights, about {found['file_bytes']:,} bytes in all"
+    )
+    training = f", {duration(found['train_s'])} to train" if found["train_s"] else ""
+    print(
+        f"about {found['memory_bytes'] / 2**30:.2f} GiB of memory; on this CPU about {duration(found['quantise_s'])} "
+        f"to quantise{training}; nothing was written"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
 
 
 def run_train(arguments: argparse.Namespace) -> None:
     """Run `littlebit train`, in one process or as one of torchrun's."""
     check_target(arguments.out, arguments.overwrite)
+    if arguments.dry_run:
+        return dry_run(arguments)
     with joined_processes(arguments.device) as device:
         train(arguments, device)
 
@@ -326,20 +438,6 @@ def train(arguments: argparse.Namespace, device: str) -> None:
         print(f"last loss {log[-1]['loss']:.4f} nats after {log[-1]['tokens']:,} tokens; the log is in training.jsonl")
 
 
-def kind_table(results: dict[str, LayerResult]) -> str:
-    """Layers, bits and error by kind of layer, as text."""
-    kinds: dict[str, list[LayerResult]] = {}
-    for name, result in results.items():
-        kinds.setdefault(name.split(".")[-1], []).append(result)
-    lines = [f"{'kind':<12}{'layers':>7}{'d_out x d_in':>16}{'bits':>8}{'rel. error':>12}"]
-    for kind, group in kinds.items():
-        bits = sum(result.bits for result in group) / len(group)
-        error = sum(result.error for result in group) / len(group)
-        size = f"{group[0].d_out} x {group[0].d_in}"
-        lines.append(f"{kind:<12}{len(group):>7}{size:>16}{bits:>8.3f}{error:>12.3f}")
-    return "\n".join(lines)
-
-
 def summary(stored: dict[str, Any]) -> str:
     """One line of `info`."""
     return (
@@ -352,7 +450,8 @@ def summary(stored: dict[str, Any]) -> str:
 def load_any(source: str, device: str) -> torch.nn.Module:
     """A packed checkpoint or a dense model."""
     folder = resolve(source)
-    return load(folder, device) if is_checkpoint(Path(folder)) else load_model(folder, device)
+    packed = is_checkpoint(Path(folder)) or is_official(Path(folder))
+    return load(folder, device) if packed else load_model(folder, device)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -432,6 +531,34 @@ def run_info(arguments: argparse.Namespace) -> None:
             f"{name:<12}{kind['layers']:>7}{kind['weights']:>14,}{kind['linear_bytes']:>12,}"
             f"{kind['bits_per_weight']:>8.3f}"
         )
+
+
+def export_official(arguments: argparse.Namespace) -> str:
+    """Write the authors' format."""
+    model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
+    bits = info(resolve(arguments.model))["target_bits"]
+    save_official(model, arguments.out, tokenizer, bits, arguments.overwrite)
+    return f"{arguments.out}: {summary(info(arguments.out))}"
+
+
+def export_gguf(arguments: argparse.Namespace) -> str:
+    """Write the dense model that the packed one stands for."""
+    model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
+    path = save_gguf(model, arguments.out, tokenizer, arguments.precision, arguments.overwrite)
+    return f"{path}: {path.stat().st_size:,} bytes; dense weights in {arguments.precision}, not packed"
+
+
+EXPORTS: dict[str, Callable[[argparse.Namespace], str]] = {"official": export_official, "gguf": export_gguf}
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """Run `littlebit export`."""
+    print(EXPORTS[arguments.to](arguments))
+
+
+def run_completion(arguments: argparse.Namespace) -> None:
+    """Run `littlebit completion`."""
+    print(completion(parser(), arguments.shell), end="")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

@@ -14,12 +14,12 @@ import numba
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from .bits import layer_bits, rank_for_bits
 from .kernels.cpu import MAX_THREADS, lookups_per_second
 from .layers import PackedLinear
 from .packing import PackedFactors, row_words, unpack_factors
+from .progress import tqdm
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 BITS = (0.1, 0.55)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from .progress import tqdm
 
 PROMPT = "Once upon a time, in a small town by the sea, there lived"
 ENGINES = ("littlebit", "transformers", "llama.cpp")

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from .evaluate import windows
+from .progress import tqdm
 
 CALIBRATION_WINDOW = 512
 

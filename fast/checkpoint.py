@@ -1,17 +1,23 @@
-"""Checkpoints: a directory with config.json, model.safetensors and the tokenizer's files. No pickle anywhere.
+"""Checkpoints: a directory with config.json, safetensors and the tokenizer's files. No pickle anywhere.
 
 config.json is the model's own configuration plus a section `quantization_config`:
 
     {"quant_method": "littlebit", "format_version": 1, "bits": 0.55,
      "layers": {"model.layers.0.mlp.up_proj": {"d_out": 1536, "d_in": 576, "ranks": [70, 69], "bias": false}, ...}}
 
-For each of those layers model.safetensors holds `LAYER.paths.K.{u_words,v_words,h,ell,g}`, whose shapes and dtypes
-follow from the layer's sizes and ranks (see packing.py: rows of signs are U8, I16 or I32 words, the narrowest that
-hold a row); every other tensor of the model is there as the model has it, in 16 bits. The section may also hold
+The tensors are in model.safetensors or, where that would be too large a file, in shards that
+model.safetensors.index.json lists, as transformers does it. For each of those layers they hold
+`LAYER.paths.K.{u_words,v_words,h,ell,g}`, whose shapes and dtypes follow from the layer's sizes and ranks (see
+packing.py: rows of signs are U8, I16 or I32 words, the narrowest that hold a row); every other tensor of the model is
+there as the model has it, in 16 bits. The section may also hold
 
     "embeddings": {"bits": 8, "group": 64, "tied": true}
 
-and then the embedding and the head are tables of integers with scales (see embeddings.py), one if they are tied.
+and then the embedding and the head are tables of integers with scales (see embeddings.py), one if they are tied; and
+
+    "fused": {"model.layers.0.self_attn.qkv_proj": [["q_proj", 576], ["k_proj", 192], ["v_proj", 192]], ...}
+
+names the parts of layers that were split, with the rows of each; the parts are layers of their own, packed or dense.
 """
 
 import contextlib
@@ -22,7 +28,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,15 +37,39 @@ from torch import Tensor, nn
 
 from .embeddings import QuantizedEmbedding, Table, replace_embeddings
 from .fetch import fetch, shipped_names
-from .layers import PackedLinear, packed_shapes
-from .model import LayerResult, pack_, packed_layers, replace_module
+from .layers import Joined, PackedLinear, packed_shapes
+from .model import LayerResult, is_linear, linear_shape, pack_, packed_layers, replace_module, split
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read as what it claims to be."""
+
+
+class Header(NamedTuple):
+    """What a file says about a tensor before the tensor is read.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    dtype : torch.dtype
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def save(
@@ -50,6 +80,7 @@ def save(
     results: Mapping[str, LayerResult] | None = None,
     overwrite: bool = False,
     log: Sequence[Mapping[str, float]] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a quantised model as a packed checkpoint; complete, or not at all.
 
@@ -71,6 +102,8 @@ def save(
         Replace an existing checkpoint at `path`.
     log : sequence of mappings, optional
         What `train_` returned; written to training.jsonl.
+    shard_bytes : int
+        Tensors of more bytes than this are divided over several files.
 
     Returns
     -------
@@ -91,17 +124,12 @@ def save(
     if not layers:
         raise ValueError("the model has no LittleBit layer; call quantize_ first")
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    config["architectures"] = [type(model).__name__]
     config["dtype"] = "float16"
-    config["quantization_config"] = {
-        "quant_method": "littlebit",
-        "format_version": FORMAT_VERSION,
-        "bits": bits,
-        "layers": {name: describe(layer) for name, layer in layers.items()},
-    } | embedding_section(model)
+    config["quantization_config"] = section(model, bits)
     with written_whole(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        save_file(stored_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner alone
+        write_tensors(stored_tensors(model), folder, shard_bytes)
         if results is not None:
             rows = {name: asdict(result) for name, result in results.items()}
             (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -112,6 +140,27 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return path
+
+
+def section(model: nn.Module, bits: float | None = None) -> dict[str, Any]:
+    """The `quantization_config` that describes a packed model."""
+    return {
+        "quant_method": "littlebit",
+        "format_version": FORMAT_VERSION,
+        "bits": bits,
+        "layers": {name: describe(layer) for name, layer in packed_layers(model).items()},
+    } | (embedding_section(model) | fused_section(model))
+
+
+def fused_section(model: nn.Module) -> dict[str, Any]:
+    """What config.json says about split layers: the rows of each part, nothing if no layer was split."""
+
+    def rows(part: Any) -> int:
+        return part.d_out if isinstance(part, PackedLinear) else linear_shape(part)[0]
+
+    joined = {name: module for name, module in model.named_modules() if isinstance(module, Joined)}
+    parts = {name: [[key, rows(part)] for key, part in module.named_children()] for name, module in joined.items()}
+    return {"fused": parts} if parts else {}
 
 
 def describe(layer: PackedLinear) -> dict[str, Any]:
@@ -128,21 +177,21 @@ def embedding_section(model: Any) -> dict[str, Any]:
     return {"embeddings": {"bits": table.bits, "group": table.group, "tied": head.table is table}}
 
 
-def put_embeddings(model: Any, section: Any, dtype: torch.dtype, path: Path) -> None:
-    """Give an empty model the empty tables that a section describes, if it describes any."""
-    if section is None:
+def put_embeddings(model: Any, described: Any, dtype: torch.dtype, where: Path | str) -> None:
+    """Give an empty model the empty tables that `embeddings` of a section describes, if it describes any."""
+    if described is None:
         return
-    if not isinstance(section, dict) or section.get("bits") not in (8, 4) or section.get("group") not in (32, 64):
-        raise CheckpointError(f"{path / 'config.json'}: 'embeddings' is {section!r}, which describes no embedding")
+    if not isinstance(described, dict) or described.get("bits") not in (8, 4) or described.get("group") not in (32, 64):
+        raise CheckpointError(f"{where}: 'embeddings' is {described!r}, which describes no embedding")
     rows, size = model.get_input_embeddings().weight.shape
-    if size % section["group"]:
-        raise CheckpointError(f"{path / 'config.json'}: groups of {section['group']} do not divide rows of {size}")
+    if size % described["group"]:
+        raise CheckpointError(f"{where}: groups of {described['group']} do not divide rows of {size}")
 
     def table() -> Table:
-        return Table.empty(section["bits"], rows, size, section["group"])
+        return Table.empty(described["bits"], rows, size, described["group"])
 
     first = table()
-    replace_embeddings(model, first, first if section.get("tied") else table(), dtype)
+    replace_embeddings(model, first, first if described.get("tied") else table(), dtype)
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -159,6 +208,29 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"tensor {name} does not fit float16: it holds NaN, infinity, or magnitudes above 65504")
     return tensors
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as model.safetensors or, if they are too many bytes, as shards with an index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        names = [f"model-{at:05d}-of-{len(shards):05d}.safetensors" for at in range(1, len(shards) + 1)]
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors makes it readable by its owner alone
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -230,7 +302,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     Parameters
     ----------
     path : str or Path
-        Directory that `save` wrote, or the name of a shipped checkpoint ("smollm2-0.55bit").
+        Directory that `save` wrote, the name of a shipped checkpoint ("smollm2-0.55bit"), or a checkpoint of the
+        authors' repository (see official.py).
     device : str
     dtype : torch.dtype
         Of the tensors that are not packed (embeddings, norms, head).
@@ -247,10 +320,16 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     path = Path(path)
     if str(path) in shipped_names() and not path.exists():
         path = fetch(str(path))
-    config, layers = read_config(path)
-    tensors = read_tensors(path)
-    check_layers(layers, tensors)
     from .hf import empty_model
+    from .official import is_official, read_official
+    from .quantizer import attach
+
+    if is_official(path):
+        config, layers, tensors = read_official(path)
+    else:
+        config, layers = read_config(path)
+        tensors = read_tensors(path)
+    check_layers(layers, tensors)
 
     try:
         model = empty_model(config)
@@ -258,12 +337,11 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
         raise
     except Exception as error:  # model classes raise anything at all on a configuration that makes no sense
         raise CheckpointError(f"{path / 'config.json'} does not describe a model: {error}") from error
-    for name, entry in layers.items():
-        check_module(model, name, entry)
-        replace_module(model, name, PackedLinear.empty(**entry))
-    put_embeddings(model, config["quantization_config"].get("embeddings"), dtype, path)
+    put_layers(model, layers, config["quantization_config"].get("fused"), path / "config.json")
+    put_embeddings(model, config["quantization_config"].get("embeddings"), dtype, path / "config.json")
     fill(model, tensors, path)
     model.name_or_path = str(path)  # type: ignore[assignment]
+    attach(model, config["quantization_config"])
     return cast_dense(model, dtype).to(device)
 
 
@@ -272,26 +350,34 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     file = path / "config.json"
     try:
         config = json.loads(file.read_text())
-        section = config["quantization_config"]
-        method, version, layers = section["quant_method"], section["format_version"], section["layers"]
+        described = config["quantization_config"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not a checkpoint: there is no config.json") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not the configuration of a LittleBit checkpoint: {error!r}") from error
+    return config, read_layers(described, file)
+
+
+def read_layers(described: Any, where: Path | str) -> dict[str, dict[str, Any]]:
+    """The packed layers that a `quantization_config` describes, checked."""
+    try:
+        method, version, layers = (described[key] for key in ("quant_method", "format_version", "layers"))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{where} is not the configuration of a LittleBit checkpoint: {error!r}") from error
     if method != "littlebit":
-        raise CheckpointError(f"{file}: quant_method is {method!r}, not 'littlebit'")
+        raise CheckpointError(f"{where}: quant_method is {method!r}, not 'littlebit'")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file}: format_version is {version!r}, but this version of littlebit reads {FORMAT_VERSION}; update it"
+            f"{where}: format_version is {version!r}, but this version of littlebit reads {FORMAT_VERSION}; update it"
         )
     if not isinstance(layers, dict) or not layers:
-        raise CheckpointError(f"{file}: 'layers' must name at least one layer")
+        raise CheckpointError(f"{where}: 'layers' must name at least one layer")
     for name, entry in layers.items():
-        check_entry(file, name, entry)
-    return config, layers
+        check_entry(where, name, entry)
+    return layers
 
 
-def check_entry(file: Path, name: str, entry: Any) -> None:
+def check_entry(file: Path | str, name: str, entry: Any) -> None:
     """Raise CheckpointError unless a layer's entry holds positive sizes, feasible ranks and a flag for the bias."""
 
     def whole(value: Any, most: float = float("inf")) -> bool:
@@ -305,21 +391,55 @@ def check_entry(file: Path, name: str, entry: Any) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors."""
-    file = path / WEIGHTS
+    """All tensors of a checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        with readable(file):
+            tensors |= load_file(file)
+    return tensors
+
+
+def read_headers(files: Sequence[Path]) -> dict[str, Header]:
+    """Shape and dtype of every tensor in some safetensors files; the tensors themselves are not read."""
+    headers = {}
+    for file in files:
+        with readable(file), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                part = opened.get_slice(name)
+                headers[name] = Header(tuple(part.get_shape()), DTYPES[part.get_dtype()])
+    return headers
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or the shards that its index lists."""
+    if not (path / INDEX).exists():
+        return [path / WEIGHTS]
     try:
-        return load_file(file)
+        names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        files = [path / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / INDEX} is damaged ({error!r}); copy or download it again") from error
+    if not files or any(file.parent != path for file in files):
+        raise CheckpointError(f"{path / INDEX} must name files beside it, not {names}")
+    return files
+
+
+@contextlib.contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turns what goes wrong when a safetensors file is read into a CheckpointError that names it."""
+    try:
+        yield
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not a checkpoint: there is no {WEIGHTS}") from error
+        raise CheckpointError(f"{file.parent} is not a checkpoint: there is no {file.name}") from error
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file} is damaged or incomplete ({error}); copy or download it again") from error
 
 
-def check_layers(layers: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+def check_layers(layers: dict[str, dict[str, Any]], tensors: Mapping[str, Tensor | Header]) -> None:
     """Raise CheckpointError unless every packed layer has its tensors, in the right shapes and dtypes."""
     for layer, name, shape, dtype in packed_tensors(layers):
         if name not in tensors:
-            raise CheckpointError(f"layer {layer}: tensor {name} is missing from {WEIGHTS}")
+            raise CheckpointError(f"layer {layer}: tensor {name} is missing from the checkpoint")
         found = tensors[name]
         if tuple(found.shape) != shape or found.dtype != dtype:
             raise CheckpointError(
@@ -336,6 +456,22 @@ def packed_tensors(layers: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str
                 yield layer, f"{layer}.paths.{order}.{kind}", shape, dtype
 
 
+def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, where: Path | str) -> None:
+    """Give a model without memory the packed layers that a section describes, in the places of its linear ones."""
+    for name, parts in (fused or {}).items():
+        try:
+            layer, sizes = model.get_submodule(name), {key: int(rows) for key, rows in parts}
+            fits = is_linear(layer) and sum(sizes.values()) == linear_shape(layer)[0]
+        except (AttributeError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise CheckpointError(f"{where}: 'fused' splits {name} into {parts!r}, which does not fit the model")
+        replace_module(model, name, split(layer, sizes))
+    for name, entry in layers.items():
+        check_module(model, name, entry)
+        replace_module(model, name, PackedLinear.empty(**entry))
+
+
 def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
     """Raise CheckpointError unless the model has a linear layer of this name and shape."""
     try:
@@ -343,7 +479,7 @@ def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
     except AttributeError as error:
         raise CheckpointError(f"layer {name} is in the quantization_config, but the model has no such layer") from error
     given = entry["d_out"], entry["d_in"]
-    if not isinstance(module, nn.Linear) or (module.out_features, module.in_features) != given:
+    if not is_linear(module) or linear_shape(module) != given:
         raise CheckpointError(f"layer {name}: config.json packs {given}, but the model has {module}")
 
 
@@ -371,32 +507,41 @@ def cast_dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def info(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint really stores, counted from the header of its file.
+    """What a checkpoint really stores, counted from the headers of its files.
 
     Parameters
     ----------
     path : str or Path
-        Directory that `save` wrote.
+        Directory that `save` wrote, or a checkpoint of the authors' repository.
 
     Returns
     -------
     dict with `bits_per_weight` (stored bits of the packed layers over their weights), `target_bits`, `weights`,
-    `linear_bytes` (packed layers, biases excepted), `file_bytes` (all of model.safetensors), `embedding_bits` (16, 8
-    or 4), `other_bytes` (everything but packed layers), `file_bits_per_parameter` (whole file), `layers` and, by
-    kind of layer, `kinds`.
+    `linear_bytes` (packed layers, biases excepted), `file_bytes` (all of the safetensors files), `embedding_bits`
+    (16, 8 or 4), `other_bytes` (everything but packed layers), `file_bits_per_parameter` (whole file), `layers`, by
+    kind of layer `kinds`, and `format` ("official" for the authors').
 
     Raises
     ------
     CheckpointError
         If the directory is not a complete, consistent checkpoint.
     """
+    from .official import is_official, official_header
+
     path = Path(path)
-    config, layers = read_config(path)
-    sizes = tensor_bytes(path)
+    files = weight_files(path)
+    if is_official(path):
+        headers = read_headers(files)
+        config, layers, owners = official_header(path, headers)
+    else:
+        config, layers = read_config(path)
+        headers = read_headers(files)
+        check_layers(layers, headers)
+        owners = {name: layer for layer, name, _, _ in packed_tensors(layers)}
+    sizes = {name: header.nbytes for name, header in headers.items()}
+    file_bytes = sum(file.stat().st_size for file in files)
     kinds: dict[str, dict[str, Any]] = {}
-    for layer, name, _, _ in packed_tensors(layers):
-        if name not in sizes:
-            raise CheckpointError(f"layer {layer}: tensor {name} is missing from {WEIGHTS}")
+    for name, layer in owners.items():
         kind = kinds.setdefault(layer.split(".")[-1], {"layers": 0, "weights": 0, "linear_bytes": 0})
         kind["linear_bytes"] += sizes[name]
     for layer, entry in layers.items():
@@ -412,41 +557,22 @@ def info(path: str | Path) -> dict[str, Any]:
         "target_bits": config["quantization_config"].get("bits"),
         "weights": weights,
         "linear_bytes": linear_bytes,
-        "file_bytes": (path / WEIGHTS).stat().st_size,
+        "file_bytes": file_bytes,
         "embedding_bits": (config["quantization_config"].get("embeddings") or {"bits": 16})["bits"],
         "other_bytes": sum(sizes.values()) - linear_bytes,
-        "file_bits_per_parameter": 8 * (path / WEIGHTS).stat().st_size / (weights + other_parameters(path)),
+        "file_bits_per_parameter": 8 * file_bytes / (weights + other_parameters(headers, owners)),
         "layers": len(layers),
         "kinds": kinds,
         "model_type": config.get("model_type"),
-        "format_version": FORMAT_VERSION,
+        "format": "official" if is_official(path) else f"littlebit {FORMAT_VERSION}",
     }
 
 
-def other_parameters(path: Path) -> int:
+def other_parameters(headers: Mapping[str, Header], owners: Mapping[str, str]) -> int:
     """How many parameters the tensors outside the packed layers stand for."""
-    bits = {"I8": 8, "U8": 4}  # codes of an embedding
-    count = 0
-    with safe_open(path / WEIGHTS, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            if ".paths." in name or name.endswith("table.scale"):
-                continue
-            part = file.get_slice(name)
-            count += torch.Size(part.get_shape()).numel() * 8 // bits.get(part.get_dtype(), 8)
-    return count
-
-
-def tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor in model.safetensors, from its header alone."""
-    widths = {"I32": 4, "I16": 2, "F16": 2, "F32": 4, "BF16": 2, "I64": 8, "U8": 1, "I8": 1, "BOOL": 1}
-    try:
-        with safe_open(path / WEIGHTS, framework="pt") as file:
-            sizes = {}
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                part = file.get_slice(name)
-                sizes[name] = widths.get(part.get_dtype(), 0) * torch.Size(part.get_shape()).numel()
-            return sizes
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not a checkpoint: there is no {WEIGHTS}") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path / WEIGHTS} is damaged or incomplete ({error}); download it again") from error
+    bits = {torch.int8: 8, torch.uint8: 4}  # codes of an embedding
+    return sum(
+        8 * torch.Size(header.shape).numel() // bits.get(header.dtype, 8)
+        for name, header in headers.items()
+        if name not in owners and not name.endswith("table.scale")
+    )

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .checkpoint import info, load, save
 from .fetch import fetch
 from .hf import load_model, load_tokenizer
 from .model import Config, packed_layers, quantize_
 from .packing import unpack_factors
+from .progress import tqdm
 
 MODEL = "smollm2"
 PICTURED = "model.layers.0.self_attn.q_proj"

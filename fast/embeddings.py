@@ -88,11 +88,19 @@ class QuantizedEmbedding(nn.Module):
 
 
 class QuantizedHead(nn.Module):
-    """A linear layer without bias whose weight's rows are a Table's."""
+    """A linear layer without bias whose weight's rows are a Table's.
 
-    def __init__(self, table: Table):
+    A tied table belongs to the embedding: the head then only refers to it, and a state dict holds it once.
+    """
+
+    table: Table
+
+    def __init__(self, table: Table, tied: bool = False):
         super().__init__()
-        self.table = table
+        if tied:
+            self.__dict__["table"] = table
+        else:
+            self.table = table
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) to (..., rows)."""
@@ -212,8 +220,14 @@ def head_moments(model: Any, tokens: Tensor) -> Tensor:
 
 def check_embeddings(model: Any, bits: int) -> None:
     """Raise ValueError unless a model's embedding and head can be kept in so many bits."""
-    if bits != 16:
-        quantize_table(model.get_input_embeddings().weight[:1], bits)
+    if bits == 16:
+        return
+    embedding = model.get_input_embeddings()
+    if type(embedding) is not nn.Embedding:
+        raise ValueError(
+            f"this model's {type(embedding).__name__} does more than look rows up, and must be kept in 16 bits"
+        )
+    quantize_table(embedding.weight[:1], bits)
 
 
 def quantize_embeddings_(model: Any, bits: int, tokens: Tensor | None = None) -> None:
@@ -232,6 +246,7 @@ def quantize_embeddings_(model: Any, bits: int, tokens: Tensor | None = None) ->
     ValueError
         If the bits are none of these, or a size is no multiple of 32.
     """
+    check_embeddings(model, bits)
     if bits == 16:
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -244,4 +259,5 @@ def quantize_embeddings_(model: Any, bits: int, tokens: Tensor | None = None) ->
 def replace_embeddings(model: Any, table: Table, head: Table, dtype: torch.dtype) -> None:
     """Put tables where a model has its embedding and its head."""
     model.set_input_embeddings(QuantizedEmbedding(table, dtype))
-    model.set_output_embeddings(QuantizedHead(head))
+    model.set_output_embeddings(QuantizedHead(head, tied=head is table))
+    model._tied_weights_keys = model.all_tied_weights_keys = {}  # else transformers looks for weights to tie

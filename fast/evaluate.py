@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
+
+from .progress import tqdm
 
 WINDOW = 2048
 SAMPLE_TEXT = Path(__file__).with_name("data") / "roosevelt_1901.txt"  # for evaluation only

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .fetch import cache_folder, fetch, known_names
+from .official import is_official
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
 
@@ -56,7 +57,7 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     folder = resolve(source)
     try:
         config = transformers().AutoConfig.from_pretrained(folder)
-        if getattr(config, "quantization_config", None):
+        if getattr(config, "quantization_config", None) or is_official(Path(folder)):
             raise ValueError(f"{source} is already quantised; load a LittleBit checkpoint with littlebit.fast.load")
         model = transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except OSError as error:

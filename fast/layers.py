@@ -1,6 +1,7 @@
 """Layers: LittleBitLinear, which trains, and PackedLinear, which is stored and run."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,17 +10,57 @@ from torch.nn import functional
 
 from . import kernels
 from .factors import Factors
+from .kernels import unpacked
 from .kernels.cpu import Plan
 from .linear import linear, packed_linear
-from .packing import PackedFactors, pack_factors, row_words
+from .packing import PackedFactors, pack_factors, row_words, to_half
 from .signs import named_rule
 
 
 class Path(nn.Module):
     """The tensors of one low-rank path: parameters of a LittleBitLinear, buffers of a PackedLinear."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Path":
+        """Move buffers but never cast them: packed scales are float16, whatever `.to(dtype)` makes of the model."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
-class LittleBitLinear(nn.Module):
+
+class NotPickled(nn.Module):
+    """A module that is copied, and saved as tensors, but not pickled: a pickle runs code when it is loaded."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse.
+
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} is not pickled, because loading a pickle runs whatever code it holds: save the "
+            "model with littlebit.fast.save or save_pretrained, or its tensors with torch.save(model.state_dict())"
+        )
+
+    def __copy__(self) -> Any:
+        """What copy.copy makes of any module."""
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__getstate__())
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What copy.deepcopy makes of any module."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
+
+class LittleBitLinear(NotPickled):
     """A linear layer y = W_hat x + b whose weight is the sum of its paths; latents and scales are float parameters.
 
     Parameters
@@ -71,14 +112,14 @@ class LittleBitLinear(nn.Module):
         return linear(x, self.factors(), self.bias, self.rule)
 
     def pack(self) -> "PackedLinear":
-        """The layer as it is stored: signs as bits, scales as float16.
+        """The layer as it is stored: signs as bits, scales and bias as float16.
 
         Raises
         ------
         ValueError
-            If a latent is NaN or a scale does not fit float16.
+            If a latent is NaN, or a scale or the bias does not fit float16.
         """
-        bias = None if self.bias is None else self.bias.detach()
+        bias = None if self.bias is None else to_half("bias", self.bias.detach())
         return PackedLinear([pack_factors(path) for path in self.factors()], bias)
 
     def extra_repr(self) -> str:
@@ -86,7 +127,7 @@ class LittleBitLinear(nn.Module):
         return f"d_in={self.d_in}, d_out={self.d_out}, ranks={self.ranks}, bias={self.bias is not None}"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(NotPickled):
     """A linear layer that computes from packed signs; for inference.
 
     Parameters
@@ -110,7 +151,7 @@ class PackedLinear(nn.Module):
         self.plan: Plan | None = None  # of the last call, for the next one if the tensors are still the same
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the plan, which holds addresses: for copies and pickles."""
+        """What copies get: all but the plan, which holds addresses."""
         return self.__dict__ | {"plan": None}
 
     @classmethod
@@ -123,12 +164,30 @@ class PackedLinear(nn.Module):
             shapes = packed_shapes(d_out, d_in, rank)
             return PackedFactors(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes.values()))
 
-        return cls([path(rank) for rank in ranks], torch.empty(d_out, device=device) if bias else None)
+        return cls(
+            [path(rank) for rank in ranks], torch.empty(d_out, dtype=torch.float16, device=device) if bias else None
+        )
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of each path."""
         return tuple(path.rank for path in self.factors())
+
+    @property
+    def in_features(self) -> int:
+        """d_in, under the name that it has in torch.nn.Linear."""
+        return self.d_in
+
+    @property
+    def out_features(self) -> int:
+        """d_out, under the name that it has in torch.nn.Linear."""
+        return self.d_out
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense (d_out, d_in) float32 weight that the layer stands for, made anew each time."""
+        a, b = unpacked(self.factors())
+        return b @ a
 
     def factors(self) -> list[PackedFactors]:
         """The paths' packed tensors."""
@@ -154,6 +213,24 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f"d_in={self.d_in}, d_out={self.d_out}, ranks={self.ranks}, bias={self.bias is not None}"
+
+
+class Joined(nn.Module):
+    """The outputs of several layers side by side, in the place of the one layer that they were split from.
+
+    Parameters
+    ----------
+    parts : mapping of name to module
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module]):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., sum of the parts' d_out)."""
+        return torch.cat([part(x) for part in self.children()], dim=-1)
 
 
 def packed_shapes(d_out: int, d_in: int, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -1,12 +1,14 @@
 """A whole model: which layers are quantised, at which ranks, and how they take the places of the dense ones."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .admm import admm, importance
 from .alignment import itq, random_rotation
@@ -14,7 +16,8 @@ from .bits import Ranks, allocate_ranks, layer_bits
 from .calibrate import Moments, calibrate, spectral_gains
 from .dual_svid import dual_svid
 from .factors import Factors
-from .layers import LittleBitLinear, PackedLinear
+from .layers import Joined, LittleBitLinear, PackedLinear
+from .progress import tqdm
 from .residual import compensate, compensate_weighted
 
 BATCH_ELEMENTS = 1 << 24  # weights factorised at once: bounds the memory that the decompositions take
@@ -23,6 +26,10 @@ OVERSAMPLING = 16  # columns of the sketch beyond the rank
 
 INITS = ("dual-svid", "itq", "admm")
 ALLOCATIONS = ("uniform", "sensitivity")
+FUSED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    **dict.fromkeys(("qkv_proj", "c_attn"), ("q_proj", "k_proj", "v_proj")),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,12 @@ class Config:
     include, exclude : tuple of str
         Shell-style patterns of module names. A linear layer is quantised if it matches one of `include` and none of
         `exclude`; the output head and embeddings are never quantised.
+    split_fused : bool
+        Quantise the parts of fused projections (qkv_proj, gate_up_proj; c_attn of GPT-2) as layers of their own, with
+        names such as LAYER.qkv_proj.q_proj.
+    kv_rank_factor : float
+        How many times the sign bits per weight of other layers k_proj and v_proj get in a model with grouped queries,
+        where they are small and shared by many heads. The ceiling stays.
     seed : int
         Of the randomised decompositions and rotations.
     """
@@ -55,6 +68,8 @@ class Config:
     importance: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    split_fused: bool = False
+    kv_rank_factor: float = 1.0
     seed: int = 0
 
     def needs_calibration(self) -> bool:
@@ -112,29 +127,26 @@ def quantize_(
     """
     config = config or Config()
     check_config(config, tokens)
-    layers = dict(target_layers(model, config))
-    if not layers:
-        raise ValueError(
-            f"no linear layer matches include={config.include} and exclude={config.exclude}; "
-            "print(model) shows the names"
-        )
-    for name, layer in layers.items():
-        if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"layer {name}: the weight holds NaN or infinity; repair or re-download the checkpoint")
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    ranks = allocate_ranks(shapes, config.bits, config.paths)  # before calibration: raises if the bits cannot be met
-    moments = {}
-    if tokens is not None and config.needs_calibration():
-        moments = calibrate(model, tokens, layers, progress=progress)
-    if config.allocation == "sensitivity":
-        gains = spectral_gains({name: layer.weight.detach() for name, layer in layers.items()}, moments)
-        ranks = allocate_ranks(shapes, config.bits, config.paths, gains)
+    with fused_split(model, config):
+        layers, ranks = plan(model, config)  # before calibration: raises if the bits cannot be met
+        shapes = {name: linear_shape(layer) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            if not torch.isfinite(layer.weight).all():
+                raise ValueError(
+                    f"layer {name}: the weight holds NaN or infinity; repair or re-download the checkpoint"
+                )
+        moments = {}
+        if tokens is not None and config.needs_calibration():
+            moments = calibrate(model, tokens, layers, progress=progress)
+        if config.allocation == "sensitivity":
+            gains = spectral_gains({name: linear_weight(layer) for name, layer in layers.items()}, moments)
+            ranks = allocate_ranks(shapes, config.bits, config.paths, gains)
     results = {}
     with tqdm(
         total=len(layers), desc=f"{config.init}, {config.bits:g} bits", unit="layer", disable=not progress
     ) as bar:
         for names in batches(shapes, ranks):
-            weights = torch.stack([layers[name].weight.detach().float() for name in names])
+            weights = torch.stack([linear_weight(layers[name]).float() for name in names])
             paths = factorise(weights, ranks[names[0]], config, [moments[name] for name in names] if moments else [])
             errors = relative_errors(weights, paths)
             for at, name in enumerate(names):
@@ -143,7 +155,49 @@ def quantize_(
                 bits = layer_bits(*shapes[name], ranks[name]) / layers[name].weight.numel()
                 results[name] = LayerResult(*shapes[name], ranks[name], bits, errors[at])
             bar.update(len(names))
+    if hasattr(model, "save_pretrained"):  # a transformers model, which should know how it is to be saved
+        from .quantizer import attach
+
+        attach(model, {"bits": config.bits})
     return {name: results[name] for name in layers}
+
+
+def plan(model: nn.Module, config: Config) -> tuple[dict[str, nn.Linear], dict[str, Ranks]]:
+    """The layers that are to be quantised and, for uniform allocation, their ranks.
+
+    Raises
+    ------
+    ValueError
+        If no layer matches, or the bits cannot be met.
+    """
+    layers = dict(target_layers(model, config))
+    if not layers:
+        raise ValueError(
+            f"no linear layer matches include={config.include} and exclude={config.exclude}; "
+            "print(model) shows the names"
+        )
+    shapes = {name: linear_shape(layer) for name, layer in layers.items()}
+    return layers, allocate_ranks(shapes, config.bits, config.paths, shares=kv_shares(model, shapes, config))
+
+
+def kv_shares(model: Any, names: Iterable[str], config: Config) -> dict[str, float]:
+    """`shares` of `allocate_ranks`: the factor for k_proj and v_proj of a model with grouped queries."""
+    if config.kv_rank_factor == 1:
+        return {}
+    queries, keys = heads(model)
+    found = [name for name in names if name.split(".")[-1] in ("k_proj", "v_proj")]
+    if keys >= queries or not found:
+        raise ValueError(
+            f"kv_rank_factor is for k_proj and v_proj of models with grouped queries, but this one has {queries} query "
+            f"and {keys} key heads and {len(found)} such layers; leave it at 1, or split fused layers (split_fused)"
+        )
+    return dict.fromkeys(found, config.kv_rank_factor)
+
+
+def heads(model: Any) -> tuple[int, int]:
+    """Number of query heads and of key-value heads of a transformers model, as its configuration has them."""
+    queries = getattr(getattr(model, "config", None), "num_attention_heads", None) or 1
+    return queries, getattr(getattr(model, "config", None), "num_key_value_heads", None) or queries
 
 
 def check_config(config: Config, tokens: Tensor | None) -> None:
@@ -151,6 +205,10 @@ def check_config(config: Config, tokens: Tensor | None) -> None:
     for key, known in (("init", INITS), ("allocation", ALLOCATIONS)):
         if getattr(config, key) not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, not {getattr(config, key)!r}")
+    if not (math.isfinite(config.kv_rank_factor) and config.kv_rank_factor > 0):
+        raise ValueError(f"kv_rank_factor must be a positive number, not {config.kv_rank_factor}")
+    if config.kv_rank_factor != 1 and config.allocation == "sensitivity":
+        raise ValueError("allocation by sensitivity measures what k_proj and v_proj need: leave kv_rank_factor at 1")
     if config.importance and config.init != "admm":
         raise ValueError(f"importance weights serve init 'admm' only, not {config.init!r}")
     if config.needs_calibration() and tokens is None:
@@ -184,9 +242,35 @@ def target_layers(model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Li
     """Names and modules of the linear layers that the config selects."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     for name, module in model.named_modules():
-        selected = matches(name, config.include) and not matches(name, config.exclude)
-        if isinstance(module, nn.Linear) and module is not head and name.split(".")[-1] != "lm_head" and selected:
-            yield name, module
+        if is_linear(module) and module is not head and name.split(".")[-1] != "lm_head" and selects(config, name):
+            yield name, module  # type: ignore[misc]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a dense linear layer: torch's, or the Conv1D of GPT-2, which keeps its weight transposed."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def linear_weight(layer: Any) -> Tensor:
+    """The (d_out, d_in) weight of a dense linear layer."""
+    weight = layer.weight.detach()
+    return weight.mT if is_conv1d(layer) else weight
+
+
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """Sizes (d_out, d_in) of a dense linear layer."""
+    d_out, d_in = linear_weight(layer).shape
+    return d_out, d_in
+
+
+def selects(config: Config, name: str) -> bool:
+    """Whether the config's patterns select a layer of this name."""
+    return matches(name, config.include) and not matches(name, config.exclude)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -216,6 +300,43 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the model has the submodule `name`."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
+
+
+@contextlib.contextmanager
+def fused_split(model: nn.Module, config: Config) -> Iterator[None]:
+    """If the config asks for it, split fused layers of which a part is selected; undone if the block fails."""
+    before = {}
+    try:
+        for name, module in list(model.named_modules()) if config.split_fused else ():
+            parts = FUSED.get(name.split(".")[-1], ())
+            if is_linear(module) and any(selects(config, f"{name}.{part}") for part in parts):
+                sizes = part_sizes(model, linear_shape(module)[0], len(parts))
+                replace_module(model, name, split(module, dict(zip(parts, sizes, strict=True))))
+                before[name] = module
+        yield
+    except BaseException:
+        for name, module in before.items():
+            replace_module(model, name, module)
+        raise
+
+
+def part_sizes(model: nn.Module, rows: int, count: int) -> list[int]:
+    """Rows of each part of a fused layer: of two equal ones, or of queries, keys and values."""
+    queries, keys = heads(model)
+    shares = (queries, keys, keys) if count == 3 else (1,) * count
+    return [rows * share // sum(shares) for share in shares]
+
+
+def split(layer: Any, sizes: dict[str, int]) -> Joined:
+    """A linear layer as parts of so many rows each, side by side; they share its memory."""
+    weights = linear_weight(layer).split(list(sizes.values()))
+    biases = [None] * len(sizes) if layer.bias is None else layer.bias.detach().split(list(sizes.values()))
+    parts = {}
+    for name, weight, bias in zip(sizes, weights, biases, strict=True):
+        parts[name] = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+        parts[name].weight = nn.Parameter(weight)
+        parts[name].bias = None if bias is None else nn.Parameter(bias)
+    return Joined(parts)
 
 
 def pack_(model: nn.Module) -> nn.Module:

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from tqdm import tqdm
 
 from .distill import KLLoss, hidden_loss, kl_rows
 from .hf import causal_attention, is_plainly_causal
+from .progress import tqdm
 from .resume import Keeper, digest
 from .signs import named_rule
 from .student import (

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .evaluate import sequence_losses
+from .progress import tqdm
 
 BATCH_TOKENS = 2048  # read at once: their logits are what takes memory
 ARCHIVE_BYTES = 1 << 26  # of text that an archive may hold; BLiMP holds 30 MB

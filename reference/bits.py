@@ -173,6 +173,7 @@ def allocate_ranks(
     gains: Mapping[str, Sequence[float]] | None = None,
     scale_bits: int = SCALE_BITS,
     word_bits: int = WORD_BITS,
+    shares: Mapping[str, float] | None = None,
 ) -> dict[str, Ranks]:
     """Ranks for every layer of a model under one budget.
 
@@ -195,6 +196,8 @@ def allocate_ranks(
         nothing.
     scale_bits, word_bits : int
         See `path_bits`.
+    shares : mapping of layer name to float, optional
+        How many times the sign bits per weight of other layers these layers get, without gains.
 
     Returns
     -------
@@ -211,6 +214,7 @@ def allocate_ranks(
     {'square': (32, 32), 'small': (32, 32)}
     """
     check_bits(bits, 1 if paths is None else paths)
+    shares = {name: (shares or {}).get(name, 1.0) for name in shapes}
     counts = {
         name: paths_for_bits(*shape, bits, scale_bits) if paths is None else paths for name, shape in shapes.items()
     }
@@ -225,12 +229,12 @@ def allocate_ranks(
             "paths, or exclude the smallest layers"
         )
     if gains is None:
-        ranks = equal_ranks(shapes, counts, bits, budget, scale_bits, word_bits)
+        ranks = equal_ranks(shapes, counts, shares, bits, budget, scale_bits, word_bits)
     else:
         ranks = best_ranks(shapes, smallest, gains, budget - stored, scale_bits, word_bits)
     for step_bits in (word_bits, 1):
         rest = budget - model_bits(shapes, ranks, scale_bits, word_bits)
-        spend_rest(shapes, ranks, rest, step_bits, scale_bits, word_bits)
+        spend_rest(shapes, ranks, shares, rest, step_bits, scale_bits, word_bits)
     return ranks
 
 
@@ -248,18 +252,24 @@ def model_bits(
 
 
 def equal_ranks(
-    shapes: Mapping[str, Shape], counts: Mapping[str, int], bits: float, budget: int, scale_bits: int, word_bits: int
+    shapes: Mapping[str, Shape],
+    counts: Mapping[str, int],
+    shares: Mapping[str, float],
+    bits: float,
+    budget: int,
+    scale_bits: int,
+    word_bits: int,
 ) -> dict[str, Ranks]:
     """The ranks of the highest common level of sign bits per weight that `budget` bits afford, found by bisection."""
 
     def at_level(level: float) -> dict[str, Ranks]:
         kinds = {}
-        for shape, count in {(shapes[name], counts[name]) for name in shapes}:
-            most = largest_rank(shape, bits_budget(level, math.prod(shape)), count, 0, word_bits)
-            kinds[shape, count] = (max(1, filled(most, word_bits)),) * count
-        return {name: kinds[shapes[name], counts[name]] for name in shapes}
+        for shape, count, share in {(shapes[name], counts[name], shares[name]) for name in shapes}:
+            most = largest_rank(shape, bits_budget(level * share, math.prod(shape)), count, 0, word_bits)
+            kinds[shape, count, share] = (max(1, filled(most, word_bits)),) * count
+        return {name: kinds[shapes[name], counts[name], shares[name]] for name in shapes}
 
-    low, high = 0.0, 2.0 * bits
+    low, high = 0.0, 2.0 * bits / min(shares.values(), default=1.0)
     while high - low > 1e-6 * bits:
         level = (low + high) / 2
         fits = model_bits(shapes, at_level(level), scale_bits, word_bits) <= budget
@@ -304,7 +314,13 @@ def best_ranks(
 
 
 def spend_rest(
-    shapes: Mapping[str, Shape], ranks: dict[str, Ranks], rest: int, step_bits: int, scale_bits: int, word_bits: int
+    shapes: Mapping[str, Shape],
+    ranks: dict[str, Ranks],
+    shares: Mapping[str, float],
+    rest: int,
+    step_bits: int,
+    scale_bits: int,
+    word_bits: int,
 ) -> None:
     """Raise `ranks` in place until no step costs at most the `rest` of the budget, in bits.
 
@@ -319,7 +335,7 @@ def spend_rest(
             cost = layer_bits(d_out, d_in, after, *widths) - layer_bits(d_out, d_in, before, *widths)
             if after != before and cost <= rest:
                 signs = layer_bits(d_out, d_in, before, 0, word_bits)
-                steps.append((signs / (d_out * d_in), order, name, after, cost))
+                steps.append((signs / (d_out * d_in * shares[name]), order, name, after, cost))
         if not steps:
             return
         *_, name, after, cost = min(steps)

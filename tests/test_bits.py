@@ -113,6 +113,26 @@ def test_allocate_ranks_refuses_only_what_cannot_be_stored(sizes, bits, count):
             ref.allocate_ranks(sizes, bits, count)
 
 
+@given(shapes, st.sampled_from([0.6, 1.0, 3.0]), st.sampled_from([1, 2, None]), st.sampled_from([0.5, 1.0, 2.0, 4.0]))
+def test_allocate_ranks_by_shares_stays_within_the_budget(sizes, bits, count, share):
+    assume(smallest_bits(sizes, bits, count) <= bits)
+    weights = sum(d_out * d_in for d_out, d_in in sizes.values())
+    shares = {next(iter(sizes)): share}
+    ranks = ref.allocate_ranks(sizes, bits, count, shares=shares)
+    assert ref.model_bits(sizes, ranks) <= bits * weights
+    if share == 1:
+        assert ranks == ref.allocate_ranks(sizes, bits, count)
+
+
+@pytest.mark.parametrize("share", [0.25, 2.0, 4.0])
+def test_allocate_ranks_gives_a_layer_its_share(share):
+    sizes = {name: (2048, 2048) for name in "abcdefgh"}
+    ranks = ref.allocate_ranks(sizes, 0.5, 1, shares={"a": share})
+    (rank,), others = ranks["a"], [ranks[name][0] for name in "bcdefgh"]
+    assert max(others) - min(others) <= 32
+    assert abs(rank - share * sum(others) / 7) <= 32 * max(share, 1)  # words of U are filled
+
+
 def test_allocate_ranks_follows_the_gains():
     sizes = {"first": (256, 256), "second": (256, 256)}
     gains = {"first": [1.0] * 256, "second": [1e-6] * 256}

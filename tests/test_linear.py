@@ -3,7 +3,6 @@
 import concurrent.futures
 import copy
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -300,10 +299,8 @@ def test_packed_linear_keeps_dtype_and_takes_any_strides(dtype):
     assert_same(y.float(), fast.packed_linear(x.float().contiguous(), [path]).to(dtype).float())
 
 
-def test_packed_linear_refuses_gradients_and_wrong_inputs():
+def test_packed_linear_refuses_wrong_inputs():
     path = random_path(40, 50, 20, torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=r"torch\.no_grad"):
-        fast.packed_linear(torch.zeros(50, requires_grad=True), [path])
     with pytest.raises(ValueError, match="last axis must be d_in = 50"):
         fast.packed_linear(torch.zeros(2, 49), [path])
     with pytest.raises(ValueError, match=r"words are on cpu and the input is on meta: move .* with \.to\(device\)"):
@@ -316,6 +313,25 @@ def test_packed_linear_refuses_gradients_and_wrong_inputs():
         fast.packed_linear(torch.zeros(50), [path._replace(v_words=path.v_words[:, :1])])
     with pytest.raises(ValueError, match="last axis must be d_in = 50"):
         ref.packed_linear(np.zeros((2, 49)), [ref.pack_factors(as_reference(path))])
+
+
+@given(factor_arrays(), st.data())
+def test_packed_linear_gives_its_input_a_gradient(paths, data):
+    packed = [fast.pack_factors(fast.Factors(*map(torch.from_numpy, each))) for each in paths]
+    unpacked = [fast.unpack_factors(each) for each in packed]
+    d_out, d_in = len(packed[0].h), len(packed[0].g)
+    x, grad = (torch.randn(3, size, generator=torch.Generator().manual_seed(0)) for size in (d_in, d_out))
+    x.requires_grad_()
+    y = fast.packed_linear(x, packed)
+    assert_same(y, fast.packed_linear(x.detach(), packed))
+    y.backward(grad)
+    double = [fast.Factors(*(tensor.double() for tensor in path)) for path in unpacked]
+    weight = sum(path.to_dense() for path in double)
+    magnitude = grad.double().abs() @ sum(
+        (path.h.abs()[:, None] * torch.ones_like(path.u)) @ (path.ell.abs()[:, None] * path.g.abs()) for path in double
+    )
+    terms = d_out + sum(path.rank for path in packed) + 6
+    assert_within(x.grad, grad.double() @ weight, magnitude, terms)
 
 
 def test_packed_linear_never_unpacks():
@@ -366,7 +382,7 @@ def test_packed_linear_layer_follows_its_tensors(change, ranks):
     expected = fast.packed_linear(x, layer.factors(), layer.bias)
     assert_same(layer(x), expected)
     assert_same(layer(x), expected)
-    if change not in ("to float64 and back", "to float32"):
+    if not change.startswith("to "):  # scales stay float16
         assert not torch.equal(expected, before)
 
 
@@ -376,8 +392,6 @@ def test_packed_linear_layer_refuses_words_that_no_longer_fit():
     layer(x)
     with pytest.raises(ValueError, match="last axis must be d_in = 90"):
         layer(torch.ones(180))
-    with pytest.raises(ValueError, match=r"torch\.no_grad"):
-        layer(torch.ones(90, requires_grad=True))
     layer.paths[0].u_words.data = layer.paths[0].u_words.data[:, :1]
     with pytest.raises(ValueError, match="40 signs need 2 word"):
         layer(x)
@@ -389,12 +403,12 @@ def test_packed_linear_layer_shares_no_addresses_with_its_copies():
     x = torch.randn(90, generator=generator)
     y = layer(x)
     assert layer.plan is not None
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert twin.plan is None
-        assert_same(twin(x), y)
-        twin.paths[0].h.mul_(2)
-        assert_same(twin(x), 2 * y)
-        assert_same(layer(x), y)
+    twin = copy.deepcopy(layer)
+    assert twin.plan is None
+    assert_same(twin(x), y)
+    twin.paths[0].h.mul_(2)
+    assert_same(twin(x), 2 * y)
+    assert_same(layer(x), y)
 
 
 def test_packed_linear_layer_may_change_while_threads_call_it():

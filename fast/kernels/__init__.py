@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,23 +51,19 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
     Raises
     ------
     ValueError
-        If x needs a gradient, words and x are on different devices, or the words do not fit the scales.
+        If words and x are on different devices, or the words do not fit the scales.
     """
     check_call(x, paths)
     if x.device.type != "cpu":
         return unpacked_linear(x, paths)
-    if type(x) is Tensor and not torch.compiler.is_compiling():
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    if type(x) is Tensor and not needs_gradient and not torch.compiler.is_compiling():
         return cpu.packed_linear(x, paths)  # the operator's own way there costs ten microseconds
     return torch.ops.littlebit.packed_linear(x, [tensor for path in paths for tensor in path])
 
 
 def check_call(x: Tensor, paths: Sequence[PackedFactors]) -> None:
-    """Raise ValueError if x needs a gradient, or the words are on another device or do not fit the scales."""
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "packed signs have no gradient: call the layer under torch.no_grad() or torch.inference_mode(), or train "
-            "the LittleBitLinear that it was packed from"
-        )
+    """Raise ValueError if the words are on another device or do not fit the scales."""
     for path in paths:
         for words, count in (path.u_words, path.rank), (path.v_words, x.shape[-1]):
             if words.device != x.device:
@@ -117,6 +114,25 @@ def packed_linear_shape(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return x.new_empty((x.shape[0], PackedFactors(*first).h.shape[0]), dtype=torch.float32)
 
 
+def keep_for_gradient(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor]], output: Tensor) -> None:
+    """Keep the packed tensors, which are all that the gradient needs, and x's dtype."""
+    x, tensors = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.dtype = x.dtype
+
+
+def packed_linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None]]:
+    """Gradient of x, dx = A^T (B^T dy), with signs unpacked while this lasts; words and scales have none."""
+    tensors = ctx.saved_tensors
+    a, b = unpacked([PackedFactors(*each) for each in batched(tensors)])
+    return ((grad @ b) @ a).to(ctx.dtype), [None] * len(tensors)
+
+
+torch.library.register_autograd(
+    "littlebit::packed_linear", packed_linear_gradient, setup_context=keep_for_gradient, lib=library
+)
+
+
 def batched(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     """The tensors of each path."""
     return [tensors[at : at + cpu.FIELDS] for at in range(0, len(tensors), cpu.FIELDS)]
@@ -139,11 +155,17 @@ def unpacked_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
     (rows, d_out) float32 tensor; A and B take R * (d_in + d_out) elements while the call lasts, for a total rank R.
     """
     dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float32
-    a = torch.cat([path.g * signs(path.v_words, x.shape[-1]) for path in paths])  # (R, d_in)
-    b = torch.cat([path.h[:, None] * signs(path.u_words, path.rank) * path.ell for path in paths], dim=1)  # (d_out, R)
+    a, b = unpacked(paths)
     largest = b.abs().amax().clamp(min=1)
     t = functional.linear(x.to(dtype), a.to(dtype))  # (rows, R)
     return functional.linear(t, (b / largest).to(dtype)).float() * largest
+
+
+def unpacked(paths: Sequence[PackedFactors]) -> tuple[Tensor, Tensor]:
+    """All paths folded into one pair in float32 (see `linear.folded`): A, (R, d_in), and B, (d_out, R)."""
+    a = torch.cat([path.g * signs(path.v_words, len(path.g)) for path in paths])
+    b = torch.cat([path.h[:, None] * signs(path.u_words, path.rank) * path.ell for path in paths], dim=1)
+    return a, b
 
 
 def signs(words: Tensor, count: int) -> Tensor:

@@ -1,0 +1,245 @@
+"""The checkpoints of the authors' repository, in and out; no code of it is used here, only what the files hold.
+
+A folder with the model's config.json, its safetensors and littlebit_config.json. A quantised layer LAYER has
+
+    LAYER.U_packed, LAYER.V_packed   int32 words of 32 signs, bit 1 for -1, least significant bit first, rows padded
+    LAYER.U_shape, LAYER.V_shape     the unpacked sizes, (d_out, rank) and (rank, d_in)
+    LAYER.u1, u2, v1, v2             scales: h = u1, ell = u2 * v1, g = v2
+    LAYER.bias                       if the layer has one
+
+and a residual path the same with the suffix _R (U_R_packed, u1_R, ...). The older, unpacked variant has LAYER.U and
+LAYER.V instead, latents of which the signs count. Scales are told apart by their lengths where those differ.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import (
+    FORMAT_VERSION,
+    CheckpointError,
+    Header,
+    check_target,
+    read_tensors,
+    stored_tensors,
+    write_tensors,
+    written_whole,
+)
+from .layers import PackedLinear
+from .model import pack_, packed_layers
+from .packing import PackedFactors, pack_signs, row_words, to_half
+
+NOTE = "littlebit_config.json"
+SUFFIXES = ("", "_R")
+SIGNS = re.compile(r"(.+)\.U(_R)?(_packed(_R)?)?")
+
+
+def is_official(path: Path) -> bool:
+    """Whether a folder holds a checkpoint of the authors' repository."""
+    return (path / NOTE).is_file()
+
+
+def read_official(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Configuration, layers and tensors as `checkpoint.load` wants them, made from one of the authors' checkpoints.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing or damaged, or a layer's tensors do not fit each other; the layer is named.
+    """
+    tensors = read_tensors(path)
+    layers: dict[str, dict[str, Any]] = {}
+    for name in official_layers(tensors):
+        paths = [one_path(name, suffix, tensors) for suffix in SUFFIXES if has_path(name, suffix, tensors)]
+        bias = tensors.get(f"{name}.bias")
+        for key in [key for key in tensors if key.rpartition(".")[0] == name]:
+            del tensors[key]
+        ranks = [packed.rank for packed in paths]
+        layers[name] = {"d_out": len(paths[0].h), "d_in": len(paths[0].g), "ranks": ranks, "bias": bias is not None}
+        for order, packed in enumerate(paths):
+            tensors |= {f"{name}.paths.{order}.{kind}": tensor for kind, tensor in packed._asdict().items()}
+        if bias is not None:
+            tensors[f"{name}.bias"] = to_half("bias", bias)
+    config, bits = read_notes(path, layers)
+    section = {"quant_method": "littlebit", "format_version": FORMAT_VERSION, "bits": bits, "layers": layers}
+    return config | {"quantization_config": section}, layers, tensors
+
+
+def official_layers(names: Mapping[str, Any]) -> list[str]:
+    """Names of the quantised layers among tensors' names."""
+    found = (SIGNS.fullmatch(name) for name in names)
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def has_path(layer: str, suffix: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a layer has the primary path (suffix "") or the residual one ("_R")."""
+    return any(key in tensors for key in sign_names(layer, "U", suffix))
+
+
+def sign_names(layer: str, factor: str, suffix: str) -> tuple[str, ...]:
+    """The names under which a factor's signs may lie: packed, with the suffix before or after, and unpacked."""
+    names = f"{factor}{suffix}_packed", f"{factor}_packed{suffix}", f"{factor}{suffix}"
+    return tuple(dict.fromkeys(f"{layer}.{name}" for name in names))
+
+
+def one_path(layer: str, suffix: str, tensors: Mapping[str, Tensor]) -> PackedFactors:
+    """A path as it is stored here.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, or the tensors do not fit each other.
+    """
+    try:
+        u_words, (d_out, rank) = sign_words(layer, "U", suffix, tensors)
+        v_words, (rank_v, d_in) = sign_words(layer, "V", suffix, tensors)
+        scales = {name: tensors[f"{layer}.{name}{suffix}"].flatten() for name in ("u1", "u2", "v1", "v2")}
+    except KeyError as error:
+        raise CheckpointError(f"layer {layer}: tensor {error.args[0]} is missing") from error
+    u1, u2 = in_order(scales["u1"], scales["u2"], d_out)
+    v2, v1 = in_order(scales["v2"], scales["v1"], d_in)
+    if (rank_v, len(u1), len(u2), len(v1), len(v2)) != (rank, d_out, rank, rank, d_in):
+        sizes = {name: len(scale) for name, scale in scales.items()}
+        raise CheckpointError(
+            f"layer {layer}: U is {d_out} x {rank}, V is {rank_v} x {d_in} and the scales{suffix} are {sizes}, which "
+            "do not fit each other"
+        )
+    ell = u2.float() * v1.float()
+    return PackedFactors(u_words, v_words, *(to_half(*each) for each in (("h", u1), ("ell", ell), ("g", v2))))
+
+
+def in_order(first: Tensor, second: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Two scales, the one of so many entries first; as they are if both or none are."""
+    return (second, first) if len(second) == size != len(first) else (first, second)
+
+
+def sign_words(layer: str, factor: str, suffix: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, int]]:
+    """A factor's signs in the words that are stored here, and its sizes.
+
+    Raises
+    ------
+    CheckpointError
+        If the words are not those of the sizes.
+    """
+    name = next((name for name in sign_names(layer, factor, suffix) if name in tensors), None)
+    if name is None:
+        raise KeyError(sign_names(layer, factor, suffix)[0])
+    if "_packed" not in name:
+        rows, count = tensors[name].shape
+        return pack_signs(tensors[name]), (rows, count)
+    shape = tensors[name.replace("_packed", "_shape")]
+    rows, count = (int(size) for size in shape.flatten())
+    words = tensors[name]
+    if words.dtype != torch.int32 or tuple(words.shape) != (rows, -(-count // 32)):
+        raise CheckpointError(
+            f"layer {layer}: tensor {name} is {tuple(words.shape)} {words.dtype}, but {rows} rows of {count} signs are "
+            f"{(rows, -(-count // 32))} torch.int32"
+        )
+    if count % 32:
+        words = words.clone()
+        words[:, -1] &= (1 << count % 32) - 1  # pad bits say nothing
+    return words.to(row_words(count)[1]), (rows, count)  # a narrower word holds the low bits
+
+
+def save_official(
+    model: nn.Module, path: str | Path, tokenizer: Any = None, bits: float | None = None, overwrite: bool = False
+) -> Path:
+    """Write a quantised model as a checkpoint of the authors' repository; complete, or not at all.
+
+    Parameters
+    ----------
+    model : transformers model after `quantize_` or `load`
+        Layers in training form are packed, in place.
+    path, tokenizer, bits, overwrite
+        See `checkpoint.save`; only one of its own checkpoints is overwritten.
+
+    Returns
+    -------
+    The directory.
+
+    Raises
+    ------
+    ValueError
+        If the model has no LittleBit layer, a layer has more than two paths, or the embeddings are quantised.
+    OSError
+        If `path` exists and may not be replaced, or cannot be written.
+    """
+    path = Path(path)
+    check_target(path, overwrite)
+    layers = packed_layers(pack_(model))
+    if not layers:
+        raise ValueError("the model has no LittleBit layer; call quantize_ first")
+    tensors = stored_tensors(model)
+    if any(name.endswith(".codes") for name in tensors):
+        raise ValueError(
+            "the authors' format has no quantised embeddings: quantise the model with embeddings of 16 bits"
+        )
+    tensors = {name: tensor for name, tensor in tensors.items() if ".paths." not in name}
+    for name, layer in layers.items():
+        tensors |= official_tensors(name, layer)
+    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    config = {key: value for key, value in config.items() if key != "quantization_config"} | {"dtype": "float16"}
+    residual = any(len(layer.ranks) == 2 for layer in layers.values())
+    note = {"quant_mod": "LittleBitLinear", "eff_bit": bits, "residual": residual}
+    with written_whole(path) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        (folder / NOTE).write_text(json.dumps(note, indent=1) + "\n")
+        write_tensors(tensors, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return path
+
+
+def official_tensors(name: str, layer: PackedLinear) -> dict[str, Tensor]:
+    """A layer's tensors in the authors' format; the latent scale is all in v1."""
+    if len(layer.ranks) > len(SUFFIXES):
+        raise ValueError(f"layer {name} has {len(layer.ranks)} paths, but the authors' format holds two at most")
+    tensors = {}
+    for suffix, packed in zip(SUFFIXES, layer.factors(), strict=False):
+        for factor, words, shape in (
+            ("U", packed.u_words, (layer.d_out, packed.rank)),
+            ("V", packed.v_words, (packed.rank, layer.d_in)),
+        ):
+            low = words.to(torch.int32) & ((1 << 8 * words.itemsize) - 1)  # no copies of a narrow word's sign bit
+            tensors[f"{name}.{factor}{suffix}_packed"] = words if words.itemsize == 4 else low
+            tensors[f"{name}.{factor}{suffix}_shape"] = torch.tensor(shape)
+        scales = {"u1": packed.h, "u2": torch.ones_like(packed.ell), "v1": packed.ell, "v2": packed.g}
+        tensors |= {f"{name}.{scale}{suffix}": values[None].clone() for scale, values in scales.items()}
+    return tensors
+
+
+def official_header(
+    path: Path, headers: Mapping[str, Header]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict]:
+    """For `info`: configuration, layers with their sizes, and the layer that each packed tensor belongs to."""
+    layers, owners = {}, {}
+    for name in official_layers(headers):
+        own = [key for key in headers if key.rpartition(".")[0] == name and not key.endswith(".bias")]
+        lengths = {key.rpartition(".")[2]: torch.Size(headers[key].shape).numel() for key in own}
+        try:  # a rank is never larger than the sizes
+            d_out, d_in = max(lengths["u1"], lengths["u2"]), max(lengths["v1"], lengths["v2"])
+        except KeyError as error:
+            raise CheckpointError(f"layer {name}: tensor {name}.{error.args[0]} is missing") from error
+        layers[name] = {"d_out": d_out, "d_in": d_in}
+        owners |= dict.fromkeys(own, name)
+    config, bits = read_notes(path, layers)
+    return config | {"quantization_config": {"bits": bits}}, layers, owners
+
+
+def read_notes(path: Path, layers: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
+    """config.json, and the target that littlebit_config.json names, of a checkpoint with such layers."""
+    try:
+        config, note = (json.loads((path / name).read_text()) for name in ("config.json", NOTE))
+        bits = note.get("eff_bit")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a checkpoint: there is no config.json") from error
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: config.json or {NOTE} is damaged ({error}); copy it again") from error
+    if not layers:
+        raise CheckpointError(f"{path}: no tensor is called LAYER.U_packed or LAYER.U, so there is no quantised layer")
+    return config, bits

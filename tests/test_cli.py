@@ -1,0 +1,177 @@
+"""The command as people expect it: help with examples, dry runs, reports, completion, bars in logs."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import littlebit.fast as lb
+import pytest
+from littlebit.fast import progress
+from littlebit.fast.__main__ import EXAMPLES, main, parser
+from littlebit.fast.completion import SHELLS, completion, options, subcommands
+from littlebit.fast.estimate import estimate
+from littlebit.fast.report import html_report, kind_table, kinds_of
+from test_command import littlebit
+
+
+def test_every_command_has_help_with_examples_that_parse(capsys):
+    import shlex
+
+    commands = subcommands(parser())
+    assert set(commands) == set(EXAMPLES)
+    for name, sub in commands.items():
+        for example in EXAMPLES[name]:
+            words = shlex.split(example.split(" > ")[0])
+            assert words[0] == name
+            assert parser().parse_args(words).command == name
+            assert f"littlebit {example}\n" in sub.format_help()
+        for option in options(sub):
+            assert (
+                option.help
+                or option.dest in ("prompt", "max_new_tokens", "top_k", "top_p", "seed", "bits")
+                or (name == "bench")
+            ), option
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert re.search(r"exit codes:\n  0 +done\n", capsys.readouterr().out)
+
+
+def test_dry_run_tells_what_is_stored_and_writes_nothing(tiny_llama, tmp_path):
+    """In a fresh process; bits and bytes are those of the checkpoint that is written then."""
+    common = [tiny_llama, tmp_path / "out", "--bits", 2.5, "--json"]
+    found = json.loads(littlebit("quantize", *common, "--dry-run"))
+    assert list(tmp_path.iterdir()) == []
+    stored = json.loads(littlebit("quantize", *common))
+    for key in ("bits_per_weight", "linear_bytes", "weights", "layers"):
+        assert found[key] == stored[key]
+    with (tmp_path / "out" / "model.safetensors").open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    assert found["file_bytes"] == stored["file_bytes"] - header
+    assert found["memory_bytes"] > 4 * found["weights"]
+    assert found["quantise_s"] > 0 == found["train_s"]
+
+
+def test_dry_run_of_training_counts_its_tokens_and_names_what_is_impossible(tiny_llama, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["train", str(tiny_llama), out, "--bits", "2.5", "--tokens", "1000000", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "to train; nothing was written" in printed
+    assert re.search(r"^kind +layers +d_out x d_in +rank +bits$", printed, re.M)
+    config = lb.Config(bits=2.5)
+    long, short = (estimate(tiny_llama, config, tokens)["train_s"] for tokens in (10**8, 10**6))
+    assert 20 < long / short < 500  # a hundred, but for what else the machine does
+    assert main(["quantize", str(tiny_llama), out, "--bits", "0.1", "--dry-run"]) == 2
+    assert "smallest possible value is" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantize_ends_with_a_table_a_report_and_the_next_step(tiny_llama, tmp_path, capsys):
+    report = tmp_path / "new" / "report.html"
+    words = [
+        "quantize",
+        str(tiny_llama),
+        str(tmp_path / "out"),
+        "--bits",
+        "2.5",
+        "--report",
+        str(report),
+        "--device",
+        "cpu",
+    ]
+    assert main(words) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["kind", "layers", "d_out", "x", "d_in", "rank", "paths", "bits", "rel.", "error"]
+    assert [line.split()[0] for line in printed[1:8]] == [
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ]
+    assert len({len(line) for line in printed[:8]}) == 1
+    assert printed[-1].startswith(f"next: littlebit eval {tmp_path / 'out'}")
+    page = report.read_text()
+    assert page.count("<rect ") == 2 * 14
+    assert page.count("<tr>") == 8
+    assert "http" not in page  # complete in itself
+    results = json.loads((tmp_path / "out" / "quantization.json").read_text())
+    for name, result in results.items():
+        assert f"<title>{name}: {result['error']:.4f}</title>" in page
+
+
+def test_reports_show_ranges_and_escape_names(tmp_path):
+    results = {
+        "a.<b>": lb.LayerResult(8, 16, (3, 2), 1.5, 0.25),
+        "c.<b>": lb.LayerResult(8, 16, (7,), 0.5, 0.75),
+        "d": lb.LayerResult(4, 4, (1,), 2.0, 0.0),
+    }
+    rows = kinds_of(results)
+    assert rows[0] == {
+        **{"kind": "<b>", "layers": 2, "d_out x d_in": "8 x 16", "rank": "5-7", "paths": "1-2"},
+        **{"bits": "1.000", "rel. error": "0.500"},
+    }
+    assert kind_table(rows).splitlines()[1].split() == ["<b>", "2", "8", "x", "16", "5-7", "1-2", "1.000", "0.500"]
+    html_report(tmp_path / "page.html", "<title>", "&", results)
+    page = (tmp_path / "page.html").read_text()
+    assert "<b>" not in page
+    assert "&lt;b&gt;: 0.2500" in page
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_knows_every_option(shell):
+    script = completion(parser(), shell)
+    for name, sub in subcommands(parser()).items():
+        assert name in script
+        for option in options(sub):
+            for text in option.option_strings:
+                assert (text if shell != "fish" else text.lstrip("-")) in script
+
+
+def completed(*words):
+    """What bash offers for the last of the words."""
+    quoted = " ".join(f"'{word}'" for word in words)
+    code = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _littlebit; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    done = subprocess.run(
+        ["bash", "-c", completion(parser(), "bash") + code], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_options_and_choices():
+    assert completed("littlebit", "qu") == ["quantize"]
+    assert "--kv-rank-factor" in completed("littlebit", "quantize", "--k")
+    assert completed("littlebit", "quantize", "--init", "d") == ["dual-svid"]
+    assert completed("littlebit", "export", "--to", "") == ["official", "gguf"]
+    assert completed("littlebit", "quantize", "x") == []  # left to the names of files
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("redrawn", [True, False])
+def test_bars_are_redrawn_on_terminals_and_lines_in_logs(redrawn, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    file = Terminal() if redrawn else io.StringIO()
+    for _ in progress.tqdm(range(5000), desc="work", file=file):
+        pass
+    shown = file.getvalue()
+    assert ("\r" in shown) == redrawn
+    if not redrawn:
+        assert 1 <= len(shown.splitlines()) <= 3
+        assert shown.splitlines()[-1].startswith("work: 100%|#")
+        monkeypatch.setitem(sys.modules, "ipykernel", sys)  # a notebook draws over, and says that it is no terminal
+        assert progress.redrawn(io.StringIO())
+
+
+def test_an_option_that_is_mistyped_exits_with_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "littlebit.fast", "quantize", "a", tmp_path / "b", "--bit", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+    )
+    assert done.returncode == 2
+    assert "usage: littlebit quantize" in done.stderr

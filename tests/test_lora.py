@@ -1,0 +1,120 @@
+"""PEFT's adapters on packed layers: they attach, train, are saved and come back in a fresh process."""
+
+import subprocess
+import sys
+
+import littlebit.fast as lb
+import pytest
+import torch
+from compare import assert_same, assert_within
+from littlebit.fast.model import replace_module
+
+peft = pytest.importorskip("peft")
+
+TOKENS = (torch.arange(32)[None] * 5) % 256
+
+
+@pytest.fixture(scope="module")
+def checkpoint(loud_llama, tmp_path_factory):
+    model = lb.load_model(loud_llama)
+    lb.quantize_(model, lb.Config(bits=2.5), progress=False)
+    return lb.save(model, tmp_path_factory.mktemp("lora") / "out")
+
+
+def with_adapter(model):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    return peft.get_peft_model(model, config)
+
+
+def loss(model):
+    return model(TOKENS, labels=TOKENS).loss
+
+
+FRESH = """
+import sys
+import littlebit.fast as lb
+assert "peft" not in sys.modules
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+tokens = (torch.arange(32)[None] * 5) % 256
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+model = PeftModel.from_pretrained(model, sys.argv[2])
+with torch.inference_mode():
+    assert torch.equal(model(tokens).logits, torch.load(sys.argv[3]))
+"""
+
+
+def test_adapters_train_and_come_back_in_a_fresh_process(checkpoint, tmp_path):
+    model = with_adapter(lb.load(checkpoint))
+    words = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".paths." in name}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 3 * 2  # A and B of three layers of two blocks
+    optimiser = torch.optim.AdamW(trained, lr=5e-3)
+    first = float(loss(model).detach())
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss(model).backward()
+        assert all(parameter.grad is not None for parameter in trained)
+        optimiser.step()
+    assert float(loss(model).detach()) < 0.8 * first
+    for name, tensor in model.state_dict().items():
+        if ".paths." in name:
+            assert_same(tensor, words[name])
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.inference_mode():
+        torch.save(model.eval()(TOKENS).logits, tmp_path / "logits.pt")
+    command = [sys.executable, "-W", "ignore", "-c", FRESH, checkpoint, tmp_path / "adapter", tmp_path / "logits.pt"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_adapters_get_the_gradients_that_they_get_on_a_dense_layer(checkpoint):
+    """Beside a dense layer of the same weight, in float64."""
+    packed, dense = lb.load(checkpoint), lb.load(checkpoint).double()
+    name = "model.layers.0.self_attn.q_proj"
+    layer = packed.get_submodule(name)
+    linear = torch.nn.Linear(layer.d_in, layer.d_out, dtype=torch.float64)
+    linear.weight.data, linear.bias.data = layer.weight.double(), layer.bias.double()
+    replace_module(dense, name, linear)
+    x, found = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), []
+    for model in (packed, dense):
+        adapted = with_adapter(model).base_model.model.get_submodule(name)
+        a, b = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
+        a.data, b.data = torch.ones_like(a) / 8, torch.ones_like(b) / 16
+        given = x.to(a.dtype, copy=True).requires_grad_()
+        y = adapted(given)
+        y.square().sum().backward()
+        found.append((y.detach(), given.grad, a.grad, b.grad))
+    for mine, exact in zip(*found, strict=True):
+        # sums over 64 inputs or outputs and the ranks; a sum is no larger than its terms, which are no larger than 64
+        # times the largest result here
+        assert_within(mine, exact, (64 * exact.abs().max()).expand(exact.shape), terms=3 * 64 + sum(layer.ranks))
+
+
+def test_adapters_are_not_merged(checkpoint):
+    model = with_adapter(lb.load(checkpoint))
+    with pytest.raises(ValueError, match="cannot be merged into packed signs"):
+        model.merge_and_unload()
+
+
+def test_dense_layers_beside_packed_ones_keep_peft_s_own_adapters(checkpoint):
+    model = lb.load(checkpoint)
+    replace_module(model, "model.layers.0.self_attn.q_proj", torch.nn.Linear(64, 64))
+    kinds = [type(m).__name__ for m in with_adapter(model).modules() if hasattr(m, "lora_A")]
+    assert sorted(kinds) == ["Linear"] + ["PackedLora"] * 5
+
+
+@pytest.mark.parametrize("package", ["transformers.quantizers.auto", "peft.tuners.lora.model"])
+def test_libraries_that_are_too_old_can_still_be_imported(package):
+    code = (
+        "import sys, littlebit.fast.plugin as plugin\n"
+        f"waiting = next(each for each in sys.meta_path if getattr(each, 'name', '') == '{package}')\n"
+        "def fail(): raise ImportError('no such name')\n"
+        "waiting.then = fail\n"
+        f"import {package}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"cannot plug into this version of {package.split('.')[0]} (no such name)" in done.stderr
