@@ -21,6 +21,7 @@ from .bits import (
     kv_cache_bytes as kv_cache_bytes,
     layer_bits as layer_bits,
     model_bits as model_bits,
+    official_rank as official_rank,
     path_bits as path_bits,
     paths_for_bits as paths_for_bits,
     rank_for_bits as rank_for_bits,

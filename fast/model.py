@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .admm import admm, importance
 from .alignment import itq, random_rotation
-from .bits import Ranks, allocate_ranks, layer_bits
+from .bits import Ranks, allocate_ranks, layer_bits, official_rank
 from .calibrate import Moments, calibrate, spectral_gains
 from .dual_svid import dual_svid
 from .factors import Factors
@@ -25,7 +25,7 @@ OVERSAMPLING = 16  # columns of the sketch beyond the rank
 
 
 INITS = ("dual-svid", "itq", "admm")
-ALLOCATIONS = ("uniform", "sensitivity")
+ALLOCATIONS = ("uniform", "sensitivity", "official")
 FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     **dict.fromkeys(("qkv_proj", "c_attn"), ("q_proj", "k_proj", "v_proj")),
@@ -45,7 +45,8 @@ class Config:
     init : str
         How factors are found: "dual-svid" (the paper), "itq" (rotated first) or "admm" (solved for; the best).
     allocation : str
-        How ranks are divided: "uniform" bits, or by "sensitivity", measured on calibration text.
+        How ranks are divided: "uniform" bits, by "sensitivity", measured on calibration text, or as the authors'
+        program does ("official"; see `bits.official_rank`), which takes no other ranks and may exceed the ceiling.
     importance : bool
         Whether "admm" weighs channels by their second moments, measured on calibration text.
     include, exclude : tuple of str
@@ -163,7 +164,7 @@ def quantize_(
 
 
 def plan(model: nn.Module, config: Config) -> tuple[dict[str, nn.Linear], dict[str, Ranks]]:
-    """The layers that are to be quantised and, for uniform allocation, their ranks.
+    """The layers that are to be quantised and, except for allocation by sensitivity, their ranks.
 
     Raises
     ------
@@ -177,7 +178,14 @@ def plan(model: nn.Module, config: Config) -> tuple[dict[str, nn.Linear], dict[s
             "print(model) shows the names"
         )
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
-    return layers, allocate_ranks(shapes, config.bits, config.paths, shares=kv_shares(model, shapes, config))
+    shares = kv_shares(model, shapes, config)
+    if config.allocation == "official":
+        paths = config.paths or 1  # None is refused by `check_config`
+        ranks = {
+            name: official_rank(*shape, config.bits, paths, shares.get(name, 1.0)) for name, shape in shapes.items()
+        }
+        return layers, {name: (rank,) * paths for name, rank in ranks.items()}
+    return layers, allocate_ranks(shapes, config.bits, config.paths, shares=shares)
 
 
 def kv_shares(model: Any, names: Iterable[str], config: Config) -> dict[str, float]:
@@ -209,6 +217,8 @@ def check_config(config: Config, tokens: Tensor | None) -> None:
         raise ValueError(f"kv_rank_factor must be a positive number, not {config.kv_rank_factor}")
     if config.kv_rank_factor != 1 and config.allocation == "sensitivity":
         raise ValueError("allocation by sensitivity measures what k_proj and v_proj need: leave kv_rank_factor at 1")
+    if config.allocation == "official" and config.paths is None:
+        raise ValueError("the authors' program has as many paths in every layer: choose paths=1 or 2")
     if config.importance and config.init != "admm":
         raise ValueError(f"importance weights serve init 'admm' only, not {config.init!r}")
     if config.needs_calibration() and tokens is None:

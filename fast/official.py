@@ -8,11 +8,13 @@ A folder with the model's config.json, its safetensors and littlebit_config.json
     LAYER.bias                       if the layer has one
 
 and a residual path the same with the suffix _R (U_R_packed, u1_R, ...). The older, unpacked variant has LAYER.U and
-LAYER.V instead, latents of which the signs count. Scales are told apart by their lengths where those differ.
+LAYER.V instead, latents of which the signs count. Scales are told apart by their lengths where those differ. Ranks are
+not stored: the authors' loader works them out (`bits.official_rank`).
 """
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bits import official_rank
 from .checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
@@ -185,7 +188,13 @@ def save_official(
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     config = {key: value for key, value in config.items() if key != "quantization_config"} | {"dtype": "float16"}
     residual = any(len(layer.ranks) == 2 for layer in layers.values())
-    note = {"quant_mod": "LittleBitLinear", "eff_bit": bits, "residual": residual}
+    note = {"quant_func": "STEBinary", "quant_mod": "LittleBitLinear", "eff_bit": bits, "residual": residual}
+    if other := next((name for name, layer in layers.items() if not has_official_ranks(layer, bits, residual)), None):
+        warnings.warn(
+            f"the authors' program works the ranks out from the bits per weight and will not load this checkpoint: "
+            f"layer {other} has {layers[other].ranks}. Quantise with allocation 'official' for one that it loads",
+            stacklevel=2,
+        )
     with written_whole(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
         (folder / NOTE).write_text(json.dumps(note, indent=1) + "\n")
@@ -193,6 +202,12 @@ def save_official(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return path
+
+
+def has_official_ranks(layer: PackedLinear, bits: float | None, residual: bool) -> bool:
+    """Whether a layer's ranks are those that the authors' program gives it."""
+    paths = 1 + residual
+    return bits is not None and layer.ranks == (official_rank(layer.d_out, layer.d_in, bits, paths),) * paths
 
 
 def official_tensors(name: str, layer: PackedLinear) -> dict[str, Tensor]:

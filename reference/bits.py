@@ -143,6 +143,33 @@ def rank_for_bits(
     return rank
 
 
+def official_rank(d_out: int, d_in: int, bits: float, paths: int = 2, factor: float = 1.0) -> int:
+    """The rank of each path that the authors' program gives a layer: a multiple of 8, at least 8, by their count.
+
+    They count paths * (rank (d_out + d_in + 16) + 16 (d_out + d_in)) bits, no padding, and do not lower other layers'
+    ranks for small ones that exceed the target. Their loader builds its layers by this rule, so a checkpoint for it
+    must follow it.
+
+    Parameters
+    ----------
+    d_out, d_in : int
+    bits : float
+        Target in bits per weight.
+    paths : int
+        1, or 2 for primary and residual.
+    factor : float
+        What the rank is multiplied by before it is rounded down (k_proj and v_proj of grouped queries).
+
+    Examples
+    --------
+    >>> official_rank(4096, 4096, 0.55), official_rank(64, 64, 0.1)
+    (544, 8)
+    """
+    check_bits(bits, paths)
+    rank = (d_out * d_in * bits - 16 * paths * (d_out + d_in)) / (paths * (d_out + d_in + 16)) * factor
+    return max(8, int(rank) // 8 * 8)
+
+
 def paths_for_bits(d_out: int, d_in: int, bits: float, scale_bits: int = SCALE_BITS) -> int:
     """1 or 2 paths for a layer, by what the second path's scales would cost.
 

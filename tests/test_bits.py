@@ -204,3 +204,15 @@ def test_bits_must_be_positive_and_finite(bits):
 def test_paths_must_be_positive():
     with pytest.raises(ValueError, match="paths must be"):
         ref.rank_for_bits(64, 64, 1.0, paths=0)
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), st.floats(0.05, 4), st.sampled_from([1, 2]))
+def test_official_rank_is_the_largest_multiple_of_eight_that_their_count_affords(d_out, d_in, bits, paths):
+    def cost(rank):
+        return paths * (rank * (d_out + d_in + 16) + 16 * (d_out + d_in))
+
+    rank = ref.official_rank(d_out, d_in, bits, paths)
+    budget = bits * d_out * d_in
+    assert rank % 8 == 0
+    assert cost(rank) <= budget * (1 + 1e-12) or rank == 8
+    assert cost(rank + 8) > budget * (1 - 1e-12)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import littlebit.fast as lb
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from conftest import make_tiny_llama
-from littlebit.fast.checkpoint import read_headers, weight_files
+from littlebit.fast.checkpoint import WEIGHTS, read_headers, weight_files
 from littlebit.fast.model import packed_layers
 from littlebit.fast.official import NOTE
 from safetensors.numpy import load_file as load_arrays, save_file as save_arrays
@@ -192,5 +193,33 @@ def test_untied_head_and_ranks_of_whole_words(tmp_path):
     source = make_tiny_llama(tmp_path / "untied", tie_word_embeddings=False)
     model = lb.load_model(source)
     lb.quantize_(model, lb.Config(bits=3, paths=1), progress=False)
-    lb.save_official(model, tmp_path / "out")
+    with pytest.warns(UserWarning, match="works the ranks out"):
+        lb.save_official(model, tmp_path / "out")
     assert_same(logits(lb.load(tmp_path / "out")), logits(lb.load(lb.save(model, tmp_path / "ours"))))
+
+
+@pytest.mark.parametrize("paths", [1, 2])
+def test_official_ranks_are_exported_without_a_warning_and_others_with_one(paths, tiny_llama, tmp_path):
+    """What the authors' loader builds from the bits per weight alone has the sizes of what is stored."""
+    made = {}
+    for allocation in ("official", "uniform"):
+        model = made[allocation] = lb.load_model(tiny_llama)
+        config = lb.Config(bits=1.4 * paths, paths=paths, allocation=allocation)
+        lb.quantize_(model, config, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lb.save_official(made["official"], tmp_path / "official", bits=1.4 * paths)
+    with pytest.warns(UserWarning, match=r"will not load this checkpoint: layer model\.layers\.0"):
+        lb.save_official(made["uniform"], tmp_path / "uniform", bits=1.4 * paths)
+    note, tensors = json.loads((tmp_path / "official" / NOTE).read_text()), load_file(tmp_path / "official" / WEIGHTS)
+    for name, layer in packed_layers(made["official"]).items():
+        a, b, count = layer.d_in, layer.d_out, 1 + note["residual"]
+        rank = max(8, int((a * b * note["eff_bit"] - 16 * count * (a + b)) / (count * (a + b + 16))) // 8 * 8)
+        for suffix in ("", "_R")[:count]:
+            assert tensors[f"{name}.U{suffix}_shape"].tolist() == [b, rank]
+            assert tensors[f"{name}.v1{suffix}"].shape == (1, rank)
+
+
+def test_official_allocation_needs_a_number_of_paths(tiny_llama):
+    with pytest.raises(ValueError, match="choose paths=1 or 2"):
+        lb.quantize_(lb.load_model(tiny_llama), lb.Config(paths=None, allocation="official"), progress=False)
