@@ -219,10 +219,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--llama-python", default=sys.executable, help="decode: a Python that can import llama_cpp")
     sub.add_argument("--tokens", type=int, default=64, help="decode: tokens in a round; agreement: tokens of each text")
     sub.add_argument("--rounds", type=int, default=3, help="decode: rounds")
-    sub.add_argument("--device", choices=["cpu"], default="cpu")
-    sub.add_argument("--shape", type=shape, nargs="+", default=list(SHAPES), help="D_OUTxD_IN")
-    sub.add_argument("--bits", type=float, nargs="+", default=list(BITS))
-    sub.add_argument("--paths", type=int, default=2)
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="linear: cuda for a GPU")
+    sub.add_argument("--tune", action="store_true", help="linear on a GPU: try several launch plans, take the fastest")
+    sub.add_argument("--shape", type=shape, nargs="+", help="D_OUTxD_IN; by default those of Llama-2's layers")
+    sub.add_argument("--bits", type=float, nargs="+", help="by default several from 0.1 up")
+    sub.add_argument("--paths", type=int, help="by default 2, on a GPU 1")
     sub.add_argument("--batch", type=int, default=1)
     sub.add_argument("--threads", type=int, default=1)
     sub.add_argument("--json", action="store_true")
@@ -576,22 +577,30 @@ def run_bench(arguments: argparse.Namespace) -> None:
         return run_bench_decode(arguments)
     if arguments.what == "agreement":
         return run_bench_agreement(arguments)
-    rows = bench_linear(
-        tuple(arguments.shape), tuple(arguments.bits), arguments.batch, arguments.threads, arguments.paths
-    )
+    chosen = {key: tuple(getattr(arguments, key)) for key in ("shape", "bits") if getattr(arguments, key)}
+    if arguments.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
+        from .bench_cuda import BITS as CUDA_BITS, SHAPES as CUDA_SHAPES, bench_linear_cuda
+
+        device, error, other = torch.cuda.get_device_name(), "error", "fp16 us"
+        shapes, bits = chosen.get("shape", CUDA_SHAPES), chosen.get("bits", CUDA_BITS)
+        rows = bench_linear_cuda(shapes, bits, arguments.paths or 1, arguments.batch, arguments.tune)
+    else:
+        device, error, other = cpu_name(), "max_error", "bf16 us"
+        shapes, bits = chosen.get("shape", SHAPES), chosen.get("bits", BITS)
+        rows = bench_linear(shapes, bits, arguments.batch, arguments.threads, arguments.paths or 2)
     if arguments.save:
-        save_results(arguments.save, rows, arguments.typed, cpu_name())
+        save_results(arguments.save, rows, arguments.typed, device)
     if arguments.json:
         print(json.dumps(rows))
         return
-    print(
-        f"{'d_out x d_in':>15}{'bits':>8}{'rank':>6}{'packed us':>12}{'bf16 us':>12}{'speed-up':>10}{'max error':>11}"
-    )
+    print(f"{'d_out x d_in':>15}{'bits':>8}{'rank':>6}{'packed us':>12}{other:>12}{'speed-up':>10}{'error':>11}")
     for row in rows:
         size = f"{row['d_out']} x {row['d_in']}"
         print(
             f"{size:>15}{row['bits']:>8.3f}{row['rank']:>6}{row['time_us']:>12.1f}{row['dense_us']:>12.1f}"
-            f"{row['speedup']:>9.1f}x{row['max_error']:>11.1e}"
+            f"{row['speedup']:>9.1f}x{row[error]:>11.1e}"
         )
 
 

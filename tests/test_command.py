@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from littlebit.fast.__main__ import main
 from littlebit.fast.agreement import PROMPTS
 
@@ -115,6 +116,11 @@ def test_bench_agreement_prints_and_saves_a_row_for_each_prompt(checkpoint, tmp_
         (["fetch", "gpt-5"], "known names: smollm2"),
         (["bench", "linear", "--shape", "64x64", "--bits", "0.1"], "smallest possible value is"),
         (["bench", "agreement"], "name one with --model"),
+        pytest.param(
+            ["bench", "linear", "--device", "cuda"],
+            "torch sees no GPU: use --device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_errors_say_what_to_do_and_exit_with_2(arguments, message, checkpoint, tiny_llama, tmp_path, capsys):
