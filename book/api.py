@@ -9,16 +9,29 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 # The order in which the paper is read; modules that are not named here follow by name.
-ORDER = "svd signs factors dual_svid residual alignment admm bits packing linear distill train".split()
+ORDER = [
+    "svd",
+    "signs",
+    "factors",
+    "dual_svid",
+    "residual",
+    "alignment",
+    "admm",
+    "bits",
+    "packing",
+    "linear",
+    "distill",
+    "train",
+]
 # Where a module that only fast/ has belongs; one that is not named here is one of "More".
 GROUPS = {
-    "Whole models": "model layers embeddings calibrate evaluate zero_shot".split(),
-    "Training": "student trainer resume".split(),
-    "Files": "checkpoint official gguf fetch shipped".split(),
-    "Running": "decode decode_cpu kernels".split(),
-    "With transformers and PEFT": "hf quantizer plugin lora".split(),
-    "Measuring": "agreement bench bench_cuda bench_decode".split(),
-    "The command": "demo estimate report progress completion".split(),
+    "Whole models": ["model", "layers", "embeddings", "calibrate", "evaluate", "zero_shot"],
+    "Training": ["student", "trainer", "resume"],
+    "Files": ["checkpoint", "official", "gguf", "fetch", "shipped"],
+    "Running": ["decode", "decode_cpu", "kernels"],
+    "With transformers and PEFT": ["hf", "quantizer", "plugin", "lora"],
+    "Measuring": ["agreement", "bench", "bench_cuda", "bench_decode"],
+    "The command": ["demo", "estimate", "report", "progress", "completion"],
 }
 
 
@@ -67,7 +80,8 @@ def write_pages(folder: Path) -> None:
     ordered = [name for name in ORDER if name in reference] + [name for name in reference if name not in ORDER]
     rest = [name for name in fast if name not in reference]
     groups = {
-        caption: [name for top in tops for name in rest if name.split(".")[0] == top] for caption, tops in GROUPS.items()
+        caption: [name for top in tops for name in rest if name.split(".")[0] == top]
+        for caption, tops in GROUPS.items()
     }
     groups["More"] = [name for name in rest if not any(name in group for group in groups.values())]
     written = {f"{name}.md": page(name, mirrored=name in reference) for name in ordered + rest}

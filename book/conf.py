@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+from sphinx.ext.autodoc.mock import mock
 from sphinx.util.nodes import make_refnode
 
 HERE = Path(__file__).parent
@@ -43,6 +44,7 @@ add_module_names = False
 toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 90
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["peft"]  # takes longer to import than all pages to read
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_display_short_literal_types = True
@@ -50,11 +52,12 @@ python_display_short_literal_types = True
 
 def uncompile():
     """Put the Python function in the place of each kernel: autodoc takes a compiled one for a constant."""
-    for name in api.modules("fast"):
-        module = importlib.import_module(f"littlebit.fast.{name}")
-        for attribute, value in list(vars(module).items()):
-            if hasattr(value, "py_func"):
-                setattr(module, attribute, value.py_func)
+    with mock(autodoc_mock_imports):
+        for name in api.modules("fast"):
+            module = importlib.import_module(f"littlebit.fast.{name}")
+            for attribute, value in list(vars(module).items()):
+                if hasattr(value, "py_func"):
+                    setattr(module, attribute, value.py_func)
 
 
 def process_docstring(app, what, name, obj, options, lines):
