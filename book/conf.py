@@ -32,10 +32,10 @@ extensions = [
 ]
 exclude_patterns = ["results"]
 mathjax_path = "mathjax/tex-chtml.js"
-myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
+myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(HERE.parent / "build" / "book-cache")
+nb_execution_cache_path = str(HERE.parent / "build" / "notebook-cache")
 nb_execution_raise_on_error = True
 
 smartquotes = False  # U' is a matrix
@@ -44,7 +44,7 @@ add_module_names = False
 toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 90
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["peft"]  # takes longer to import than all pages to read
+autodoc_mock_imports = ["peft"]  # its import takes seconds, and nothing here is shown of it
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_display_short_literal_types = True
