@@ -125,6 +125,7 @@ class SignWithRule(torch.autograd.Function):
         return ctx.vjp(x, grad), None
 
 
+#: The rules by name.
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "smooth_sign": smooth_sign,
     "straight_through": straight_through,

@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-SCALE_BITS = 16
-WORD_BITS = 32
+SCALE_BITS = 16  #: Stored width of one scale.
+WORD_BITS = 32  #: Width of the widest words that signs are stored in.
 NARROWEST_WORD_BITS = 8
 SECOND_PATH_SHARE = 0.1
 

@@ -105,6 +105,7 @@ def smooth_sign_vjp(x: np.ndarray, grad: np.ndarray) -> np.ndarray:
     return grad * (SHARPNESS * 4 * e / ((1 + e) * (1 + e)))
 
 
+#: The rules by name.
 RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "smooth_sign": smooth_sign_vjp,
     "straight_through": straight_through_vjp,

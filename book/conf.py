@@ -1,0 +1,94 @@
+"""How Sphinx builds the book: `make book`, without a network."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+from sphinx.ext.autodoc.mock import mock
+from sphinx.util.nodes import make_refnode
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import api  # noqa: E402 (the path comes first)
+
+project = "littlebit"
+author = "the littlebit authors"
+project_copyright = author
+html_title = "littlebit"
+html_theme = "furo"
+html_show_sphinx = False
+html_copy_source = False
+# MathJax comes with a Python package and goes into the book, so that equations need no network either.
+mathjax = Path(str(importlib.import_module("sphinx-mathjax-offline").__file__)).parent / "static"
+html_static_path = ["_static", str(mathjax)]
+html_css_files = ["book.css"]
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["results"]
+mathjax_path = "mathjax/tex-chtml.js"
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE.parent / "build" / "notebook-cache")
+nb_execution_raise_on_error = True
+
+smartquotes = False  # U' is a matrix
+default_role = "py:obj"  # in docstrings, `name` is a link where there is something of that name
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+maximum_signature_line_length = 90
+autodoc_member_order = "bysource"
+autodoc_mock_imports = ["peft"]  # its import takes seconds, and nothing here is shown of it
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_display_short_literal_types = True
+
+
+def uncompile():
+    """Put the Python function in the place of each kernel: autodoc takes a compiled one for a constant."""
+    with mock(autodoc_mock_imports):
+        for name in api.modules("fast"):
+            module = importlib.import_module(f"littlebit.fast.{name}")
+            for attribute, value in list(vars(module).items()):
+                if hasattr(value, "py_func"):
+                    setattr(module, attribute, value.py_func)
+
+
+def process_docstring(app, what, name, obj, options, lines):
+    """Turn a docstring into what Sphinx reads; that of a module stands in its page already."""
+    lines[:] = [] if what == "module" else api.restructured(lines)
+
+
+def skip_member(app, what, name, obj, skip, options):
+    """Leave the fields of named tuples out: the docstring of the tuple describes them."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def resolve_in_package(app, env, node, contnode):
+    """Find `svd.truncated_svd` and `littlebit.fast.svd` from any module: names are looked up in the package, too."""
+    if node.get("refdomain") != "py" or "py:module" not in node:
+        return None
+    target = node["reftarget"].removesuffix("()")
+    package = ".".join(str(node["py:module"]).split(".")[:2])
+    objects = env.domains.python_domain.objects
+    inside = re.compile(rf"{re.escape(package)}(\.\w+)*\.{re.escape(target.removeprefix(package + '.'))}")
+    found = [name for name, entry in objects.items() if inside.fullmatch(name) and entry.objtype != "module"]
+    if len(found) != 1:
+        return None
+    entry = objects[found[0]]
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, found[0])
+
+
+def setup(app):
+    """Write the pages of the API, make the kernels readable, and connect what is above."""
+    api.write_pages(HERE / "api")
+    uncompile()
+    app.connect("autodoc-process-docstring", process_docstring)
+    app.connect("autodoc-skip-member", skip_member)
+    app.connect("missing-reference", resolve_in_package)

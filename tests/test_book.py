@@ -1,0 +1,94 @@
+"""The book builds without a warning, shows everything that the packages export, and none of its links lead nowhere."""
+
+import ast
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from sphinx.util.inventory import InventoryFile
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """Folder of the built pages."""
+    folder = tmp_path_factory.mktemp("book")
+    options = ["-q", "-W", "--keep-going", "-j", "2", "-d", folder / "cache"]
+    command = [sys.executable, "-m", "sphinx", *options, ROOT / "book", folder / "pages"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "pages"
+
+
+@pytest.fixture(scope="module")
+def pages(book):
+    """What stands in each of them."""
+    return {path.resolve(): Page(path) for path in book.rglob("*.html")}
+
+
+class Page(HTMLParser):
+    """What a page links to and loads, and the places in it that can be linked to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.loaded, self.anchors = set(), set(), set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.anchors.add(attributes.get("id"))
+        if tag == "a" and "href" in attributes:
+            self.links.add(attributes["href"])
+        elif tag in ("script", "img", "link"):
+            self.loaded.add(attributes.get("src") or attributes.get("href"))
+
+
+def exported(package):
+    """Public names that a package's __init__ imports, each with the module that it comes from."""
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return {(node.module, alias.name) for node in imports for alias in node.names if alias.name == alias.asname}
+
+
+@pytest.mark.parametrize("package", ["reference", "fast"])
+def test_every_exported_name_is_in_the_api(book, package):
+    inventory = InventoryFile.loads((book / "objects.inv").read_bytes(), uri="").data
+    shown = {name for kind in inventory if kind.startswith("py:") for name in inventory[kind]}
+    # bits.py is one module, exported twice
+    missing = {
+        name
+        for module, name in exported(package)
+        if f"littlebit.{'reference' if module == 'bits' else package}.{module}.{name}" not in shown
+    }
+    assert exported(package)
+    assert not missing
+
+
+def test_internal_links_lead_somewhere(pages):
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            anchors = pages[target].anchors if target in pages else set()
+            if not target.exists() or (parts.fragment and unquote(parts.fragment) not in anchors):
+                broken.append(f"{path.name}: {link}")
+    assert len(pages) > 20
+    assert not broken
+
+
+def test_pages_load_nothing_from_the_network(pages):
+    for path, page in pages.items():
+        for source in page.loaded - {None}:
+            assert not urlsplit(source).netloc, f"{path.name}: {source}"
+            assert (path.parent / unquote(urlsplit(source).path)).exists(), f"{path.name}: {source}"
+
+
+def test_equations_have_mathjax(book):
+    assert any("mathjax" in source for source in Page(book / "index.html").loaded - {None})
