@@ -38,6 +38,12 @@ from .fetch import fetch as fetch
 from .hf import load_model as load_model, load_tokenizer as load_tokenizer
 from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
 from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
+from .memory import (
+    MODEL_SHAPES as MODEL_SHAPES,
+    ModelMemory as ModelMemory,
+    ModelShape as ModelShape,
+    model_memory as model_memory,
+)
 from .model import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
 from .packing import (
     PackedFactors as PackedFactors,

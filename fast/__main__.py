@@ -24,6 +24,7 @@ from .embeddings import check_embeddings, quantize_embeddings_
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
 from .hf import load_model, load_tokenizer, resolve, text_tokens
+from .memory import LATENT_BYTES, MODEL_SHAPES, model_memory
 from .model import ALLOCATIONS, INITS, Config, LayerResult, quantize_
 from .resume import Keeper, digest
 from .signs import RULES
@@ -145,6 +146,15 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("info", run_info, "Say what a packed checkpoint really stores.")
     sub.add_argument("model", help="a packed checkpoint")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command("memory", run_memory, "Say what a model of a published shape takes: weights, cache, activations.")
+    sub.add_argument("shape", nargs="*", default=list(MODEL_SHAPES), help=f"among {', '.join(MODEL_SHAPES)}")
+    sub.add_argument("--bits", type=float, nargs="*", default=[0.55, 0.3, 0.1], help="beside float16")
+    sub.add_argument("--paths", type=int, default=2)
+    sub.add_argument("--embedding-bits", type=int, nargs="+", choices=[16, 8, 4], default=[16, 8, 4])
+    sub.add_argument("--context", type=int, default=4096, help="tokens in the key-value cache")
+    sub.add_argument("--kv-cache", choices=list(LATENT_BYTES), default="latent", help="of the quantised models")
     sub.add_argument("--json", action="store_true")
 
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
@@ -425,6 +435,30 @@ def run_info(arguments: argparse.Namespace) -> None:
             f"{name:<12}{kind['layers']:>7}{kind['weights']:>14,}{kind['linear_bytes']:>12,}"
             f"{kind['bits_per_weight']:>8.3f}"
         )
+
+
+def run_memory(arguments: argparse.Namespace) -> None:
+    """Run `littlebit memory`."""
+    rows = []
+    for name in arguments.shape:
+        if name not in MODEL_SHAPES:
+            raise ValueError(f"no shape {name!r} is known, only {', '.join(MODEL_SHAPES)}")
+        for bits in (None, *arguments.bits):
+            kind = "ordinary" if bits is None else arguments.kv_cache
+            for embedding_bits in arguments.embedding_bits:
+                found = model_memory(MODEL_SHAPES[name], bits, arguments.paths, embedding_bits, arguments.context, kind)
+                row = {"shape": name, "bits": bits, "embedding_bits": embedding_bits, "context": arguments.context}
+                row |= {"kv_kind": kind} | {key: value for key, value in found._asdict().items() if key != "ranks"}
+                rows.append(row | {"weights": found.weights, "total": found.total})
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    parts = ("linear", "embeddings", "other", "weights", "kv_cache", "activations", "total")
+    print(f"GB (10^9 bytes), {arguments.context} tokens in the cache")
+    print(f"{'shape':<12}{'bits':>6}{'embedding':>10}{'cache':>12}" + "".join(f"{part:>12}" for part in parts))
+    for row in rows:
+        numbers = "".join(f"{row[part] / 1e9:>12.4f}" for part in parts)
+        print(f"{row['shape']:<12}{row['bits'] or 16:>6g}{row['embedding_bits']:>10}{row['kv_kind']:>12}{numbers}")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

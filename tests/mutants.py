@@ -39,6 +39,7 @@ TESTS = {
     "alignment": "test_admm.py",
     "admm": "test_admm.py",
     "bits": "test_bits.py",
+    "memory": "test_memory.py",
     "packing": "test_packing.py",
     "linear": "test_linear.py test_linear_vjp.py",
     "distill": "test_distill.py",
@@ -132,6 +133,23 @@ MUTANTS = [
     Mutant("reference/bits.py", "low, high = 0, min(shape)", "low, high = 0, min(shape) - 1", "rank search biased"),
     Mutant("reference/bits.py", "rest -= cost\n            if made", "if made", "gains spend the same bits twice"),
     Mutant("reference/bits.py", "return -sum(gains", "return sum(gains", "the worst layer first"),
+    Mutant("reference/bits.py", "+ len(widths) * scale_bytes", "", "scales of a cache not counted"),
+    Mutant("reference/memory.py", "1 if shape.tied else 2", "2", "a tied head counted twice"),
+    Mutant(
+        "reference/memory.py",
+        "    shapes = linear_shapes(shape)\n    if bits",
+        "    shapes = linear_shapes(shape._replace(fused=False))\n    if bits",
+        "fused layers counted apart",
+    ),
+    Mutant("reference/memory.py", " + size // group * HALF_BYTES", "", "scales of an embedding not counted"),
+    Mutant("reference/memory.py", '(2 if shape.biases == "all" else 1)', "1", "biases of norms not counted"),
+    Mutant(
+        "reference/memory.py",
+        "max(attention, mlp, shape.hidden",
+        "max(attention, mlp, 0 * shape.hidden",
+        "the end without its norm",
+    ),
+    Mutant("reference/memory.py", '"v_proj", "qkv_proj")', '"qkv_proj")', "latents of values not counted"),
     Mutant("reference/linear.py", "(x * path.g) @ path.v_sign", "x @ path.v_sign", "g dropped"),
     Mutant(
         "reference/linear.py", "(t * path.ell) @ path.u_sign.T * path.h", "t @ path.u_sign.T * path.h", "ell dropped"
