@@ -87,9 +87,12 @@ def main() -> None:
         for bits in BITS
         for embedding_bits in (16, 8, 4)
     ]
-    kinds = [kind for kind in LATENT_BYTES if kind != "ordinary"]
     rows += [
-        cache_row(name, bits, kind) for name in MODEL_SHAPES for bits in BITS if bits is not None for kind in kinds
+        cache_row(name, bits, kind)
+        for name in MODEL_SHAPES
+        for bits in BITS
+        if bits is not None
+        for kind in LATENT_BYTES
     ]
     save_results(arguments.out, rows, "python book/memory.py book/results/memory.json", "none: arithmetic alone")
 

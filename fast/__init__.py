@@ -36,6 +36,15 @@ from .evaluate import Perplexity as Perplexity, perplexity as perplexity
 from .factors import Factors as Factors
 from .fetch import fetch as fetch
 from .hf import load_model as load_model, load_tokenizer as load_tokenizer
+from .kv_cache import (
+    Latents as Latents,
+    expansion as expansion,
+    latent_attention as latent_attention,
+    latents as latents,
+    rotate as rotate,
+    round_latents as round_latents,
+)
+from .latent_cache import latent_cache as latent_cache
 from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
 from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
 from .memory import (

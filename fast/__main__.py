@@ -24,7 +24,7 @@ from .embeddings import check_embeddings, quantize_embeddings_
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
 from .hf import load_model, load_tokenizer, resolve, text_tokens
-from .memory import LATENT_BYTES, MODEL_SHAPES, model_memory
+from .memory import KV_CACHES, MODEL_SHAPES, model_memory
 from .model import ALLOCATIONS, INITS, Config, LayerResult, quantize_
 from .resume import Keeper, digest
 from .signs import RULES
@@ -142,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    sub.add_argument("--kv-cache", choices=KV_CACHES, default="ordinary", help="latents take less memory and more time")
     add_compute(sub)
 
     sub = command("info", run_info, "Say what a packed checkpoint really stores.")
@@ -154,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--paths", type=int, default=2)
     sub.add_argument("--embedding-bits", type=int, nargs="+", choices=[16, 8, 4], default=[16, 8, 4])
     sub.add_argument("--context", type=int, default=4096, help="tokens in the key-value cache")
-    sub.add_argument("--kv-cache", choices=list(LATENT_BYTES), default="latent", help="of the quantised models")
+    sub.add_argument("--kv-cache", choices=KV_CACHES, default="latent", help="of the quantised models")
     sub.add_argument("--json", action="store_true")
 
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
@@ -397,7 +398,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     """Run `littlebit generate`."""
     model, tokenizer = load_any(arguments.model, arguments.device), load_tokenizer(arguments.model)
     if arguments.json:  # the first token loads the kernels, which is not decoding
-        generate(model, arguments.prompt, 1, chat=arguments.chat, tokenizer=tokenizer)
+        generate(model, arguments.prompt, 1, chat=arguments.chat, tokenizer=tokenizer, kv_cache=arguments.kv_cache)
     start = time.perf_counter()
     pieces = stream(
         model,
@@ -409,6 +410,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         arguments.seed,
         arguments.chat,
         tokenizer,
+        arguments.kv_cache,
     )
     if arguments.json:
         text = "".join(pieces)

@@ -1,7 +1,7 @@
 """What a whole model takes, in bytes: the arithmetic of `littlebit.reference.memory`, which is not said twice."""
 
 from ..reference.memory import (
-    LATENT_BYTES as LATENT_BYTES,
+    KV_CACHES as KV_CACHES,
     MODEL_SHAPES as MODEL_SHAPES,
     ModelMemory as ModelMemory,
     ModelShape as ModelShape,

@@ -10,8 +10,10 @@ from typing import NamedTuple
 from .bits import WORD_BITS, Ranks, Shape, allocate_ranks, kv_cache_bytes, model_bits
 
 HALF_BYTES = 2
-LATENT_BYTES = {"ordinary": 2, "latent": 2, "latent-int8": 1}  # of one number that a kind of cache keeps
+LATENT_BYTES = {"latent": 2, "latent-int8": 1}  # of one number that a kind of cache keeps
+KV_CACHES = ("ordinary", *LATENT_BYTES)
 LATENT_SCALE_BYTES = 4  # the float32 scale of each token and projection, see kv_cache.py
+POSITION_BYTES = 4  # of a token, whose keys must be rotated whenever they are read
 TABLE_GROUPS = {8: 64, 4: 32}  # entries of an embedding's row that share a float16 scale, at most
 
 
@@ -165,8 +167,8 @@ def model_memory(
     >>> [round(model_memory(llama, **each).weights / 1e9, 3) for each in settings]
     [13.477, 0.606, 0.352, 0.229]
     """
-    if kv_cache not in LATENT_BYTES:
-        raise ValueError(f"kv_cache must be one of {', '.join(LATENT_BYTES)}, not {kv_cache!r}")
+    if kv_cache not in KV_CACHES:
+        raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
     if kv_cache != "ordinary" and bits is None:
         raise ValueError("a dense model has no latents to cache: give bits, or choose the ordinary cache")
     if context < 0:
@@ -178,14 +180,16 @@ def model_memory(
         ranks = dict(layer_ranks(shape, bits, paths, word_bits))
         linear_bits = model_bits(shapes, ranks, word_bits=word_bits)
     tables = 1 if shape.tied else 2
-    widths, scale_bytes = [shape.kv_heads * shape.head_size] * (2 * shape.layers), 0
-    if kv_cache != "ordinary":
-        widths, scale_bytes = latent_widths(ranks), LATENT_SCALE_BYTES
+    if kv_cache == "ordinary":
+        cached = kv_cache_bytes(context, [shape.kv_heads * shape.head_size] * (2 * shape.layers))
+    else:
+        cached = kv_cache_bytes(context, latent_widths(ranks), LATENT_BYTES[kv_cache], LATENT_SCALE_BYTES)
+        cached += context * POSITION_BYTES
     return ModelMemory(
         linear=-(-linear_bits // 8),
         embeddings=tables * table_bytes(shape.vocabulary, shape.hidden, embedding_bits),
         other=HALF_BYTES * other_parameters(shape),
-        kv_cache=kv_cache_bytes(context, widths, LATENT_BYTES[kv_cache], scale_bytes),
+        kv_cache=cached,
         activations=HALF_BYTES * activation_numbers(shape) if context else 0,
         ranks=ranks,
     )

@@ -153,9 +153,9 @@ def test_latent_cache_of_llama2_7b_is_the_papers():
     assert ordinary.kv_cache == 4096 * 64 * 4096 * 2
     assert round(4096 / statistics.median(widths), 1) == 21.3
     latent = ref.model_memory(shape, 0.1, context=4096, kv_cache="latent")
-    assert latent.kv_cache == 4096 * (2 * sum(widths) + 4 * 64)
+    assert latent.kv_cache == 4096 * (2 * sum(widths) + 4 * 64 + 4)
     assert 21.3 < ordinary.kv_cache / latent.kv_cache < 22
-    assert ref.model_memory(shape, 0.1, context=10, kv_cache="latent-int8").kv_cache == 10 * (sum(widths) + 4 * 64)
+    assert ref.model_memory(shape, 0.1, context=10, kv_cache="latent-int8").kv_cache == 10 * (sum(widths) + 4 * 64 + 4)
     assert latent.total == latent.weights + latent.kv_cache + latent.activations
 
 
