@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
+from .bench_cache import CONTEXTS, bench_cache, crossover
 from .bench_decode import bench_decode
 from .checkpoint import check_target, info, is_checkpoint, load, save
 from .decode import generate, stream
@@ -162,13 +163,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
 
     sub = command("bench", run_bench, "Time the packed layer beside torch's, or decoding beside other engines'.")
-    sub.add_argument("what", choices=["linear", "decode"])
+    sub.add_argument("what", choices=["linear", "decode", "cache"])
     sub.add_argument("--model", type=Path, help="decode: a packed checkpoint")
     sub.add_argument("--dense", default="smollm2", help="decode: what transformers runs in float32")
     sub.add_argument("--gguf", type=Path, help="decode: what llama.cpp runs, if llama_cpp can be imported")
     sub.add_argument("--llama-python", default=sys.executable, help="decode: a Python that can import llama_cpp")
     sub.add_argument("--tokens", type=int, default=64, help="decode: tokens in a round")
     sub.add_argument("--rounds", type=int, default=3, help="decode: rounds")
+    sub.add_argument("--model-shape", default="llama2-7b", help="cache: a name that `littlebit memory` knows")
+    sub.add_argument("--context", type=int, nargs="+", default=list(CONTEXTS), help="cache: tokens in it")
     sub.add_argument("--device", choices=["cpu"], default="cpu")
     sub.add_argument("--shape", type=shape, nargs="+", default=list(SHAPES), help="D_OUTxD_IN")
     sub.add_argument("--bits", type=float, nargs="+", default=list(BITS))
@@ -474,6 +477,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench`."""
     if arguments.what == "decode":
         return run_bench_decode(arguments)
+    if arguments.what == "cache":
+        return run_bench_cache(arguments)
     rows = bench_linear(
         tuple(arguments.shape), tuple(arguments.bits), arguments.batch, arguments.threads, arguments.paths
     )
@@ -519,6 +524,40 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
         print(
             f"{row['engine']:<14}{row['threads']:>8}{row['time_ms']:>12.2f}{row['tokens_per_s']:>10.1f}{memory:>13.0f}"
         )
+
+
+def run_bench_cache(arguments: argparse.Namespace) -> None:
+    """Run `littlebit bench cache`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        rows = [
+            row for bits in arguments.bits for row in bench_cache(arguments.model_shape, bits, tuple(arguments.context))
+        ]
+    finally:
+        torch.set_num_threads(before)
+    if arguments.save:
+        save_results(arguments.save, rows, arguments.typed, cpu_name())
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print(
+        f"{arguments.model_shape}: one token in one layer; bytes a token in all layers, the ordinary cache in float16"
+    )
+    print(
+        f"{'bits':>6}{'cache':>13}{'context':>9}{'us':>10}{'ordinary us':>13}{'speed':>8}{'bytes':>9}{'ordinary':>10}"
+    )
+    for row in rows:
+        print(
+            f"{row['bits']:>6g}{row['kind']:>13}{row['context']:>9}{row['time_us']:>10.0f}{row['ordinary_us']:>13.0f}"
+            f"{row['speed']:>7.2f}x{row['bytes_per_token']:>9.0f}{row['ordinary_bytes_per_token']:>10.0f}"
+        )
+    for bits, kind in dict.fromkeys((row["bits"], row["kind"]) for row in rows):
+        tokens = crossover([row for row in rows if (row["bits"], row["kind"]) == (bits, kind)])
+        found = (
+            "not the quicker one at any of these" if tokens is None else f"the quicker one from {tokens:.0f} tokens on"
+        )
+        print(f"{bits:g} bits, {kind}: {found}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
 from littlebit.fast import decode, kv_cache
 from littlebit.fast.__main__ import main
+from littlebit.fast.bench_cache import bench_cache, crossover
 from littlebit.fast.hf_cache import GROWTH
 from littlebit.fast.model import packed_layers
 from test_decode import exact_and_condition
@@ -320,7 +321,9 @@ def test_other_caches_are_as_before(one_packed):
     with torch.inference_mode():
         before = one_packed(tokens).logits
         lb.latent_cache(one_packed)
+        wrapped = one_packed.model.layers[0].self_attn.forward
         lb.latent_cache(one_packed)
+        assert one_packed.model.layers[0].self_attn.forward is wrapped
         assert_same(one_packed(tokens).logits, before)
         clone = copy.deepcopy(one_packed)
         for layer in projections(clone):
@@ -418,3 +421,37 @@ def test_latent_cache_refuses_what_does_not_go_on_from_it(one_packed):
             )
         with pytest.raises(ValueError, match="cache is empty"):
             lb.latent_cache(one_packed).angles()
+
+
+def test_bench_cache_times_both(tmp_path, capsys, monkeypatch):
+    shape = ref.ModelShape("", 64, 96, 2, 4, 2, 16, 300, 128)
+    monkeypatch.setitem(lb.MODEL_SHAPES, "small", shape)
+    rows = bench_cache("small", 2.0, (8, 40), repeats=2, progress=False)
+    assert [(row["context"], row["kind"]) for row in rows] == [
+        (context, kind) for context in (8, 40) for kind in ("latent", "latent-int8")
+    ]
+    ranks = ref.model_memory(shape, 2.0).ranks
+    for row in rows:
+        assert row["time_us"] > 0
+        assert_within(np.array(row["speed"]), row["ordinary_us"] / row["time_us"], np.array(row["speed"]), terms=4)
+        assert row["ordinary_bytes_per_token"] == 2 * 2 * 2 * 32
+        assert row["ranks"] == {"k_proj": ranks["0.k_proj"], "v_proj": ranks["0.v_proj"]}
+    saved = tmp_path / "cache.json"
+    command = ["bench", "cache", "--model-shape", "small", "--bits", "2", "--context", "8", "--save", str(saved)]
+    assert main(command) == 0
+    assert "latent-int8" in capsys.readouterr().out
+    assert len(json.loads(saved.read_text())["rows"]) == 2
+    assert main(["bench", "cache", "--model-shape", "phi4-14b"]) == 2
+    assert "cannot be timed" in capsys.readouterr().err
+
+
+def test_crossover_lies_where_the_times_meet():
+    def rows(*gaps):
+        return [{"context": 2**at, "time_us": 10.0 + gap, "ordinary_us": 10.0} for at, gap in enumerate(gaps)]
+
+    assert crossover(rows(3, 1, -1)) == 3
+    assert crossover(rows(3, 1, -1)[::-1]) == 3
+    assert crossover(rows(-1, 1, -3)) == 2.5
+    assert crossover(rows(-1, -1)) == 1
+    assert crossover(rows(-1, 1)) is None
+    assert crossover([]) is None
