@@ -351,7 +351,9 @@ def test_latent_cache_serves_other_models(kind):
     assert_same(found[:, 12:], expected)
 
 
-def test_generate_takes_the_kind_of_cache(one_packed, tiny_llama, tmp_path, capsys):
+def test_generate_takes_the_kind_of_cache(one_packed, tiny_llama, tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(decode, "latent_cache", lambda *given: made.append(lb.latent_cache(*given)) or made[-1])
     tokenizer = lb.load_tokenizer(tiny_llama)
     settings = {"max_new_tokens": 12, "tokenizer": tokenizer}
     for kind, dtype in (("latent", torch.float16), ("latent-int8", torch.int8)):
@@ -360,6 +362,7 @@ def test_generate_takes_the_kind_of_cache(one_packed, tiny_llama, tmp_path, caps
         new = one_packed.generate(tokens, past_key_values=cache, max_new_tokens=12, do_sample=False, pad_token_id=258)
         expected = tokenizer.decode(new[0, tokens.shape[1] :], skip_special_tokens=True)
         assert lb.generate(one_packed, "abc", kv_cache=kind, **settings) == expected
+        assert made[-1].layers[0].parts[0].filled().dtype == dtype
     with pytest.raises(ValueError, match="ordinary, latent, latent-int8, not 'int8'"):
         lb.generate(one_packed, "abc", kv_cache="int8", **settings)
     lb.save(copy.deepcopy(one_packed), tmp_path / "out", tokenizer)
