@@ -41,8 +41,23 @@ from .factors import Factors as Factors
 from .fetch import fetch as fetch
 from .gguf import save_gguf as save_gguf
 from .hf import load_model as load_model, load_tokenizer as load_tokenizer
+from .kv_cache import (
+    Latents as Latents,
+    expansion as expansion,
+    latent_attention as latent_attention,
+    latents as latents,
+    rotate as rotate,
+    round_latents as round_latents,
+)
+from .latent_cache import latent_cache as latent_cache
 from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
 from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
+from .memory import (
+    MODEL_SHAPES as MODEL_SHAPES,
+    ModelMemory as ModelMemory,
+    ModelShape as ModelShape,
+    model_memory as model_memory,
+)
 from .model import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
 from .official import save_official as save_official
 from .packing import (

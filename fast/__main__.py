@@ -18,6 +18,7 @@ import torch
 
 from .agreement import agreement
 from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
+from .bench_cache import CONTEXTS, bench_cache, crossover
 from .bench_decode import bench_decode
 from .checkpoint import check_target, info, is_checkpoint, load, save
 from .completion import SHELLS, completion
@@ -28,6 +29,7 @@ from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
 from .gguf import PRECISIONS, save_gguf
 from .hf import load_model, load_tokenizer, resolve, text_tokens
+from .memory import KV_CACHES, MODEL_SHAPES, model_memory
 from .model import ALLOCATIONS, INITS, Config, quantize_
 from .official import is_official, save_official
 from .report import html_report, kind_table, kinds_of
@@ -185,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    sub.add_argument("--kv-cache", choices=KV_CACHES, default="ordinary", help="latents take less memory and more time")
     add_compute(sub)
 
     sub = command("info", run_info, "Say what a packed checkpoint really stores.")
@@ -203,16 +206,25 @@ def parser() -> argparse.ArgumentParser:
     sub = command("completion", run_completion, "Print a script that completes the command in a shell.")
     sub.add_argument("shell", choices=SHELLS)
 
+    sub = command("memory", run_memory, "Say what a model of a published shape takes: weights, cache, activations.")
+    sub.add_argument("shape", nargs="*", default=list(MODEL_SHAPES), help=f"among {', '.join(MODEL_SHAPES)}")
+    sub.add_argument("--bits", type=float, nargs="*", default=[0.55, 0.3, 0.1], help="beside float16")
+    sub.add_argument("--paths", type=int, default=2)
+    sub.add_argument("--embedding-bits", type=int, nargs="+", choices=[16, 8, 4], default=[16, 8, 4])
+    sub.add_argument("--context", type=int, default=4096, help="tokens in the key-value cache")
+    sub.add_argument("--kv-cache", choices=KV_CACHES, default="latent", help="of the quantised models")
+    sub.add_argument("--json", action="store_true")
+
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
     sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
 
     sub = command(
         "bench",
         run_bench,
-        "Time the packed layer beside torch's, or decoding beside other engines', or compare greedy texts with "
-        "transformers' (agreement).",
+        "Time the packed layer beside torch's, decoding beside other engines' or a latent cache beside an "
+        "ordinary one, or compare greedy texts with transformers' (agreement).",
     )
-    sub.add_argument("what", choices=["linear", "decode", "agreement"])
+    sub.add_argument("what", choices=["linear", "decode", "cache", "agreement"])
     sub.add_argument("--model", type=Path, help="decode, agreement: a packed checkpoint, or the name of a shipped one")
     sub.add_argument("--dense", default="smollm2", help="decode: what transformers runs in float32")
     sub.add_argument("--gguf", type=Path, help="decode: what llama.cpp runs, if llama_cpp can be imported")
@@ -224,6 +236,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--shape", type=shape, nargs="+", help="D_OUTxD_IN; by default those of Llama-2's layers")
     sub.add_argument("--bits", type=float, nargs="+", help="by default several from 0.1 up")
     sub.add_argument("--paths", type=int, help="by default 2, on a GPU 1")
+    sub.add_argument("--model-shape", default="llama2-7b", help="cache: a name that `littlebit memory` knows")
+    sub.add_argument("--context", type=int, nargs="+", default=list(CONTEXTS), help="cache: tokens in it")
     sub.add_argument("--batch", type=int, default=1)
     sub.add_argument("--threads", type=int, default=1)
     sub.add_argument("--json", action="store_true")
@@ -494,7 +508,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     """Run `littlebit generate`."""
     model, tokenizer = load_any(arguments.model, arguments.device), load_tokenizer(arguments.model)
     if arguments.json:  # the first token loads the kernels, which is not decoding
-        generate(model, arguments.prompt, 1, chat=arguments.chat, tokenizer=tokenizer)
+        generate(model, arguments.prompt, 1, chat=arguments.chat, tokenizer=tokenizer, kv_cache=arguments.kv_cache)
     start = time.perf_counter()
     pieces = stream(
         model,
@@ -506,6 +520,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         arguments.seed,
         arguments.chat,
         tokenizer,
+        arguments.kv_cache,
     )
     if arguments.json:
         text = "".join(pieces)
@@ -562,6 +577,30 @@ def run_completion(arguments: argparse.Namespace) -> None:
     print(completion(parser(), arguments.shell), end="")
 
 
+def run_memory(arguments: argparse.Namespace) -> None:
+    """Run `littlebit memory`."""
+    rows = []
+    for name in arguments.shape:
+        if name not in MODEL_SHAPES:
+            raise ValueError(f"no shape {name!r} is known, only {', '.join(MODEL_SHAPES)}")
+        for bits in (None, *arguments.bits):
+            kind = "ordinary" if bits is None else arguments.kv_cache
+            for embedding_bits in arguments.embedding_bits:
+                found = model_memory(MODEL_SHAPES[name], bits, arguments.paths, embedding_bits, arguments.context, kind)
+                row = {"shape": name, "bits": bits, "embedding_bits": embedding_bits, "context": arguments.context}
+                row |= {"kv_kind": kind} | {key: value for key, value in found._asdict().items() if key != "ranks"}
+                rows.append(row | {"weights": found.weights, "total": found.total})
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    parts = ("linear", "embeddings", "other", "weights", "kv_cache", "activations", "total")
+    print(f"GB (10^9 bytes), {arguments.context} tokens in the cache")
+    print(f"{'shape':<12}{'bits':>6}{'embedding':>10}{'cache':>12}" + "".join(f"{part:>12}" for part in parts))
+    for row in rows:
+        numbers = "".join(f"{row[part] / 1e9:>12.4f}" for part in parts)
+        print(f"{row['shape']:<12}{row['bits'] or 16:>6g}{row['embedding_bits']:>10}{row['kv_kind']:>12}{numbers}")
+
+
 def run_demo(arguments: argparse.Namespace) -> None:
     """Run `littlebit demo`."""
     from .demo import demo
@@ -571,10 +610,12 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench`."""
-    if arguments.what != "linear" and arguments.model is None:
+    if arguments.what in ("decode", "agreement") and arguments.model is None:
         raise ValueError(f"bench {arguments.what} needs a packed checkpoint: name one with --model")
     if arguments.what == "decode":
         return run_bench_decode(arguments)
+    if arguments.what == "cache":
+        return run_bench_cache(arguments)
     if arguments.what == "agreement":
         return run_bench_agreement(arguments)
     chosen = {key: tuple(getattr(arguments, key)) for key in ("shape", "bits") if getattr(arguments, key)}
@@ -645,6 +686,42 @@ def run_bench_agreement(arguments: argparse.Namespace) -> None:
             f"{row['prompt'].splitlines()[0]:<48}{row['same']:>8} / {row['tokens']}{row['gap']:>11.1e}"
             f"{row['error']:>9.1e}{row['transformers_error']:>17.1e}{row['bound_share']:>10.1e}"
         )
+
+
+def run_bench_cache(arguments: argparse.Namespace) -> None:
+    """Run `littlebit bench cache`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        rows = [
+            row
+            for bits in arguments.bits or BITS
+            for row in bench_cache(arguments.model_shape, bits, tuple(arguments.context))
+        ]
+    finally:
+        torch.set_num_threads(before)
+    if arguments.save:
+        save_results(arguments.save, rows, arguments.typed, cpu_name())
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print(
+        f"{arguments.model_shape}: one token in one layer; bytes a token in all layers, the ordinary cache in float16"
+    )
+    print(
+        f"{'bits':>6}{'cache':>13}{'context':>9}{'us':>10}{'ordinary us':>13}{'speed':>8}{'bytes':>9}{'ordinary':>10}"
+    )
+    for row in rows:
+        print(
+            f"{row['bits']:>6g}{row['kind']:>13}{row['context']:>9}{row['time_us']:>10.0f}{row['ordinary_us']:>13.0f}"
+            f"{row['speed']:>7.2f}x{row['bytes_per_token']:>9.0f}{row['ordinary_bytes_per_token']:>10.0f}"
+        )
+    for bits, kind in dict.fromkeys((row["bits"], row["kind"]) for row in rows):
+        tokens = crossover([row for row in rows if (row["bits"], row["kind"]) == (bits, kind)])
+        found = (
+            "not the quicker one at any of these" if tokens is None else f"the quicker one from {tokens:.0f} tokens on"
+        )
+        print(f"{bits:g} bits, {kind}: {found}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .decode_cpu import decode, why_not
+from .latent_cache import latent_cache
 
+KV_CACHES = {"ordinary": None, "latent": torch.float16, "latent-int8": torch.int8}  # what latents are kept in
 log = logging.getLogger(__name__)
 
 # Settings of a generation_config that change which token is chosen, and their values that do not
@@ -29,6 +31,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     tokenizer: Any = None,
+    kv_cache: str = "ordinary",
 ) -> str:
     """Text that a model writes after a prompt.
 
@@ -47,6 +50,8 @@ def generate(
         Put the prompt into the tokenizer's chat template, as the user's turn.
     tokenizer : transformers tokenizer, optional
         By default that of the directory or name the model was loaded from.
+    kv_cache : str
+        "ordinary", "latent" (float16) or "latent-int8": see `latent_cache`, which takes less memory and more time.
 
     Returns
     -------
@@ -57,7 +62,7 @@ def generate(
     ValueError
         If the prompt has no tokens, or a setting is out of range.
     """
-    return "".join(stream(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, chat, tokenizer))
+    return "".join(stream(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, chat, tokenizer, kv_cache))
 
 
 def stream(
@@ -70,6 +75,7 @@ def stream(
     seed: int = 0,
     chat: bool = False,
     tokenizer: Any = None,
+    kv_cache: str = "ordinary",
 ) -> Iterator[str]:
     """`generate` in pieces, each as soon as it is known: the same arguments, errors and, joined, the same text."""
     from .hf import load_tokenizer
@@ -82,7 +88,9 @@ def stream(
     tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, length)
     if tokens.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one character")
-    new = stream_tokens(model, tokens[0], max_new_tokens, temperature, top_k, top_p, seed, pad_token(tokenizer))
+    new = stream_tokens(
+        model, tokens[0], max_new_tokens, temperature, top_k, top_p, seed, pad_token(tokenizer), kv_cache
+    )
     return pieces(tokenizer, new)
 
 
@@ -118,6 +126,7 @@ def generate_tokens(
     top_p: float | None = None,
     seed: int = 0,
     pad: int | None = None,
+    kv_cache: str = "ordinary",
 ) -> Tensor:
     """New tokens, (1, at most max_new_tokens), after the prompt `tokens`, (1, length); see `generate`.
 
@@ -126,7 +135,7 @@ def generate_tokens(
     ValueError
         If a setting is out of range.
     """
-    new = stream_tokens(model, tokens[0], max_new_tokens, temperature, top_k, top_p, seed, pad)
+    new = stream_tokens(model, tokens[0], max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
     return torch.tensor([list(new)], dtype=torch.int64, device=next(model.parameters()).device)
 
 
@@ -139,6 +148,7 @@ def stream_tokens(
     top_p: float | None = None,
     seed: int = 0,
     pad: int | None = None,
+    kv_cache: str = "ordinary",
 ) -> Iterator[int]:
     """New tokens after the prompt `tokens`, (length,), one by one; see `generate`.
 
@@ -151,6 +161,11 @@ def stream_tokens(
         raise ValueError(f"need max_new_tokens >= 1 and temperature >= 0, not {max_new_tokens} and {temperature}")
     if (top_k is not None and top_k < 0) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"need top_k >= 0 and 0 < top_p <= 1, not {top_k} and {top_p}")
+    if kv_cache not in KV_CACHES:
+        raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
+    if kv_cache != "ordinary":
+        cache = latent_cache(model, KV_CACHES[kv_cache])
+        return iter(through_transformers(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad, cache))
     reason = why_not(model) or special_settings(model)
     if reason is None:
         return decode(model, tokens.cpu(), max_new_tokens, temperature, top_k, top_p, seed, stop_tokens(model))
@@ -184,8 +199,9 @@ def through_transformers(
     top_p: float | None,
     seed: int,
     pad: int | None,
+    cache: Any = None,
 ) -> list[int]:
-    """`stream_tokens` by transformers' generate, all at once."""
+    """`stream_tokens` by transformers' generate, all at once, with a key-value cache of its own or the given one."""
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
     greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     tokens = tokens[None].to(next(model.parameters()).device)
@@ -196,6 +212,7 @@ def through_transformers(
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
+            past_key_values=cache,
             **(sampling if temperature else greedy),
         )
     return output[0, tokens.shape[1] :].tolist()

@@ -32,7 +32,21 @@ from .distill import (
 )
 from .dual_svid import dual_svid as dual_svid, svid as svid
 from .factors import Factors as Factors
+from .kv_cache import (
+    Latents as Latents,
+    expansion as expansion,
+    latent_attention as latent_attention,
+    latents as latents,
+    rotate as rotate,
+    round_latents as round_latents,
+)
 from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
+from .memory import (
+    MODEL_SHAPES as MODEL_SHAPES,
+    ModelMemory as ModelMemory,
+    ModelShape as ModelShape,
+    model_memory as model_memory,
+)
 from .packing import (
     PackedFactors as PackedFactors,
     pack_factors as pack_factors,

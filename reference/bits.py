@@ -400,10 +400,10 @@ def check_bits(bits: float, paths: int) -> None:
         raise ValueError(f"paths must be 1 (primary) or 2 (primary and residual), not {paths}")
 
 
-def kv_cache_bytes(tokens: int, widths: Sequence[int], element_bytes: int = 2) -> int:
+def kv_cache_bytes(tokens: int, widths: Sequence[int], element_bytes: int = 2, scale_bytes: int = 0) -> int:
     """Bytes of a key-value cache (LittleBit, arXiv 2506.13771, Table 4).
 
-    tokens * sum(widths) * element_bytes
+    tokens * (sum(widths) * element_bytes + len(widths) * scale_bytes)
 
     Parameters
     ----------
@@ -414,6 +414,8 @@ def kv_cache_bytes(tokens: int, widths: Sequence[int], element_bytes: int = 2) -
         the latents t = ell * (V_sign^T (g * x)) are kept instead.
     element_bytes : int
         2 for float16.
+    scale_bytes : int
+        Of a scale for each token and projection, if there is one.
 
     Examples
     --------
@@ -423,4 +425,4 @@ def kv_cache_bytes(tokens: int, widths: Sequence[int], element_bytes: int = 2) -
     >>> ordinary, round(ordinary / kv_cache_bytes(4096, [192] * 64), 1)
     (2147483648, 21.3)
     """
-    return tokens * sum(widths) * element_bytes
+    return tokens * (sum(widths) * element_bytes + len(widths) * scale_bytes)

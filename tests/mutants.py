@@ -40,6 +40,10 @@ TESTS = {
     "alignment": "test_admm.py",
     "admm": "test_admm.py",
     "bits": "test_bits.py",
+    "memory": "test_memory.py",
+    "kv_cache": "test_kv_cache.py",
+    "latent_cache": "test_kv_cache.py",
+    "hf_cache": "test_kv_cache.py",
     "packing": "test_packing.py",
     "linear": "test_linear.py test_linear_vjp.py",
     "distill": "test_distill.py",
@@ -59,7 +63,7 @@ TESTS = {
     "evaluate": "test_model.py test_zero_shot.py",
     "zero_shot": "test_zero_shot.py",
     "calibrate": "test_calibrate.py",
-    "decode": "test_model.py test_decode.py",
+    "decode": "test_kv_cache.py test_model.py test_decode.py",
     "decode_cpu": "test_decode.py",
     "embeddings": "test_quantizer.py test_decode.py",
     "agreement": "test_decode.py",
@@ -145,6 +149,76 @@ MUTANTS = [
     Mutant("reference/bits.py", "low, high = 0, min(shape)", "low, high = 0, min(shape) - 1", "rank search biased"),
     Mutant("reference/bits.py", "rest -= cost\n            if made", "if made", "gains spend the same bits twice"),
     Mutant("reference/bits.py", "return -sum(gains", "return sum(gains", "the worst layer first"),
+    Mutant("reference/bits.py", "+ len(widths) * scale_bytes", "", "scales of a cache not counted"),
+    Mutant("reference/memory.py", "1 if shape.tied else 2", "2", "a tied head counted twice"),
+    Mutant(
+        "reference/memory.py",
+        "    shapes = linear_shapes(shape)\n    if bits",
+        "    shapes = linear_shapes(shape._replace(fused=False))\n    if bits",
+        "fused layers counted apart",
+    ),
+    Mutant("reference/memory.py", " + size // group * HALF_BYTES", "", "scales of an embedding not counted"),
+    Mutant("reference/memory.py", '(2 if shape.biases == "all" else 1)', "1", "biases of norms not counted"),
+    Mutant(
+        "reference/memory.py",
+        "max(attention, mlp, shape.hidden",
+        "max(attention, mlp, 0 * shape.hidden",
+        "the end without its norm",
+    ),
+    Mutant("reference/memory.py", '"v_proj", "qkv_proj")', '"qkv_proj")', "latents of values not counted"),
+    Mutant("reference/kv_cache.py", "@ path.v * path.ell", "@ path.v", "ell not in the latents"),
+    Mutant("fast/kv_cache.py", ".mT * path.ell", ".mT", "ell not in the latents"),
+    Mutant("fast/kv_cache.py", "(x * path.g) @", "x @", "g not in the latents"),
+    Mutant("fast/kv_cache.py", "path.h[:, None] * signs", "signs", "h not in the expansion"),
+    Mutant(
+        "reference/kv_cache.py", "np.where(scale == 0, np.float32(1), scale)", "scale", "a zero token divides by zero"
+    ),
+    Mutant("fast/kv_cache.py", "codes.round() if", "codes if", "int8 rounds towards zero"),
+    Mutant("fast/kv_cache.py", "torch.int8: 127.0", "torch.int8: 63.0", "half of int8"),
+    Mutant("fast/kv_cache.py", "sine, value=-1)", "sine)", "keys turn the wrong way"),
+    Mutant(
+        "reference/kv_cache.py", "low * cosine - high * sine", "low * cosine + high * sine", "keys turn the wrong way"
+    ),
+    Mutant("fast/kv_cache.py", "mean = mean * shrink + seen", "mean = mean + seen", "earlier blocks not scaled down"),
+    Mutant("fast/kv_cache.py", "total = total * shrink +", "total = total +", "earlier blocks' total not scaled down"),
+    Mutant("fast/kv_cache.py", "expanded += key_bias", "pass", "bias of keys dropped"),
+    Mutant(
+        "fast/kv_cache.py", "output = output + value_bias", "output = output + 0 * value_bias", "bias of values dropped"
+    ),
+    Mutant(
+        "reference/kv_cache.py",
+        "at = head // (heads // len(value_rows))",
+        "at = head % len(value_rows)",
+        "queries ask other keys",
+    ),
+    Mutant(
+        "fast/kv_cache.py",
+        "sine[..., part, None, :])",
+        "sine[..., :1, None, :])",
+        "every block turned as the first token",
+    ),
+    Mutant(
+        "fast/latent_cache.py",
+        "cosine[:, None, -queries:]",
+        "cosine[:, None, :queries]",
+        "queries at the first positions",
+    ),
+    Mutant("fast/latent_cache.py", ".tril(tokens - queries)", ".tril()", "later parts see too little"),
+    Mutant("fast/latent_cache.py", "        key.bias,\n", "        None,\n", "the layer's bias not handed over"),
+    Mutant(
+        "fast/latent_cache.py",
+        "if not isinstance(attention.forward, partial):",
+        "if True:",
+        "attention wrapped again and again",
+    ),
+    Mutant("fast/hf_cache.py", "if length > self.limit:", "if length > self.limit + 1:", "a token too many"),
+    Mutant(
+        "fast/hf_cache.py", "            self.turned = None\n        new", "        new", "angles of the step before"
+    ),
+    Mutant("fast/hf_cache.py", "room[:, : self.length] = self.filled()", "pass", "growing forgets the tokens"),
+    Mutant("fast/hf_cache.py", "[self.positions, *(part", "[*(part", "positions not cropped with the tokens"),
+    Mutant("fast/hf_cache.py", "if self.positions.length < length:", "if True:", "each layer appends positions"),
+    Mutant("fast/decode.py", '"latent-int8": torch.int8', '"latent-int8": torch.float16', "int8 not used"),
     Mutant("reference/linear.py", "(x * path.g) @ path.v_sign", "x @ path.v_sign", "g dropped"),
     Mutant(
         "reference/linear.py", "(t * path.ell) @ path.u_sign.T * path.h", "t @ path.u_sign.T * path.h", "ell dropped"

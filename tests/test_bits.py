@@ -181,9 +181,10 @@ def test_paths_for_bits_follows_the_share_of_the_second_paths_scales(d_out, d_in
     assert ref.paths_for_bits(d_out, d_in, bits) == (2 if share <= SECOND_PATH_SHARE else 1)
 
 
-@given(st.integers(0, 10**6), st.lists(st.integers(1, 4096), max_size=8), st.sampled_from([1, 2, 4]))
-def test_kv_cache_bytes_counts_every_number(tokens, widths, element_bytes):
-    assert ref.kv_cache_bytes(tokens, widths, element_bytes) == sum(tokens * width * element_bytes for width in widths)
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 4096), max_size=8), st.sampled_from([1, 2, 4]), st.integers(0, 4))
+def test_kv_cache_bytes_counts_every_number(tokens, widths, element_bytes, scale_bytes):
+    stored = sum(tokens * (width * element_bytes + scale_bytes) for width in widths)
+    assert ref.kv_cache_bytes(tokens, widths, element_bytes, scale_bytes) == stored
 
 
 def test_allocate_ranks_is_uniform_over_equal_layers():

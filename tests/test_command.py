@@ -49,6 +49,20 @@ def test_info_prints_what_is_stored(checkpoint):
     assert f"{stored['linear_bytes']:,} bytes of linear weights" in littlebit("info", checkpoint)
 
 
+def test_memory_prints_every_part(capsys):
+    settings = ["memory", "llama2-7b", "--bits", "0.1", "--embedding-bits", "16", "4", "--context", "100"]
+    assert main([*settings, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["bits"], row["embedding_bits"]) for row in rows] == [(None, 16), (None, 4), (0.1, 16), (0.1, 4)]
+    for row in rows:
+        assert row["weights"] == row["linear"] + row["embeddings"] + row["other"]
+        assert row["total"] == row["weights"] + row["kv_cache"] + row["activations"]
+    assert rows[0]["kv_kind"] == "ordinary"
+    assert rows[0]["kv_cache"] > 20 * rows[2]["kv_cache"] > 0
+    assert main(settings) == 0
+    assert f"{rows[3]['weights'] / 1e9:.4f}" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_eval_runs_from_packed_bits_and_from_a_dense_model(checkpoint, tiny_llama, text):
     for model in (checkpoint, tiny_llama):
         result = json.loads(littlebit("eval", model, "--text", text, "--window", 64, "--max-windows", 2, "--json"))
@@ -113,6 +127,7 @@ def test_bench_agreement_prints_and_saves_a_row_for_each_prompt(checkpoint, tmp_
         (["quantize", "{tmp}/missing.gguf", "{tmp}/out"], "no such file"),
         (["eval", "{out}", "--text", "{tmp}/missing.txt"], "missing.txt"),
         (["generate", "{out}", "--prompt", ""], "prompt is empty"),
+        (["memory", "llama2-8b"], "only opt-1.3b, llama-7b"),
         (["fetch", "gpt-5"], "known names: smollm2"),
         (["bench", "linear", "--shape", "64x64", "--bits", "0.1"], "smallest possible value is"),
         (["bench", "agreement"], "name one with --model"),

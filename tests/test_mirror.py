@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SHARED = ("bits", "memory")  # one module each, exported twice
 MODULES = sorted(path.stem for path in (ROOT / "reference").glob("*.py") if path.stem != "__init__")
 
 # What only one side has, and why.
@@ -46,7 +47,7 @@ def public(package, module):
 PAIRS = [
     (module, name)
     for module in MODULES
-    if module != "bits"  # one module, exported twice
+    if module not in SHARED
     for name in sorted(set(public("reference", module)) & set(public("fast", module)))
 ]
 
@@ -55,7 +56,7 @@ def both(module, name):
     return public("reference", module)[name], public("fast", module)[name]
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "bits"])
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in SHARED])
 def test_modules_define_the_same_names(module):
     reference, fast = set(public("reference", module)), set(public("fast", module))
     assert reference - fast == ONLY_REFERENCE.get(module, set())
@@ -63,9 +64,16 @@ def test_modules_define_the_same_names(module):
     assert fast - reference - fast_private == ONLY_FAST.get(module, set())
 
 
-def test_bits_is_one_module():
-    reference, fast = (importlib.import_module(f"littlebit.{package}.bits") for package in ("reference", "fast"))
-    for name in ("allocate_ranks", "kv_cache_bytes", "layer_bits", "model_bits", "path_bits", "rank_for_bits"):
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("bits", ["allocate_ranks", "kv_cache_bytes", "layer_bits", "model_bits", "path_bits", "rank_for_bits"]),
+        ("memory", ["MODEL_SHAPES", "ModelMemory", "ModelShape", "model_memory"]),
+    ],
+)
+def test_a_shared_module_is_one_module(module, names):
+    reference, fast = (importlib.import_module(f"littlebit.{package}.{module}") for package in ("reference", "fast"))
+    for name in names:
         assert getattr(fast, name) is getattr(reference, name)
 
 
@@ -142,7 +150,7 @@ def template(node):
     return node.value if isinstance(node, ast.Constant) else ast.dump(node)
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "bits"])
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in SHARED])
 def test_error_texts_are_the_same(module):
     reference, fast = messages("reference", module), messages("fast", module)
     only_reference = ONLY_REFERENCE.get(module, set())

@@ -1,0 +1,198 @@
+"""The latent key-value cache: what is stored for a token, and how attention reads it (LittleBit, arXiv 2506.13771).
+
+Keys and values are linear in what their layers' paths have already computed: with t = ell * (V_sign^T (g * x)),
+
+    k = h * (U_sign t) + bias,
+
+summed over paths. A token is kept as its t, R numbers for a total rank R instead of d_kv. Keys are expanded and
+rotated when they are read, a block of tokens at a time, since the rotary embedding lies between U_sign and the product
+with the query. Values are never expanded: attention is a weighted mean, so h * U_sign is applied once to the mean of
+the latents,
+
+    sum_s p_s v_s = h * (U_sign (sum_s p_s t_s)) + bias,    as sum_s p_s = 1.
+
+A step thus reads R_k + R_v numbers for each past token instead of 2 d_kv, and spends d_kv * R_k multiplications on it.
+hf_cache.py is the cache that transformers uses.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import signs
+from .packing import PackedFactors
+
+BLOCK = 256  # tokens whose keys are expanded at once, at most
+SCORES = 1 << 22  # numbers of a block's scores at once, unless that is less than one token
+LARGEST_CODE = {torch.float16: 1.0, torch.int8: 127.0}  # what a token's largest latent is stored as
+
+
+class Latents(NamedTuple):
+    """Latents of tokens as they are stored: t = codes * scale.
+
+    Attributes
+    ----------
+    codes : (..., tokens, R) float32, float16 or int8
+    scale : (..., tokens, 1) float32
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def values(self) -> Tensor:
+        """The latents in float32."""
+        return self.codes.float() * self.scale
+
+    def tokens(self, part: slice) -> "Latents":
+        """Those of some of the tokens."""
+        return Latents(self.codes[..., part, :], self.scale[..., part, :])
+
+
+def latents(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
+    """What a layer knows of its input between V and U, all paths side by side.
+
+    t = ell * (V_sign^T (g * x))
+
+    Parameters
+    ----------
+    x : (..., d_in) float tensor
+    paths : sequence of PackedFactors
+
+    Returns
+    -------
+    (..., R) float32 tensor, R the sum of the ranks.
+    """
+    x = x.float()
+    return torch.cat([(x * path.g) @ signs(path.v_words, x.shape[-1]).mT * path.ell for path in paths], dim=-1)
+
+
+def expansion(paths: Sequence[PackedFactors]) -> Tensor:
+    """The matrix that expands latents: B = [h * U_sign] of all paths side by side, (d_out, R) float32."""
+    return torch.cat([path.h[:, None] * signs(path.u_words, path.rank) for path in paths], dim=-1)
+
+
+def round_latents(latent: Tensor, dtype: torch.dtype) -> Latents:
+    """Latents as a cache stores them: as they are in float32, else over the largest magnitude of each token.
+
+    Dividing by the largest keeps float16 from overflowing, and gives int8 all of its range. The error of an entry is
+    at most scale (|t / scale| 2^-11 + 2^-25) in float16 and scale / 2 in int8, apart from float32's rounding.
+
+    Parameters
+    ----------
+    latent : (..., R) float tensor
+    dtype : dtype
+        float32, float16 or int8.
+
+    Raises
+    ------
+    ValueError
+        If it is another dtype.
+
+    Examples
+    --------
+    >>> round_latents(torch.tensor([[0.5, -2.0]]), torch.int8).codes
+    tensor([[  32, -127]], dtype=torch.int8)
+    """
+    latent = latent.float()
+    if dtype == torch.float32:
+        return Latents(latent, torch.ones_like(latent[..., :1]))
+    if dtype not in LARGEST_CODE:
+        raise ValueError(f"latents are kept in float32, float16 or int8, not {dtype}")
+    scale = latent.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE[dtype]
+    scale = torch.where(scale == 0, 1, scale)
+    codes = latent / scale
+    return Latents((codes.round() if dtype == torch.int8 else codes).to(dtype), scale)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The rotary embedding: the two halves of each vector as the parts of complex numbers, turned.
+
+    Parameters
+    ----------
+    x : (..., size) float tensor
+    cosine, sine : (..., size / 2) float tensor
+
+    Returns
+    -------
+    (..., size) tensor.
+    """
+    turned = torch.empty_like(x)
+    (low, high), (into_low, into_high) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(low, cosine, out=into_low).addcmul_(high, sine, value=-1)  # in place: half the time of torch.cat
+    torch.mul(high, cosine, out=into_high).addcmul_(low, sine)
+    return turned
+
+
+def latent_attention(
+    query: Tensor,
+    keys: Latents,
+    values: Latents,
+    key_paths: Sequence[PackedFactors],
+    value_paths: Sequence[PackedFactors],
+    cosine: Tensor,
+    sine: Tensor,
+    mask: Tensor,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention over a latent cache: keys expanded and rotated, values expanded after their mean is taken.
+
+    o = h_v * (U_v (sum_s p_s t_s)) + b_v,  p = softmax(scale * q^T rotate(h_k * (U_k t_s) + b_k))
+
+    Tokens are taken in blocks, and the sums of earlier blocks scaled down whenever a larger score appears (Milakov and
+    Gimelshein, arXiv 1805.02867), so that keys and scores are in memory for one block alone.
+
+    Parameters
+    ----------
+    query : (..., heads, queries, size) float tensor
+        Rotated.
+    keys, values : Latents
+        Of all tokens, (..., tokens, R).
+    key_paths, value_paths : sequence of PackedFactors
+        Of k_proj and v_proj; their d_out is size times the number of key heads, which divides the number of heads.
+    cosine, sine : (..., tokens, size / 2) float tensor
+        Of each token's position.
+    mask : (..., queries, tokens) bool tensor
+        Whether a query may see a token. One that may see none gets the mean of all.
+    key_bias, value_bias : (d_out) float tensor, optional
+    scale : float, optional
+        By default 1 / sqrt(size).
+
+    Returns
+    -------
+    (..., heads, queries, size) float32 tensor; d_out * (R_k + R_v) multiplications for each token, respectively query.
+    """
+    *batch, heads, queries, size = query.shape
+    tokens = keys.codes.shape[-2]
+    b = expansion(key_paths)  # (d_out, R_k)
+    kv_heads = b.shape[0] // size
+    asked = query.float().unflatten(-3, (kv_heads, -1)).flatten(-3, -2)  # (..., kv_heads, group * queries, size)
+    asked = asked * (1 / math.sqrt(size) if scale is None else scale)
+    lowest = torch.finfo(torch.float32).min
+    largest = torch.full((*batch, heads, queries, 1), lowest, device=query.device)
+    total = torch.zeros_like(largest)
+    mean = torch.zeros(*batch, heads, queries, values.codes.shape[-1], device=query.device)
+    step = max(1, min(BLOCK, SCORES // max(1, largest.numel())))
+    for start in range(0, tokens, step):
+        part = slice(start, min(start + step, tokens))
+        expanded = keys.tokens(part).values() @ b.mT  # (..., block, d_out)
+        if key_bias is not None:
+            expanded += key_bias
+        expanded = expanded.unflatten(-1, (kv_heads, size))  # (..., block, kv_heads, size)
+        expanded = rotate(expanded, cosine[..., part, None, :], sine[..., part, None, :]).transpose(-3, -2)
+        scores = (asked @ expanded.mT).unflatten(-2, (-1, queries)).flatten(-4, -3)  # (..., heads, queries, block)
+        scores = scores.masked_fill(~mask[..., None, :, part], lowest)
+        before, largest = largest, torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
+        weights, shrink = (scores - largest).exp_(), (before - largest).exp_()
+        total = total * shrink + weights.sum(dim=-1, keepdim=True)
+        seen = weights.flatten(-3, -2) @ values.tokens(part).values()  # (..., heads * queries, R_v)
+        mean = mean * shrink + seen.unflatten(-2, (heads, queries))
+    mean = (mean / total).unflatten(-3, (kv_heads, -1)).flatten(-3, -2)  # (..., kv_heads, group * queries, R_v)
+    output = mean @ expansion(value_paths).unflatten(0, (kv_heads, size)).mT
+    if value_bias is not None:
+        output = output + value_bias.unflatten(0, (kv_heads, 1, size))
+    return output.unflatten(-2, (-1, queries)).flatten(-4, -3)

@@ -1,0 +1,142 @@
+"""A latent key-value cache for a packed model, and the attention that reads it.
+
+transformers' attention hands its cache keys that are already rotated, without their positions. So attention itself is
+exchanged: where it is given a LatentCache it hands over latents and positions, else it is what it was.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .decode_cpu import MODEL_TYPES, STATIC_ROPE
+from .kv_cache import LARGEST_CODE, latent_attention, latents, rotate
+from .layers import PackedLinear
+
+
+def latent_cache(model: nn.Module, dtype: torch.dtype = torch.float16) -> Any:
+    """An empty cache that keeps latents of k_proj and v_proj instead of keys and values.
+
+    Give it to transformers: `model.generate(tokens, past_key_values=latent_cache(model))`, or `model(tokens,
+    past_key_values=...)`. Batches, left padding, beams and `crop` work as with transformers' own DynamicCache. The
+    model's attention layers learn to read it, and treat all other caches as before.
+
+    Parameters
+    ----------
+    model : packed transformers causal language model
+        Of a type in decode_cpu.MODEL_TYPES, without sliding windows, on one device.
+    dtype : torch.dtype
+        Of the stored latents: float32, float16 or int8, the latter two with a float32 scale for each token.
+
+    Returns
+    -------
+    A transformers Cache; `nbytes` says what it holds.
+
+    Raises
+    ------
+    ValueError
+        If a k_proj or v_proj is not packed (it is named), or model or dtype are none of these.
+
+    Examples
+    --------
+    >>> latent_cache(nn.Linear(2, 2))
+    Traceback (most recent call last):
+    ...
+    ValueError: a latent cache needs a model of type llama, mistral, qwen2, not None
+    """
+    check_latent(model, dtype)
+    from .hf_cache import LatentCache
+
+    config, inner = model.config, model.model  # type: ignore[union-attr]
+    for layer in inner.layers:  # type: ignore[union-attr]
+        attention: Any = layer.self_attn
+        if not isinstance(attention.forward, partial):
+            attention.forward = partial(attend, attention, attention.forward)
+    return LatentCache(len(inner.layers), dtype, inner.rotary_emb, config.max_position_embeddings)  # type: ignore[arg-type, union-attr]
+
+
+def check_latent(model: Any, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the model's keys and values can be kept as latents."""
+    config: Any = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"a latent cache needs a model of type {', '.join(MODEL_TYPES)}, not {kind}")
+    if dtype != torch.float32 and dtype not in LARGEST_CODE:
+        raise ValueError(f"latents are kept in float32, float16 or int8, not {dtype}")
+    if getattr(config, "use_sliding_window", kind == "mistral") and getattr(config, "sliding_window", None):
+        raise ValueError(
+            f"the model attends through a sliding window of {config.sliding_window} tokens, and a latent cache keeps "
+            "all of them: use the ordinary cache, or set config.sliding_window to None before loading"
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        raise ValueError(
+            f"the model's rotary embedding is of type {rope!r}, whose angles change with the length; a latent cache "
+            f"knows {', '.join(STATIC_ROPE)}: use the ordinary cache"
+        )
+    for name, module in model.named_modules():
+        if name.endswith(("self_attn.k_proj", "self_attn.v_proj")) and not isinstance(module, PackedLinear):
+            raise ValueError(
+                f"layer {name} is a {type(module).__name__}, not packed: quantise it (quantize_) and pack the model "
+                "(pack_), or use the ordinary cache"
+            )
+    places = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
+    if len(places) > 1:
+        raise ValueError(f"the model is spread over {', '.join(places)}: move it to one device with .to(device)")
+
+
+def attend(
+    attention: Any,
+    ordinary: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The forward of a model's attention: `ordinary` unless the cache is a LatentCache."""
+    if not hasattr(past_key_values, "put_latents"):
+        others |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        return ordinary(hidden_states, position_embeddings=position_embeddings, **others)
+    cache, at = past_key_values, attention.layer_idx
+    key, value = attention.k_proj, attention.v_proj
+    projected = [latents(hidden_states, each.factors()) for each in (key, value)]
+    keys, values = cache.put_latents(at, *projected, others["position_ids"])
+    queries = hidden_states.shape[1]
+    query = attention.q_proj(hidden_states).float().unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    cosine, sine = cache.angles()  # (batch, tokens, size / 2)
+    query = rotate(query, cosine[:, None, -queries:], sine[:, None, -queries:])
+    output = latent_attention(
+        query,
+        keys,
+        values,
+        key.factors(),
+        value.factors(),
+        cosine,
+        sine,
+        visible(attention_mask, queries, keys.codes.shape[-2], query.device),
+        key.bias,
+        value.bias,
+        attention.scaling,
+    )
+    output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)
+    return attention.o_proj(output), None
+
+
+def visible(mask: Tensor | None, queries: int, tokens: int, device: torch.device) -> Tensor:
+    """Which tokens a query may see, (batch or 1, queries, tokens) bool, from the mask that transformers made.
+
+    Raises
+    ------
+    ValueError
+        If the mask is none of those that attention "eager" and "sdpa" get.
+    """
+    if mask is None:  # the newest tokens ask, and each sees all up to itself
+        return torch.ones(1, queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+    if mask.ndim != 4 or mask.shape[-2:] != (queries, tokens):
+        raise ValueError(
+            f"a latent cache understands masks of shape (batch, 1, {queries}, {tokens}), not {tuple(mask.shape)}: load "
+            "the model with attn_implementation='sdpa' or 'eager'"
+        )
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0

@@ -1,0 +1,169 @@
+"""The latent key-value cache: what is stored for a token, and how attention reads it (LittleBit, arXiv 2506.13771).
+
+Keys and values are linear in what their layers' paths have already computed: with t = ell * (V_sign^T (g * x)),
+
+    k = h * (U_sign t) + bias,
+
+summed over paths. A token is kept as its t, R numbers for a total rank R instead of d_kv. Keys are expanded and
+rotated when they are read, since the rotary embedding lies between U_sign and the product with the query. Values are
+never expanded: attention is a weighted mean, so h * U_sign is applied once to the mean of the latents,
+
+    sum_s p_s v_s = h * (U_sign (sum_s p_s t_s)) + bias,    as sum_s p_s = 1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .packing import PackedFactors, unpack_factors
+
+Array = NDArray[np.floating]
+LARGEST_CODE = {"float16": 1.0, "int8": 127.0}  # what a token's largest latent is stored as
+
+
+class Latents(NamedTuple):
+    """Latents of tokens as they are stored: t = codes * scale.
+
+    Attributes
+    ----------
+    codes : (..., tokens, R) float32, float16 or int8
+    scale : (..., tokens, 1) float32
+    """
+
+    codes: NDArray
+    scale: Array
+
+    def values(self) -> Array:
+        """The latents in float32."""
+        return self.codes.astype(np.float32) * self.scale
+
+
+def latents(x: Array, paths: Sequence[PackedFactors]) -> Array:
+    """What a layer knows of its input between V and U, all paths side by side.
+
+    t = ell * (V_sign^T (g * x))
+
+    Parameters
+    ----------
+    x : (..., d_in) float array
+    paths : sequence of PackedFactors
+
+    Returns
+    -------
+    (..., R) float32 array, R the sum of the ranks.
+    """
+    parts = []
+    for path in map(unpack_factors, paths):
+        parts.append((x.astype(np.float32) * path.g) @ path.v * path.ell)
+    return np.concatenate(parts, axis=-1)
+
+
+def expansion(paths: Sequence[PackedFactors]) -> Array:
+    """The matrix that expands latents: B = [h * U_sign] of all paths side by side, (d_out, R) float32."""
+    return np.concatenate([path.h[:, None] * path.u for path in map(unpack_factors, paths)], axis=-1)
+
+
+def round_latents(latent: Array, dtype: DTypeLike) -> Latents:
+    """Latents as a cache stores them: as they are in float32, else over the largest magnitude of each token.
+
+    Dividing by the largest keeps float16 from overflowing, and gives int8 all of its range. The error of an entry is
+    at most scale (|t / scale| 2^-11 + 2^-25) in float16 and scale / 2 in int8, apart from float32's rounding.
+
+    Parameters
+    ----------
+    latent : (..., R) float array
+    dtype : dtype
+        float32, float16 or int8.
+
+    Raises
+    ------
+    ValueError
+        If it is another dtype.
+
+    Examples
+    --------
+    >>> round_latents(np.array([[0.5, -2.0]], np.float32), np.int8).codes
+    array([[  32, -127]], dtype=int8)
+    """
+    latent, name = latent.astype(np.float32), np.dtype(dtype).name
+    if name == "float32":
+        return Latents(latent, np.ones((*latent.shape[:-1], 1), np.float32))
+    if name not in LARGEST_CODE:
+        raise ValueError(f"latents are kept in float32, float16 or int8, not {name}")
+    scale = np.abs(latent).max(axis=-1, keepdims=True) / np.float32(LARGEST_CODE[name])
+    scale = np.where(scale == 0, np.float32(1), scale)
+    codes = latent / scale
+    return Latents((np.rint(codes) if name == "int8" else codes).astype(dtype), scale)
+
+
+def rotate(x: Array, cosine: Array, sine: Array) -> Array:
+    """The rotary embedding: the two halves of each vector as the parts of complex numbers, turned.
+
+    Parameters
+    ----------
+    x : (..., size) float array
+    cosine, sine : (..., size / 2) float array
+
+    Returns
+    -------
+    (..., size) array.
+    """
+    low, high = np.split(x, 2, axis=-1)
+    return np.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=-1)
+
+
+def latent_attention(
+    query: Array,
+    keys: Latents,
+    values: Latents,
+    key_paths: Sequence[PackedFactors],
+    value_paths: Sequence[PackedFactors],
+    cosine: Array,
+    sine: Array,
+    mask: NDArray[np.bool_],
+    key_bias: Array | None = None,
+    value_bias: Array | None = None,
+    scale: float | None = None,
+) -> Array:
+    """Attention over a latent cache: keys expanded and rotated, values expanded after their mean is taken.
+
+    o = h_v * (U_v (sum_s p_s t_s)) + b_v,  p = softmax(scale * q^T rotate(h_k * (U_k t_s) + b_k))
+
+    Parameters
+    ----------
+    query : (heads, queries, size) float array
+        Rotated.
+    keys, values : Latents
+        Of all tokens, (tokens, R).
+    key_paths, value_paths : sequence of PackedFactors
+        Of k_proj and v_proj; their d_out is size times the number of key heads, which divides the number of heads.
+    cosine, sine : (tokens, size / 2) float array
+        Of each token's position.
+    mask : (queries, tokens) bool array
+        Whether a query may see a token. One that may see none gets the mean of all.
+    key_bias, value_bias : (d_out) float array, optional
+    scale : float, optional
+        By default 1 / sqrt(size).
+
+    Returns
+    -------
+    (heads, queries, size) float32 array; d_out * (R_k + R_v) multiplications for each token, respectively query.
+    """
+    heads, _, size = query.shape
+    scale = 1 / math.sqrt(size) if scale is None else scale
+    expanded = keys.values() @ expansion(key_paths).T + (0 if key_bias is None else key_bias)  # (tokens, d_out)
+    value_rows = np.split(expansion(value_paths), expanded.shape[-1] // size)  # (size, R_v) for each key head
+    biases = np.zeros(expanded.shape[-1], np.float32) if value_bias is None else value_bias
+    output = []
+    for head in range(heads):
+        at = head // (heads // len(value_rows))  # a group of query heads asks one key head
+        mine = slice(at * size, (at + 1) * size)
+        scores = scale * query[head] @ rotate(expanded[:, mine], cosine, sine).T
+        scores = np.where(mask, scores, np.finfo(np.float32).min)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)  # (queries, tokens)
+        output.append(weights @ values.values() @ value_rows[at].T + biases[mine])
+    return np.stack(output).astype(np.float32)
