@@ -14,7 +14,7 @@ LATENT_BYTES = {"latent": 2, "latent-int8": 1}  # of one number that a kind of c
 KV_CACHES = ("ordinary", *LATENT_BYTES)
 LATENT_SCALE_BYTES = 4  # the float32 scale of each token and projection, see kv_cache.py
 POSITION_BYTES = 4  # of a token, whose keys must be rotated whenever they are read
-TABLE_GROUPS = {8: 64, 4: 32}  # entries of an embedding's row that share a float16 scale, at most
+TABLE_GROUPS = {8: 64, 4: 32}  # entries of an embedding's row that share a scale, at most
 
 
 class ModelShape(NamedTuple):
@@ -165,7 +165,7 @@ def model_memory(
     >>> llama = MODEL_SHAPES["llama2-7b"]
     >>> settings = {}, {"bits": 0.1}, {"bits": 0.1, "embedding_bits": 8}, {"bits": 0.1, "embedding_bits": 4}
     >>> [round(model_memory(llama, **each).weights / 1e9, 3) for each in settings]
-    [13.477, 0.606, 0.352, 0.229]
+    [13.477, 0.606, 0.352, 0.245]
     """
     if kv_cache not in KV_CACHES:
         raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
@@ -242,12 +242,12 @@ def latent_widths(ranks: dict[str, Ranks]) -> list[int]:
 
 
 def table_bytes(rows: int, size: int, bits: int = 16) -> int:
-    """Bytes of an embedding or head: float16, or codes of 8 or 4 bits with a float16 scale for each group of a row.
+    """Bytes of an embedding or head: float16, or codes of 8 or 4 bits and their groups' float16 scales (and offsets).
 
     Examples
     --------
     >>> [table_bytes(32000, 4096, bits) for bits in (16, 8, 4)]
-    [262144000, 135168000, 73728000]
+    [262144000, 135168000, 81920000]
     """
     if bits == 16:
         return rows * size * HALF_BYTES
@@ -256,7 +256,8 @@ def table_bytes(rows: int, size: int, bits: int = 16) -> int:
     if size % 32:
         raise ValueError(f"embeddings of 8 or 4 bits need a size that is a multiple of 32, not {size}")
     group = next(each for each in (TABLE_GROUPS[bits], 32) if size % each == 0)
-    return rows * (size * bits // 8 + size // group * HALF_BYTES)
+    numbers = 2 if bits == 4 else 1  # a scale, and with 4 bits an offset
+    return rows * (size * bits // 8 + size // group * numbers * HALF_BYTES)
 
 
 def other_parameters(shape: ModelShape) -> int:
