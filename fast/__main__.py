@@ -64,8 +64,13 @@ EXAMPLES = {
     ],
     "info": ["info out", "info smollm2-0.55bit --json"],
     "export": ["export out theirs --to official", "export out model.gguf --to gguf --precision q8_0"],
+    "memory": ["memory llama2-7b --bits 0.3 0.1 --context 4096"],
     "demo": ["demo --out build/demo"],
-    "bench": ["bench linear --shape 4096x11008 --bits 0.1", "bench decode --model out --threads 2"],
+    "bench": [
+        "bench linear --shape 4096x11008 --bits 0.1",
+        "bench decode --model out --threads 2",
+        "bench cache --bits 0.1",
+    ],
     "completion": ["completion bash > ~/.local/share/bash-completion/completions/littlebit"],
 }
 
@@ -209,11 +214,13 @@ def parser() -> argparse.ArgumentParser:
     sub = command("memory", run_memory, "Say what a model of a published shape takes: weights, cache, activations.")
     sub.add_argument("shape", nargs="*", default=list(MODEL_SHAPES), help=f"among {', '.join(MODEL_SHAPES)}")
     sub.add_argument("--bits", type=float, nargs="*", default=[0.55, 0.3, 0.1], help="beside float16")
-    sub.add_argument("--paths", type=int, default=2)
-    sub.add_argument("--embedding-bits", type=int, nargs="+", choices=[16, 8, 4], default=[16, 8, 4])
+    sub.add_argument("--paths", type=int, default=2, help="of each quantised layer")
+    sub.add_argument(
+        "--embedding-bits", type=int, nargs="+", choices=[16, 8, 4], default=[16, 8, 4], help="of embedding and head"
+    )
     sub.add_argument("--context", type=int, default=4096, help="tokens in the key-value cache")
     sub.add_argument("--kv-cache", choices=KV_CACHES, default="latent", help="of the quantised models")
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
     sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")

@@ -55,7 +55,7 @@ class ModelShape(NamedTuple):
     positions: int = 0
 
 
-# The models of the paper's tables, by their configurations on the hub
+#: The models of the paper's tables, by their configurations on the hub.
 MODEL_SHAPES = {
     "opt-1.3b": ModelShape(
         "OPT, arXiv 2205.01068, Table 1; facebook/opt-1.3b",
