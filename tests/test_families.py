@@ -1,6 +1,8 @@
 """Families of models, tiny and random: quantised, trained for a step, saved, loaded here and in transformers, run."""
 
 import math
+import subprocess
+import sys
 
 import littlebit.fast as lb
 import pytest
@@ -185,3 +187,21 @@ def test_calibration_reaches_every_kind_of_linear_layer(source):
         model = lb.load_model(source(family))
         config = lb.Config(bits=BITS, allocation="sensitivity", init="admm", importance=True, split_fused=True)
         assert all(result.error < 1 for result in lb.quantize_(model, config, TOKENS[0], progress=False).values())
+
+
+@pytest.mark.parametrize(("family", "split_fused"), [("Gemma 3", False), ("Phi-3", True), ("GPT-2", True)])
+def test_a_family_is_loaded_and_run_in_a_fresh_process(family, split_fused, source, tmp_path):
+    model = lb.load_model(source(family))
+    lb.quantize_(model, lb.Config(bits=BITS, paths=1, split_fused=split_fused), progress=False)
+    saved = lb.save(model, tmp_path / "out", bits=BITS)
+    code = (
+        "import sys, torch, littlebit.fast as lb, transformers as hf; "
+        "tokens = (torch.arange(20)[None] * 7) % 128; "
+        "models = lb.load(sys.argv[1]), hf.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32); "
+        "[print(m.generate(tokens, max_new_tokens=8, do_sample=False)[0].tolist()) for m in models]"
+    )
+    done = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with torch.inference_mode():
+        expected = str(lb.load(saved).generate(TOKENS, max_new_tokens=8, do_sample=False)[0].tolist())
+    assert done.stdout.splitlines() == [expected, expected]
