@@ -17,6 +17,7 @@ import argparse
 import copy
 import json
 import math
+import shlex
 import sys
 import tempfile
 import time
@@ -111,7 +112,7 @@ def speed(arguments: argparse.Namespace) -> None:
         row = {"tokens_a_step": batch * sequence, "sequence": sequence, "hidden": hidden} | log[-1]
         rows.append(row | {"seconds": time.perf_counter() - begin})
         print(rows[-1], flush=True)
-        save_results(arguments.out, rows, " ".join(["python", *sys.argv]), torch.cuda.get_device_name())
+        write_rows(arguments.out, rows)
 
 
 def write(arguments: argparse.Namespace) -> None:
@@ -180,7 +181,7 @@ def ship(arguments: argparse.Namespace) -> None:
         result = blimp(packed, data.tokenizer, arguments.blimp, batch=BLIMP_TOKENS, progress=False)
         row |= {"blimp": result.accuracy, "blimp_pairs": result.pairs}
     print(row["perplexity_packed"], row.get("blimp"), flush=True)
-    save_results(arguments.out, rows, " ".join(["python", *sys.argv]), torch.cuda.get_device_name())
+    write_rows(arguments.out, rows)
 
 
 def experiment(
@@ -221,8 +222,14 @@ def experiment(
         row[f"held_out_{window}"] = perplexity(student, data.held_out, window, progress=False).perplexity
     rows.append(row)
     print(json.dumps({key: value for key, value in row.items() if key != "log"}), flush=True)
-    save_results(out, rows, " ".join(["python", *sys.argv]), torch.cuda.get_device_name())
+    write_rows(out, rows)
     return student
+
+
+def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows so far, with the command that makes them; of absolute paths only the files' names."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+    save_results(out, rows, shlex.join(["python", *words]), torch.cuda.get_device_name())
 
 
 def pick(kind: type, settings: dict[str, Any]) -> Any:
