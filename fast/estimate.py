@@ -10,7 +10,7 @@ import torch
 
 from .bits import Ranks, Shape, layer_bits, model_bits
 from .hf import empty_model, resolve, transformers
-from .model import Config, factorise, fused_split, linear_shape, plan
+from .model import Config, check_config, factorise, fused_split, linear_shape, plan
 
 PROBE_SECONDS = 0.2
 PROBE_SIZE = 512
@@ -33,23 +33,22 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
 
     Returns
     -------
-    dict with `layers`, `weights`, `bits_per_weight` (exact for uniform allocation; else the ceiling holds),
-    `linear_bytes`, `file_bytes` (tensors, without the file's header), `memory_bytes` (dense model, latents and the
-    largest group of layers at work, in float32; with training also gradients and moments, the teacher, but no
-    activations), `quantise_s` X, `train_s`
-    and `kinds` by kind of layer.
+    dict with `layers`, `weights`, `bits_per_weight` and `linear_bytes` (exact; but for allocation by sensitivity, which
+    reads the weights, those of uniform allocation), `file_bytes` (tensors, without the file's header), `memory_bytes`
+    (dense model, latents and the largest group of layers at work, in float32; with training also gradients and moments,
+    the teacher, but no activations), `quantise_s` and `train_s` (seconds), and `kinds` by kind of layer.
 
     Raises
     ------
     ValueError
-        If the bits cannot be met, or no layer matches.
+        If `quantize_` would refuse the config, the bits cannot be met, or no layer matches.
     """
     settings = transformers().AutoConfig.from_pretrained(resolve(source)).to_dict()
     model: Any = empty_model(settings)
     model.tie_weights()
-    uniform = replace(config, allocation="uniform")
-    with fused_split(model, uniform):
-        layers, ranks = plan(model, uniform)
+    check_config(config, torch.empty(0))  # no calibration text is read
+    with fused_split(model, config):
+        layers, ranks = plan(model, config)
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     weights = sum(d_out * d_in for d_out, d_in in shapes.values())
     stored = model_bits(shapes, ranks)
@@ -72,7 +71,7 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
         "linear_bytes": stored // 8,
         "file_bytes": stored // 8 + 2 * (parameters - weights),
         "memory_bytes": memory,
-        "quantise_s": quantise_seconds(shapes, ranks, uniform),
+        "quantise_s": quantise_seconds(shapes, ranks, config),
         "train_s": tokens * (3 * (latents + head) + weights + head) / multiplications_per_second() if tokens else 0.0,
         "kinds": kinds,
     }

@@ -55,6 +55,19 @@ def test_dry_run_tells_what_is_stored_and_writes_nothing(tiny_llama, tmp_path):
     assert found["quantise_s"] > 0 == found["train_s"]
 
 
+def test_dry_run_tells_the_official_ranks_and_refuses_what_quantize_refuses(tiny_llama, tmp_path, capsys):
+    common = [str(tiny_llama), str(tmp_path / "out"), "--bits", "2.5", "--allocation", "official", "--json"]
+    assert main(["quantize", *common, "--dry-run"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["quantize", *common]) == 0
+    stored = json.loads(capsys.readouterr().out)
+    assert found["linear_bytes"] == stored["linear_bytes"]
+    for name, result in stored["results"].items():
+        assert found["kinds"][name.split(".")[-1]]["ranks"] == result["ranks"]
+    assert main(["quantize", *common, "--overwrite", "--paths", "auto", "--dry-run"]) == 2
+    assert "choose paths=1 or 2" in capsys.readouterr().err
+
+
 def test_dry_run_of_training_counts_its_tokens_and_names_what_is_impossible(tiny_llama, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["train", str(tiny_llama), out, "--bits", "2.5", "--tokens", "1000000", "--dry-run"]) == 0
