@@ -350,9 +350,9 @@ def chosen(arguments: argparse.Namespace) -> Config:
 
 
 def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Config, torch.Tensor | None]:
-    """The Config that the arguments say, and the calibration tokens if it needs any."""
+    """The Config that the arguments say, and the calibration tokens if it, or a 4-bit embedding, needs any."""
     config, tokens = chosen(arguments), None
-    if config.needs_calibration():
+    if config.needs_calibration() or getattr(arguments, "embedding_bits", 16) == 4:
         tokens = text_tokens(tokenizer, arguments.calibration)[: arguments.calibration_tokens]
     return config, tokens
 
@@ -367,8 +367,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model, arguments.device)
     check_embeddings(model, arguments.embedding_bits)  # before hours of work
     results = quantize_(model, config, tokens)
-    text = text_tokens(tokenizer, arguments.calibration)[: arguments.calibration_tokens]
-    quantize_embeddings_(model, arguments.embedding_bits, text if arguments.embedding_bits == 4 else None)
+    quantize_embeddings_(model, arguments.embedding_bits, tokens)
     save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
     stored = info(arguments.out)
     if arguments.report:

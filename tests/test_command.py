@@ -95,6 +95,20 @@ def test_quantize_reaches_every_initialiser_and_allocation(tiny_llama, text, tmp
         assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == float(BITS)
 
 
+def test_quantize_reads_calibration_text_only_where_it_is_needed(tiny_llama, text, tmp_path, capsys):
+    def quantize(out, calibration, *options):
+        common = ["--bits", BITS, "--calibration", str(calibration), "--json", *options]
+        return main(["quantize", str(tiny_llama), str(tmp_path / out), *common])
+
+    assert quantize("dense", tmp_path / "missing.txt") == 0
+    for options in (["--embedding-bits", "4"], ["--allocation", "sensitivity"]):
+        assert quantize("refused", tmp_path / "missing.txt", *options) == 2
+        assert "missing.txt" in capsys.readouterr().err
+        assert not (tmp_path / "refused").exists()
+    assert quantize("table", text, "--embedding-bits", "4") == 0
+    assert json.loads(capsys.readouterr().out)["embedding_bits"] == 4
+
+
 def test_bench_linear_prints_and_saves_every_field(tmp_path, capsys):
     saved = tmp_path / "new" / "results.json"
     assert main(["bench", "linear", "--shape", "256x320", "--bits", "1.0", "--json", "--save", str(saved)]) == 0
