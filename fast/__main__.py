@@ -637,10 +637,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         device, error, other = cpu_name(), "max_error", "bf16 us"
         shapes, bits = chosen.get("shape", SHAPES), chosen.get("bits", BITS)
         rows = bench_linear(shapes, bits, arguments.batch, arguments.threads, arguments.paths or 2)
-    if arguments.save:
-        save_results(arguments.save, rows, arguments.typed, device)
-    if arguments.json:
-        print(json.dumps(rows))
+    if answered(arguments, rows, device):
         return
     print(f"{'d_out x d_in':>15}{'bits':>8}{'rank':>6}{'packed us':>12}{other:>12}{'speed-up':>10}{'error':>11}")
     for row in rows:
@@ -649,6 +646,15 @@ def run_bench(arguments: argparse.Namespace) -> None:
             f"{size:>15}{row['bits']:>8.3f}{row['rank']:>6}{row['time_us']:>12.1f}{row['dense_us']:>12.1f}"
             f"{row['speedup']:>9.1f}x{row[error]:>11.1e}"
         )
+
+
+def answered(arguments: argparse.Namespace, rows: list[dict[str, Any]], device: str) -> bool:
+    """Save a benchmark's rows if they are to be kept; whether JSON was asked for, which is then printed."""
+    if arguments.save:
+        save_results(arguments.save, rows, arguments.typed, device)
+    if arguments.json:
+        print(json.dumps(rows))
+    return arguments.json
 
 
 def run_bench_decode(arguments: argparse.Namespace) -> None:
@@ -664,10 +670,7 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
         arguments.gguf,
     )
     rows = [row | {key: stored[key] for key in ("bits_per_weight", "embedding_bits")} for row in rows]
-    if arguments.save:
-        save_results(arguments.save, rows, arguments.typed, cpu_name())
-    if arguments.json:
-        print(json.dumps(rows))
+    if answered(arguments, rows, cpu_name()):
         return
     print(f"{'engine':<14}{'threads':>8}{'ms a token':>12}{'tokens/s':>10}{'resident MB':>13}")
     for row in rows:
@@ -679,12 +682,8 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
 
 def run_bench_agreement(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench agreement`."""
-    torch.set_num_threads(arguments.threads)
     rows = agreement(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens)
-    if arguments.save:
-        save_results(arguments.save, rows, arguments.typed, cpu_name())
-    if arguments.json:
-        print(json.dumps(rows))
+    if answered(arguments, rows, cpu_name()):
         return
     print(f"{'prompt':<48}{'equal tokens':>14}{'least gap':>11}{'error':>9}{'of transformers':>17}{'of bound':>10}")
     for row in rows:
@@ -696,20 +695,12 @@ def run_bench_agreement(arguments: argparse.Namespace) -> None:
 
 def run_bench_cache(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench cache`."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
-    try:
-        rows = [
-            row
-            for bits in arguments.bits or BITS
-            for row in bench_cache(arguments.model_shape, bits, tuple(arguments.context))
-        ]
-    finally:
-        torch.set_num_threads(before)
-    if arguments.save:
-        save_results(arguments.save, rows, arguments.typed, cpu_name())
-    if arguments.json:
-        print(json.dumps(rows))
+    rows = [
+        row
+        for bits in arguments.bits or BITS
+        for row in bench_cache(arguments.model_shape, bits, tuple(arguments.context))
+    ]
+    if answered(arguments, rows, cpu_name()):
         return
     print(
         f"{arguments.model_shape}: one token in one layer; bytes a token in all layers, the ordinary cache in float16"
