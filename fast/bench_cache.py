@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from .bench import random_path
 from .kv_cache import latent_attention, latents, rotate, round_latents
+from .latent_cache import LATENT_TYPES
 from .linear import packed_linear
 from .memory import MODEL_SHAPES, ModelShape, model_memory
 from .packing import PackedFactors
 
 CONTEXTS = (1024, 8192, 32768)
-LATENT_TYPES = {"latent": torch.float16, "latent-int8": torch.int8}
 
 
 def bench_cache(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .decode_cpu import decode, why_not
-from .latent_cache import latent_cache
+from .latent_cache import LATENT_TYPES, latent_cache
+from .memory import KV_CACHES
 
-KV_CACHES = {"ordinary": None, "latent": torch.float16, "latent-int8": torch.int8}  # what latents are kept in
 log = logging.getLogger(__name__)
 
 # Settings of a generation_config that change which token is chosen, and their values that do not
@@ -164,7 +164,7 @@ def stream_tokens(
     if kv_cache not in KV_CACHES:
         raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
     if kv_cache != "ordinary":
-        cache = latent_cache(model, KV_CACHES[kv_cache])
+        cache = latent_cache(model, LATENT_TYPES[kv_cache])
         return iter(through_transformers(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad, cache))
     reason = why_not(model) or special_settings(model)
     if reason is None:

@@ -14,6 +14,9 @@ from .decode_cpu import MODEL_TYPES, STATIC_ROPE
 from .kv_cache import LARGEST_CODE, latent_attention, latents, rotate
 from .layers import PackedLinear
 
+#: In what the kinds of latent cache in `memory.KV_CACHES` keep a latent.
+LATENT_TYPES = {"latent": torch.float16, "latent-int8": torch.int8}
+
 
 def latent_cache(model: nn.Module, dtype: torch.dtype = torch.float16) -> Any:
     """An empty cache that keeps latents of k_proj and v_proj instead of keys and values.

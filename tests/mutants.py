@@ -218,7 +218,7 @@ MUTANTS = [
     Mutant("fast/hf_cache.py", "room[:, : self.length] = self.filled()", "pass", "growing forgets the tokens"),
     Mutant("fast/hf_cache.py", "[self.positions, *(part", "[*(part", "positions not cropped with the tokens"),
     Mutant("fast/hf_cache.py", "if self.positions.length < length:", "if True:", "each layer appends positions"),
-    Mutant("fast/decode.py", '"latent-int8": torch.int8', '"latent-int8": torch.float16', "int8 not used"),
+    Mutant("fast/latent_cache.py", '"latent-int8": torch.int8', '"latent-int8": torch.float16', "int8 not used"),
     Mutant("reference/linear.py", "(x * path.g) @ path.v_sign", "x @ path.v_sign", "g dropped"),
     Mutant(
         "reference/linear.py", "(t * path.ell) @ path.u_sign.T * path.h", "t @ path.u_sign.T * path.h", "ell dropped"

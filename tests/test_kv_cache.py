@@ -15,7 +15,10 @@ from littlebit.fast import decode, kv_cache
 from littlebit.fast.__main__ import main
 from littlebit.fast.bench_cache import bench_cache, crossover
 from littlebit.fast.hf_cache import GROWTH
+from littlebit.fast.latent_cache import LATENT_TYPES
+from littlebit.fast.memory import KV_CACHES
 from littlebit.fast.model import packed_layers
+from littlebit.reference.memory import LATENT_BYTES
 from test_decode import exact_and_condition
 
 EPS = float(np.finfo(np.float32).eps)
@@ -424,6 +427,11 @@ def test_latent_cache_refuses_what_does_not_go_on_from_it(one_packed):
             )
         with pytest.raises(ValueError, match="cache is empty"):
             lb.latent_cache(one_packed).angles()
+
+
+def test_kinds_of_latent_cache_are_those_whose_memory_is_counted():
+    assert {kind: dtype.itemsize for kind, dtype in LATENT_TYPES.items()} == LATENT_BYTES
+    assert ("ordinary", *LATENT_TYPES) == KV_CACHES
 
 
 def test_bench_cache_times_both(tmp_path, capsys, monkeypatch):
