@@ -1,7 +1,6 @@
 """Benchmark of attention over a latent key-value cache beside an ordinary one, at the shape of a published model."""
 
 import functools
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from .bench import random_path
+from .bench import alternate, random_path
 from .kv_cache import latent_attention, latents, rotate, round_latents
 from .latent_cache import LATENT_TYPES
 from .linear import packed_linear
@@ -130,15 +129,7 @@ def bench_case(
         values[:, :, -1:] = heads_of(value_paths).to(kind)
         return functional.scaled_dot_product_attention(query.to(kind), keys, values, enable_gqa=True)
 
-    clock = clock_of(device)
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 1):
-        for call, kept_times in zip((from_latents, from_keys_and_values), times, strict=True):
-            start = clock()
-            call()
-            if turn:  # the first warms up
-                kept_times.append(clock() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return alternate([from_latents], [from_keys_and_values], repeats, clock=clock_of(device))
 
 
 def clock_of(device: torch.device) -> Any:
