@@ -28,9 +28,9 @@ GROUPS = {
     "Whole models": ["model", "layers", "embeddings", "calibrate", "evaluate", "zero_shot"],
     "Training": ["student", "trainer", "resume"],
     "Files": ["checkpoint", "official", "gguf", "fetch", "shipped"],
-    "Running": ["decode", "decode_cpu", "kernels"],
+    "Running": ["decode", "decode_cpu", "latent_cache", "hf_cache", "kernels"],
     "With transformers and PEFT": ["hf", "quantizer", "plugin", "lora"],
-    "Measuring": ["agreement", "bench", "bench_cuda", "bench_decode"],
+    "Measuring": ["agreement", "bench", "bench_cuda", "bench_cache", "bench_decode"],
     "The command": ["demo", "estimate", "report", "progress", "completion"],
 }
 
