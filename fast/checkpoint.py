@@ -117,12 +117,7 @@ def save(
         If `path` exists and may not be replaced, or cannot be written.
     """
     path = Path(path)
-    check_target(path, overwrite)
-    if not hasattr(model, "config"):
-        raise ValueError("save writes transformers models; for another module, pack_ it and save its state_dict()")
-    layers = packed_layers(pack_(model))
-    if not layers:
-        raise ValueError("the model has no LittleBit layer; call quantize_ first")
+    layers_to_save(model, path, overwrite)
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float16"
@@ -140,6 +135,17 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return path
+
+
+def layers_to_save(model: nn.Module, path: Path, overwrite: bool) -> dict[str, PackedLinear]:
+    """The layers of a model that is to be written to `path`, packed in place; an error if either cannot be."""
+    check_target(path, overwrite)
+    if not hasattr(model, "config"):
+        raise ValueError("save writes transformers models; for another module, pack_ it and save its state_dict()")
+    layers = packed_layers(pack_(model))
+    if not layers:
+        raise ValueError("the model has no LittleBit layer; call quantize_ first")
+    return layers
 
 
 def section(model: nn.Module, bits: float | None = None) -> dict[str, Any]:

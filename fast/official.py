@@ -27,14 +27,13 @@ from .checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
     Header,
-    check_target,
+    layers_to_save,
     read_tensors,
     stored_tensors,
     write_tensors,
     written_whole,
 )
 from .layers import PackedLinear
-from .model import pack_, packed_layers
 from .packing import PackedFactors, pack_signs, row_words, to_half
 
 NOTE = "littlebit_config.json"
@@ -173,10 +172,7 @@ def save_official(
         If `path` exists and may not be replaced, or cannot be written.
     """
     path = Path(path)
-    check_target(path, overwrite)
-    layers = packed_layers(pack_(model))
-    if not layers:
-        raise ValueError("the model has no LittleBit layer; call quantize_ first")
+    layers = layers_to_save(model, path, overwrite)
     tensors = stored_tensors(model)
     if any(name.endswith(".codes") for name in tensors):
         raise ValueError(

@@ -155,6 +155,13 @@ def test_export_refuses_what_the_format_does_not_hold(tiny_llama, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("save", [lb.save, lb.save_official])
+def test_save_takes_transformers_models_only(save, tmp_path):
+    with pytest.raises(ValueError, match="save writes transformers models; for another module"):
+        save(torch.nn.Linear(2, 2), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def rewritten(path, change):
     tensors = load_file(path / "model.safetensors")
     change(tensors)
