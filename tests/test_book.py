@@ -1,13 +1,16 @@
 """The book builds without a warning, shows everything that the packages export, and none of its links lead nowhere."""
 
 import ast
+import json
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from littlebit.fast import Config, TrainConfig
 from sphinx.util.inventory import InventoryFile
 
 ROOT = Path(__file__).parent.parent
@@ -92,3 +95,24 @@ def test_pages_load_nothing_from_the_network(pages):
 
 def test_equations_have_mathjax(book):
     assert any("mathjax" in source for source in Page(book / "index.html").loaded - {None})
+
+
+# What TrainConfig said when the second ladder was measured
+SECOND_LADDER = {"sequence": 512, "batch": 8, "lr_latents": 6e-3, "lr_scales": 1.5e-3, "lr_others": 4e-4, "hidden": 0.1}
+
+
+def test_training_ladder_repeats_what_was_measured():
+    known = {field.name for kind in (Config, TrainConfig) for field in fields(kind)} | {"weights"}
+
+    def settings(row):
+        own = {key: value for key, value in row.items() if key in known}
+        return {"bits": 0.55} | own | {"weights": [*own["weights"], 0][:3]}  # a text that is not drawn from
+
+    ladder = {row["name"]: row for row in json.loads((ROOT / "book/training_ladder.json").read_text())}
+    assert all(set(row) <= known | {"name"} for row in ladder.values())
+    results = json.loads((ROOT / "book/results/training_smollm2.json").read_text())["rows"]
+    measured = [row for row in results if row["stage"] == "second ladder"]
+    assert len(measured) == 11
+    for row in measured:
+        then = asdict(TrainConfig()) | SECOND_LADDER | settings(row)
+        assert asdict(TrainConfig()) | settings(ladder[row["name"]]) == then, row["name"]
