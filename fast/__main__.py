@@ -47,7 +47,7 @@ EXIT_CODES = """exit codes:
   143  stopped by a signal after the state was saved; the same command goes on
 """
 EXAMPLES = {
-    "fetch": ["fetch smollm2", "fetch smollm2-0.55bit"],
+    "fetch": ["fetch smollm2", "fetch smollm2-0.55bit --json"],
     "quantize": [
         "quantize smollm2 out --bits 0.55 --init admm --paths 1",
         "quantize smollm2 out --bits 0.55 --dry-run",
@@ -63,7 +63,7 @@ EXAMPLES = {
         "generate out --prompt Hi --chat --temperature 0.8",
     ],
     "info": ["info out", "info smollm2-0.55bit --json"],
-    "export": ["export out theirs --to official", "export out model.gguf --to gguf --precision q8_0"],
+    "export": ["export out theirs --to official --json", "export out model.gguf --to gguf --precision q8_0"],
     "memory": ["memory llama2-7b --bits 0.3 0.1 --context 4096"],
     "demo": ["demo --out build/demo"],
     "bench": [
@@ -136,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("fetch", run_fetch, "Print the path of a known model; download it or put it together on first use.")
     sub.add_argument("name", help=f"one of: {', '.join(known_names())}")
+    add_json(sub)
 
     sub = command("quantize", run_quantize, "Quantise a model and write a packed checkpoint.")
     sub.add_argument("model", help=model_help)
@@ -197,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("info", run_info, "Say what a packed checkpoint really stores.")
     sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(sub)
 
     sub = command("export", run_export, "Write a packed checkpoint in the format of another program.")
     sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
@@ -207,6 +208,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="gguf: how weights are stored")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    add_json(sub)
 
     sub = command("completion", run_completion, "Print a script that completes the command in a shell.")
     sub.add_argument("shell", choices=SHELLS)
@@ -220,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--context", type=int, default=4096, help="tokens in the key-value cache")
     sub.add_argument("--kv-cache", choices=KV_CACHES, default="latent", help="of the quantised models")
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(sub)
 
     sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
     sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
@@ -247,15 +249,20 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--context", type=int, nargs="+", default=list(CONTEXTS), help="cache: tokens in it")
     sub.add_argument("--batch", type=int, default=1)
     sub.add_argument("--threads", type=int, default=1)
-    sub.add_argument("--json", action="store_true")
+    add_json(sub)
     sub.add_argument("--save", type=Path, help="also write the figures, with device and commit, to this JSON file")
     return top
+
+
+def add_json(sub: argparse.ArgumentParser) -> None:
+    """The option of the commands that have something to tell."""
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def add_answer(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that write a checkpoint."""
     sub.add_argument("--dry-run", action="store_true", help="say what it will take, in bits, memory and time, and stop")
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(sub)
 
 
 def add_quantisation(sub: argparse.ArgumentParser) -> None:
@@ -306,7 +313,7 @@ def add_compute(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that run a model."""
     sub.add_argument("--device", type=device, default="cpu", help="a torch device, such as cpu or cuda")
     sub.add_argument("--threads", type=int, help="CPU threads; torch's default if not given")
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(sub)
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -330,7 +337,8 @@ def device(text: str) -> str:
 
 def run_fetch(arguments: argparse.Namespace) -> None:
     """Run `littlebit fetch`."""
-    print(fetch(arguments.name))
+    path = fetch(arguments.name)
+    print(json.dumps({"name": arguments.name, "path": str(path)}) if arguments.json else path)
 
 
 def chosen(arguments: argparse.Namespace) -> Config:
@@ -555,27 +563,33 @@ def run_info(arguments: argparse.Namespace) -> None:
         )
 
 
-def export_official(arguments: argparse.Namespace) -> str:
-    """Write the authors' format."""
+def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Write the authors' format; what was written, and the same in words."""
     model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
     bits = info(resolve(arguments.model))["target_bits"]
     save_official(model, arguments.out, tokenizer, bits, arguments.overwrite)
-    return f"{arguments.out}: {summary(info(arguments.out))}"
+    stored = info(arguments.out)
+    return stored, summary(stored)
 
 
-def export_gguf(arguments: argparse.Namespace) -> str:
-    """Write the dense model that the packed one stands for."""
+def export_gguf(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Write the dense model that the packed one stands for; what was written, and the same in words."""
     model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
-    path = save_gguf(model, arguments.out, tokenizer, arguments.precision, arguments.overwrite)
-    return f"{path}: {path.stat().st_size:,} bytes; dense weights in {arguments.precision}, not packed"
+    size = save_gguf(model, arguments.out, tokenizer, arguments.precision, arguments.overwrite).stat().st_size
+    row = {"format": "gguf", "precision": arguments.precision, "file_bytes": size}
+    return row, f"{size:,} bytes; dense weights in {arguments.precision}, not packed"
 
 
-EXPORTS: dict[str, Callable[[argparse.Namespace], str]] = {"official": export_official, "gguf": export_gguf}
+EXPORTS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str]]] = {
+    "official": export_official,
+    "gguf": export_gguf,
+}
 
 
 def run_export(arguments: argparse.Namespace) -> None:
     """Run `littlebit export`."""
-    print(EXPORTS[arguments.to](arguments))
+    written, words = EXPORTS[arguments.to](arguments)
+    print(json.dumps({"path": str(arguments.out)} | written) if arguments.json else f"{arguments.out}: {words}")
 
 
 def run_completion(arguments: argparse.Namespace) -> None:

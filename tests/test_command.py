@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from littlebit.fast import info
 from littlebit.fast.__main__ import main
 from littlebit.fast.agreement import PROMPTS
 
@@ -47,6 +49,33 @@ def test_info_prints_what_is_stored(checkpoint):
     assert 0 < stored["bits_per_weight"] <= float(BITS)
     assert stored["file_bytes"] == (checkpoint / "model.safetensors").stat().st_size
     assert f"{stored['linear_bytes']:,} bytes of linear weights" in littlebit("info", checkpoint)
+
+
+def test_fetch_prints_the_path(capsys):
+    assert main(["fetch", "tiny"]) == 0
+    path = capsys.readouterr().out.strip()
+    assert main(["fetch", "tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": "tiny", "path": path}
+    assert (Path(path) / "config.json").is_file()
+
+
+def test_export_prints_what_was_written(checkpoint, tmp_path, capsys):
+    def export(name, *options):
+        assert main(["export", str(checkpoint), str(tmp_path / name), *options]) == 0
+        return capsys.readouterr().out
+
+    with pytest.warns(UserWarning, match="will not load this checkpoint"):
+        written = json.loads(export("theirs", "--to", "official", "--json"))
+    assert written == {"path": str(tmp_path / "theirs")} | info(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="will not load this checkpoint"):
+        printed = export("again", "--to", "official")
+    assert f"{written['linear_bytes']:,} bytes of linear weights" in printed
+    written = json.loads(export("model.gguf", "--to", "gguf", "--precision", "q8_0", "--json"))
+    size = (tmp_path / "model.gguf").stat().st_size
+    row = {"format": "gguf", "precision": "q8_0", "file_bytes": size}
+    assert written == {"path": str(tmp_path / "model.gguf")} | row
+    printed = export("model.gguf", "--to", "gguf", "--precision", "q8_0", "--overwrite")
+    assert printed == f"{tmp_path / 'model.gguf'}: {size:,} bytes; dense weights in q8_0, not packed\n"
 
 
 def test_memory_prints_every_part(capsys):
