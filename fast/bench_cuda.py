@@ -2,7 +2,8 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,13 +13,25 @@ from tqdm import tqdm
 
 from .bench import exact_path, random_path
 from .bits import layer_bits, rank_for_bits
-from .kernels import cuda as kernels
+from .kernels.cuda import ROWS
+from .kernels.cuda_launch import (
+    LARGE_BATCH,
+    Blocks,
+    Plan,
+    Schedule,
+    latent_bytes,
+    output_bytes,
+    padded,
+    slices_of,
+    vectors_of,
+)
 from .packing import PackedFactors
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (13824, 5120), (28672, 8192), (8192, 28672))
 BITS = (0.1, 0.3, 0.55, 1.0)
 ROTATED_BYTES = 160 << 20  # three times the second-level cache of an H100
-TUNED_BYTES = 60 << 20  # less, to try many plans
+TUNED_BYTES = 30 << 20  # less, to try many schedules
+MOST_COPIES = 400
 REPLAYS = 9
 COPIED_BYTES = 1 << 30
 
@@ -43,14 +56,15 @@ def bench_linear_cuda(
         Ceilings in stored bits per weight.
     paths, batch : int
     tune : bool
-        Try other plans than that of `kernels.cuda.plan_for`, and take the fastest.
+        Try other schedules than that of `cuda_launch.schedule_for`, and take the fastest.
     progress : bool
 
     Returns
     -------
-    One dict per shape and bits: d_out, d_in, bits (stored), rank (per path), paths, batch, time_us, dense_us, speedup,
-    plan, error and dense_error (root mean square of y - y64 over that of y64), bytes (of weights and vectors),
-    fraction_of_copy (bytes per second over those of a device-to-device copy, read and written).
+    One dict per shape and bits: d_out, d_in, bits (stored), rank (per path), paths, batch, time_us (of the version that
+    the layer uses), plain_us and tensor_us (of the other versions of the kernels; None if they are not meant for the
+    batch), dense_us, speedup, schedule, error and dense_error (root mean square of y - y64 over that of y64), bytes (of
+    weights and vectors), fraction_of_copy (bytes per second over those of a device-to-device copy, read and written).
     """
     copy_rate = copy_bytes_per_second()
     cases = tqdm(list(itertools.product(shapes, bits)), desc="bench linear", disable=not progress)
@@ -64,13 +78,16 @@ def bench_case(
     generator = torch.Generator("cuda").manual_seed(0)
     rank = rank_for_bits(d_out, d_in, target, paths)
     stored = layer_bits(d_out, d_in, (rank,) * paths)
-    copies = range(ROTATED_BYTES // (stored // 8) + 1)
+    copies = range(min(MOST_COPIES, ROTATED_BYTES // (stored // 8) + 1))
     layers = [[random_path(d_out, d_in, rank, generator) for _ in range(paths)] for _ in copies]
+    plans = [Plan([tensor for path in layer for tensor in path]) for layer in layers]
     x = torch.randn(batch, d_in, generator=generator, device="cuda", dtype=torch.float16) / 64  # float16 ends at 65504
-    plan = kernels.plan_for(d_out, d_in, [rank] * paths, torch.cuda.get_device_properties(0).multi_processor_count)
-    if tune:
-        plan = tuned(x, layers, plan)
-    seconds = packed_seconds(x, layers, plan)
+    schedule = tuned(x, plans) if tune else plans[0].schedule(batch)
+    seconds = packed_seconds(x, plans, schedule if tune else None)
+    others = {
+        f"{version}_us": packed_seconds(x, plans, schedule, version) * 1e6 if batch <= LARGE_BATCH else None
+        for version in ("plain", "tensor")
+    }
     weights = dense_weights(d_out, d_in)
     dense_s = replay_seconds([lambda weight=weight: functional.linear(x, weight) for weight in weights])
     size = stored // 8 + batch * (2 * (d_in + d_out) + 8 * paths * rank)
@@ -82,34 +99,87 @@ def bench_case(
         "paths": paths,
         "batch": batch,
         "time_us": seconds * 1e6,
+        **others,
         "dense_us": dense_s * 1e6,
         "speedup": dense_s / seconds,
-        "plan": plan._asdict(),
-        "error": packed_error(x, layers[0], plan),
+        "schedule": schedule,
+        "error": packed_error(x, layers[0], plans[0]),
         "dense_error": dense_error(x, weights[0]),
         "bytes": size,
         "fraction_of_copy": size / seconds / copy_rate,
     }
 
 
-def tuned(x: Tensor, layers: Sequence[Sequence[PackedFactors]], plan: kernels.Plan) -> kernels.Plan:
-    """The fastest of the plans near one: first for `latent`, then for `output`."""
-    layers = layers[: TUNED_BYTES // sum(t.nbytes for path in layers[0] for t in path) + 1]
+def tuned(x: Tensor, plans: Sequence[Plan]) -> Schedule:
+    """The fastest schedule: by turns one kernel's is fixed and the other's tried, twice."""
+    plan = plans[0]
+    size = sum(tensor.nbytes for tensor in plan.kept)
+    plans = plans[: TUNED_BYTES // size + 2]
 
-    def best(candidates: Iterable[kernels.Plan]) -> kernels.Plan:
-        return min(candidates, key=lambda each: packed_seconds(x, layers, each, 3))
+    @cache
+    def seconds(schedule: Schedule) -> float:
+        return packed_seconds(x, plans, schedule, replays=3)
 
-    largest = min(8, kernels.power_of_two(-(-x.shape[1] // (32 * kernels.GROUP))))
-    parts = sorted({min(largest, max(1, round(plan.parts * factor))) for factor in (0.5, 1, 2, 4)})
-    blocks = ((4, 1), (4, 4), (8, 1), (8, 2), (8, 4), (8, 8))
-    plan = best(plan._replace(parts=part) for part in parts)
-    plan = best(plan._replace(latent_warps=warps, latent_sharing=sharing) for warps, sharing in blocks)
-    return best(plan._replace(output_warps=warps, output_sharing=sharing) for warps, sharing in blocks)
+    schedule = plan.schedule(len(x))
+    assert schedule
+    for _ in range(2):
+        latents = latent_candidates(plan, len(x), schedule.output)
+        schedule = min(latents, key=seconds)
+        outputs = output_candidates(plan, len(x), schedule)
+        schedule = min(outputs, key=seconds)
+    return schedule
 
 
-def packed_seconds(x: Tensor, layers: Sequence[Sequence[PackedFactors]], plan: Any, replays: int = REPLAYS) -> float:
+def blocks_near(slices: int, tiles: int, fits: Callable[[Blocks], bool]) -> list[Blocks]:
+    """Ways to divide so many tiles, of so many slices each, among blocks of 2 to 16 warps that fit in shared memory."""
+    numbers = itertools.product(
+        sorted({min(slices, 1 << i) for i in range(5)} | {min(slices, 16)}), range(5), (1, 2, 4, 8)
+    )
+    found = [Blocks(*each) for each in numbers]
+    found = [each for each in found if 2 <= each.sharing << each.log <= 16 and fits(each)]
+    fewest = min(tiles, 48)
+    return [each for each in found if -(-tiles * ROWS // each.rows) >= fewest or each.rows == ROWS] or found[:1]
+
+
+def latent_candidates(plan: Plan, rows: int, output: Blocks) -> list[Schedule]:
+    """Schedules that differ in the first kernel."""
+    slices, tiles = slices_of(plan.d_in), sum(map(padded, plan.ranks)) // ROWS
+    most = 1 if plan.d_in % 128 else min(16, slices)
+    return [
+        Schedule(parts, blocks, output)
+        for parts in (1, 2, 4, 8, 16)
+        if parts <= most
+        for blocks in blocks_near(
+            -(-slices // parts),
+            tiles * parts,
+            lambda blocks, parts=parts: (
+                latent_bytes(blocks, vectors_of(rows), plan.d_in, parts) <= plan.device.shared_bytes
+            ),
+        )
+    ]
+
+
+def output_candidates(plan: Plan, rows: int, schedule: Schedule) -> list[Schedule]:
+    """Schedules that differ in the second kernel."""
+    return [
+        schedule._replace(output=blocks)
+        for blocks in blocks_near(
+            sum(map(slices_of, plan.ranks)),
+            -(-plan.d_out // ROWS),
+            lambda blocks: output_bytes(blocks, vectors_of(rows), plan.ranks) <= plan.device.shared_bytes,
+        )
+    ]
+
+
+def packed_seconds(
+    x: Tensor,
+    plans: Sequence[Plan],
+    schedule: Schedule | None = None,
+    version: str | None = None,
+    replays: int = REPLAYS,
+) -> float:
     """Seconds of the packed layer."""
-    return replay_seconds([lambda layer=layer: kernels.packed_linear(x, layer, plan) for layer in layers], replays)
+    return replay_seconds([lambda plan=plan: plan(x, version, schedule) for plan in plans], replays)
 
 
 def replay_seconds(calls: Sequence[Callable[[], Any]], replays: int = REPLAYS) -> float:
@@ -137,10 +207,10 @@ def dense_weights(d_out: int, d_in: int) -> list[Tensor]:
     return list(torch.randn(copies, d_out, d_in, device="cuda", dtype=torch.float16).unbind())
 
 
-def packed_error(x: Tensor, paths: Sequence[PackedFactors], plan: Any) -> float:
+def packed_error(x: Tensor, paths: Sequence[PackedFactors], plan: Plan) -> float:
     """Root mean square error of the packed layer, relative to the exact output's."""
     exact = torch.stack([exact_path(x, path) for path in paths]).sum(0)
-    return float((kernels.packed_linear(x, paths, plan).double() - exact).norm() / exact.norm())
+    return float((plan(x).double() - exact).norm() / exact.norm())
 
 
 def dense_error(x: Tensor, weight: Tensor) -> float:

@@ -67,10 +67,12 @@ def shuffle_xor(self, mask, value, distance):
 
 def run_block(self, grid_point, *args):
     """Run a block's threads; all that wait at a barrier go on together."""
-    threads = [
-        kernel.BlockThread(lambda: self._f(*args), self, grid_point, point, self._debug)
-        for point in np.ndindex(*self._block_dim)
-    ]
+
+    def body():
+        with np.errstate(over="ignore"):  # words of 32 bits wrap around
+            self._f(*args)
+
+    threads = [kernel.BlockThread(body, self, grid_point, point, self._debug) for point in np.ndindex(*self._block_dim)]
     for thread in threads:
         thread.start()
     alive, pause = list(threads), 2e-5

@@ -5,32 +5,46 @@ import os
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 
 import cuda_simulator  # noqa: F401 (before any kernel)
-import littlebit.fast.kernels.cuda as kernels
+import littlebit.fast.kernels.cuda_launch as kernels
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from littlebit.fast.bench import exact_path, random_path
-from littlebit.fast.packing import PackedFactors
+from littlebit.fast.kernels.cuda import unpacking
+from littlebit.fast.kernels.cuda_launch import Blocks, Schedule
+from littlebit.fast.packing import PackedFactors, unpack_factors
 from numba import cuda
 
-# A vector's high and low part have 16 bits together, and sums are float32: relative to the sum of magnitudes, a
-# product is off by at most 2^-17, its two parts rounded to nearest, twice, and sums by far less.
+# An entry is off by at most 2^-22 of the largest in its slice, twice, and float32 sums by less. Relative to the sum of
+# magnitudes a slice's error is at most 256 times that of its largest entry; random entries come nowhere near it.
 TOLERANCE = 3 * 2.0**-17
+ONE = Schedule(1, Blocks(1, 0, 1), Blocks(1, 0, 1))
 
 
 def on_device(tensor):
     array = tensor.numpy().ravel()
-    return cuda.to_device(array.view(np.uint32) if array.dtype == np.int32 else array)
+    views = {np.dtype(np.int32): np.uint32, np.dtype(np.float16): np.uint16}
+    return cuda.to_device(array.view(views.get(array.dtype, array.dtype)))
 
 
-def outputs(x, paths, plan, kind="single", dtype=np.float32):
-    """What the two kernels make of x, (rows, d_out)."""
-    rows, d_out, ranks = len(x), len(paths[0].h), sum(path.rank for path in paths)
+def start(kernel, grid, threads, size, arguments):
+    kernel[grid, threads, 0, size](*arguments)
+
+
+def outputs(x, paths, schedule, kind="single", dtype=np.float32, early=False):
+    """What the kernels make of x, (rows, d_out); the plain ones if there is no schedule."""
+    rows, d_out, ranks = len(x), len(paths[0].h), sum(kernels.padded(path.rank) for path in paths)
     y = cuda.to_device(np.full(rows * d_out, 99, dtype))
-    part = cuda.to_device(np.full(plan.parts * rows * ranks, np.nan, np.float32))  # nothing may be left in it
+    part = cuda.to_device(
+        np.full((schedule.parts if schedule else 1) * rows * ranks, np.nan, np.float32)
+    )  # all written
     arrays = [PackedFactors(*map(on_device, path)) for path in paths]
-    kernels.launch(cuda.to_device(np.ascontiguousarray(x).ravel()), kind, rows, arrays, y, part, plan)
+    arguments = cuda.to_device(np.ascontiguousarray(x).ravel()), kind, rows, arrays, y, part
+    if schedule:
+        kernels.launch(*arguments, schedule, early, start)
+    else:
+        kernels.launch_plain(*arguments, start)
     return y.copy_to_host().reshape(rows, d_out)
 
 
@@ -49,89 +63,111 @@ def exact(x, paths):
 
 @st.composite
 def cases(draw):
-    """Sizes, few enough for a simulator, and a plan for them."""
-    d_out, d_in = draw(st.sampled_from([1, 15, 17, 33])), draw(st.sampled_from([17, 64, 129, 512, 600]))
-    ranks = draw(st.lists(st.sampled_from([17, 31, 64, 70]), min_size=1, max_size=2))
-    rows, groups = draw(st.sampled_from([1, 2, 5])), -(-d_in // 512)
-    plan = kernels.Plan(draw(st.sampled_from([1, 2][:groups])), *draw(warps()), *draw(warps()))
-    return d_out, d_in, ranks, rows, plan, draw(st.integers(0, 1000))
+    """Sizes, few enough for a simulator, and a schedule for them."""
+    d_out, d_in = draw(st.sampled_from([1, 15, 17, 33])), draw(st.sampled_from([17, 64, 129, 300, 512]))
+    ranks = draw(st.lists(st.sampled_from([17, 31, 64, 128, 270]), min_size=1, max_size=2))
+    rows, slices = draw(st.sampled_from([1, 2, 5])), -(-d_in // 256)
+    parts = draw(st.sampled_from([1, 2, 3][:slices] if d_in % 128 == 0 else [1]))
+    schedule = Schedule(parts, draw(blocks()), draw(blocks()))
+    return d_out, d_in, ranks, rows, schedule, draw(st.booleans()), draw(st.integers(0, 1000))
 
 
 @st.composite
-def warps(draw):
-    return draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
+def blocks(draw):
+    return Blocks(*draw(st.sampled_from([(1, 0, 1), (2, 0, 1), (1, 1, 2), (2, 1, 1)])))
 
 
 @settings(max_examples=6, deadline=None)
 @given(cases())
 def test_both_kernels_equal_the_exact_product(case):
-    d_out, d_in, ranks, rows, plan, seed = case
+    d_out, d_in, ranks, rows, schedule, early, seed = case
     generator = torch.Generator().manual_seed(seed)
     paths = [random_path(d_out, d_in, rank, generator) for rank in ranks]
     x = torch.randn(rows, d_in, generator=generator)
-    error = np.abs(outputs(x.numpy(), paths, plan) - exact(x, paths))
+    error = np.abs(outputs(x.numpy(), paths, schedule, early=early) - exact(x, paths))
     assert (error <= bound(x, paths)).all()
 
 
+@pytest.mark.parametrize("schedule", [ONE, None])
 @pytest.mark.parametrize(("kind", "dtype"), [("half", torch.float16), ("bfloat", torch.bfloat16)])
-def test_sixteen_bit_inputs_and_outputs(kind, dtype):
+def test_sixteen_bit_inputs_and_outputs(kind, dtype, schedule):
     generator = torch.Generator().manual_seed(1)
-    paths = [random_path(20, 70, 40, generator)]
-    x = torch.randn(1, 70, generator=generator).to(dtype)
-    raw = x.numpy() if dtype == torch.float16 else x.view(torch.int16).numpy().view(np.uint16)
-    got = outputs(raw, paths, kernels.Plan(1, 1, 1, 1, 1), kind, raw.dtype)
-    if dtype == torch.bfloat16:
-        got = torch.from_numpy(got.view(np.int16)).view(torch.bfloat16).float().numpy()
+    paths = [random_path(20, 72, 40, generator)]
+    x = torch.randn(1, 72, generator=generator).to(dtype)
+    raw = x.view(torch.int16).numpy().view(np.uint16)
+    got = outputs(raw, paths, schedule, kind, raw.dtype)
+    got = torch.from_numpy(got.view(np.int16)).view(dtype).float().numpy()
     want = exact(x.float(), paths)
     rounding = torch.finfo(dtype).eps / 2 * np.abs(want)
     assert (np.abs(got - want) <= 1.01 * rounding + bound(x.float(), paths)).all()
 
 
-@pytest.mark.parametrize("size", [2.0**-40, 2.0**30])
+@pytest.mark.parametrize("size", [2.0**-60, 2.0**-40, 2.0**30, 2.0**80])
 def test_tiny_and_huge_inputs_keep_their_precision(size):
     generator = torch.Generator().manual_seed(2)
     paths = [random_path(17, 40, 33, generator)]
     x = torch.randn(1, 40, generator=generator) * size
-    error = np.abs(outputs(x.numpy(), paths, kernels.Plan(1, 1, 1, 1, 1)) - exact(x, paths))
+    error = np.abs(outputs(x.numpy(), paths, ONE) - exact(x, paths))
     assert (error <= bound(x, paths)).all()
 
 
-@pytest.mark.parametrize(("d_in", "rank"), [(1030, 17), (17, 520)])
-def test_vectors_that_do_not_fit_shared_memory_at_once_come_in_segments(d_in, rank, monkeypatch):
-    monkeypatch.setattr(kernels, "SHARED_BYTES", 4 * (2 * (256 + 16) + 2 * 17 * 4 + 4 * 16))  # one group
-    check(5, d_in, rank, kernels.Plan(1, 1, 1, 1, 1))
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_comes_out_as_not_finite_for_its_vector_alone(value):
+    generator = torch.Generator().manual_seed(4)
+    paths = [random_path(17, 40, 33, generator)]
+    x = torch.randn(2, 40, generator=generator)
+    x[1, 7] = value
+    y = outputs(x.numpy(), paths, ONE)
+    assert np.isfinite(y[0]).all()
+    assert not np.isfinite(y[1]).any()
 
 
-@pytest.mark.parametrize(("d_in", "rank"), [(512, 17), (17, 512)])
-def test_words_are_read_four_at_a_time_where_rows_are_whole_groups(d_in, rank):
-    check(16, d_in, rank, kernels.Plan(1, 1, 1, 1, 1))
+def test_a_vector_of_zeros_gives_zeros():
+    paths = [random_path(17, 40, 33, torch.Generator().manual_seed(4))]
+    assert (outputs(np.zeros((1, 40), np.float32), paths, ONE) == 0).all()
 
 
-def check(d_out, d_in, rank, plan):
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(16, 512, 17), (19, 17, 256), (19, 384, 384)])
+def test_rows_of_whole_fours_of_words_come_apart_in_shared_memory(d_out, d_in, rank):
     generator = torch.Generator().manual_seed(3)
     paths = [random_path(d_out, d_in, rank, generator)]
     x = torch.randn(1, d_in, generator=generator)
-    assert (np.abs(outputs(x.numpy(), paths, plan) - exact(x, paths)) <= bound(x, paths)).all()
+    y = outputs(x.numpy(), paths, Schedule(1, Blocks(2, 0, 1), Blocks(2, 0, 2)))
+    assert (np.abs(y - exact(x, paths)) <= bound(x, paths)).all()
 
 
-def test_the_plain_kernels_equal_the_exact_product():
+def test_the_result_does_not_depend_on_the_schedule_within_a_part():
+    generator = torch.Generator().manual_seed(8)
+    paths = [random_path(20, 300, 33, generator), random_path(20, 300, 17, generator)]
+    x = torch.randn(2, 300, generator=generator).numpy()
+    one = outputs(x, paths, ONE)
+    assert (one == outputs(x, paths, Schedule(1, Blocks(1, 1, 1), Blocks(1, 0, 2)), early=True)).all()
+    assert (one[:1] == outputs(x[:1], paths, ONE)).all()  # nor on the batch
+
+
+@pytest.mark.parametrize("ranks", [(33,), (33, 17)])
+def test_the_plain_kernels_equal_the_exact_product(ranks):
     generator = torch.Generator().manual_seed(5)
-    ranks, d_out, d_in, rows = (33, 17), 9, 70, 2
-    paths = [random_path(d_out, d_in, rank, generator) for rank in ranks]
-    x = torch.randn(rows, d_in, generator=generator)
-    part, y = (cuda.to_device(np.full(rows * size, np.nan, np.float32)) for size in (sum(ranks), d_out))
-    y, offset = y.reshape(rows, d_out), 0
-    for path in paths:
-        u, v = (cuda.to_device(words.numpy().view(np.uint32)) for words in (path.u_words, path.v_words))
-        h, ell, g = (on_device(scale) for scale in (path.h, path.ell, path.g))
-        inputs = cuda.to_device(x.numpy())
-        kernels.plain_latent[(-(-path.rank // 2), rows), 64](inputs, g, v, d_in, rows, part, sum(ranks), offset)
-        kernels.plain_output[(-(-d_out // 2), rows), 64](part, ell, u, h, d_out, rows, sum(ranks), offset, y)
-        offset += path.rank
-    assert (np.abs(y.copy_to_host() - exact(x, paths)) <= bound(x, paths)).all()
+    paths = [random_path(9, 70, rank, generator) for rank in ranks]
+    x = torch.randn(2, 70, generator=generator)
+    assert (np.abs(outputs(x.numpy(), paths, None) - exact(x, paths)) <= bound(x, paths)).all()
 
 
-def test_more_parts_than_groups_are_refused():
-    generator = torch.Generator().manual_seed(6)
-    with pytest.raises(ValueError, match=r"70 columns cannot be divided into 2 parts: at most 1 \(Plan.parts\)"):
-        outputs(np.zeros((1, 70), np.float32), [random_path(9, 70, 33, generator)], kernels.Plan(2, 1, 1, 1, 1))
+@pytest.mark.parametrize("columns", [33, 40])
+def test_unpacked_signs_are_those_of_the_words_times_scales(columns):
+    path = random_path(5, 40, columns, torch.Generator().manual_seed(7))
+    u, _, h, ell, _ = unpack_factors(path)
+    out = cuda.to_device(np.full(6 * 24, 99, np.uint32))
+    arrays = on_device(path.u_words), on_device(path.h), on_device(path.ell)
+    unpacking("half")[6, 32](*arrays, np.float32(0.5), out, 5, columns, 40, 8, 48)
+    got, want = out.copy_to_host().view(np.float16).reshape(6, 48), np.zeros((6, 40), np.float32)
+    want[:5, :columns] = (h[:, None].float() * u * ell).numpy() / 2
+    assert np.allclose(got[:, 8:], want, rtol=1e-3, atol=0)
+    assert (out.copy_to_host().reshape(6, 24)[:, :4] == 99).all()
+
+
+@pytest.mark.parametrize(("d_in", "most"), [(70, 1), (600, 1), (512, 2)])
+def test_more_parts_than_there_can_be_are_refused(d_in, most):
+    paths = [random_path(9, d_in, 33, torch.Generator().manual_seed(6))]
+    with pytest.raises(ValueError, match=rf"{d_in} columns cannot be divided into 3 parts: at most {most}"):
+        outputs(np.zeros((1, d_in), np.float32), paths, ONE._replace(parts=3))

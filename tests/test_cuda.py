@@ -9,13 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from littlebit.fast.kernels import cuda as kernels
-from numba import cuda, types
+from littlebit.fast.bits import rank_for_bits
+from littlebit.fast.kernels import cuda as kernels, cuda_launch
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
-ELEMENTS = {"half": types.float16, "bfloat": types.uint16, "single": types.float32}
+KINDS = ("half", "bfloat", "single")
 FRAME_SIZE = 0x11  # attribute of a kernel in a cubin: bytes of local memory, where registers are spilled to
+SHAPES = ((16, 17), (576, 1536), (4096, 4096), (4096, 11008), (28672, 8192), (8192, 28672))
 
 
 def test_properties_in_the_simulator():
@@ -32,46 +32,29 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
     monkeypatch.setattr(
         "numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=capability)
     )
-    kernels.latent.cache_clear()  # device functions keep what they were compiled for
-    kernels.output.cache_clear()
-    kinds = ELEMENTS if capability == CAPABILITIES[-1] else ("bfloat",)
-    for kind, wide, paths in itertools.product(kinds, (False, True), (1, 2)):
-        if kind != "bfloat" and paths == 2:
-            continue
-        for kernel, signature in (
-            (kernels.latent(kind, wide, paths), latent_signature(ELEMENTS[kind])),
-            (kernels.output(kind, wide, paths, 4), output_signature(ELEMENTS[kind])),
-        ):
-            assert compiled(kernel, signature, capability)[FRAME_SIZE] == 0
+    # device functions keep what they were compiled for
+    for factory in (kernels.latent, kernels.output, kernels.plain_latent, kernels.plain_output, kernels.unpacking):
+        factory.cache_clear()
+    early = capability >= cuda_launch.EARLY
+    kinds = KINDS if capability == CAPABILITIES[-1] else ("bfloat",)
+    for kind, (wide, vectors) in itertools.product(kinds, ((True, 1), (False, 4))):
+        for kernel in (kernels.latent(kind, wide, wide, vectors, early), kernels.output(kind, wide, vectors, 4, early)):
+            text, attributes = compiled(kernel, capability)
+            assert text.count(b"mma.sync") == 3 * vectors
+            assert (b"griddepcontrol.wait" in text) == early
+            assert attributes[FRAME_SIZE] == 0
+    for kernel in (kernels.plain_latent("half"), kernels.plain_output("half")):
+        assert compiled(kernel, capability)[1][FRAME_SIZE] == 0
+    assert compiled(kernels.unpacking("half"), capability)[1][FRAME_SIZE] == 0
 
 
-def arrays(*elements):
-    return [types.Array(element, 1, "C") for element in elements]
-
-
-def latent_signature(element):
-    half, word = types.float16, types.uint32
-    sizes = [types.int64] * 4
-    tensors = arrays(element, half, half, word, word)
-    return types.void(*tensors, *sizes, *arrays(types.float32), types.int64, types.UniTuple(types.int64, 3))
-
-
-def output_signature(element):
-    half, word = types.float16, types.uint32
-    tensors = arrays(types.float32, half, half, word, word, half, half)
-    logs = types.UniTuple(types.int64, 3)
-    return types.void(*tensors, *[types.int64] * 4, *arrays(element), types.int64, logs)
-
-
-def compiled(kernel, signature, capability):
-    """Compile to PTX and on to a cubin; the kernel's attributes, by number."""
+def compiled(kernel, capability):
+    """PTX of a kernel and, from its cubin, its attributes by number."""
     from cuda.core import Program, ProgramOptions
 
-    ptx, _ = cuda.compile(kernel.py_func, signature, cc=capability, output="ptx", device=False, abi="numba")
-    text = ptx if isinstance(ptx, str) else ptx.decode()
-    assert text.count("mma.sync") == 32
+    text, _ = cuda_launch.compiled.__wrapped__(kernel, capability)
     options = ProgramOptions(arch=f"sm_{capability[0]}{capability[1]}")
-    return attributes_of(bytes(Program(text, "ptx", options).compile("cubin").code))
+    return text, attributes_of(bytes(Program(text.decode(), "ptx", options).compile("cubin").code))
 
 
 def attributes_of(cubin):
@@ -95,20 +78,46 @@ def attributes_of(cubin):
     return found
 
 
-def test_plans_fit_what_they_are_for():
-    for (d_out, d_in), rank, multiprocessors in itertools.product(
-        ((16, 17), (576, 1536), (4096, 4096), (28672, 8192), (8192, 28672)), (17, 600, 6336), (16, 132)
-    ):
-        plan = kernels.plan_for(d_out, d_in, [rank], multiprocessors)
-        assert plan.parts <= -(-d_in // 512)
-        assert all(number & (number - 1) == 0 for number in plan)  # the kernels shift by their logarithms
-        assert plan.latent_warps % plan.latent_sharing == plan.output_warps % plan.output_sharing == 0
+@pytest.mark.parametrize("shared_bytes", [99 << 10, 227 << 10])
+@pytest.mark.parametrize("multiprocessors", [16, 132])
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_schedules_fit_what_they_are_for(rows, multiprocessors, shared_bytes):
+    device = cuda_launch.Device("any", multiprocessors, shared_bytes)
+    vectors = cuda_launch.vectors_of(rows)
+    for (d_out, d_in), ranks in itertools.product(SHAPES, ((1,), (17,), (600,), (300, 310), (6336,))):
+        schedule = cuda_launch.schedule_for(d_out, d_in, ranks, rows, device)
+        if schedule is None:  # planes of four vectors, and words, of long rows
+            assert vectors == 4 or shared_bytes == 99 << 10
+            continue
+        assert schedule.parts <= max(1, d_in // 256)
+        assert cuda_launch.latent_bytes(schedule.latent, vectors, d_in, schedule.parts) <= shared_bytes
+        assert cuda_launch.output_bytes(schedule.output, vectors, ranks) <= shared_bytes
+        for blocks in (schedule.latent, schedule.output):
+            assert 32 <= blocks.threads <= 512
+            assert blocks.tiles >= 1
 
 
-def test_narrow_words_are_left_to_others():
-    from littlebit.fast.bench import random_path
+def test_measured_schedules_are_of_layers_that_exist_and_fit_their_gpu():
+    limit = 227 << 10
+    known = cuda_launch.measured()["NVIDIA H100 80GB HBM3"]
+    for d_out, d_in in ((4096, 4096), (28672, 8192)):
+        assert f"{d_out}x{d_in}:{rank_for_bits(d_out, d_in, 0.1, 1)}" in known
+    for sizes, schedule in known.items():
+        shape, ranks = sizes.split(":")
+        ranks = [int(rank) for rank in ranks.split("+")]
+        d_in = int(shape.split("x")[1])
+        assert cuda_launch.latent_bytes(schedule.latent, 1, d_in, schedule.parts) <= limit
+        assert cuda_launch.output_bytes(schedule.output, 1, ranks) <= limit
 
-    generator = torch.Generator().manual_seed(0)
-    assert kernels.takes([random_path(40, 50, 33, generator)])
-    assert not kernels.takes([random_path(40, 50, 16, generator)])
-    assert not kernels.takes([random_path(40, 50, 33, generator)] * 3)
+
+def test_a_measured_schedule_is_taken_for_its_gpu_and_a_vector_only():
+    device = cuda_launch.Device("NVIDIA H100 80GB HBM3", 132, 227 << 10)
+    known = cuda_launch.measured()[device.name]
+    rank = rank_for_bits(28672, 8192, 0.55, 1)
+    layer = 28672, 8192, (rank,)
+    schedule = known[f"28672x8192:{rank}"]
+    estimate = cuda_launch.estimated(*layer, 132)
+    assert schedule != estimate
+    assert cuda_launch.schedule_for(*layer, 1, device) == schedule
+    assert cuda_launch.schedule_for(*layer, 1, device._replace(name="another")) == estimate
+    assert cuda_launch.schedule_for(*layer, 2, device).parts == estimate.parts

@@ -1,177 +1,593 @@
 """The packed linear layer on NVIDIA GPUs, in Numba CUDA: two launches, `latent` and then `output`.
 
-Both multiply a matrix of signs with a few vectors. A row of signs is bits, s = 1 - 2 b, so that
+Both multiply a matrix of signs with a vector. A row of signs is bits, s = 1 - 2 b, so that
 
     sum_j s_j v_j = sum_j v_j - 2 sum_j b_j v_j
 
-and the second sum is a product of a matrix of zeros and ones, which tensor cores take as bfloat16. To make these costs
-one instruction for two signs: a bit that stands alone in the exponent of a bfloat16 *is* a number, 2 to the power
-2^k - 127 for bit k of the exponent. So `word & mask` gives two matrix entries, b_j and b_{j+16} times that number,
-with no shift and no conversion, and v_j is divided by the number beforehand, once for all rows. A bfloat16 has 8 bits
-of precision, a vector two of them, high and low part, in two columns of the second matrix: 16 bits; a tensor core
-multiplies eight columns at the same price, so four vectors at once cost what one does. Sums are float32.
+and tensor cores multiply bits: one instruction counts the ones that 16 rows of 256 bits have in common with 8 columns
+of 256 bits. The words of a checkpoint go into it as they are. The vector becomes bits too: a warp takes a slice of 256
+of its entries and writes each as an integer,
 
-    latent   part[s, b, r] = sum over the s-th part of d_in of V_sign[r, i] g_i x[b, i]         (all paths' rows)
-    output   y[b, o] = sum over paths of h_o sum_r U_sign[o, r] ell_r sum_s part[s, b, r]
+    v_j = unit q_j,   |q_j| <= 2^21,   with one power of two, `unit`, for the slice
+
+and q_j + 2^22 as 23 bits, the planes: bit p of all 256 entries is a column, and a 24th column of ones takes the 2^22
+away again. So three instructions multiply 16 rows of signs with 256 entries,
+
+    sum_j b_j q_j = sum_p 2^p common(b, plane_p) - 2^22 common(b, ones)
+
+Sums of integers are exact; an entry is off by at most 2^-22 of the largest in its slice.
+
+    latent   part[s, b, r] = ell_r sum over the s-th part of d_in of V_sign[r, i] g_i x[b, i]
+    output   y[b, o] = sum over paths of h_o sum_r U_sign[o, r] sum_s part[s, b, r]
 
 `latent` divides d_in among blocks too, since the rank is small; `output` adds their parts up. Nothing is added in an
 order that depends on time: results are the same each time.
 
-`plain_latent` and `plain_output` are the first step of the ladder: a warp for each row, a sign at a time.
-
-`packed_linear` here is their way in from torch; `kernels.packed_linear` does not choose it yet.
+`plain_latent` and `plain_output` are the first step of the ladder: a warp for each row, a sign at a time. Both pairs
+are launched by cuda_launch.py, and where the GPU can (`early`) a kernel starts before the one before it has ended: it
+fetches its words, and then waits for what they are multiplied with.
 """
 
 # What Numba makes of cuda.threadIdx and its like is not what their Python stand-ins say.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 
-from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-from numba import config, cuda, float32, int32, uint16, uint32
-from torch import Tensor
+from numba import cuda, float32, int32, int64, types, uint32
 
-from ..packing import PackedFactors
-from .cuda_lanes import as_float, load4, multiply_add, pack_bfloat16
+from .cuda_lanes import (
+    as_bits,
+    as_float,
+    copied,
+    copy4,
+    count_common,
+    exchange,
+    halves,
+    larger,
+    let_next_start,
+    load_words,
+    permute,
+    round_to_bfloat,
+    round_to_half,
+    wait,
+    warp_max,
+    warp_total,
+)
 
-CHUNK = 4  # words of a row that a step reads: 128 signs, 32 for each of the four lanes of a row
-GROUP = 16  # words of a row that are read ahead of their use
+SLICE = 256  # entries of a vector that a warp multiplies at once: eight words of signs, two for each lane of a row
 ROWS = 16  # of a tile: what a warp multiplies at once
 VECTORS = 4  # that are multiplied at once
-SHARED_BYTES = 48 << 10  # of shared memory that a block may have without asking
-SCALE = float(2.0**56)  # the tensor cores' sums are this much smaller, so that all numbers fit
-config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # a small layer cannot fill a GPU
-KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "single"}
+DIGIT = 64  # words of eight planes of a slice
+PLANES = 200  # words of a slice's 24 planes, its unit, its sum, and some to spare
+load2, load4 = load_words(2), load_words(4)
+POINTER = types.CPointer
+HALVES, WORDS, SINGLES = POINTER(types.uint16), POINTER(types.uint32), POINTER(types.float32)
+ELEMENTS = {"half": HALVES, "bfloat": HALVES, "single": SINGLES}
+SIGNATURES: dict[Any, Any] = {}  # types of the arguments of the kernels that were made
 
 
 @cuda.jit(device=True, forceinline=True)
-def chunk(sums, upper, lower, signal, place, active):
-    """Add 128 columns of a tile: `upper` and `lower` are the lane's words of rows g and g + 8.
-
-    Signs 0 to 6 of each half of a word are moved up by eight bits, where the exponent begins; sign 15 down by one.
-    Four sums, so that a product need not wait for the one before it.
-    """
-    c, d, e, f = sums
-    up, down = upper << uint32(8), lower << uint32(8)
-    m0, m1, m2, m3 = uint32(0x01000100), uint32(0x02000200), uint32(0x04000400), uint32(0x08000800)
-    m4, m5, m6, m7 = uint32(0x10001000), uint32(0x20002000), uint32(0x40004000), uint32(0x00800080)
-    x0 = x1 = x2 = x3 = y0 = y1 = y2 = y3 = uint32(0)
-    if active:
-        x0, x1, x2, x3 = load4(signal, uint32(place))
-        y0, y1, y2, y3 = load4(signal, uint32(place + 16))
-    c = multiply_add(c, up & m0, down & m0, up & m1, down & m1, x0, x1)
-    d = multiply_add(d, up & m2, down & m2, up & m3, down & m3, x2, x3)
-    e = multiply_add(e, up & m4, down & m4, up & m5, down & m5, y0, y1)
-    f = multiply_add(f, up & m6, down & m6, upper & m7, lower & m7, y2, y3)
-    if active:
-        x0, x1, x2, x3 = load4(signal, uint32(place + 32))
-        y0, y1, y2, y3 = load4(signal, uint32(place + 48))
-    up, down = upper >> uint32(1), lower >> uint32(1)
-    c = multiply_add(c, upper & m0, lower & m0, upper & m1, lower & m1, x0, x1)
-    d = multiply_add(d, upper & m2, lower & m2, upper & m3, lower & m3, x2, x3)
-    e = multiply_add(e, upper & m4, lower & m4, upper & m5, lower & m5, y0, y1)
-    f = multiply_add(f, upper & m6, lower & m6, up & m6, down & m6, y2, y3)
-    return c, d, e, f
+def half_at(array, index):
+    """An element of an array of float16, whose bits are uint16."""
+    return halves(uint32(array[uint32(index)]))[0]
 
 
 @cuda.jit(device=True, forceinline=True)
-def words_of_row(words, start, limit, at, of, wide):
-    """The lane's four words of a group that begins with word `at` of a row: side by side if `wide`, else every fourth.
-
-    Words from `limit` on are zero.
-    """
-    w0 = w1 = w2 = w3 = uint32(0)
-    if wide:
-        at = int32(at + 4 * of)
-        if at < limit:
-            w0, w1, w2, w3 = load4(words, uint32(start + at))
-    else:
-        at = int32(at + of)
-        if at < limit:
-            w0 = words[uint32(start + at)]
-        if at + 4 < limit:
-            w1 = words[uint32(start + at + 4)]
-        if at + 8 < limit:
-            w2 = words[uint32(start + at + 8)]
-        if at + 12 < limit:
-            w3 = words[uint32(start + at + 12)]
-    return w0, w1, w2, w3
+def half_eight(array, index):
+    """Eight elements of an array of float16, from an index divisible by eight, as float32."""
+    k, m, n, o = load4(array, uint32(index))
+    (a, b), (c, d), (e, f), (g, h) = halves(k), halves(m), halves(n), halves(o)
+    return a, b, c, d, e, f, g, h
 
 
 @cuda.jit(device=True, forceinline=True)
-def words_of_tile(words, first_row, rows, width, group, end, wide):
-    """The lane's words of a group of rows g and g + 8 of a tile; zero beyond the matrix and from group `end` on."""
-    of, row = int32(cuda.laneid & 3), int32(first_row + ((cuda.laneid & 31) >> 2))
-    at, start = int32(GROUP * group), int32(row * width)
-    limit = width if group < end else int32(0)
-    upper = words_of_row(words, start, limit if row < rows else int32(0), at, of, wide)
-    lower = words_of_row(words, int32(start + 8 * width), limit if int32(row + 8) < rows else int32(0), at, of, wide)
-    return upper, lower
+def bfloat_at(array, index):
+    """An element of an array of bfloat16, whose bits are uint16."""
+    return as_float(uint32(array[uint32(index)]) << uint32(16))
 
 
 @cuda.jit(device=True, forceinline=True)
-def tile(sums, read, words, first_row, rows, width, begin, end, step, origin, signal, stride, columns, wide):
-    """Add the products of 16 rows of signs with the vectors in shared memory: every `step`-th group, `begin` to `end`.
+def bfloat_eight(array, index):
+    """Eight elements of an array of bfloat16, from an index divisible by eight, as float32."""
+    k, m, n, o = load4(array, uint32(index))
+    up, upper = uint32(16), uint32(0xFFFF0000)
+    return (
+        as_float(k << up), as_float(k & upper), as_float(m << up), as_float(m & upper),
+        as_float(n << up), as_float(n & upper), as_float(o << up), as_float(o & upper),
+    )  # fmt: skip
 
-    `read` are the words of the first group; `origin` is the group that the vectors in shared memory begin with,
-    `stride` the distance of two columns.
-    """
-    lane = int32(cuda.laneid & 31)
-    active = lane >> 2 < columns
-    base = int32((lane >> 2) * stride + 4 * (lane & 3))
-    group = begin
-    while group < end:
-        upper, lower = read
-        following = int32(group + step)
-        read = words_of_tile(words, first_row, rows, width, following, end, wide)
-        left = int32(width - GROUP * group)
-        place = int32(base + 256 * (group - origin))
-        sums = chunk(sums, upper[0], lower[0], signal, place, active)
-        if wide or left > 4:
-            sums = chunk(sums, upper[1], lower[1], signal, int32(place + 64), active)
-        if wide or left > 8:
-            sums = chunk(sums, upper[2], lower[2], signal, int32(place + 128), active)
-        if wide or left > 12:
-            sums = chunk(sums, upper[3], lower[3], signal, int32(place + 192), active)
-        group = following
-    return sums
+
+@cuda.jit(device=True, forceinline=True)
+def single_at(array, index):
+    """An element of an array of float32."""
+    return array[uint32(index)]
+
+
+@cuda.jit(device=True, forceinline=True)
+def single_eight(array, index):
+    """Eight elements of an array of float32, from an index divisible by four."""
+    a, b, c, d = load4(array, uint32(index))
+    e, f, g, h = load4(array, uint32(index + 4))
+    return (
+        as_float(a), as_float(b), as_float(c), as_float(d), as_float(e), as_float(f), as_float(g), as_float(h),
+    )  # fmt: skip
+
+
+@cuda.jit(device=True, forceinline=True)
+def same(value):
+    """A float32 as it is."""
+    return value
+
+
+AT = {"half": half_at, "bfloat": bfloat_at, "single": single_at}
+EIGHT = {"half": half_eight, "bfloat": bfloat_eight, "single": single_eight}
+ROUND = {"half": round_to_half, "bfloat": round_to_bfloat, "single": same}
 
 
 @cuda.jit(device=True, forceinline=True)
 def zeros():
-    """Four sums of a tile."""
-    zero = (float32(0), float32(0), float32(0), float32(0))
-    return zero, zero, zero, zero
+    """Eight float32."""
+    return float32(0), float32(0), float32(0), float32(0), float32(0), float32(0), float32(0), float32(0)
 
 
 @cuda.jit(device=True, forceinline=True)
-def put(signal, place, stride, factor, first, second):
-    """Put two entries of a vector, 16 columns of signs apart, into shared memory: high parts, and low parts."""
-    first, second = first * factor, second * factor
-    high = pack_bfloat16(second, first)
-    signal[uint32(place)] = high
-    first -= as_float(high << uint32(16))
-    second -= as_float(high & uint32(0xFFFF0000))
-    signal[uint32(place + stride)] = pack_bfloat16(second, first)
+def times(a, b):
+    """Products of eight numbers with eight."""
+    return (
+        a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3], a[4] * b[4], a[5] * b[5], a[6] * b[6], a[7] * b[7],
+    )  # fmt: skip
 
 
 @cuda.jit(device=True, forceinline=True)
-def factor_of(k):
-    """What sign k of each 16 asks the vector to be multiplied by: 2^(-56 - exponent), made from its bits."""
-    bit = k + 1 if k < 7 else k - 7 if k < 15 else 7  # of the exponent, 0 to 7
-    return as_float(uint32((198 - (1 << bit)) << 23))  # -56 - (2^bit - 127), and 127 for the float32's own exponent
+def plus(a, b):
+    """Sums of eight numbers and eight."""
+    return (
+        a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7],
+    )  # fmt: skip
 
 
 @cuda.jit(device=True, forceinline=True)
-def place_of(word, k, wide):
-    """Where the entries of a word's signs k and k + 16 stand in shared memory, counted from a column's begin."""
-    of, step = int32(word & 3), int32(word >> 2 & 3)
+def plus_four(a, b):
+    """Sums of four numbers and four."""
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+
+
+@cuda.jit(device=True, forceinline=True)
+def scaled(a, factor):
+    """Four numbers times a factor."""
+    return a[0] * factor, a[1] * factor, a[2] * factor, a[3] * factor
+
+
+@cuda.jit(device=True, forceinline=True)
+def largest_of(v):
+    """The largest magnitude of eight numbers."""
+    one = larger(larger(abs(v[0]), abs(v[1])), larger(abs(v[2]), abs(v[3])))
+    return larger(one, larger(larger(abs(v[4]), abs(v[5])), larger(abs(v[6]), abs(v[7]))))
+
+
+@cuda.jit(device=True, forceinline=True)
+def whole(value, inverse):
+    """Q + 2^22 in the lowest 23 bits, for the integer q nearest to value * inverse; above them, the number's exponent.
+
+    A float32 between 2^23 and 2^24 is an integer, and its lowest bits are that integer's.
+    """
+    return as_bits(value * inverse + float32(12582912.0))  # 1.5 * 2^23
+
+
+@cuda.jit(device=True, forceinline=True)
+def turned(x, y):
+    """Transpose 8 by 8 bits: bytes 0 to 3 are x's, 4 to 7 are y's (Warren, Hacker's Delight, 7-3)."""
+    s = (x ^ (x >> uint32(7))) & uint32(0x00AA00AA)
+    t = (y ^ (y >> uint32(7))) & uint32(0x00AA00AA)
+    x, y = x ^ s ^ (s << uint32(7)), y ^ t ^ (t << uint32(7))
+    s = (x ^ (x >> uint32(14))) & uint32(0x0000CCCC)
+    t = (y ^ (y >> uint32(14))) & uint32(0x0000CCCC)
+    x, y = x ^ s ^ (s << uint32(14)), y ^ t ^ (t << uint32(14))
+    t = (x ^ (y << uint32(4))) & uint32(0xF0F0F0F0)
+    return uint32(x ^ t), uint32(y ^ (t >> uint32(4)))
+
+
+@cuda.jit(device=True, forceinline=True)
+def gathered(lane, a, b, c):
+    """Bring together what four lanes have of eight planes of a word, three times: two planes for each lane.
+
+    A lane has an octet of the word of each plane: bytes of x for planes 0 to 3, of y for planes 4 to 7, where a is
+    (x, y), and b and c likewise. Lanes exchange octets, until that of octet o has the words of planes 2 o and 2 o + 1.
+    """
+    odd, high = lane & 1 != 0, lane & 2 != 0
+    keep, give = (uint32(0x7632), uint32(0x5410)) if odd else (uint32(0x5410), uint32(0x7632))
+    order = uint32(0x2604) if odd else uint32(0x6240)
+    if high:
+        order = uint32(order >> uint32(8) | order << uint32(8))
+        a, b, c = (a[1], a[0]), (b[1], b[0]), (c[1], c[0])
+    distance = uint32(2)
+    x, y, z = exchange(a[1], distance), exchange(b[1], distance), exchange(c[1], distance)
+    a, b, c = (
+        (permute(a[0], x, keep), permute(a[0], x, give)),
+        (permute(b[0], y, keep), permute(b[0], y, give)),
+        (permute(c[0], z, keep), permute(c[0], z, give)),
+    )
+    distance, following = uint32(1), uint32(order + uint32(0x1111))
+    x, y, z = exchange(a[1], distance), exchange(b[1], distance), exchange(c[1], distance)
+    return (
+        (permute(a[0], x, order), permute(a[0], x, following)),
+        (permute(b[0], y, order), permute(b[0], y, following)),
+        (permute(c[0], z, order), permute(c[0], z, following)),
+    )
+
+
+@cuda.jit(device=True, forceinline=True)
+def put_slice(signal, place, lane, v):
+    """Put the planes, the unit and the sum of a warp's slice into shared memory; a lane has eight entries of a word.
+
+    The unit is NaN if an entry is infinite or NaN.
+    """
+    exponent = uint32(max(warp_max(as_bits(largest_of(v))) >> uint32(23), uint32(21)))
+    inverse = as_float(uint32((uint32(274) - exponent) << uint32(23)))  # 2^20 over the power of two in the largest
+    a, b, c, d = whole(v[0], inverse), whole(v[1], inverse), whole(v[2], inverse), whole(v[3], inverse)
+    e, f, g, h = whole(v[4], inverse), whole(v[5], inverse), whole(v[6], inverse), whole(v[7], inverse)
+    lot = uint32(uint32(uint32(a + b) + uint32(c + d)) + uint32(uint32(e + f) + uint32(g + h)))
+    word = int32(int32(int32(lane >> 2) & 3) << 1 | lane >> 4)
+    summary, place = uint32(place + 192), int32(place + int32(word + int32(lane & 3) * 16))
+    low, high = uint32(0x5140), uint32(0x0062)
+    m, n, o, p = permute(a, b, low), permute(c, d, low), permute(e, f, low), permute(g, h, low)
+    a, c, e, g = permute(a, b, high), permute(c, d, high), permute(e, f, high), permute(g, h, high)
+    low, high = uint32(0x5410), uint32(0x7632)
+    x, y = turned(permute(a, c, low), permute(e, g, low))
+    a, b, c = gathered(
+        lane,
+        turned(permute(m, n, low), permute(o, p, low)),
+        turned(permute(m, n, high), permute(o, p, high)),
+        (x, uint32(y | uint32(0xFF000000))),
+    )
+    place = uint32(place)
+    signal[place], signal[place + uint32(8)] = a
+    signal[place + uint32(DIGIT)], signal[place + uint32(DIGIT + 8)] = b
+    signal[place + uint32(2 * DIGIT)], signal[place + uint32(2 * DIGIT + 8)] = c
+    lot = warp_total(uint32(lot - uint32(8 * 0x4B400000 & 0xFFFFFFFF)))
+    if lane == 0:
+        unit = uint32((exponent - uint32(20)) << uint32(23)) if exponent < uint32(255) else uint32(0x7FC00000)
+        signal[summary], signal[summary + uint32(1)] = unit, lot
+
+
+@cuda.jit(device=True, forceinline=True)
+def product(signal, place, lane, words):
+    """Sum of a slice's entries, in units, where bits are ones: those of row g of a tile, or g + 8 in odd lanes."""
+    at, of = int32(place + int32(lane << 1)), int32(lane & 3)
+    b0, b1 = load2(signal, uint32(at))
+    c = count_common(words[0], words[1], words[2], words[3], b0, b1)
+    b0, b1 = load2(signal, uint32(at + DIGIT))
+    d = count_common(words[0], words[1], words[2], words[3], b0, b1)
+    b0, b1 = load2(signal, uint32(at + 2 * DIGIT))
+    e = count_common(words[0], words[1], words[2], words[3], b0, b1)
+    last = int32(-1) if of == 3 else int32(2)  # the 24th plane counts as -2^22
+    upper = int32(int32(c[0] + int32(c[1] << 1)) + int32(int32(d[0] + int32(d[1] << 1)) << 8))
+    lower = int32(int32(c[2] + int32(c[3] << 1)) + int32(int32(d[2] + int32(d[3] << 1)) << 8))
+    upper = int32(int32(upper + int32(int32(e[0] + int32(e[1] * last)) << 16)) << int32(of << 1))
+    lower = int32(int32(lower + int32(int32(e[2] + int32(e[3] * last)) << 16)) << int32(of << 1))
+    mine, other = (lower, upper) if lane & 1 != 0 else (upper, lower)
+    mine = int32(mine + cuda.shfl_xor_sync(0xFFFFFFFF, other, 1))
+    return int32(mine + cuda.shfl_xor_sync(0xFFFFFFFF, mine, 2))
+
+
+@cuda.jit(device=True, forceinline=True)
+def part_of_sum(signal, place, lane, words):
+    """What a slice adds to the sum of row g of a tile, or g + 8 in odd lanes."""
+    bits = product(signal, place, lane, words)
+    unit, lot = load2(signal, uint32(place + 192))
+    return float32(int32(int32(lot) - int32(bits << 1))) * as_float(unit)
+
+
+@cuda.jit(device=True, forceinline=True)
+def sums_of(signal, place, lane, words, vectors):
+    """`part_of_sum` for each of `vectors` vectors."""
+    a = part_of_sum(signal, place, lane, words)
+    b = c = d = float32(0)
+    if vectors > 1:
+        b = part_of_sum(signal, int32(place + PLANES), lane, words)
+    if vectors > 2:
+        c = part_of_sum(signal, int32(place + 2 * PLANES), lane, words)
+        d = part_of_sum(signal, int32(place + 3 * PLANES), lane, words)
+    return a, b, c, d
+
+
+@cuda.jit(device=True, forceinline=True)
+def keep(shared, at, sums, vectors):
+    """Put a row's sums into shared memory."""
+    shared[uint32(at)] = sums[0]
+    if vectors > 1:
+        shared[uint32(at + 1)] = sums[1]
+    if vectors > 2:
+        shared[uint32(at + 2)] = sums[2]
+        shared[uint32(at + 3)] = sums[3]
+
+
+@cuda.jit(device=True, forceinline=True)
+def words_at(signal, at, stride):
+    """The lane's words of rows g and g + 8 of a tile, as tensor cores have them; `at` is that of row g."""
+    below = int32(at + int32(8 * stride))
+    return signal[uint32(at)], signal[uint32(below)], signal[uint32(at + 4)], signal[uint32(below + 4)]
+
+
+@cuda.jit(device=True, forceinline=True)
+def fetch_rows(signal, held, stride, words, row, rows, width, first, count, wide):
+    """Begin to copy words of a block's rows into shared memory: `count` of each, from word `first` on, `wide` or not.
+
+    Wide rows are whole fours of words and come `stride` apart; others come as they are, all of their words. What lies
+    beyond a row's last word may be anything: it is multiplied with zero.
+    """
+    thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
     if wide:
-        of, step = step, of
-    return int32((word >> 4) * 256 + step * 64 + (k >> 2) * 16 + of * 4 + (k & 3))
+        row_of, rows_at_once = int32(thread >> 4), int32(threads >> 4)
+        last = min(count, int32(width - first))
+        while row_of < rows:
+            at = int32(int32(thread & 15) << 2)
+            source, target = int32(int32(row + row_of) * width + first), int32(held + int32(row_of * stride))
+            while at < last:
+                copy4(signal, uint32(target + at), words, uint32(source + at))
+                at = int32(at + 64)
+            row_of = int32(row_of + rows_at_once)
+    else:
+        at, begin, last = int32(thread << 2), int32(row * width), int32(int32(rows * width) & -4)
+        while at < last:
+            copy4(signal, uint32(held + at), words, uint32(begin + at))
+            at = int32(at + int32(threads << 2))
+        if thread < int32(int32(rows * width) & 3):
+            at = int32(last + thread)
+            signal[uint32(held + at)] = words[uint32(begin + at)]
+
+
+@cuda.jit(device=True, forceinline=True)
+def total_of(shared, kept, stride, count):
+    """Sum of what `count` warps kept."""
+    total = float32(0)
+    while count > 0:
+        total += shared[uint32(kept)]
+        kept, count = int32(kept + stride), int32(count - 1)
+    return total
+
+
+@cache
+def latent(kind: str, wide: bool, aligned: bool, vectors: int, early: bool) -> Any:
+    """The first kernel: for an input of a kind, rows of whole fours of words or not, one, two or four vectors.
+
+    `aligned` if vectors are whole eights of entries.
+
+    `early` lets it start before the kernel before it has ended, which GPUs of compute capability 9.0 and later can.
+    """
+    at_place, eight_at = AT[kind], EIGHT[kind]
+
+    @cuda.jit(device=True, forceinline=True)
+    def one(array, at, base, column, d_in):
+        return at(array, int32(base + column)) if column < d_in else float32(0)
+
+    @cuda.jit(device=True, forceinline=True)
+    def eight(array, at, at_once, base, column, d_in):
+        if aligned:
+            return at_once(array, int32(base + column)) if column < d_in else zeros()
+        return (
+            one(array, at, base, column, d_in),
+            one(array, at, base, int32(column + 1), d_in),
+            one(array, at, base, int32(column + 2), d_in),
+            one(array, at, base, int32(column + 3), d_in),
+            one(array, at, base, int32(column + 4), d_in),
+            one(array, at, base, int32(column + 5), d_in),
+            one(array, at, base, int32(column + 6), d_in),
+            one(array, at, base, int32(column + 7), d_in),
+        )
+
+    @cuda.jit(device=True, forceinline=True)
+    def put(part, target, across, row, rank, limit, left, sums):
+        if row < limit:
+            inside = row < rank
+            part[uint32(target + row)] = sums[0] if inside else float32(0)
+            if vectors > 1 and left > 1:
+                part[uint32(target + across + row)] = sums[1] if inside else float32(0)
+            if vectors > 2 and left > 2:
+                part[uint32(target + 2 * across + row)] = sums[2] if inside else float32(0)
+            if vectors > 2 and left > 3:
+                part[uint32(target + 3 * across + row)] = sums[3] if inside else float32(0)
+
+    @cuda.jit
+    def kernel(
+        x, g_1, g_2, v_1, v_2, ell_1, ell_2, part, rank_1, rank_2, d_in, rows, blocks_1, slices, tiles, sharing, log
+    ):
+        """Grid (blocks of both paths, parts of d_in, vectors / `vectors`).
+
+        blocks_1: of the first path; slices: of a part; tiles: of a warp; sharing: warps of a block that have the same
+        rows and other slices; 2^log: warps that have other rows.
+        """
+        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+        lane, warp, warps = int32(thread & 31), int32(thread >> 5), int32(threads >> 5)
+        mine, group = int32(warp >> log), int32(warp & int32(int32(1 << log) - 1))
+        step, span = int32(ROWS << log), int32(int32(ROWS * tiles) << log)
+        block = int32(cuda.blockIdx.x)
+        second = block >= blocks_1
+        g, words, ell = (g_2, v_2, ell_2) if second else (g_1, v_1, ell_1)
+        rank = int32(rank_2) if second else int32(rank_1)
+        block_row = int32(span * (int32(block - blocks_1) if second else block))
+        width = int32(int32(d_in + 31) >> 5)
+        first = int32(vectors * cuda.blockIdx.z)
+        begin = int32(slices * cuda.blockIdx.y)
+        count = min(int32(slices), int32(int32(int32(width + 7) >> 3) - begin))
+        signal = cuda.shared.array(0, uint32)
+        shared = cuda.shared.array(0, float32)
+        kept, span_kept = int32(vectors * PLANES * slices), int32(span * vectors)
+        held = int32(kept + int32(sharing * span_kept))  # where the words begin
+        stride = int32(int32(8 * slices) + 4) if wide else width
+        fetch_rows(
+            signal, held, stride, words, block_row, min(span, int32(rank - block_row)), width, int32(8 * begin),
+            int32(8 * count), wide,
+        )  # fmt: skip
+        own = int32(
+            int32(int32(ROWS * group) + int32(lane >> 2)) + int32(8 * int32(lane & 1))
+        )  # the lane's row of a tile
+        scale = half_at(ell, min(int32(block_row + own), int32(rank - 1)))
+        column = int32(int32(SLICE * int32(begin + warp)) + int32(lane << 3))
+        weights = eight(g, half_at, half_eight, int32(0), column, d_in)
+        if early:
+            wait()
+            let_next_start()
+        slice = warp
+        while slice < count:
+            for vector in range(vectors):
+                base = int32(min(int32(first + vector), int32(rows - 1)) * d_in)
+                entries = times(eight(x, at_place, eight_at, base, column, d_in), weights)
+                put_slice(signal, int32(PLANES * int32(vectors * slice + vector)), lane, entries)
+            slice, column = int32(slice + warps), int32(column + int32(SLICE * warps))
+            if slice < count:
+                weights = eight(g, half_at, half_eight, int32(0), column, d_in)
+        copied()
+        cuda.syncthreads()
+
+        padded_1, padded_2 = int32(int32(rank_1 + 31) & -32), int32(int32(rank_2 + 31) & -32)
+        limit, across = padded_2 if second else padded_1, int32(padded_1 + padded_2)
+        target = int32(int32(int32(cuda.blockIdx.y) * rows + first) * across) + (padded_1 if second else int32(0))
+        row, tile = own, int32(0)
+        at = int32(held + int32(int32(int32(ROWS * group) + int32(lane >> 2)) * stride) + int32(lane & 3))
+        while tile < tiles:
+            following = scale
+            if int32(tile + 1) < tiles:
+                following = half_at(ell, min(int32(block_row + int32(row + step)), int32(rank - 1)))
+            sums = (float32(0), float32(0), float32(0), float32(0))
+            piece = mine
+            while piece < count:
+                ready = words_at(signal, int32(at + int32(8 * piece)), stride)
+                sums = plus_four(sums, sums_of(signal, int32(PLANES * vectors * piece), lane, ready, vectors))
+                piece = int32(piece + sharing)
+            sums = scaled(sums, scale)
+            if lane & 2 == 0 and sharing > 1:
+                keep(shared, int32(kept + int32(mine * span_kept) + vectors * row), sums, vectors)
+            elif lane & 2 == 0:
+                put(part, target, across, int32(block_row + row), rank, limit, int32(rows - first), sums)
+            scale, row, tile, at = following, int32(row + step), int32(tile + 1), int32(at + int32(step * stride))
+        if sharing > 1:
+            cuda.syncthreads()
+            item = thread
+            while item < span_kept:
+                row, vector = int32(block_row + item // vectors), int32(item % vectors)
+                if row < limit and vector < rows - first:
+                    total = total_of(shared, int32(kept + item), span_kept, min(sharing, count))
+                    part[uint32(target + int32(vector * across) + row)] = total if row < rank else float32(0)
+                item = int32(item + threads)
+
+    arrays = (ELEMENTS[kind], HALVES, HALVES, WORDS, WORDS, HALVES, HALVES, SINGLES)
+    SIGNATURES[kernel] = types.void(*arrays, *[types.int32] * 9)
+    return kernel
+
+
+@cache
+def output(kind: str, wide: bool, vectors: int, parts: int, early: bool) -> Any:
+    """The second kernel, likewise, and for so many parts."""
+    rounded = ROUND[kind]
+
+    @cuda.jit(device=True, forceinline=True)
+    def eight(part, base, distance, inside):
+        if not inside:
+            return zeros()
+        entries = single_eight(part, base)
+        for split in range(1, parts):  # known to the compiler, so that no load waits for another
+            entries = plus(entries, single_eight(part, int32(base + split * distance)))
+        return entries
+
+    @cuda.jit(device=True, forceinline=True)
+    def put(y, target, d_out, row, left, sums):
+        if row < d_out:
+            y[uint32(target + row)] = rounded(sums[0])
+            if vectors > 1 and left > 1:
+                y[uint32(target + d_out + row)] = rounded(sums[1])
+            if vectors > 2 and left > 2:
+                y[uint32(target + 2 * d_out + row)] = rounded(sums[2])
+            if vectors > 2 and left > 3:
+                y[uint32(target + 3 * d_out + row)] = rounded(sums[3])
+
+    @cuda.jit
+    def kernel(part, u_1, u_2, h_1, h_2, y, rank_1, rank_2, d_out, rows, tiles, sharing, log):
+        """Grid (blocks, 1, vectors / `vectors`); warps share the slices of both paths, one after the other."""
+        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+        lane, warp, warps = int32(thread & 31), int32(thread >> 5), int32(threads >> 5)
+        mine, group = int32(warp >> log), int32(warp & int32(int32(1 << log) - 1))
+        step, span = int32(ROWS << log), int32(int32(ROWS * tiles) << log)
+        block_row = int32(span * cuda.blockIdx.x)
+        width_1, width_2 = int32(int32(rank_1 + 31) >> 5), int32(int32(rank_2 + 31) >> 5)
+        slices_1 = int32(int32(width_1 + 7) >> 3)
+        count = int32(slices_1 + int32(int32(width_2 + 7) >> 3))
+        first = int32(vectors * cuda.blockIdx.z)
+        signal = cuda.shared.array(0, uint32)
+        shared = cuda.shared.array(0, float32)
+        kept, span_kept = int32(vectors * PLANES * count), int32(span * vectors)
+        stride_1 = int32(int32(8 * slices_1) + 4) if wide else width_1
+        stride_2 = int32(int32(8 * int32(count - slices_1)) + 4) if wide else width_2
+        held_1 = int32(kept + int32(sharing * span_kept))  # where the words begin
+        held_2 = int32(int32(held_1 + int32(span * stride_1) + 3) & -4)
+        across = int32(32 * int32(width_1 + width_2))
+        distance = int32(rows * across)
+        here = min(span, int32(d_out - block_row))
+        fetch_rows(signal, held_1, stride_1, u_1, block_row, here, width_1, int32(0), width_1, wide)
+        if width_2 > 0:
+            fetch_rows(signal, held_2, stride_2, u_2, block_row, here, width_2, int32(0), width_2, wide)
+        own = int32(
+            int32(int32(ROWS * group) + int32(lane >> 2)) + int32(8 * int32(lane & 1))
+        )  # the lane's row of a tile
+        now = min(int32(block_row + own), int32(d_out - 1))
+        scale_1, scale_2 = half_at(h_1, now), half_at(h_2, now)
+        if early:
+            wait()
+            let_next_start()
+        slice = warp
+        while slice < count:
+            second = slice >= slices_1
+            word = int32(8 * (int32(slice - slices_1) if second else slice) + int32(lane >> 2))
+            inside = word < (width_2 if second else width_1)
+            column = int32(int32(32 * word) + int32(8 * int32(lane & 3)))
+            if second:
+                column = int32(column + int32(32 * width_1))
+            for vector in range(vectors):
+                base = int32(int32(min(int32(first + vector), int32(rows - 1)) * across) + column)
+                entries = eight(part, base, distance, inside)
+                put_slice(signal, int32(PLANES * int32(vectors * slice + vector)), lane, entries)
+            slice = int32(slice + warps)
+        copied()
+        cuda.syncthreads()
+
+        row, tile = own, int32(0)
+        high = int32(int32(ROWS * group) + int32(lane >> 2))
+        at_1 = int32(held_1 + int32(high * stride_1) + int32(lane & 3))
+        at_2 = int32(held_2 + int32(high * stride_2) + int32(lane & 3)) - int32(8 * slices_1)
+        while tile < tiles:
+            following_1, following_2 = scale_1, scale_2
+            if int32(tile + 1) < tiles:
+                now = min(int32(block_row + int32(row + step)), int32(d_out - 1))
+                following_1, following_2 = half_at(h_1, now), half_at(h_2, now)
+            sums = (float32(0), float32(0), float32(0), float32(0))
+            piece = mine
+            while piece < count:
+                second = piece >= slices_1
+                at, stride = (at_2, stride_2) if second else (at_1, stride_1)
+                ready = words_at(signal, int32(at + int32(8 * piece)), stride)
+                more = sums_of(signal, int32(PLANES * vectors * piece), lane, ready, vectors)
+                sums = plus_four(sums, scaled(more, scale_2 if second else scale_1))
+                piece = int32(piece + sharing)
+            if lane & 2 == 0 and sharing > 1:
+                keep(shared, int32(kept + int32(mine * span_kept) + vectors * row), sums, vectors)
+            elif lane & 2 == 0:
+                put(y, int32(first * d_out), d_out, int32(block_row + row), int32(rows - first), sums)
+            scale_1, scale_2, row, tile = following_1, following_2, int32(row + step), int32(tile + 1)
+            at_1, at_2 = int32(at_1 + int32(step * stride_1)), int32(at_2 + int32(step * stride_2))
+        if sharing > 1:
+            cuda.syncthreads()
+            item = thread
+            while item < span_kept:
+                row, vector = int32(block_row + item // vectors), int32(first + item % vectors)
+                if row < d_out and vector < rows:
+                    total = total_of(shared, int32(kept + item), span_kept, min(sharing, count))
+                    y[uint32(int32(vector * d_out) + row)] = rounded(total)
+                item = int32(item + threads)
+
+    arrays = (SINGLES, WORDS, WORDS, HALVES, HALVES, ELEMENTS[kind])
+    SIGNATURES[kernel] = types.void(*arrays, *[types.int32] * 7)
+    return kernel
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -182,403 +598,114 @@ def warp_sum(value):
     return value
 
 
-@cuda.jit(device=True, forceinline=True)
-def add_lot(shared, place, lot, first):
-    """Put a number into shared memory, or add it to what is there."""
-    shared[place] = lot if first else shared[place] + lot
+@cache
+def plain_latent(kind: str) -> Any:
+    """The first step of the ladder: part[b, offset + r] by one warp for each r, a sign at a time."""
+    at_place = AT[kind]
 
+    @cuda.jit
+    def kernel(x, g, words, ell, part, rank, d_in, rows, ranks, offset):
+        """Grid (rank / warps of a block, rows); `ranks` is the sum over paths."""
+        lane, vector = int32(cuda.threadIdx.x & 31), int32(cuda.blockIdx.y)
+        row = int32(cuda.blockIdx.x * int32(cuda.blockDim.x >> 5) + int32(cuda.threadIdx.x >> 5))
+        width = int32(int32(d_in + 31) >> 5)
+        if row < rank:
+            total, column = float32(0), lane
+            while column < d_in:
+                value = at_place(x, int32(int32(vector * d_in) + column)) * half_at(g, column)
+                minus = uint32(words[uint32(int32(row * width) + int32(column >> 5))]) >> uint32(lane) & uint32(1)
+                total += -value if minus else value
+                column = int32(column + 32)
+            total = warp_sum(total)
+            if lane == 0:
+                part[uint32(int32(vector * ranks) + int32(offset + row))] = total * half_at(ell, row)
 
-@cuda.jit(device=True, forceinline=True)
-def keep(shared, place, warp, vectors, sums):
-    """Put a warp's 16 sums for each vector into shared memory; high and low parts are neighbours in a lane."""
-    lane = int32(cuda.laneid & 31)
-    of, row = int32(lane & 3), int32(lane >> 2)
-    c, d, e, f = sums
-    if of < vectors:
-        place = uint32(place + (warp * ROWS + row) * VECTORS + of)
-        shared[place] = (c[0] + d[0]) + (e[0] + f[0]) + ((c[1] + d[1]) + (e[1] + f[1]))
-        shared[uint32(place + 8 * VECTORS)] = (c[2] + d[2]) + (e[2] + f[2]) + ((c[3] + d[3]) + (e[3] + f[3]))
-
-
-@cuda.jit(device=True, forceinline=True)
-def total_of(shared, kept, lots, warps, first_warp, sharing, row, vector):
-    """The signed sum of a row: sum of the vector, less twice that of the bits, over the warps that have parts of it."""
-    lot = total = float32(0)
-    for warp in range(warps):
-        lot += shared[uint32(lots + warp * VECTORS + vector)]
-    for warp in range(sharing):
-        total += shared[uint32(kept + ((first_warp + warp) * ROWS + row) * VECTORS + vector)]
-    return lot - float32(2 * SCALE) * total
-
-
-def single_of(kind: str) -> Any:
-    """The device function that makes a float32 of an element of a kind; bfloat16 comes as its bits."""
-    if kind == "bfloat":
-        return cuda.jit(device=True, forceinline=True)(lambda value: as_float(uint32(value) << uint32(16)))
-    return cuda.jit(device=True, forceinline=True)(lambda value: float32(value))
-
-
-def of_single(kind: str) -> Any:
-    """The device function that rounds a float32 to an element of a kind; bfloat16 as its bits."""
-    if kind == "bfloat":
-        return cuda.jit(device=True, forceinline=True)(lambda value: uint16(pack_bfloat16(float32(0), value)))
-    if kind == "half":
-        return cuda.jit(device=True, forceinline=True)(lambda value: np.float16(value))
-    return cuda.jit(device=True, forceinline=True)(lambda value: value)
-
-
-@cuda.jit(device=True, forceinline=True)
-def block_of(logs, rows):
-    """What both kernels know of their block: thread, threads, warp, first vector, vectors, rows of words, sharing."""
-    thread = int32(cuda.threadIdx.x)
-    first = int32(VECTORS * cuda.blockIdx.z)
-    vectors = min(int32(VECTORS), int32(rows - first))
-    return (
-        thread,
-        int32(cuda.blockDim.x),
-        int32(thread >> 5),
-        first,
-        vectors,
-        int32(ROWS << logs[1]),
-        int32(1 << logs[2]),
-    )
+    SIGNATURES[kernel] = types.void(ELEMENTS[kind], HALVES, WORDS, HALVES, SINGLES, *[types.int32] * 5)
+    return kernel
 
 
 @cache
-def latent(kind: str, wide: bool, paths: int) -> Any:
-    """The first kernel: for an input of a kind, words that are read 16 bytes at a time or not, and one or two paths."""
-    to_single = single_of(kind)
+def plain_output(kind: str) -> Any:
+    """The other half: y[b, o] by one warp for each o, over all paths."""
+    rounded = ROUND[kind]
 
     @cuda.jit(device=True, forceinline=True)
-    def entry(x, g, base, at, last):
-        return to_single(x[uint32(base + at)]) * float32(g[uint32(at)]) if at < last else float32(0)
+    def row_sum(part, base, words, row, rank, lane):
+        total, column, width = float32(0), lane, int32(int32(rank + 31) >> 5)
+        while column < rank:
+            value = part[uint32(base + column)]
+            minus = uint32(words[uint32(int32(row * width) + int32(column >> 5))]) >> uint32(lane) & uint32(1)
+            total += -value if minus else value
+            column = int32(column + 32)
+        return warp_sum(total)
 
     @cuda.jit
-    def kernel(x, g_1, g_2, v_1, v_2, rank_1, rank_2, d_in, rows, part, segment, logs):
-        """Grid (tiles of both paths / tiles of a block, parts of d_in, vectors / 4).
+    def kernel(part, u_1, u_2, h_1, h_2, y, rank_1, rank_2, d_out):
+        """Grid (d_out / warps of a block, rows)."""
+        lane, vector = int32(cuda.threadIdx.x & 31), int32(cuda.blockIdx.y)
+        row = int32(cuda.blockIdx.x * int32(cuda.blockDim.x >> 5) + int32(cuda.threadIdx.x >> 5))
+        if row < d_out:
+            base = int32(vector * int32(rank_1 + rank_2))
+            total = row_sum(part, base, u_1, row, rank_1, lane) * half_at(h_1, row)
+            if rank_2 > 0:
+                total += row_sum(part, int32(base + rank_1), u_2, row, rank_2, lane) * half_at(h_2, row)
+            if lane == 0:
+                y[uint32(int32(vector * d_out) + row)] = rounded(total)
 
-        `logs`: binary logarithms of the parts, of the tiles of a block, and of the warps that share one.
+    SIGNATURES[kernel] = types.void(SINGLES, WORDS, WORDS, HALVES, HALVES, ELEMENTS[kind], *[types.int32] * 3)
+    return kernel
+
+
+@cache
+def unpacking(kind: str) -> Any:
+    """Unpack signs into a matrix of float16 or bfloat16, for a product by tensor cores with large batches."""
+    rounded = ROUND[kind]
+
+    @cuda.jit(device=True, forceinline=True)
+    def scale_of(column_scale, column, columns):
+        return half_at(column_scale, column) if column < columns else float32(0)
+
+    @cuda.jit(device=True, forceinline=True)
+    def pair(scale, bits, low, high):
+        low, high = low * scale, high * scale
+        low, high = rounded(-low if bits & 1 else low), rounded(-high if bits & 2 else high)
+        return uint32(uint32(low) | uint32(high) << uint32(16))
+
+    @cuda.jit
+    def kernel(words, row_scale, column_scale, factor, out, rows, columns, width, first, stride):
+        """A block for each row of `out`: entries `first` to `first` + `width`, all three of them multiples of eight.
+
+        out[r, first + c] = factor row_scale_r sign[r, c] column_scale_c, and 0 beyond the matrix of signs, which is
+        (rows, columns).
         """
-        thread, threads, warp, first, vectors, tile_rows, sharing = block_of(logs, rows)
-        blocks_1 = int32((rank_1 + tile_rows - 1) >> (4 + logs[1]))
-        block = int32(cuda.blockIdx.x)
-        second = paths == 2 and block >= blocks_1
-        g, words = (g_2, v_2) if second else (g_1, v_1)
-        rank = int32(rank_2) if second else int32(rank_1)
-        first_row = int32(tile_rows * (int32(block - blocks_1) if second else block))
-        row = int32(first_row + ROWS * (warp >> logs[2]))
-        width = int32((d_in + 31) >> 5)
-        groups = (width + GROUP - 1) >> 4
-        begin = int32(groups * cuda.blockIdx.y >> logs[0])
-        end = int32(groups * (cuda.blockIdx.y + 1) >> logs[0])
-        stride = int32(256 * segment + 16)
-        signal = cuda.shared.array(0, uint32)
-        shared = cuda.shared.array(0, float32)
-        kept = int32(2 * min(VECTORS, rows) * stride)  # where in shared memory the warps' sums begin
-        warps = int32(threads >> 5)
-        lots = int32(kept + warps * ROWS * VECTORS)
-        k, factor = int32(thread & 15), factor_of(int32(thread & 15))
-        sums = zeros()
-        origin = begin
-        while origin < end:
-            stop = min(int32(origin + segment), end)
-            mine = int32(origin + (warp & (sharing - 1)))
-            read = words_of_tile(words, row, rank, width, mine, stop, wide)
-            if origin > begin:
-                cuda.syncthreads()
-            count = int32(256 * (stop - origin))
-            last = min(int32(32 * GROUP * stop), int32(d_in))
-            for vector in range(vectors):
-                lot = float32(0)
-                base = uint32((first + vector) * d_in)
-                place = int32(2 * vector * stride)
-                item = thread
-                while item < count:
-                    at, following = int32(32 * (GROUP * origin + (item >> 4)) + k), int32(item + threads)
-                    ahead = int32(at + 2 * threads)
-                    a, b = entry(x, g, base, at, last), entry(x, g, base, int32(at + 16), last)
-                    c, d = entry(x, g, base, ahead, last), entry(x, g, base, int32(ahead + 16), last)
-                    lot += (a + b) + (c + d)
-                    put(signal, int32(place + place_of(item >> 4, k, wide)), stride, factor, a, b)
-                    if following < count:
-                        put(signal, int32(place + place_of(following >> 4, k, wide)), stride, factor, c, d)
-                    item = int32(following + threads)
-                lot = warp_sum(lot)
-                if cuda.laneid & 31 == 0:
-                    add_lot(shared, uint32(lots + warp * VECTORS + vector), lot, origin == begin)
-            cuda.syncthreads()
-            sums = tile(
-                sums, read, words, row, rank, width, mine, stop, sharing, origin, signal, stride, 2 * vectors, wide
-            )  # fmt: skip
-            origin = stop
-        keep(shared, kept, warp, vectors, sums)
-        cuda.syncthreads()
-        item = thread
-        while item < tile_rows * vectors:
-            of, vector = int32(item & (tile_rows - 1)), int32(item >> (4 + logs[1]))
-            if first_row + of < rank:
-                total = total_of(shared, kept, lots, warps, int32(of >> 4 << logs[2]), sharing, of & 15, vector)
-                place = (cuda.blockIdx.y * rows + first + vector) * (rank_1 + rank_2)
-                place += first_row + of + (rank_1 if second else 0)
-                part[uint32(place)] = total
-            item = int32(item + threads)
+        row, column = int32(cuda.blockIdx.x), int32(8 * cuda.threadIdx.x)
+        of_row = int32(int32(columns + 31) >> 5)
+        scale = factor * half_at(row_scale, row) if row < rows else float32(0)
+        while column < width:
+            a = b = c = d = e = f = g = h = float32(0)
+            bits = uint32(0)
+            if row < rows and column < columns:
+                bits = uint32(words[uint32(int32(row * of_row) + int32(column >> 5))]) >> uint32(column & 31)
+                if column + 8 <= columns:
+                    a, b, c, d, e, f, g, h = half_eight(column_scale, column)
+                else:
+                    a, b = scale_of(column_scale, column, columns), scale_of(column_scale, int32(column + 1), columns)
+                    c, d = (
+                        scale_of(column_scale, int32(column + 2), columns),
+                        scale_of(column_scale, int32(column + 3), columns),
+                    )
+                    e, f = (
+                        scale_of(column_scale, int32(column + 4), columns),
+                        scale_of(column_scale, int32(column + 5), columns),
+                    )
+                    g = scale_of(column_scale, int32(column + 6), columns)
+            place = int64(row) * stride + int32(first + column)
+            out[place >> 1] = pair(scale, bits, a, b)
+            out[(place >> 1) + 1] = pair(scale, bits >> uint32(2), c, d)
+            out[(place >> 1) + 2] = pair(scale, bits >> uint32(4), e, f)
+            out[(place >> 1) + 3] = pair(scale, bits >> uint32(6), g, h)
+            column = int32(column + int32(8 * cuda.blockDim.x))
 
+    numbers = (types.float32, WORDS, *[types.int32] * 5)
+    SIGNATURES[kernel] = types.void(WORDS, HALVES, HALVES, *numbers)
     return kernel
-
-
-@cache
-def output(kind: str, wide: bool, paths: int, parts: int) -> Any:
-    """The second kernel, likewise, and for so many parts."""
-    from_single = of_single(kind)
-
-    @cuda.jit(device=True, forceinline=True)
-    def entry(part, ell, base, distance, at, last):
-        value = float32(0)
-        if at < last:
-            for split in range(parts):  # known to the compiler, so that no load waits for another
-                value += part[uint32(base + split * distance + at)]
-            value *= float32(ell[uint32(at)])
-        return value
-
-    @cuda.jit
-    def kernel(part, ell_1, ell_2, u_1, u_2, h_1, h_2, rank_1, rank_2, d_out, rows, y, segment, logs):
-        """Grid (tiles / tiles of a block, 1, vectors / 4); `logs` as for `latent`."""
-        thread, threads, warp, first, vectors, tile_rows, sharing = block_of(logs, rows)
-        first_row = int32(tile_rows * cuda.blockIdx.x)
-        row = int32(first_row + ROWS * (warp >> logs[2]))
-        stride = int32(256 * segment + 16)
-        signal = cuda.shared.array(0, uint32)
-        shared = cuda.shared.array(0, float32)
-        kept = int32(2 * min(VECTORS, rows) * stride)  # where in shared memory the warps' sums begin
-        warps = int32(threads >> 5)
-        lots = int32(kept + warps * ROWS * VECTORS)
-        totals = int32(lots + warps * VECTORS)
-        k, factor = int32(thread & 15), factor_of(int32(thread & 15))
-        distance = int32(rows * (rank_1 + rank_2))
-        for path in range(paths):
-            ell, words, h = (ell_2, u_2, h_2) if path else (ell_1, u_1, h_1)
-            rank = int32(rank_2) if path else int32(rank_1)
-            mine = int32(first_row + (thread & (tile_rows - 1)))
-            scale = float32(h[uint32(mine)]) if mine < d_out else float32(0)
-            width = int32((rank + 31) >> 5)
-            groups = int32((width + GROUP - 1) >> 4)
-            sums = zeros()
-            origin = int32(0)
-            while origin < groups:
-                stop = min(int32(origin + segment), groups)
-                begin = int32(origin + (warp & (sharing - 1)))
-                read = words_of_tile(words, row, int32(d_out), width, begin, stop, wide)
-                if origin or path:
-                    cuda.syncthreads()
-                whole = int32((width - GROUP * origin + 3) >> 2 << 2)  # words of whole chunks
-                count = int32(16 * min(int32(GROUP * (stop - origin)), whole))
-                last = min(int32(32 * GROUP * stop), rank)
-                for vector in range(vectors):
-                    lot = float32(0)
-                    base = int32((first + vector) * (rank_1 + rank_2) + (rank_1 if path else 0))
-                    place = int32(2 * vector * stride)
-                    item = thread
-                    while item < count:
-                        at, following = int32(32 * (GROUP * origin + (item >> 4)) + k), int32(item + threads)
-                        ahead = int32(at + 2 * threads)
-                        a = entry(part, ell, base, distance, at, last)
-                        b = entry(part, ell, base, distance, int32(at + 16), last)
-                        c = entry(part, ell, base, distance, ahead, last)
-                        d = entry(part, ell, base, distance, int32(ahead + 16), last)
-                        lot += (a + b) + (c + d)
-                        put(signal, int32(place + place_of(item >> 4, k, wide)), stride, factor, a, b)
-                        if following < count:
-                            put(signal, int32(place + place_of(following >> 4, k, wide)), stride, factor, c, d)
-                        item = int32(following + threads)
-                    lot = warp_sum(lot)
-                    if cuda.laneid & 31 == 0:
-                        add_lot(shared, uint32(lots + warp * VECTORS + vector), lot, origin == 0)
-                cuda.syncthreads()
-                sums = tile(
-                    sums, read, words, row, int32(d_out), width, begin, stop, sharing, origin, signal, stride,
-                    2 * vectors, wide,
-                )  # fmt: skip
-                origin = stop
-            keep(shared, kept, warp, vectors, sums)
-            cuda.syncthreads()
-            item = thread
-            while item < tile_rows * vectors:
-                of, vector = int32(item & (tile_rows - 1)), int32(item >> (4 + logs[1]))
-                at = int32(first_row + of)
-                if at < d_out:
-                    value = total_of(shared, kept, lots, warps, int32(of >> 4 << logs[2]), sharing, of & 15, vector)
-                    value *= scale if item == thread else float32(h[uint32(at)])
-                    if path:
-                        value += shared[uint32(totals + item)]
-                    if path == paths - 1:
-                        y[uint32((first + vector) * d_out + at)] = from_single(value)
-                    else:
-                        shared[uint32(totals + item)] = value
-                item = int32(item + threads)
-
-    return kernel
-
-
-@cuda.jit
-def plain_latent(x, g, words, d_in, rows, part, ranks, offset):
-    """The first step of the ladder: part[b, offset + r] by one warp for each r, a sign at a time; x is float32.
-
-    Grid (rank / warps of a block, rows); `ranks` is the sum over paths.
-    """
-    lane, rank = cuda.laneid & 31, words.shape[0]
-    row, vector = cuda.blockIdx.x * (cuda.blockDim.x >> 5) + (cuda.threadIdx.x >> 5), cuda.blockIdx.y
-    if row < rank:
-        total = float32(0)
-        for i in range(lane, d_in, 32):
-            value = x[vector, i] * float32(g[i])
-            total += -value if words[row, i >> 5] >> uint32(i & 31) & uint32(1) else value
-        total = warp_sum(total)
-        if lane == 0:
-            part[uint32(vector * ranks + offset + row)] = total
-
-
-@cuda.jit
-def plain_output(part, ell, words, h, d_out, rows, ranks, offset, y):
-    """The other half: y[b, o] by one warp for each o, added to what is there if `offset` is not 0; y is float32."""
-    lane, rank = cuda.laneid & 31, ell.shape[0]
-    row, vector = cuda.blockIdx.x * (cuda.blockDim.x >> 5) + (cuda.threadIdx.x >> 5), cuda.blockIdx.y
-    if row < d_out:
-        total = float32(0)
-        for i in range(lane, rank, 32):
-            value = part[uint32(vector * ranks + offset + i)] * float32(ell[i])
-            total += -value if words[row, i >> 5] >> uint32(i & 31) & uint32(1) else value
-        total = warp_sum(total) * float32(h[row])
-        if lane == 0:
-            y[vector, row] = total if offset == 0 else y[vector, row] + total
-
-
-class Plan(NamedTuple):
-    """How the two kernels are launched.
-
-    Attributes
-    ----------
-    parts : int
-        That d_in is divided into: 1, 2, 4 or 8.
-    latent_warps, latent_sharing : int
-        Warps in a block, and how many of them share a tile of 16 rows.
-    output_warps, output_sharing : int
-    """
-
-    parts: int
-    latent_warps: int
-    latent_sharing: int
-    output_warps: int
-    output_sharing: int
-
-
-def plan_for(d_out: int, d_in: int, ranks: Sequence[int], multiprocessors: int) -> Plan:
-    """A plan from sizes alone: two blocks of eight warps for every multiprocessor, if there is work for them."""
-    tiles, groups = sum(-(-rank // ROWS) for rank in ranks), -(-d_in // (32 * GROUP))
-    parts = min(power_of_two(max(1, 2 * multiprocessors // tiles)), power_of_two(groups), 8)
-    tiles_of_block = min(4, power_of_two(max(1, tiles * parts // (2 * multiprocessors))))
-    tiles, groups = -(-d_out // ROWS), -(-max(ranks) // (32 * GROUP))
-    sharing = min(8, power_of_two(groups), power_of_two(max(1, 16 * multiprocessors // tiles)))
-    return Plan(parts, 8, 8 // tiles_of_block, 8, sharing)
-
-
-def power_of_two(number: int) -> int:
-    """The largest power of two that is at most `number`."""
-    return 1 << (number.bit_length() - 1)
-
-
-def logs(*numbers: int) -> tuple[int, ...]:
-    """Binary logarithms of powers of two: a GPU shifts in a cycle and divides in a hundred."""
-    return tuple(number.bit_length() - 1 for number in numbers)
-
-
-def segment_of(columns: int, groups: int, floats: int) -> int:
-    """Groups whose vectors are in shared memory at once, with so many other numbers beside them."""
-    return min(groups, ((SHARED_BYTES // 4 - floats) // columns - 16) // 256)
-
-
-def launch(x: Any, kind: str, rows: int, paths: Sequence[Any], y: Any, part: Any, plan: Plan, stream: Any = 0) -> None:
-    """Start both kernels, on flat device arrays.
-
-    Parameters
-    ----------
-    x : (rows * d_in,) array; bfloat16 as uint16
-    kind : str
-        A value of KINDS, of x and y.
-    rows : int
-        Vectors.
-    paths : one or two PackedFactors of arrays, words as uint32
-    y : (rows * d_out,) array to be written
-    part : float32 array of at least plan.parts * rows * sum of ranks elements, overwritten
-    plan : Plan
-    stream : numba stream
-    """
-    first, second = paths[0], paths[-1]
-    d_in, d_out = first.g.shape[0], first.h.shape[0]
-    rank_1, rank_2 = first.ell.shape[0], second.ell.shape[0] if len(paths) > 1 else 0
-    batches, columns = -(-rows // VECTORS), 2 * min(VECTORS, rows)
-    tiles = plan.latent_warps // plan.latent_sharing
-    floats = plan.latent_warps * (ROWS + 1) * VECTORS
-    groups = -(-d_in // (32 * GROUP))
-    if plan.parts > groups:
-        raise ValueError(f"{d_in} columns cannot be divided into {plan.parts} parts: at most {groups} (Plan.parts)")
-    segment = segment_of(columns, -(-groups // plan.parts), floats)
-    blocks = sum(-(-rank // (ROWS * tiles)) for rank in (rank_1, rank_2))
-    size = 4 * (columns * (256 * segment + 16) + floats)
-    latent(kind, -(-d_in // 32) % GROUP == 0, len(paths))[
-        (blocks, plan.parts, batches), 32 * plan.latent_warps, stream, size
-    ](
-        x, first.g, second.g, first.v_words, second.v_words, rank_1, rank_2, d_in, rows, part, segment,
-        logs(plan.parts, tiles, plan.latent_sharing),
-    )  # fmt: skip
-    tiles = plan.output_warps // plan.output_sharing
-    floats = (plan.output_warps * (ROWS + 1) + tiles * ROWS) * VECTORS
-    segment = segment_of(columns, -(-max(rank_1, rank_2) // (32 * GROUP)), floats)
-    size = 4 * (columns * (256 * segment + 16) + floats)
-    wide = all(-(-rank // 32) % GROUP == 0 for rank in (rank_1, rank_2))
-    blocks = -(-d_out // (ROWS * tiles))
-    output(kind, wide, len(paths), plan.parts)[(blocks, 1, batches), 32 * plan.output_warps, stream, size](
-        part, first.ell, second.ell, first.u_words, second.u_words, first.h, second.h,
-        rank_1, rank_2, d_out, rows, y, segment, logs(plan.parts, tiles, plan.output_sharing),
-    )  # fmt: skip
-
-
-def takes(paths: Sequence[PackedFactors]) -> bool:
-    """Whether the kernels can compute with these paths: one or two, of 32-bit words."""
-    words = [words for path in paths for words in (path.u_words, path.v_words)]
-    return len(paths) <= 2 and all(each.dtype == torch.int32 for each in words)
-
-
-def packed_linear(x: Tensor, paths: Sequence[PackedFactors], plan: Plan | None = None) -> Tensor:
-    """Sum of the paths' outputs for each row of x, on torch's current stream; nothing waits for the device.
-
-    Parameters
-    ----------
-    x : (rows, d_in) float16, bfloat16 or float32 CUDA tensor
-    paths : sequence of PackedFactors on the same device, as `takes` asks for
-    plan : Plan, optional
-
-    Returns
-    -------
-    (rows, d_out) tensor of x's dtype.
-    """
-    rows, d_in = x.shape
-    d_out, ranks = paths[0].h.shape[0], [path.rank for path in paths]
-    y = torch.empty(rows, d_out, dtype=x.dtype, device=x.device)
-    if rows == 0 or d_out == 0:
-        return y
-    with torch.cuda.device(x.device):
-        plan = plan or plan_for(d_out, d_in, ranks, torch.cuda.get_device_properties(x.device).multi_processor_count)
-        part = torch.empty(plan.parts * rows * sum(ranks), device=x.device)
-        stream = cuda.external_stream(torch.cuda.current_stream().cuda_stream)
-        arrays = [PackedFactors(*(array(tensor) for tensor in path)) for path in paths]
-        launch(array(x), KINDS[x.dtype], rows, arrays, array(y), array(part), plan, stream)
-    return y
-
-
-def array(tensor: Tensor) -> Any:
-    """A flat device array of a tensor, aligned for 16-byte loads; words as uint32, bfloat16 as uint16."""
-    flat = tensor.detach().contiguous().flatten()
-    if flat.data_ptr() % 16:
-        flat = flat.clone()
-    views = {torch.int32: torch.uint32, torch.bfloat16: torch.uint16}
-    return cuda.as_cuda_array(flat.view(views[flat.dtype]) if flat.dtype in views else flat)

@@ -1,0 +1,495 @@
+"""Launching the CUDA kernels: how work is divided, and a layer's paths as the numbers that kernels take.
+
+The kernels are compiled to PTX by Numba, but loaded and started through the driver: an argument is then an address or
+a number, a launch takes a few microseconds of Python, and it may be early (programmatic dependent launch).
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import cuda
+from torch import Tensor
+from torch.nn import functional
+
+from ..packing import PackedFactors
+from . import cpu
+from .cuda import PLANES, ROWS, SIGNATURES, SLICE, VECTORS, latent, output, plain_latent, plain_output, unpacking
+
+OLDEST = (8, 0)  # compute capability that has the instructions
+EARLY = (9, 0)  # that has programmatic dependent launch
+KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "single"}
+VERSIONS = ("plain", "tensor", "early")  # the ladder
+WARPS = 8  # of a block of the plain kernels
+MOST_WARPS = 16  # of a block of the others
+LARGE_BATCH = 128  # rows of x from which unpacked signs are quicker; float32 has no fast product
+SCHEDULES = Path(__file__).parent.parent / "data" / "cuda_schedules.json"
+
+
+class Blocks(NamedTuple):
+    """How a kernel's work is divided.
+
+    Attributes
+    ----------
+    sharing : int
+        Warps of a block that have the same rows and different slices of the vector.
+    log : int
+        Binary logarithm of the warps of a block that have different rows.
+    tiles : int
+        Of 16 rows, that a warp computes one after the other.
+    """
+
+    sharing: int
+    log: int
+    tiles: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return ROWS * self.tiles << self.log
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.sharing << self.log
+
+    def shared_bytes(self, vectors: int, slices: int, strides: Sequence[int]) -> int:
+        """Shared memory of a block: the planes of its slices, a number for each warp and row, and the rows' words."""
+        words = sum(-(-self.rows * stride // 4) * 4 + ROWS for stride in strides)
+        return 4 * (vectors * (PLANES * slices + self.sharing * self.rows) + words)
+
+
+class Schedule(NamedTuple):
+    """How the two kernels of a layer are launched.
+
+    Attributes
+    ----------
+    parts : int
+        That d_in is divided into, at most its slices; 1 if d_in is no multiple of 128.
+    latent, output : Blocks
+    """
+
+    parts: int
+    latent: Blocks
+    output: Blocks
+
+
+def slices_of(count: int) -> int:
+    """Slices of a vector of so many entries."""
+    return -(-count // SLICE)
+
+
+def padded(rank: int) -> int:
+    """Entries of a path in `part`: whole words of signs."""
+    return -(-rank // 32) * 32
+
+
+def widths_of(ranks: Sequence[int]) -> tuple[list[int], bool]:
+    """Words of a row of U of each path, and whether they are whole fours."""
+    widths = [padded(rank) // 32 for rank in ranks]
+    return widths, all(width % 4 == 0 for width in widths)
+
+
+def latent_bytes(blocks: Blocks, vectors: int, d_in: int, parts: int) -> int:
+    """Shared memory of a block of `latent`."""
+    slices = -(-slices_of(d_in) // parts)
+    return blocks.shared_bytes(vectors, slices, [8 * slices + 4 if d_in % 128 == 0 else -(-d_in // 32)])
+
+
+def output_bytes(blocks: Blocks, vectors: int, ranks: Sequence[int]) -> int:
+    """Shared memory of a block of `output`."""
+    widths, wide = widths_of(ranks)
+    slices = [slices_of(rank) for rank in ranks]
+    return blocks.shared_bytes(vectors, sum(slices), [8 * count + 4 for count in slices] if wide else widths)
+
+
+class Device(NamedTuple):
+    """What a schedule depends on: name, multiprocessors, and the most shared memory of a block, in bytes."""
+
+    name: str
+    multiprocessors: int
+    shared_bytes: int
+
+
+def schedule_for(d_out: int, d_in: int, ranks: Sequence[int], rows: int, device: Device) -> Schedule | None:
+    """A schedule for a layer and so many rows of x: the measured one, or one from sizes alone.
+
+    None if no block has enough shared memory.
+    """
+    known = measured().get(device.name, {}).get(f"{d_out}x{d_in}:{'+'.join(map(str, ranks))}")
+    vectors = vectors_of(rows)
+    schedule = known if known and vectors == 1 else estimated(d_out, d_in, ranks, device.multiprocessors)
+    first = fitting(
+        schedule.latent, device.shared_bytes, lambda blocks: latent_bytes(blocks, vectors, d_in, schedule.parts)
+    )
+    second = fitting(schedule.output, device.shared_bytes, lambda blocks: output_bytes(blocks, vectors, ranks))
+    return Schedule(schedule.parts, first, second) if first and second else None
+
+
+def estimated(d_out: int, d_in: int, ranks: Sequence[int], multiprocessors: int) -> Schedule:
+    """A schedule from sizes alone: what was measured to be good, some 64 to 128 blocks for 132 multiprocessors."""
+    slices, tiles = slices_of(d_in), sum(map(padded, ranks)) // ROWS
+    parts = 1 if d_in % 128 else min(8, power_of_two(max(1, slices // 8)))
+    log = binary_log(2 * tiles * parts // multiprocessors)
+    first = Blocks(min(-(-slices // parts), MOST_WARPS >> log), log, 1)
+    slices, tiles = sum(map(slices_of, ranks)), -(-d_out // ROWS)
+    log = binary_log(2 * tiles // multiprocessors)
+    return Schedule(parts, first, Blocks(min(power_of_two(max(1, 2 * slices // 7)), MOST_WARPS >> log), log, 1))
+
+
+def binary_log(number: int) -> int:
+    """Binary logarithm, rounded down, of a number of warps: from 0 to that of the most that a block has."""
+    return min(max(1, number), MOST_WARPS).bit_length() - 1
+
+
+def fitting(blocks: Blocks, limit: int, needed: Callable[[Blocks], int]) -> Blocks | None:
+    """Blocks with fewer rows, until they need no more shared memory than there is."""
+    while needed(blocks) > limit:
+        if blocks.tiles > 1:
+            blocks = blocks._replace(tiles=blocks.tiles // 2)
+        elif blocks.log:
+            blocks = blocks._replace(log=blocks.log - 1)
+        else:
+            return None
+    return blocks
+
+
+def power_of_two(number: int) -> int:
+    """The largest power of two that is at most `number`."""
+    return 1 << (number.bit_length() - 1)
+
+
+def vectors_of(rows: int) -> int:
+    """Rows of x that a block multiplies at once."""
+    return min(VECTORS, 1 << (rows - 1).bit_length())
+
+
+@cache
+def measured() -> dict[str, dict[str, Schedule]]:
+    """The fastest schedules that were measured for a vector, by the GPU's name and the layer's sizes."""
+    if not SCHEDULES.exists():
+        return {}
+    return {
+        name: {
+            sizes: Schedule(parts, Blocks(*first), Blocks(*second)) for sizes, (parts, first, second) in table.items()
+        }
+        for name, table in json.loads(SCHEDULES.read_text()).items()
+    }
+
+
+def launch(
+    x: Any, kind: str, rows: int, paths: Sequence[Any], y: Any, part: Any, schedule: Schedule, early: bool, start: Any
+) -> None:
+    """Start both kernels, on flat device arrays.
+
+    Parameters
+    ----------
+    x : (rows * d_in,) array; float16 and bfloat16 as uint16
+    kind : str
+        A value of KINDS, of x and y.
+    rows : int
+        Vectors.
+    paths : one or two PackedFactors of arrays, words as uint32 and scales as uint16
+    y : (rows * d_out,) array to be written
+    part : float32 array of at least schedule.parts * rows * sum of padded ranks elements, overwritten
+    schedule : Schedule
+    early : bool
+    start : callable
+        Launches a kernel: (kernel, grid, threads, bytes of shared memory, arguments).
+
+    Raises
+    ------
+    ValueError
+        If d_in cannot be divided into schedule.parts.
+    """
+    first, second = paths[0], paths[-1]
+    d_in, d_out = len(first.g), len(first.h)
+    ranks = [len(path.ell) for path in paths]
+    rank_1, rank_2 = (*ranks, 0)[:2]
+    vectors, slices, parts = vectors_of(rows), slices_of(d_in), schedule.parts
+    if parts > slices or (parts > 1 and d_in % 128):
+        most = 1 if d_in % 128 else slices
+        raise ValueError(f"{d_in} columns cannot be divided into {parts} parts: at most {most} (Schedule.parts)")
+    of_part, groups = -(-slices // parts), -(-rows // vectors)
+    used = -(-slices // of_part)
+    blocks, (blocks_1, *others) = schedule.latent, [-(-padded(rank) // schedule.latent.rows) for rank in ranks]
+    start(
+        latent(kind, d_in % 128 == 0, d_in % 8 == 0, vectors, early),
+        (blocks_1 + sum(others), used, groups),
+        blocks.threads,
+        latent_bytes(blocks, vectors, d_in, parts),
+        (
+            x, first.g, second.g, first.v_words, second.v_words, first.ell, second.ell, part,
+            rank_1, rank_2, d_in, rows, blocks_1, of_part, blocks.tiles, blocks.sharing, blocks.log,
+        ),
+    )  # fmt: skip
+    blocks = schedule.output
+    start(
+        output(kind, widths_of(ranks)[1], vectors, used, early),
+        (-(-d_out // blocks.rows), 1, groups),
+        blocks.threads,
+        output_bytes(blocks, vectors, ranks),
+        (
+            part, first.u_words, second.u_words, first.h, second.h, y,
+            rank_1, rank_2, d_out, rows, blocks.tiles, blocks.sharing, blocks.log,
+        ),
+    )  # fmt: skip
+
+
+def launch_plain(x: Any, kind: str, rows: int, paths: Sequence[Any], y: Any, part: Any, start: Any) -> None:
+    """Start the plain kernels, likewise: one for each path, and one."""
+    first, second = paths[0], paths[-1]
+    d_in, d_out = len(first.g), len(first.h)
+    ranks, offset = [len(path.ell) for path in paths], 0
+    for path, rank in zip(paths, ranks, strict=True):
+        arguments = (x, path.g, path.v_words, path.ell, part, rank, d_in, rows, sum(ranks), offset)
+        start(plain_latent(kind), (-(-rank // WARPS), rows, 1), 32 * WARPS, 0, arguments)
+        offset += rank
+    arguments = (part, first.u_words, second.u_words, first.h, second.h, y, ranks[0], sum(ranks[1:]), d_out)
+    start(plain_output(kind), (-(-d_out // WARPS), rows, 1), 32 * WARPS, 0, arguments)
+
+
+class Array(NamedTuple):
+    """Where a tensor begins on a device, and how many elements it has."""
+
+    address: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def array(tensor: Tensor) -> Array:
+    """The array of a contiguous tensor."""
+    return Array(tensor.data_ptr(), tensor.numel())
+
+
+class Plan:
+    """A layer's paths as the numbers that the kernels take, for as long as its tensors stay what they are.
+
+    Parameters
+    ----------
+    tensors : the tensors of all paths, one or two, one after the other, on a GPU, of fitting shapes and dtypes
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.kept = [readable(tensor) for tensor in tensors]
+        paths = [PackedFactors(*self.kept[at : at + cpu.FIELDS]) for at in range(0, len(tensors), cpu.FIELDS)]
+        self.paths = paths
+        self.arrays = [PackedFactors(*map(array, path)) for path in paths]
+        self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
+        self.ranks = [path.rank for path in paths]
+        self.index = tensors[0].device.index
+        self.device = described(self.index)
+        self.early = torch.cuda.get_device_capability(self.index) >= EARLY
+        self.schedules: dict[int, Schedule | None] = {}
+        self.seen = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in self.kept]
+
+    fits = cpu.Plan.fits
+
+    def schedule(self, rows: int) -> Schedule | None:
+        """The schedule for so many rows of x."""
+        vectors = vectors_of(rows)
+        if vectors not in self.schedules:
+            self.schedules[vectors] = schedule_for(self.d_out, self.d_in, self.ranks, rows, self.device)
+        return self.schedules[vectors]
+
+    def __call__(self, x: Tensor, version: str | None = None, schedule: Schedule | None = None) -> Tensor:
+        """(..., d_out) of x's dtype from (..., d_in), on torch's current stream; nothing waits for the device.
+
+        `version` is one of VERSIONS; by default the best, or for large batches products of unpacked signs. Several
+        threads and streams may call it at once. A float64 input is rounded to float32.
+        """
+        if x.dtype not in KINDS:
+            x = x.to(torch.float32)
+        x = x.contiguous()
+        if x.data_ptr() % 16:
+            x = x.clone()
+        rows = x.numel() // self.d_in
+        y = torch.empty(*x.shape[:-1], self.d_out, dtype=x.dtype, device=x.device)
+        if not rows:
+            return y
+        schedule = schedule or self.schedule(rows)
+        if version is None and (schedule is None or rows > LARGE_BATCH):
+            return self.unpacked(x)
+        size = max(schedule.parts, 1) * rows * sum(map(padded, self.ranks)) if schedule else rows * sum(self.ranks)
+        part = torch.empty(size, dtype=torch.float32, device=x.device)
+        with torch.cuda.device(self.index):
+            stream = torch.cuda.current_stream().cuda_stream
+            arguments = array(x), KINDS[x.dtype], rows, self.arrays, array(y), array(part)
+            if version == "plain":
+                launch_plain(*arguments, partial(start, stream, False))
+            else:
+                early = self.early and version != "tensor"
+                launch(*arguments, schedule, early, partial(start, stream, early))  # type: ignore[arg-type]
+        return y
+
+    def unpacked(self, x: Tensor) -> Tensor:
+        """The same by unpacking to x's dtype, R * (d_in + d_out) numbers for a total rank R, and two products.
+
+        The second factor is divided by the largest of its scales, since products of float16 scales need not fit
+        float16.
+        """
+        if x.dtype == torch.float32:
+            from . import unpacked_linear
+
+            return unpacked_linear(x.reshape(-1, self.d_in), self.paths).reshape(*x.shape[:-1], self.d_out)
+        sizes, columns = [-(-rank // 8) * 8 for rank in self.ranks], -(-self.d_in // 8) * 8
+        a = torch.empty(sum(sizes), columns, dtype=x.dtype, device=x.device)
+        b = torch.empty(self.d_out, sum(sizes), dtype=x.dtype, device=x.device)
+        offset = 0
+        with torch.cuda.device(self.index):
+            stream = torch.cuda.current_stream().cuda_stream
+            go = partial(start, stream, False, unpacking(KINDS[x.dtype]))
+            for path, size in zip(self.paths, sizes, strict=True):
+                numbers = (path.rank, self.d_in, columns, 0, columns)
+                scales = (self.ones, path.g)
+                go((size, 1, 1), 256, 0, (*map(array, (path.v_words, *scales)), 1.0, array(a[offset:]), *numbers))
+                numbers = (self.d_out, path.rank, size, offset, sum(sizes))
+                scales = (path.h, path.ell)
+                go(
+                    (self.d_out, 1, 1),
+                    64,
+                    0,
+                    (*map(array, (path.u_words, *scales)), 1 / self.largest, array(b), *numbers),
+                )
+                offset += size
+        y = functional.linear(functional.linear(x, a[:, : self.d_in]), b)
+        return y if self.largest == 1 else y * self.largest
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest product of two scales of the second factor, if it exceeds one; waits for the device once."""
+        return max(1.0, *(float(path.h.abs().amax().double() * path.ell.abs().amax().double()) for path in self.paths))
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """Scales that change nothing."""
+        return torch.ones(max(self.ranks), dtype=torch.float16, device=self.paths[0].g.device)
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """A tensor as the kernels read it: row after row, 16 bytes at a time, words of 32 bits."""
+    if tensor.dtype in (torch.uint8, torch.int16):
+        tensor = tensor.to(torch.int32) & (0xFF if tensor.dtype == torch.uint8 else 0xFFFF)
+    elif tensor.is_floating_point():
+        tensor = tensor.to(torch.float16)
+    tensor = tensor.detach().contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+@cache
+def described(index: int) -> Device:
+    """A GPU's properties."""
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.name, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+@cache
+def usable(index: int) -> bool:
+    """Whether the kernels run on a GPU; if not, a warning says once why."""
+    capability = torch.cuda.get_device_capability(index)
+    reason = None
+    if capability < OLDEST:
+        reason = f"its compute capability is {capability[0]}.{capability[1]}, and they need 8.0 or later"
+    else:
+        try:
+            with torch.cuda.device(index):
+                loaded(latent("half", True, True, 1, capability >= EARLY), index)
+        except Exception as error:  # whatever Numba, the driver or a missing library raises
+            reason = f"{type(error).__name__}: {error}"
+    if reason:
+        warnings.warn(
+            f"the CUDA kernels for packed signs cannot be used on GPU {index}, so signs are unpacked for each call, "
+            f"which is slower: {reason}",
+            stacklevel=2,
+        )
+    return reason is None
+
+
+@cache
+def compiled(kernel: Any, capability: tuple[int, int]) -> tuple[bytes, bytes]:
+    """PTX of a kernel, and the name that it has there."""
+    ptx, _ = cuda.compile(kernel.py_func, SIGNATURES[kernel], cc=capability, output="ptx", device=False, abi="numba")
+    text = ptx if isinstance(ptx, bytes) else ptx.encode()
+    found = re.search(rb"\.entry\s+(\w+)\(", text)
+    assert found
+    return text, found[1]
+
+
+@cache
+def loaded(kernel: Any, index: int) -> Any:
+    """A kernel as the driver starts it on a device, which is the current one."""
+    from cuda.bindings import driver
+
+    library, name = library_of(kernel, torch.cuda.get_device_capability(index))
+    function = checked(driver.cuLibraryGetKernel(library, name))
+    size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(
+        driver.cuKernelSetAttribute(size, described(index).shared_bytes, function, checked(driver.cuDeviceGet(index)))
+    )
+    return driver.CUfunction(int(function))
+
+
+@cache
+def library_of(kernel: Any, capability: tuple[int, int]) -> tuple[Any, bytes]:
+    """A kernel's library in the driver, for all devices of a capability, and its name there."""
+    from cuda.bindings import driver
+
+    text, name = compiled(kernel, capability)
+    return checked(driver.cuLibraryLoadData(text, None, None, 0, None, None, 0)), name
+
+
+def checked(answer: Any) -> Any:
+    """What a call of the driver returns.
+
+    Raises
+    ------
+    RuntimeError
+        With the driver's name of the error.
+    """
+    code, *values = answer
+    if int(code):
+        raise RuntimeError(f"the CUDA driver failed: {code.name}")
+    return values[0] if values else None
+
+
+def start(
+    stream: int, early: bool, kernel: Any, grid: tuple[int, int, int], threads: int, size: int, args: Any
+) -> None:
+    """Start a kernel on a stream of the current device."""
+    from cuda.bindings import driver
+
+    values = np.array([number_of(arg) for arg in args], np.uint64)
+    pointers = values.ctypes.data + 8 * np.arange(len(values), dtype=np.uint64)
+    launching = driver.CUlaunchConfig()
+    launching.gridDimX, launching.gridDimY, launching.gridDimZ = grid
+    launching.blockDimX, launching.blockDimY, launching.blockDimZ = threads, 1, 1
+    launching.sharedMemBytes, launching.hStream = size, stream
+    if early:
+        launching.attrs, launching.numAttrs = [early_launch()], 1
+    checked(driver.cuLaunchKernelEx(launching, loaded(kernel, torch.cuda.current_device()), pointers.ctypes.data, 0))
+
+
+def number_of(argument: Any) -> int:
+    """An argument as the driver reads it: an address, an integer, or the bits of a float32."""
+    if isinstance(argument, Array):
+        return argument.address
+    return int(np.float32(argument).view(np.uint32)) if isinstance(argument, float) else argument
+
+
+@cache
+def early_launch() -> Any:
+    """The launch attribute that lets a kernel start before the one before it has ended."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
