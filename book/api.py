@@ -27,7 +27,7 @@ ORDER = [
 GROUPS = {
     "Whole models": ["model", "layers", "embeddings", "calibrate", "evaluate", "zero_shot"],
     "Training": ["student", "trainer", "resume"],
-    "Files": ["checkpoint", "official", "gguf", "fetch", "shipped"],
+    "Files": ["checkpoint", "headers", "official", "gguf", "fetch", "shipped"],
     "Running": ["decode", "decode_cpu", "latent_cache", "hf_cache", "kernels"],
     "With transformers and PEFT": ["hf", "quantizer", "plugin", "lora"],
     "Measuring": ["agreement", "bench", "bench_cuda", "bench_cache", "bench_decode"],

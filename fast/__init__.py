@@ -27,7 +27,7 @@ from .bits import (
     rank_for_bits as rank_for_bits,
 )
 from .calibrate import Moments as Moments, calibrate as calibrate, spectral_gains as spectral_gains
-from .checkpoint import CheckpointError as CheckpointError, info as info, load as load, save as save
+from .checkpoint import info as info, load as load, save as save
 from .decode import generate as generate
 from .distill import (
     hidden_loss as hidden_loss,
@@ -40,6 +40,7 @@ from .evaluate import Perplexity as Perplexity, perplexity as perplexity
 from .factors import Factors as Factors
 from .fetch import fetch as fetch
 from .gguf import save_gguf as save_gguf
+from .headers import CheckpointError as CheckpointError
 from .hf import load_model as load_model, load_tokenizer as load_tokenizer
 from .kv_cache import (
     Latents as Latents,

@@ -20,7 +20,7 @@ from .agreement import agreement
 from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
 from .bench_cache import CONTEXTS, bench_cache, crossover
 from .bench_decode import bench_decode
-from .checkpoint import check_target, info, is_checkpoint, load, save
+from .checkpoint import check_target, info, load, save
 from .completion import SHELLS, completion
 from .decode import generate, stream
 from .embeddings import check_embeddings, quantize_embeddings_
@@ -28,10 +28,11 @@ from .estimate import estimate
 from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
 from .fetch import fetch, known_names
 from .gguf import PRECISIONS, save_gguf
+from .headers import is_checkpoint, is_official
 from .hf import load_model, load_tokenizer, resolve, text_tokens
 from .memory import KV_CACHES, MODEL_SHAPES, model_memory
 from .model import ALLOCATIONS, INITS, Config, quantize_
-from .official import is_official, save_official
+from .official import save_official
 from .report import html_report, kind_table, kinds_of
 from .resume import Keeper, digest
 from .signs import RULES

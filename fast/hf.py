@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .fetch import cache_folder, fetch, known_names
-from .official import is_official
+from .headers import is_official
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
 

@@ -10,11 +10,15 @@ from torch.nn import functional
 
 from . import kernels
 from .factors import Factors
+from .headers import packed_headers
 from .kernels import unpacked
 from .kernels.cpu import Plan
 from .linear import linear, packed_linear
-from .packing import PackedFactors, pack_factors, row_words, to_half
+from .packing import PackedFactors, pack_factors, to_half
 from .signs import named_rule
+
+# What the tensors of a packed path are called in a safetensors header
+DTYPES = {"F16": torch.float16, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
 
 
 class Path(nn.Module):
@@ -235,11 +239,4 @@ class Joined(nn.Module):
 
 def packed_shapes(d_out: int, d_in: int, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor of a packed path, by its name in PackedFactors."""
-    (u_number, u_dtype), (v_number, v_dtype) = row_words(rank), row_words(d_in)
-    return {
-        "u_words": ((d_out, u_number), u_dtype),
-        "v_words": ((rank, v_number), v_dtype),
-        "h": ((d_out,), torch.float16),
-        "ell": ((rank,), torch.float16),
-        "g": ((d_in,), torch.float16),
-    }
+    return {name: (shape, DTYPES[dtype]) for name, (shape, dtype) in packed_headers(d_out, d_in, rank).items()}

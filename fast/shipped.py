@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .checkpoint import WEIGHTS, CheckpointError, written_whole
+from .checkpoint import written_whole
 from .fetch import DATA, cache_folder, file_digest
+from .headers import WEIGHTS, CheckpointError
 
 
 def shipped(name: str) -> Path:

@@ -296,7 +296,9 @@ MUTANTS = [
     Mutant("fast/model.py", "and module is not head", "", "the head is quantised by identity"),
     Mutant("fast/model.py", "layers[name].bias))", "None))", "bias lost"),
     Mutant("fast/checkpoint.py", "if missing or unexpected:", "if missing:", "tensors left over pass"),
-    Mutant("fast/checkpoint.py", "or found.dtype != dtype", "", "dtype of packed tensors not checked"),
+    Mutant(
+        "fast/headers.py", "if found != wanted", "if found.shape != wanted.shape", "dtype of packed tensors not checked"
+    ),
     Mutant(
         "fast/evaluate.py",
         "scored = len(parts) * (length - 1)",
@@ -363,7 +365,7 @@ MUTANTS = [
     Mutant("fast/kernels/__init__.py", "(b / largest).to", "b.to", "a product of scales overflows float16"),
     Mutant("fast/kernels/__init__.py", "[..., :count]", "[..., -count:]", "pad bits taken for signs"),
     Mutant("fast/kernels/__init__.py", "            check_words(words, count)\n", "", "the kernel reads any words"),
-    Mutant("fast/layers.py", "((rank, v_number), v_dtype)", "((rank, v_number), u_dtype)", "V in words as wide as U's"),
+    Mutant("fast/headers.py", "words(rank, d_in)", "words(rank, rank)", "V in words as wide as U's"),
     Mutant("fast/kernels/cpu.py", "order > 0,", "False,", "the last path alone"),
     Mutant(
         "fast/kernels/cpu.py",
@@ -543,7 +545,7 @@ MUTANTS = [
         "split layers are not described",
     ),
     Mutant("fast/checkpoint.py", "size + tensor.nbytes > shard_bytes", "False", "never sharded"),
-    Mutant("fast/checkpoint.py", "file.parent != path for", "False for", "an index may name files anywhere"),
+    Mutant("fast/headers.py", "file.parent != path for", "False for", "an index may name files anywhere"),
     Mutant(
         "fast/checkpoint.py", 'not in name and not name.endswith("table.scale")', "not in name", "scales are parameters"
     ),

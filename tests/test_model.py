@@ -255,7 +255,7 @@ NARROW = "model.layers.0.self_attn.k_proj.paths.0.u_words"  # of a rank between 
         (lambda path: rewrite(path, lambda t: t.pop(f"{LAYER}.paths.0.h")), LAYER),
         (lambda path: rewrite(path, lambda t: t.update({f"{LAYER}.paths.0.h": torch.zeros(96)})), LAYER),
         (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].int()})), "another version of littlebit"),
-        (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].view(torch.uint8)})), "torch.uint8, but"),
+        (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].view(torch.uint8)})), " U8, but"),
         (lambda path: rewrite(path, lambda t: t.update(extra=torch.zeros(1))), "left over"),
         (lambda path: rewrite(path, lambda t: t.pop("model.norm.weight")), "missing"),
     ],
