@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import kernels
 from .factors import Factors
 from .headers import packed_headers
-from .kernels import unpacked
-from .kernels.cpu import Plan
+from .kernels.dispatch import plan_for, unpacked
+from .kernels.plan import Plan
 from .linear import linear, packed_linear
 from .packing import PackedFactors, pack_factors, to_half
 from .signs import named_rule
@@ -203,7 +202,7 @@ class PackedLinear(NotPickled):
         # nn.Module's own dictionaries: its attributes take a microsecond each
         paths = self._modules["paths"]._modules.values()  # type: ignore[union-attr]
         tensors = [tensor for path in paths for tensor in path._buffers.values()]  # type: ignore[union-attr]
-        fitting = kernels.plan_for(x, tensors, plan)  # type: ignore[arg-type]
+        fitting = plan_for(x, tensors, plan)  # type: ignore[arg-type]
         if fitting is None or x.shape[-1] != self.d_in:
             return packed_linear(x, self.factors(), self.bias)
         if fitting is not plan:
