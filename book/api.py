@@ -28,9 +28,17 @@ GROUPS = {
     "Whole models": ["model", "layers", "embeddings", "calibrate", "evaluate", "zero_shot"],
     "Training": ["student", "trainer", "resume"],
     "Files": ["checkpoint", "headers", "official", "gguf", "fetch", "shipped"],
-    "Running": ["decode", "decode_cpu", "latent_cache", "hf_cache", "kernels"],
-    "With transformers and PEFT": ["hf", "quantizer", "plugin", "lora"],
-    "Measuring": ["agreement", "bench", "bench_cuda", "bench_cache", "bench_decode"],
+    "Running": [
+        "decode",
+        "decode_cpu",
+        "decode_mapped",
+        "decode_loaded",
+        "tokenizer",
+        "latent_cache",
+        "hf_cache",
+        "kernels",
+    ],
+    "With torch, transformers and PEFT": ["operators", "hf", "quantizer", "plugin", "lora"],
     "The command": ["demo", "estimate", "report", "progress", "completion"],
 }
 

@@ -77,9 +77,7 @@ def map_model(path: Path, threads: int | None = None) -> Decodable:
             raise NotDecodableError("its files are not complete safetensors files") from None
         raise
     check_layers(layers, tensors.headers)
-    if section.get("embeddings") is not None:
-        check_embeddings(section["embeddings"], sizes.hidden, path / "config.json")
-    weights = Reader(sizes, config, layers, tensors).weights(section.get("embeddings"))
+    weights = Reader(sizes, config, layers, tensors).weights(section.get("embeddings"), path / "config.json")
     if left := tensors.headers.keys() - tensors.taken:
         raise NotDecodableError(f"it has a tensor {min(left)}")
     return Decodable(sizes, weights, stop, str(path), threads)
@@ -176,8 +174,11 @@ class Reader:
     ):
         self.sizes, self.config, self.layers, self.tensors = sizes, config, layers, tensors
 
-    def weights(self, embeddings: Mapping[str, Any] | None) -> Weights:
-        """All tensors, each of just the name and shape that the configuration asks for."""
+    def weights(self, embeddings: Any, where: Path) -> Weights:
+        """All tensors, each of just the name and shape that the configuration asks for.
+
+        embeddings : what the section of the configuration in the file `where` says of them, or None.
+        """
         sizes, shapes = self.sizes, self.sizes.linear_shapes()
         if sizes.layers > len(self.tensors.headers):
             raise NotDecodableError(f"it has no {sizes.layers} layers")
@@ -191,6 +192,8 @@ class Reader:
         ]
         names = [place + name for place in places for name in NORMS] + ["model.norm"]
         norms = [self.tensors.take(f"{name}.weight", (sizes.hidden,)) for name in names]
+        if embeddings is not None:
+            check_embeddings(embeddings, sizes.hidden, where)
         embedding = self.rows("model.embed_tokens", embeddings)
         tied = self.config.get("tie_word_embeddings") if embeddings is None else embeddings.get("tied")
         if not isinstance(tied, bool):

@@ -27,10 +27,9 @@ from littlebit.fast.packing import pack_signs
 from littlebit.fast.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
 from test_decode import CHANGES
-from test_model import DAMAGES, edit_config
+from test_model import BITS, DAMAGES, edit_config
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer
 
-BITS = 1.5  # narrow words among others
 PROMPT = "Once upon a time"
 TEMPLATE = (
     "{%- for message in messages %}{{ '<s>' + message['role'] + ': ' + message['content'] | trim + eos_token }}\n"
@@ -55,6 +54,14 @@ def dense(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(tiny_llama, tmp_path_factory):
     return quantised(tiny_llama, tmp_path_factory.mktemp("mapped") / "out", 8)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_llama, tmp_path_factory):
+    """The checkpoint that DAMAGES are for."""
+    model = lb.load_model(tiny_llama)
+    lb.quantize_(model, lb.Config(bits=BITS), progress=False)
+    return lb.save(model, tmp_path_factory.mktemp("mapped") / "plain", lb.load_tokenizer(tiny_llama))
 
 
 @pytest.fixture
@@ -168,7 +175,8 @@ def test_bench_decode_measures_the_mapped_model(checkpoint):
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_generate_refuses_damaged_checkpoints_with_the_words_of_load(copied, damage, message, capsys):
+def test_generate_refuses_damaged_checkpoints_with_the_words_of_load(plain, damage, message, tmp_path, capsys):
+    copied = shutil.copytree(plain, tmp_path / "copy")
     damage(copied)
     if not is_checkpoint(copied):  # but perhaps a dense model
         with pytest.raises(NotDecodableError):
