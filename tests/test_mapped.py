@@ -236,13 +236,12 @@ def test_generate_loads_by_torch_what_cannot_be_mapped(tiny_llama, copied, capsy
 def test_tensors_that_are_not_aligned_are_copied(tiny_llama, tmp_path):
     """A header of any length is allowed; its tensors then lie at odd addresses."""
     path = shutil.copytree(tiny_llama, tmp_path / "odd")
-    before = decodable(lb.load_model(path))
     content = (path / "model.safetensors").read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = content[8:end].rstrip() + b" " * 5
     header += b" " * (len(header) % 2 == 0)
     (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
-    assert_decodes_the_same(map_model(path), before)
+    assert_decodes_the_same(map_model(path), decodable(lb.load_model(tiny_llama)))
 
 
 @given(st.integers(1, 70), st.integers(0, 2**32 - 1))
