@@ -39,7 +39,8 @@ GROUPS = {
         "kernels",
     ],
     "With torch, transformers and PEFT": ["operators", "hf", "quantizer", "plugin", "lora"],
-    "The command": ["demo", "estimate", "report", "progress", "completion"],
+    "Measuring": ["agreement", "bench", "bench_cuda", "bench_cache", "bench_decode"],
+    "The command": ["lazy", "demo", "estimate", "report", "progress", "completion"],
 }
 
 
