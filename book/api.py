@@ -27,11 +27,20 @@ ORDER = [
 GROUPS = {
     "Whole models": ["model", "layers", "embeddings", "calibrate", "evaluate", "zero_shot"],
     "Training": ["student", "trainer", "resume"],
-    "Files": ["checkpoint", "official", "gguf", "fetch", "shipped"],
-    "Running": ["decode", "decode_cpu", "latent_cache", "hf_cache", "kernels"],
-    "With transformers and PEFT": ["hf", "quantizer", "plugin", "lora"],
+    "Files": ["checkpoint", "headers", "official", "gguf", "fetch", "shipped"],
+    "Running": [
+        "decode",
+        "decode_cpu",
+        "decode_mapped",
+        "decode_loaded",
+        "tokenizer",
+        "latent_cache",
+        "hf_cache",
+        "kernels",
+    ],
+    "With torch, transformers and PEFT": ["operators", "hf", "quantizer", "plugin", "lora"],
     "Measuring": ["agreement", "bench", "bench_cuda", "bench_cache", "bench_decode"],
-    "The command": ["demo", "estimate", "report", "progress", "completion"],
+    "The command": ["lazy", "demo", "estimate", "report", "progress", "completion"],
 }
 
 

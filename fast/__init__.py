@@ -1,10 +1,11 @@
 """LittleBit in torch and Numba: the same functions as `littlebit.reference`, made to be used.
 
-Importing this package needs neither a GPU nor transformers, and does not import transformers; where that is
-installed, it learns of LittleBit (see quantizer.py).
+Importing this package needs neither a GPU nor transformers, and imports neither torch nor transformers: a name's module
+is imported when the name is first asked for. Where the libraries are installed, they learn of LittleBit (see
+plugin.py).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __name__ != "littlebit.fast":
     raise ImportError(
@@ -12,104 +13,98 @@ if __name__ != "littlebit.fast":
         "import littlebit.fast"
     )
 
-from .admm import admm as admm, importance as importance, refit_scales as refit_scales
-from .alignment import itq as itq, joint_itq as joint_itq, random_rotation as random_rotation
-from .bits import (
-    SCALE_BITS as SCALE_BITS,
-    WORD_BITS as WORD_BITS,
-    allocate_ranks as allocate_ranks,
-    kv_cache_bytes as kv_cache_bytes,
-    layer_bits as layer_bits,
-    model_bits as model_bits,
-    official_rank as official_rank,
-    path_bits as path_bits,
-    paths_for_bits as paths_for_bits,
-    rank_for_bits as rank_for_bits,
-)
-from .calibrate import Moments as Moments, calibrate as calibrate, spectral_gains as spectral_gains
-from .checkpoint import CheckpointError as CheckpointError, info as info, load as load, save as save
-from .decode import generate as generate
-from .distill import (
-    hidden_loss as hidden_loss,
-    hidden_loss_vjp as hidden_loss_vjp,
-    kl_loss as kl_loss,
-    kl_loss_vjp as kl_loss_vjp,
-)
-from .dual_svid import dual_svid as dual_svid, svid as svid
-from .evaluate import Perplexity as Perplexity, perplexity as perplexity
-from .factors import Factors as Factors
-from .fetch import fetch as fetch
-from .gguf import save_gguf as save_gguf
-from .hf import load_model as load_model, load_tokenizer as load_tokenizer
-from .kv_cache import (
-    Latents as Latents,
-    expansion as expansion,
-    latent_attention as latent_attention,
-    latents as latents,
-    rotate as rotate,
-    round_latents as round_latents,
-)
-from .latent_cache import latent_cache as latent_cache
-from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
-from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
-from .memory import (
-    MODEL_SHAPES as MODEL_SHAPES,
-    ModelMemory as ModelMemory,
-    ModelShape as ModelShape,
-    model_memory as model_memory,
-)
-from .model import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
-from .official import save_official as save_official
-from .packing import (
-    PackedFactors as PackedFactors,
-    pack_factors as pack_factors,
-    pack_signs as pack_signs,
-    unpack_factors as unpack_factors,
-    unpack_signs as unpack_signs,
-)
+from .lazy import exports_of, make_lazy
 from .plugin import announce
-from .residual import compensate as compensate, compensate_weighted as compensate_weighted
-from .resume import Keeper as Keeper
-from .signs import (
-    RULES as RULES,
-    sign as sign,
-    smooth_sign as smooth_sign,
-    smooth_sign_vjp as smooth_sign_vjp,
-    straight_through as straight_through,
-    straight_through_vjp as straight_through_vjp,
-)
-from .svd import rank_one as rank_one, svd as svd, truncated_svd as truncated_svd
-from .train import (
-    AdamState as AdamState,
-    Dense as Dense,
-    Layer as Layer,
-    adam_start as adam_start,
-    adam_step as adam_step,
-    dense_mlp as dense_mlp,
-    dense_step as dense_step,
-    mlp as mlp,
-    mlp_vjp as mlp_vjp,
-    qat as qat,
-    qat_step as qat_step,
-)
-from .trainer import (
-    TrainConfig as TrainConfig,
-    TrainingError as TrainingError,
-    TrainingStopped as TrainingStopped,
-    train_ as train_,
-)
-from .zero_shot import BlimpResult as BlimpResult, blimp as blimp
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what is exported
+    from .admm import admm as admm, importance as importance, refit_scales as refit_scales
+    from .alignment import itq as itq, joint_itq as joint_itq, random_rotation as random_rotation
+    from .bits import (
+        SCALE_BITS as SCALE_BITS,
+        WORD_BITS as WORD_BITS,
+        allocate_ranks as allocate_ranks,
+        kv_cache_bytes as kv_cache_bytes,
+        layer_bits as layer_bits,
+        model_bits as model_bits,
+        official_rank as official_rank,
+        path_bits as path_bits,
+        paths_for_bits as paths_for_bits,
+        rank_for_bits as rank_for_bits,
+    )
+    from .calibrate import Moments as Moments, calibrate as calibrate, spectral_gains as spectral_gains
+    from .checkpoint import info as info, load as load, save as save
+    from .decode import generate as generate
+    from .distill import (
+        hidden_loss as hidden_loss,
+        hidden_loss_vjp as hidden_loss_vjp,
+        kl_loss as kl_loss,
+        kl_loss_vjp as kl_loss_vjp,
+    )
+    from .dual_svid import dual_svid as dual_svid, svid as svid
+    from .evaluate import Perplexity as Perplexity, perplexity as perplexity
+    from .factors import Factors as Factors
+    from .fetch import fetch as fetch
+    from .gguf import save_gguf as save_gguf
+    from .headers import CheckpointError as CheckpointError
+    from .hf import load_model as load_model, load_tokenizer as load_tokenizer
+    from .kv_cache import (
+        Latents as Latents,
+        expansion as expansion,
+        latent_attention as latent_attention,
+        latents as latents,
+        rotate as rotate,
+        round_latents as round_latents,
+    )
+    from .latent_cache import latent_cache as latent_cache
+    from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
+    from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
+    from .memory import (
+        MODEL_SHAPES as MODEL_SHAPES,
+        ModelMemory as ModelMemory,
+        ModelShape as ModelShape,
+        model_memory as model_memory,
+    )
+    from .model import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
+    from .official import save_official as save_official
+    from .packing import (
+        PackedFactors as PackedFactors,
+        pack_factors as pack_factors,
+        pack_signs as pack_signs,
+        unpack_factors as unpack_factors,
+        unpack_signs as unpack_signs,
+    )
     from .quantizer import LittleBitConfig as LittleBitConfig
+    from .residual import compensate as compensate, compensate_weighted as compensate_weighted
+    from .resume import Keeper as Keeper
+    from .signs import (
+        RULES as RULES,
+        sign as sign,
+        smooth_sign as smooth_sign,
+        smooth_sign_vjp as smooth_sign_vjp,
+        straight_through as straight_through,
+        straight_through_vjp as straight_through_vjp,
+    )
+    from .svd import rank_one as rank_one, svd as svd, truncated_svd as truncated_svd
+    from .train import (
+        AdamState as AdamState,
+        Dense as Dense,
+        Layer as Layer,
+        adam_start as adam_start,
+        adam_step as adam_step,
+        dense_mlp as dense_mlp,
+        dense_step as dense_step,
+        mlp as mlp,
+        mlp_vjp as mlp_vjp,
+        qat as qat,
+        qat_step as qat_step,
+    )
+    from .trainer import (
+        TrainConfig as TrainConfig,
+        TrainingError as TrainingError,
+        TrainingStopped as TrainingStopped,
+        train_ as train_,
+    )
+    from .zero_shot import BlimpResult as BlimpResult, blimp as blimp
 
+make_lazy(__name__, exports_of(__loader__.get_source(__name__)))
 announce()
-
-
-def __getattr__(name: str) -> Any:
-    """LittleBitConfig, which needs transformers and is imported when it is first asked for."""
-    if name != "LittleBitConfig":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .quantizer import LittleBitConfig
-
-    return LittleBitConfig

@@ -12,34 +12,22 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from .agreement import agreement
-from .bench import BITS, SHAPES, bench_linear, cpu_name, save_results
-from .bench_cache import CONTEXTS, bench_cache, crossover
-from .bench_decode import bench_decode
-from .checkpoint import check_target, info, is_checkpoint, load, save
 from .completion import SHELLS, completion
-from .decode import generate, stream
-from .embeddings import check_embeddings, quantize_embeddings_
-from .estimate import estimate
-from .evaluate import SAMPLE_TEXT, TRAINING_TEXT, WINDOW, perplexity
-from .fetch import fetch, known_names
-from .gguf import PRECISIONS, save_gguf
-from .hf import load_model, load_tokenizer, resolve, text_tokens
+from .fetch import fetch, known_names, resolve
+from .headers import is_checkpoint, is_official
 from .memory import KV_CACHES, MODEL_SHAPES, model_memory
-from .model import ALLOCATIONS, INITS, Config, quantize_
-from .official import is_official, save_official
-from .report import html_report, kind_table, kinds_of
-from .resume import Keeper, digest
-from .signs import RULES
-from .student import TRAINABLE
-from .trainer import TrainConfig, TrainingError, TrainingStopped, joined_processes, process, train_
-from .zero_shot import BlimpResult, blimp, harness, lm_eval
 
+if TYPE_CHECKING:
+    import torch
+
+    from .model import Config
+    from .zero_shot import BlimpResult
+
+log = logging.getLogger(__name__)
 USER_ERROR, STOPPED = 2, 143
+LIGHT = ("generate", "completion", "memory")  # commands that do not import torch, or only if they must
 EXIT_CODES = """exit codes:
   0    done
   1    a mistake in littlebit itself, with a traceback; please report it
@@ -86,20 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped it after it had saved its state.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(argv)
+    arguments = parser(argv[0] if argv else "").parse_args(argv)
     arguments.typed = shlex.join(["littlebit", *argv])
     quieten()
-    if getattr(arguments, "threads", None):
-        torch.set_num_threads(arguments.threads)
+    if arguments.command not in LIGHT:
+        use_torch(getattr(arguments, "threads", None))
     try:
-        arguments.run(arguments)
-    except TrainingStopped as stopped:
-        print(f"littlebit: {stopped}", file=sys.stderr)
-        return STOPPED
-    except (ValueError, OSError, ImportError, TrainingError) as error:
-        print(f"littlebit: error: {error}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+        return arguments.run(arguments) or 0
+    except (ValueError, OSError, ImportError) as error:
+        return failed(error)
+
+
+def failed(error: Exception) -> int:
+    """Say on standard error why it could not be done; returns the exit code of that."""
+    print(f"littlebit: error: {error}", file=sys.stderr)
+    return USER_ERROR
 
 
 def quieten() -> None:
@@ -108,6 +97,14 @@ def quieten() -> None:
     warnings.filterwarnings("always", module=r"littlebit\.fast\.")
     for library in ("transformers", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def use_torch(threads: int | None = None) -> None:
+    """Set the number of CPU threads, if it is given, and quieten transformers."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
     try:
         from transformers.utils import logging as hf_logging
     except ImportError:
@@ -116,8 +113,8 @@ def quieten() -> None:
     hf_logging.disable_progress_bar()
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The command's arguments; those of the one subcommand alone, if it is named, as others' would import torch."""
     top = argparse.ArgumentParser(
         prog="littlebit",
         description="Sub-1-bit quantisation of language models.",
@@ -125,21 +122,29 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=Formatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    for name, (run, add_arguments, text) in COMMANDS.items():
         examples = "examples:\n" + "".join(f"  littlebit {example}\n" for example in EXAMPLES[name])
         sub = commands.add_parser(name, help=text, description=text, epilog=examples, formatter_class=Formatter)
         sub.set_defaults(run=run)
-        return sub
+        if only in (None, name):
+            add_arguments(sub)
+    return top
 
-    model_help = f"a known name ({', '.join(known_names())}), a directory, a .gguf file or a hub id"
 
-    sub = command("fetch", run_fetch, "Print the path of a known model; download it or put it together on first use.")
+def model_help() -> str:
+    """What a model can be given as."""
+    return f"a known name ({', '.join(known_names())}), a directory, a .gguf file or a hub id"
+
+
+def fetch_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit fetch`."""
     sub.add_argument("name", help=f"one of: {', '.join(known_names())}")
     add_json(sub)
 
-    sub = command("quantize", run_quantize, "Quantise a model and write a packed checkpoint.")
-    sub.add_argument("model", help=model_help)
+
+def quantize_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit quantize`."""
+    sub.add_argument("model", help=model_help())
     sub.add_argument("out", type=Path, help="directory to write")
     add_quantisation(sub)
     sub.add_argument(
@@ -150,12 +155,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--report", type=Path, metavar="HTML", help="also write a page with the table and pictures")
     add_answer(sub)
 
-    sub = command(
-        "train",
-        run_train,
-        "Quantise a model, train it on its own full-precision outputs, and write a packed checkpoint.",
-    )
-    sub.add_argument("model", help=model_help)
+
+def train_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit train`."""
+    from .evaluate import TRAINING_TEXT
+
+    sub.add_argument("model", help=model_help())
     sub.add_argument("out", type=Path, help="directory to write; OUT.training keeps the state, to go on from")
     sub.add_argument("--data", type=Path, nargs="+", default=[TRAINING_TEXT], help="UTF-8 texts (.xz allowed)")
     sub.add_argument(
@@ -173,8 +178,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     add_answer(sub)
 
-    sub = command("eval", run_eval, "Measure a model's perplexity on a text, or how it does on tasks, zero-shot.")
-    sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help}")
+
+def eval_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit eval`."""
+    from .evaluate import WINDOW
+
+    sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help()}")
     sub.add_argument("--text", type=Path, help="UTF-8 text file; if no task is asked for either, an included one")
     sub.add_argument("--window", type=int, default=WINDOW, help="tokens in a window; the first of each is not scored")
     sub.add_argument("--max-windows", type=int, help="stop after so many windows")
@@ -184,8 +193,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--lm-eval-include", type=Path, metavar="DIR", help="folder with YAML files of more such tasks")
     add_compute(sub)
 
-    sub = command("generate", run_generate, "Let a model continue a prompt.")
-    sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help}")
+
+def generate_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit generate`."""
+    sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help()}")
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--max-new-tokens", type=int, default=64)
     sub.add_argument("--temperature", type=float, default=0.0, help="0 for greedy decoding")
@@ -196,11 +207,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--kv-cache", choices=KV_CACHES, default="ordinary", help="latents take less memory and more time")
     add_compute(sub)
 
-    sub = command("info", run_info, "Say what a packed checkpoint really stores.")
+
+def info_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit info`."""
     sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
     add_json(sub)
 
-    sub = command("export", run_export, "Write a packed checkpoint in the format of another program.")
+
+def export_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit export`."""
+    from .gguf import PRECISIONS
+
     sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
     sub.add_argument("out", type=Path, help="what to write")
     sub.add_argument(
@@ -210,10 +227,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     add_json(sub)
 
-    sub = command("completion", run_completion, "Print a script that completes the command in a shell.")
+
+def completion_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit completion`."""
     sub.add_argument("shell", choices=SHELLS)
 
-    sub = command("memory", run_memory, "Say what a model of a published shape takes: weights, cache, activations.")
+
+def memory_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit memory`."""
     sub.add_argument("shape", nargs="*", default=list(MODEL_SHAPES), help=f"among {', '.join(MODEL_SHAPES)}")
     sub.add_argument("--bits", type=float, nargs="*", default=[0.55, 0.3, 0.1], help="beside float16")
     sub.add_argument("--paths", type=int, default=2, help="of each quantised layer")
@@ -224,15 +245,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--kv-cache", choices=KV_CACHES, default="latent", help="of the quantised models")
     add_json(sub)
 
-    sub = command("demo", run_demo, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib).")
+
+def demo_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit demo`."""
     sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
 
-    sub = command(
-        "bench",
-        run_bench,
-        "Time the packed layer beside torch's, decoding beside other engines' or a latent cache beside an "
-        "ordinary one, or compare greedy texts with transformers' (agreement).",
-    )
+
+def bench_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit bench`."""
+    from .bench_cache import CONTEXTS
+
     sub.add_argument("what", choices=["linear", "decode", "cache", "agreement"])
     sub.add_argument("--model", type=Path, help="decode, agreement: a packed checkpoint, or the name of a shipped one")
     sub.add_argument("--dense", default="smollm2", help="decode: what transformers runs in float32")
@@ -251,7 +273,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, default=1)
     add_json(sub)
     sub.add_argument("--save", type=Path, help="also write the figures, with device and commit, to this JSON file")
-    return top
 
 
 def add_json(sub: argparse.ArgumentParser) -> None:
@@ -267,6 +288,9 @@ def add_answer(sub: argparse.ArgumentParser) -> None:
 
 def add_quantisation(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that quantise a model."""
+    from .evaluate import TRAINING_TEXT
+    from .model import ALLOCATIONS, INITS, Config
+
     sub.add_argument("--bits", type=float, default=Config.bits, help="ceiling in stored bits per weight")
     sub.add_argument(
         "--paths",
@@ -293,6 +317,10 @@ def add_quantisation(sub: argparse.ArgumentParser) -> None:
 
 def add_training(sub: argparse.ArgumentParser) -> None:
     """Arguments that become a TrainConfig."""
+    from .signs import RULES
+    from .student import TRAINABLE
+    from .trainer import TrainConfig
+
     sub.add_argument("--tokens", type=int, default=TrainConfig.tokens, help="training tokens in all")
     sub.add_argument("--sequence", type=int, default=TrainConfig.sequence, help="tokens in a sequence")
     sub.add_argument("--batch", type=int, default=TrainConfig.batch, help="sequences in a step, over all processes")
@@ -312,7 +340,7 @@ def add_training(sub: argparse.ArgumentParser) -> None:
 def add_compute(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that run a model."""
     sub.add_argument("--device", type=device, default="cpu", help="a torch device, such as cpu or cuda")
-    sub.add_argument("--threads", type=int, help="CPU threads; torch's default if not given")
+    sub.add_argument("--threads", type=int, help="CPU threads; by default OMP_NUM_THREADS, or all")
     add_json(sub)
 
 
@@ -327,6 +355,10 @@ def shape(text: str) -> tuple[int, int]:
 
 def device(text: str) -> str:
     """The name of a device that torch can use here."""
+    if text == "cpu":
+        return text
+    import torch
+
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
@@ -341,8 +373,10 @@ def run_fetch(arguments: argparse.Namespace) -> None:
     print(json.dumps({"name": arguments.name, "path": str(path)}) if arguments.json else path)
 
 
-def chosen(arguments: argparse.Namespace) -> Config:
+def chosen(arguments: argparse.Namespace) -> "Config":
     """The Config that the arguments say."""
+    from .model import Config
+
     return Config(
         bits=arguments.bits,
         paths=None if arguments.paths == "auto" else int(arguments.paths),
@@ -357,8 +391,10 @@ def chosen(arguments: argparse.Namespace) -> Config:
     )
 
 
-def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Config, torch.Tensor | None]:
+def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> "tuple[Config, torch.Tensor | None]":
     """The Config that the arguments say, and the calibration tokens if it, or a 4-bit embedding, needs any."""
+    from .hf import text_tokens
+
     config, tokens = chosen(arguments), None
     if config.needs_calibration() or getattr(arguments, "embedding_bits", 16) == 4:
         tokens = text_tokens(tokenizer, arguments.calibration)[: arguments.calibration_tokens]
@@ -367,6 +403,12 @@ def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Config,
 
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Run `littlebit quantize`."""
+    from .checkpoint import check_target, info, save
+    from .embeddings import check_embeddings, quantize_embeddings_
+    from .hf import load_model, load_tokenizer
+    from .model import quantize_
+    from .report import html_report, kind_table, kinds_of
+
     check_target(arguments.out, arguments.overwrite)
     if arguments.dry_run:
         return dry_run(arguments)
@@ -390,6 +432,9 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 def dry_run(arguments: argparse.Namespace) -> None:
     """Say what `littlebit quantize` or `train` will take."""
+    from .estimate import estimate
+    from .report import kind_table
+
     found = estimate(arguments.model, chosen(arguments), getattr(arguments, "tokens", 0))
     if arguments.json:
         print(json.dumps(found))
@@ -419,17 +464,32 @@ def duration(seconds: float) -> str:
     return f"{max(seconds, 1):.0f} s"
 
 
-def run_train(arguments: argparse.Namespace) -> None:
+def run_train(arguments: argparse.Namespace) -> int | None:
     """Run `littlebit train`, in one process or as one of torchrun's."""
+    from .checkpoint import check_target
+    from .trainer import TrainingError, TrainingStopped, joined_processes
+
     check_target(arguments.out, arguments.overwrite)
     if arguments.dry_run:
         return dry_run(arguments)
-    with joined_processes(arguments.device) as device:
-        train(arguments, device)
+    try:
+        with joined_processes(arguments.device) as device:
+            train(arguments, device)
+    except TrainingStopped as stopped:
+        print(f"littlebit: {stopped}", file=sys.stderr)
+        return STOPPED
+    except TrainingError as error:
+        return failed(error)
 
 
 def train(arguments: argparse.Namespace, device: str) -> None:
     """Quantise, train and save; only the first process writes and prints."""
+    from .checkpoint import info, save
+    from .hf import load_model, load_tokenizer, text_tokens
+    from .model import quantize_
+    from .resume import Keeper, digest
+    from .trainer import TrainConfig, process, train_
+
     tokenizer = load_tokenizer(arguments.model)
     texts = [text_tokens(tokenizer, path) for path in arguments.data]
     settings = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
@@ -476,8 +536,11 @@ def summary(stored: dict[str, Any]) -> str:
     )
 
 
-def load_any(source: str, device: str) -> torch.nn.Module:
+def load_any(source: str, device: str) -> "torch.nn.Module":
     """A packed checkpoint or a dense model."""
+    from .checkpoint import load
+    from .hf import load_model
+
     folder = resolve(source)
     packed = is_checkpoint(Path(folder)) or is_official(Path(folder))
     return load(folder, device) if packed else load_model(folder, device)
@@ -485,6 +548,10 @@ def load_any(source: str, device: str) -> torch.nn.Module:
 
 def run_eval(arguments: argparse.Namespace) -> None:
     """Run `littlebit eval`."""
+    from .evaluate import SAMPLE_TEXT, perplexity
+    from .hf import load_tokenizer, text_tokens
+    from .zero_shot import blimp, harness, lm_eval
+
     tokenizer = load_tokenizer(arguments.model)
     text = arguments.text or (None if arguments.blimp or arguments.lm_eval else SAMPLE_TEXT)
     tokens = text and text_tokens(tokenizer, text)
@@ -511,16 +578,35 @@ def run_eval(arguments: argparse.Namespace) -> None:
     print(json.dumps(results) if arguments.json else "\n".join(reports))
 
 
-def blimp_table(result: BlimpResult) -> str:
+def blimp_table(result: "BlimpResult") -> str:
     """Accuracy by paradigm and in the mean, as text."""
     lines = [f"{name:<54}{accuracy:>8.3f}" for name, accuracy in result.paradigms.items()]
     mean = f"BLiMP accuracy {result.accuracy:.4f} (mean of {len(lines)} paradigms, {result.pairs} pairs)"
     return "\n".join([*lines, mean])
 
 
+def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """A model and its tokenizer: mapped into memory, where the compiled decoder can run it so, else in torch."""
+    if arguments.device == "cpu" and arguments.kv_cache == "ordinary":
+        from .decode_mapped import NotDecodableError, map_model
+        from .tokenizer import Tokenizer
+
+        try:
+            folder = Path(resolve(arguments.model))
+            return map_model(folder, arguments.threads), Tokenizer(folder)
+        except NotDecodableError as reason:
+            log.debug("littlebit: %s is loaded by torch: %s", arguments.model, reason)
+    from .hf import load_tokenizer
+
+    use_torch(arguments.threads)
+    return load_any(arguments.model, arguments.device), load_tokenizer(arguments.model)
+
+
 def run_generate(arguments: argparse.Namespace) -> None:
     """Run `littlebit generate`."""
-    model, tokenizer = load_any(arguments.model, arguments.device), load_tokenizer(arguments.model)
+    from .decode import generate, stream
+
+    model, tokenizer = load_to_generate(arguments)
     if arguments.json:  # the first token loads the kernels, which is not decoding
         generate(model, arguments.prompt, 1, chat=arguments.chat, tokenizer=tokenizer, kv_cache=arguments.kv_cache)
     start = time.perf_counter()
@@ -550,6 +636,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 def run_info(arguments: argparse.Namespace) -> None:
     """Run `littlebit info`."""
+    from .checkpoint import info
+
     stored = info(resolve(arguments.model))
     if arguments.json:
         print(json.dumps(stored))
@@ -565,6 +653,10 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write the authors' format; what was written, and the same in words."""
+    from .checkpoint import info, load
+    from .hf import load_tokenizer
+    from .official import save_official
+
     model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
     bits = info(resolve(arguments.model))["target_bits"]
     save_official(model, arguments.out, tokenizer, bits, arguments.overwrite)
@@ -574,6 +666,10 @@ def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]
 
 def export_gguf(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write the dense model that the packed one stands for; what was written, and the same in words."""
+    from .checkpoint import load
+    from .gguf import save_gguf
+    from .hf import load_tokenizer
+
     model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
     size = save_gguf(model, arguments.out, tokenizer, arguments.precision, arguments.overwrite).stat().st_size
     row = {"format": "gguf", "precision": arguments.precision, "file_bytes": size}
@@ -630,6 +726,10 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench`."""
+    import torch
+
+    from .bench import BITS, SHAPES, bench_linear, cpu_name
+
     if arguments.what in ("decode", "agreement") and arguments.model is None:
         raise ValueError(f"bench {arguments.what} needs a packed checkpoint: name one with --model")
     if arguments.what == "decode":
@@ -665,6 +765,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
 def answered(arguments: argparse.Namespace, rows: list[dict[str, Any]], device: str) -> bool:
     """Save a benchmark's rows if they are to be kept; whether JSON was asked for, which is then printed."""
     if arguments.save:
+        from .bench import save_results
+
         save_results(arguments.save, rows, arguments.typed, device)
     if arguments.json:
         print(json.dumps(rows))
@@ -673,6 +775,10 @@ def answered(arguments: argparse.Namespace, rows: list[dict[str, Any]], device: 
 
 def run_bench_decode(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode`."""
+    from .bench import cpu_name
+    from .bench_decode import bench_decode
+    from .checkpoint import info
+
     stored = info(resolve(str(arguments.model)))
     rows = bench_decode(
         arguments.model,
@@ -686,16 +792,21 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
     rows = [row | {key: stored[key] for key in ("bits_per_weight", "embedding_bits")} for row in rows]
     if answered(arguments, rows, cpu_name()):
         return
-    print(f"{'engine':<14}{'threads':>8}{'ms a token':>12}{'tokens/s':>10}{'resident MB':>13}")
+    print(f"{'engine':<14}{'threads':>8}{'ms a token':>12}{'tokens/s':>10}{'resident MB':>13}{'peak MB':>9}")
     for row in rows:
-        memory = row["memory_bytes"] / 1e6
         print(
-            f"{row['engine']:<14}{row['threads']:>8}{row['time_ms']:>12.2f}{row['tokens_per_s']:>10.1f}{memory:>13.0f}"
+            f"{row['engine']:<14}{row['threads']:>8}{row['time_ms']:>12.2f}{row['tokens_per_s']:>10.1f}"
+            f"{row['memory_bytes'] / 1e6:>13.0f}{row['peak_bytes'] / 1e6:>9.0f}"
         )
 
 
 def run_bench_agreement(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench agreement`."""
+    from .agreement import agreement
+    from .bench import cpu_name
+    from .checkpoint import load
+    from .hf import load_tokenizer
+
     rows = agreement(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens)
     if answered(arguments, rows, cpu_name()):
         return
@@ -709,6 +820,9 @@ def run_bench_agreement(arguments: argparse.Namespace) -> None:
 
 def run_bench_cache(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench cache`."""
+    from .bench import BITS, cpu_name
+    from .bench_cache import bench_cache, crossover
+
     rows = [
         row
         for bits in arguments.bits or BITS
@@ -734,6 +848,47 @@ def run_bench_cache(arguments: argparse.Namespace) -> None:
         )
         print(f"{bits:g} bits, {kind}: {found}")
 
+
+class Command(NamedTuple):
+    """A subcommand: what runs it, what adds its arguments, and what it does."""
+
+    run: Callable[[argparse.Namespace], int | None]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    text: str
+
+
+COMMANDS = {
+    "fetch": Command(
+        run_fetch, fetch_arguments, "Print the path of a known model; download it or put it together on first use."
+    ),
+    "quantize": Command(run_quantize, quantize_arguments, "Quantise a model and write a packed checkpoint."),
+    "train": Command(
+        run_train,
+        train_arguments,
+        "Quantise a model, train it on its own full-precision outputs, and write a packed checkpoint.",
+    ),
+    "eval": Command(
+        run_eval, eval_arguments, "Measure a model's perplexity on a text, or how it does on tasks, zero-shot."
+    ),
+    "generate": Command(run_generate, generate_arguments, "Let a model continue a prompt."),
+    "info": Command(run_info, info_arguments, "Say what a packed checkpoint really stores."),
+    "export": Command(run_export, export_arguments, "Write a packed checkpoint in the format of another program."),
+    "completion": Command(
+        run_completion, completion_arguments, "Print a script that completes the command in a shell."
+    ),
+    "memory": Command(
+        run_memory, memory_arguments, "Say what a model of a published shape takes: weights, cache, activations."
+    ),
+    "demo": Command(
+        run_demo, demo_arguments, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib)."
+    ),
+    "bench": Command(
+        run_bench,
+        bench_arguments,
+        "Time the packed layer beside torch's, decoding beside other engines' or a latent cache beside an "
+        "ordinary one, or compare greedy texts with transformers' (agreement).",
+    ),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

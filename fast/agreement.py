@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .decode_cpu import Decoder
+from .decode_loaded import decodable
 from .embeddings import QuantizedEmbedding, QuantizedHead
 from .factors import Factors
 from .model import packed_layers, replace_module
@@ -112,7 +113,7 @@ def transformers_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[in
 
 def decoder_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[int], list[np.ndarray]]:
     """The same by the compiled decoder."""
-    decoder = Decoder(model, len(prompt) + count)
+    decoder = Decoder(decodable(model), len(prompt) + count)
     tokens, logits = [], [decoder(prompt.numpy()).copy()]
     for left in range(count - 1, -1, -1):
         tokens.append(int(logits[-1].argmax()))

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .fetch import resolve
 from .progress import tqdm
 
 PROMPT = "Once upon a time, in a small town by the sea, there lived"
@@ -27,8 +28,8 @@ for _ in range(tokens):
     model.eval([token])
     times.append(time.perf_counter() - start)
 memory = {key: int(value.split()[0]) * 1024 for key, value in
-          (line.split(":") for line in open("/proc/self/status") if line.startswith("VmRSS"))}
-print(json.dumps({"times": times, "memory": memory.get("VmRSS", 0)}))
+          (line.split(":") for line in open("/proc/self/status") if line.startswith(("VmRSS", "VmHWM")))}
+print(json.dumps({"times": times, "memory": memory.get("VmRSS", 0), "peak": memory.get("VmHWM", 0)}))
 """
 
 
@@ -66,7 +67,7 @@ def bench_decode(
     Returns
     -------
     One dict per engine and number of threads: engine, threads, time_ms (a token), tokens_per_s, memory_bytes (resident
-    at the end), rounds, tokens.
+    at the end), peak_bytes (most that was resident), rounds, tokens.
     """
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     plan = [(engine, count) for _ in range(rounds) for count in threads for engine in ENGINES]
@@ -105,6 +106,7 @@ def summary(engine: str, threads: int, tokens: int, found: list[dict[str, Any]])
         "time_ms": 1e3 * time_s,
         "tokens_per_s": 1 / time_s,
         "memory_bytes": statistics.median(one["memory"] for one in found),
+        "peak_bytes": statistics.median(one["peak"] for one in found),
         "rounds": len(found),
         "tokens": tokens,
     }
@@ -112,25 +114,28 @@ def summary(engine: str, threads: int, tokens: int, found: list[dict[str, Any]])
 
 def measure(engine: str, source: str, threads: int, tokens: int) -> dict[str, Any]:
     """What one process measures."""
-    import torch
-
-    from .hf import load_tokenizer
-
-    torch.set_num_threads(threads)
-    prompt = load_tokenizer(source)(PROMPT, return_tensors="pt")["input_ids"]
-    times = (packed_times if engine == "littlebit" else dense_times)(source, prompt, tokens)
-    return {"times": times, "memory": resident_bytes()}
+    times = (packed_times if engine == "littlebit" else dense_times)(source, threads, tokens)
+    return {"times": times, "memory": memory_bytes("VmRSS"), "peak": memory_bytes("VmHWM")}
 
 
-def packed_times(source: str, prompt: Any, tokens: int) -> list[float]:
-    """Seconds of each token through the compiled decoder."""
+def packed_times(source: str, threads: int, tokens: int) -> list[float]:
+    """Seconds of each token through the compiled decoder, as `littlebit generate` runs it: without torch.
+
+    Raises
+    ------
+    NotDecodableError
+        If it cannot run the model.
+    """
     import numpy as np
 
-    from .checkpoint import load
     from .decode_cpu import Decoder
+    from .decode_mapped import map_model
+    from .tokenizer import Tokenizer
 
-    decoder, times = Decoder(load(source), prompt.shape[1] + tokens), []
-    logits = decoder(prompt[0].numpy())
+    folder, times = Path(resolve(source)), []
+    prompt = Tokenizer(folder)(PROMPT)["input_ids"]
+    decoder = Decoder(map_model(folder, threads), len(prompt) + tokens)
+    logits = decoder(np.array(prompt))
     for _ in range(tokens):
         token = np.array([logits.argmax()])
         start = time.perf_counter()
@@ -139,12 +144,14 @@ def packed_times(source: str, prompt: Any, tokens: int) -> list[float]:
     return times
 
 
-def dense_times(source: str, prompt: Any, tokens: int) -> list[float]:
+def dense_times(source: str, threads: int, tokens: int) -> list[float]:
     """Seconds of each token through transformers, in float32 with its dynamic cache."""
     import torch
 
-    from .hf import load_model
+    from .hf import load_model, load_tokenizer
 
+    torch.set_num_threads(threads)
+    prompt = load_tokenizer(source)(PROMPT, return_tensors="pt")["input_ids"]
     model, times = load_model(source), []
     with torch.inference_mode():
         output = model(prompt, use_cache=True)
@@ -156,13 +163,13 @@ def dense_times(source: str, prompt: Any, tokens: int) -> list[float]:
     return times
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not say."""
+def memory_bytes(name: str) -> int:
+    """Resident memory of this process, VmRSS now and VmHWM at most so far; 0 where the system does not say."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
 
 
 if __name__ == "__main__":

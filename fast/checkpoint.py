@@ -22,54 +22,42 @@ names the parts of layers that were split, with the rows of each; the parts are 
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .embeddings import QuantizedEmbedding, Table, replace_embeddings
 from .fetch import fetch, shipped_names
-from .layers import Joined, PackedLinear, packed_shapes
+from .headers import (
+    FORMAT_VERSION,
+    INDEX,
+    WEIGHTS,
+    CheckpointError,
+    Header,
+    check_embeddings,
+    check_layers,
+    is_checkpoint,
+    is_official,
+    packed_tensors,
+    read_config,
+    read_headers,
+    readable,
+    weight_files,
+)
+from .layers import Joined, PackedLinear
 from .model import LayerResult, is_linear, linear_shape, pack_, packed_layers, replace_module, split
 
-FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as what it claims to be."""
-
-
-class Header(NamedTuple):
-    """What a file says about a tensor before the tensor is read.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    dtype : torch.dtype
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the tensor takes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def save(
@@ -187,11 +175,8 @@ def put_embeddings(model: Any, described: Any, dtype: torch.dtype, where: Path |
     """Give an empty model the empty tables that `embeddings` of a section describes, if it describes any."""
     if described is None:
         return
-    if not isinstance(described, dict) or described.get("bits") not in (8, 4) or described.get("group") not in (32, 64):
-        raise CheckpointError(f"{where}: 'embeddings' is {described!r}, which describes no embedding")
     rows, size = model.get_input_embeddings().weight.shape
-    if size % described["group"]:
-        raise CheckpointError(f"{where}: groups of {described['group']} do not divide rows of {size}")
+    check_embeddings(described, size, where)
 
     def table() -> Table:
         return Table.empty(described["bits"], rows, size, described["group"])
@@ -262,14 +247,6 @@ def temporary_beside(path: Path) -> Path:
         raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a directory's config.json says that it is a LittleBit checkpoint."""
-    try:
-        return json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"] == "littlebit"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path` that becomes `path` if the block succeeds and vanishes if it does not."""
@@ -327,15 +304,15 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     if str(path) in shipped_names() and not path.exists():
         path = fetch(str(path))
     from .hf import empty_model
-    from .official import is_official, read_official
+    from .official import read_official
     from .quantizer import attach
 
     if is_official(path):
         config, layers, tensors = read_official(path)
     else:
         config, layers = read_config(path)
+        check_layers(layers, read_headers(weight_files(path)))
         tensors = read_tensors(path)
-    check_layers(layers, tensors)
 
     try:
         model = empty_model(config)
@@ -351,51 +328,6 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     return cast_dense(model, dtype).to(device)
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """config.json and its entries for the packed layers, checked."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text())
-        described = config["quantization_config"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not a checkpoint: there is no config.json") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not the configuration of a LittleBit checkpoint: {error!r}") from error
-    return config, read_layers(described, file)
-
-
-def read_layers(described: Any, where: Path | str) -> dict[str, dict[str, Any]]:
-    """The packed layers that a `quantization_config` describes, checked."""
-    try:
-        method, version, layers = (described[key] for key in ("quant_method", "format_version", "layers"))
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{where} is not the configuration of a LittleBit checkpoint: {error!r}") from error
-    if method != "littlebit":
-        raise CheckpointError(f"{where}: quant_method is {method!r}, not 'littlebit'")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where}: format_version is {version!r}, but this version of littlebit reads {FORMAT_VERSION}; update it"
-        )
-    if not isinstance(layers, dict) or not layers:
-        raise CheckpointError(f"{where}: 'layers' must name at least one layer")
-    for name, entry in layers.items():
-        check_entry(where, name, entry)
-    return layers
-
-
-def check_entry(file: Path | str, name: str, entry: Any) -> None:
-    """Raise CheckpointError unless a layer's entry holds positive sizes, feasible ranks and a flag for the bias."""
-
-    def whole(value: Any, most: float = float("inf")) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-
-    good = isinstance(entry, dict) and set(entry) == {"d_out", "d_in", "ranks", "bias"}
-    good = good and whole(entry["d_out"]) and whole(entry["d_in"]) and isinstance(entry["bias"], bool)
-    good = good and isinstance(entry["ranks"], list) and len(entry["ranks"]) > 0
-    if not good or not all(whole(rank, min(entry["d_out"], entry["d_in"])) for rank in entry["ranks"]):
-        raise CheckpointError(f"{file}: layer {name} has the entry {entry!r}, which describes no layer")
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint."""
     tensors: dict[str, Tensor] = {}
@@ -403,63 +335,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with readable(file):
             tensors |= load_file(file)
     return tensors
-
-
-def read_headers(files: Sequence[Path]) -> dict[str, Header]:
-    """Shape and dtype of every tensor in some safetensors files; the tensors themselves are not read."""
-    headers = {}
-    for file in files:
-        with readable(file), safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                part = opened.get_slice(name)
-                headers[name] = Header(tuple(part.get_shape()), DTYPES[part.get_dtype()])
-    return headers
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or the shards that its index lists."""
-    if not (path / INDEX).exists():
-        return [path / WEIGHTS]
-    try:
-        names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        files = [path / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / INDEX} is damaged ({error!r}); copy or download it again") from error
-    if not files or any(file.parent != path for file in files):
-        raise CheckpointError(f"{path / INDEX} must name files beside it, not {names}")
-    return files
-
-
-@contextlib.contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Turns what goes wrong when a safetensors file is read into a CheckpointError that names it."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file.parent} is not a checkpoint: there is no {file.name}") from error
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file} is damaged or incomplete ({error}); copy or download it again") from error
-
-
-def check_layers(layers: dict[str, dict[str, Any]], tensors: Mapping[str, Tensor | Header]) -> None:
-    """Raise CheckpointError unless every packed layer has its tensors, in the right shapes and dtypes."""
-    for layer, name, shape, dtype in packed_tensors(layers):
-        if name not in tensors:
-            raise CheckpointError(f"layer {layer}: tensor {name} is missing from the checkpoint")
-        found = tensors[name]
-        if tuple(found.shape) != shape or found.dtype != dtype:
-            raise CheckpointError(
-                f"layer {layer}: tensor {name} is {tuple(found.shape)} {found.dtype}, but config.json asks for "
-                f"{shape} {dtype}; it is damaged, or another version of littlebit wrote it: quantise the model again"
-            )
-
-
-def packed_tensors(layers: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype]]:
-    """(layer, tensor name, shape, dtype) of every tensor that the packed layers store, biases excepted."""
-    for layer, entry in layers.items():
-        for order, rank in enumerate(entry["ranks"]):
-            for kind, (shape, dtype) in packed_shapes(entry["d_out"], entry["d_in"], rank).items():
-                yield layer, f"{layer}.paths.{order}.{kind}", shape, dtype
 
 
 def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, where: Path | str) -> None:
@@ -532,7 +407,7 @@ def info(path: str | Path) -> dict[str, Any]:
     CheckpointError
         If the directory is not a complete, consistent checkpoint.
     """
-    from .official import is_official, official_header
+    from .official import official_header
 
     path = Path(path)
     files = weight_files(path)
@@ -543,7 +418,7 @@ def info(path: str | Path) -> dict[str, Any]:
         config, layers = read_config(path)
         headers = read_headers(files)
         check_layers(layers, headers)
-        owners = {name: layer for layer, name, _, _ in packed_tensors(layers)}
+        owners = {name: layer for layer, name, _ in packed_tensors(layers)}
     sizes = {name: header.nbytes for name, header in headers.items()}
     file_bytes = sum(file.stat().st_size for file in files)
     kinds: dict[str, dict[str, Any]] = {}
@@ -576,9 +451,9 @@ def info(path: str | Path) -> dict[str, Any]:
 
 def other_parameters(headers: Mapping[str, Header], owners: Mapping[str, str]) -> int:
     """How many parameters the tensors outside the packed layers stand for."""
-    bits = {torch.int8: 8, torch.uint8: 4}  # codes of an embedding
+    bits = {"I8": 8, "U8": 4}  # codes of an embedding
     return sum(
-        8 * torch.Size(header.shape).numel() // bits.get(header.dtype, 8)
+        8 * math.prod(header.shape) // bits.get(header.dtype, 8)
         for name, header in headers.items()
         if name not in owners and not name.endswith("table.scale")
     )

@@ -4,25 +4,20 @@ Llama-like models on a CPU go through compiled code (decode_cpu.py), all others 
 """
 
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from .decode_cpu import decode, why_not
-from .latent_cache import LATENT_TYPES, latent_cache
+from .decode_cpu import Decodable, NotDecodableError, decode
 from .memory import KV_CACHES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# Settings of a generation_config that change which token is chosen, and their values that do not
-NEUTRAL = {"repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0)}
-NEUTRAL |= {"min_new_tokens": (None, 0), "bad_words_ids": (None,), "suppress_tokens": (None,), "num_beams": (None, 1)}
-
 
 def generate(
-    model: nn.Module,
+    model: Any,
     prompt: str,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -37,7 +32,7 @@ def generate(
 
     Parameters
     ----------
-    model : transformers causal language model, dense or packed
+    model : transformers causal language model, dense or packed, or a Decodable
     prompt : str
     max_new_tokens : int
     temperature : float
@@ -45,7 +40,8 @@ def generate(
     top_k, top_p : optional
         Sample among the k likeliest tokens, or the likeliest that hold probability p.
     seed : int
-        Of the sampling; the global generator is left as it was.
+        Of the sampling (NumPy's generator in the compiled decoder, torch's in transformers); global ones stay as they
+        were.
     chat : bool
         Put the prompt into the tokenizer's chat template, as the user's turn.
     tokenizer : transformers tokenizer, optional
@@ -66,7 +62,7 @@ def generate(
 
 
 def stream(
-    model: nn.Module,
+    model: Any,
     prompt: str,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -78,19 +74,19 @@ def stream(
     kv_cache: str = "ordinary",
 ) -> Iterator[str]:
     """`generate` in pieces, each as soon as it is known: the same arguments, errors and, joined, the same text."""
-    from .hf import load_tokenizer
+    if tokenizer is None:
+        from .hf import load_tokenizer
 
-    tokenizer = tokenizer or load_tokenizer(model.name_or_path)  # type: ignore[arg-type]
+        tokenizer = load_tokenizer(model.name_or_path)
     if chat:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
-    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, length)
-    if tokens.shape[1] == 0:
+    tokens = tokenizer(prompt)["input_ids"]
+    if not tokens:
         raise ValueError("the prompt is empty: give at least one character")
-    new = stream_tokens(
-        model, tokens[0], max_new_tokens, temperature, top_k, top_p, seed, pad_token(tokenizer), kv_cache
-    )
+    pad = pad_token(tokenizer)
+    new = stream_tokens(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
     return pieces(tokenizer, new)
 
 
@@ -118,8 +114,8 @@ def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
 
 
 def generate_tokens(
-    model: nn.Module,
-    tokens: Tensor,
+    model: Any,
+    tokens: "Tensor",
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -127,7 +123,7 @@ def generate_tokens(
     seed: int = 0,
     pad: int | None = None,
     kv_cache: str = "ordinary",
-) -> Tensor:
+) -> "Tensor":
     """New tokens, (1, at most max_new_tokens), after the prompt `tokens`, (1, length); see `generate`.
 
     Raises
@@ -135,13 +131,15 @@ def generate_tokens(
     ValueError
         If a setting is out of range.
     """
-    new = stream_tokens(model, tokens[0], max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
+    import torch
+
+    new = stream_tokens(model, tokens[0].tolist(), max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
     return torch.tensor([list(new)], dtype=torch.int64, device=next(model.parameters()).device)
 
 
 def stream_tokens(
-    model: nn.Module,
-    tokens: Tensor,
+    model: Any,
+    tokens: Sequence[int],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -150,7 +148,7 @@ def stream_tokens(
     pad: int | None = None,
     kv_cache: str = "ordinary",
 ) -> Iterator[int]:
-    """New tokens after the prompt `tokens`, (length,), one by one; see `generate`.
+    """New tokens after the prompt `tokens`, one by one; see `generate`.
 
     Raises
     ------
@@ -163,59 +161,20 @@ def stream_tokens(
         raise ValueError(f"need top_k >= 0 and 0 < top_p <= 1, not {top_k} and {top_p}")
     if kv_cache not in KV_CACHES:
         raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
-    if kv_cache != "ordinary":
-        cache = latent_cache(model, LATENT_TYPES[kv_cache])
-        return iter(through_transformers(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad, cache))
-    reason = why_not(model) or special_settings(model)
-    if reason is None:
-        return decode(model, tokens.cpu(), max_new_tokens, temperature, top_k, top_p, seed, stop_tokens(model))
-    log.warning("littlebit: transformers generates for this model, not the compiled decoder: %s", reason)
-    return iter(through_transformers(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad))
+    settings = max_new_tokens, temperature, top_k, top_p, seed
+    if isinstance(model, Decodable):
+        if kv_cache != "ordinary":
+            raise ValueError(f"a cache of kind {kv_cache!r} needs a model that `load` made")
+        return decode(model, tokens, *settings)
+    from .decode_loaded import check_settings, decodable, through_transformers
 
-
-def stop_tokens(model: Any) -> tuple[int, ...]:
-    """The tokens after which a model says no more."""
-    settings = getattr(model, "generation_config", None) or model.config
-    stop = settings.eos_token_id
-    return () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
-
-
-def special_settings(model: Any) -> str | None:
-    """The first setting of a model's generation_config that only transformers honours, in a few words."""
-    settings = getattr(model, "generation_config", None)
-    for name, neutral in NEUTRAL.items():
-        value = getattr(settings, name, None)
-        if value not in neutral:
-            return f"its generation_config sets {name} to {value}"
-    return None
-
-
-def through_transformers(
-    model: Any,
-    tokens: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    pad: int | None,
-    cache: Any = None,
-) -> list[int]:
-    """`stream_tokens` by transformers' generate, all at once, with a key-value cache of its own or the given one."""
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
-    greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    tokens = tokens[None].to(next(model.parameters()).device)
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        output = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            past_key_values=cache,
-            **(sampling if temperature else greedy),
-        )
-    return output[0, tokens.shape[1] :].tolist()
+    if kv_cache == "ordinary":
+        try:
+            check_settings(model)
+            return decode(decodable(model), tokens, *settings)
+        except NotDecodableError as reason:
+            log.warning("littlebit: transformers generates for this model, not the compiled decoder: %s", reason)
+    return iter(through_transformers(model, tokens, *settings, pad, kv_cache))
 
 
 def pad_token(tokenizer: Any) -> int | None:

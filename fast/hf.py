@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .fetch import cache_folder, fetch, known_names
-from .official import is_official
+from .fetch import cache_folder, known_names, resolve
+from .headers import is_official
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
 
@@ -104,20 +104,6 @@ def unknown_model(source: str | Path, error: Exception) -> ValueError:
         f"cannot load a model from {str(source)!r}: it is not a directory with config.json, a .gguf file, a known name "
         f"({', '.join(known_names())}) or a reachable hub id ({reason})"
     )
-
-
-def resolve(source: str | Path) -> str:
-    """Directory or hub id for a source; names are fetched, GGUF files converted once into the cache."""
-    path = Path(source)
-    if str(source) in known_names() and not path.exists():
-        path = fetch(str(source))
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"no such file: {source}")
-        return str(converted(path))
-    if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"{source} is not a model directory: it has no config.json")
-    return str(path) if path.exists() else str(source)
 
 
 def converted(gguf: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import signs
+from .kernels.dispatch import signs
 from .packing import PackedFactors
 
 BLOCK = 256  # tokens whose keys are expanded at once, at most

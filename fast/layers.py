@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import kernels
 from .factors import Factors
-from .kernels import unpacked
-from .kernels.cpu import Plan
+from .headers import packed_headers
+from .kernels.dispatch import plan_for, unpacked
+from .kernels.plan import Plan
 from .linear import linear, packed_linear
-from .packing import PackedFactors, pack_factors, row_words, to_half
+from .packing import PackedFactors, pack_factors, to_half
 from .signs import named_rule
+
+# What the tensors of a packed path are called in a safetensors header
+DTYPES = {"F16": torch.float16, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
 
 
 class Path(nn.Module):
@@ -199,7 +202,7 @@ class PackedLinear(NotPickled):
         # nn.Module's own dictionaries: its attributes take a microsecond each
         paths = self._modules["paths"]._modules.values()  # type: ignore[union-attr]
         tensors = [tensor for path in paths for tensor in path._buffers.values()]  # type: ignore[union-attr]
-        fitting = kernels.plan_for(x, tensors, plan)  # type: ignore[arg-type]
+        fitting = plan_for(x, tensors, plan)  # type: ignore[arg-type]
         if fitting is None or x.shape[-1] != self.d_in:
             return packed_linear(x, self.factors(), self.bias)
         if fitting is not plan:
@@ -235,11 +238,4 @@ class Joined(nn.Module):
 
 def packed_shapes(d_out: int, d_in: int, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor of a packed path, by its name in PackedFactors."""
-    (u_number, u_dtype), (v_number, v_dtype) = row_words(rank), row_words(d_in)
-    return {
-        "u_words": ((d_out, u_number), u_dtype),
-        "v_words": ((rank, v_number), v_dtype),
-        "h": ((d_out,), torch.float16),
-        "ell": ((rank,), torch.float16),
-        "g": ((d_in,), torch.float16),
-    }
+    return {name: (shape, DTYPES[dtype]) for name, (shape, dtype) in packed_headers(d_out, d_in, rank).items()}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import kernels
 from .factors import Factors
+from .kernels import dispatch
 from .packing import PackedFactors
 from .signs import named_rule
 
@@ -121,7 +121,7 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None
     """`linear` from packed words, accumulated in float32.
 
     On a CPU nothing is unpacked. On another device the signs of both factors are, for as long as the call lasts, and
-    a float16 or bfloat16 input is multiplied in its own dtype (`kernels.unpacked_linear`). Autograd gives x its
+    a float16 or bfloat16 input is multiplied in its own dtype (`dispatch.unpacked_linear`). Autograd gives x its
     gradient, so that adapters can be trained around a packed layer; signs and scales have none.
 
     Parameters
@@ -140,7 +140,7 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None
         If x's last axis is not d_in, x is on another device than the words, or the words do not fit the scales.
     """
     check_input(x, paths)
-    y = kernels.packed_linear(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), paths)  # (rows, d_out) float32
+    y = dispatch.packed_linear(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), paths)  # (rows, d_out) float32
     if bias is not None:
         y += bias
     y = y.to(x.dtype)

@@ -13,6 +13,7 @@ not stored: the authors' loader works them out (`bits.official_rank`).
 """
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -23,27 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from .bits import official_rank
-from .checkpoint import (
-    FORMAT_VERSION,
-    CheckpointError,
-    Header,
-    layers_to_save,
-    read_tensors,
-    stored_tensors,
-    write_tensors,
-    written_whole,
-)
+from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_tensors, written_whole
+from .headers import FORMAT_VERSION, OFFICIAL, CheckpointError, Header
 from .layers import PackedLinear
 from .packing import PackedFactors, pack_signs, row_words, to_half
 
-NOTE = "littlebit_config.json"
 SUFFIXES = ("", "_R")
 SIGNS = re.compile(r"(.+)\.U(_R)?(_packed(_R)?)?")
-
-
-def is_official(path: Path) -> bool:
-    """Whether a folder holds a checkpoint of the authors' repository."""
-    return (path / NOTE).is_file()
 
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Tensor]]:
@@ -193,7 +180,7 @@ def save_official(
         )
     with written_whole(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        (folder / NOTE).write_text(json.dumps(note, indent=1) + "\n")
+        (folder / OFFICIAL).write_text(json.dumps(note, indent=1) + "\n")
         write_tensors(tensors, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -231,7 +218,7 @@ def official_header(
     layers, owners = {}, {}
     for name in official_layers(headers):
         own = [key for key in headers if key.rpartition(".")[0] == name and not key.endswith(".bias")]
-        lengths = {key.rpartition(".")[2]: torch.Size(headers[key].shape).numel() for key in own}
+        lengths = {key.rpartition(".")[2]: math.prod(headers[key].shape) for key in own}
         try:  # a rank is never larger than the sizes
             d_out, d_in = max(lengths["u1"], lengths["u2"]), max(lengths["v1"], lengths["v2"])
         except KeyError as error:
@@ -245,12 +232,12 @@ def official_header(
 def read_notes(path: Path, layers: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
     """config.json, and the target that littlebit_config.json names, of a checkpoint with such layers."""
     try:
-        config, note = (json.loads((path / name).read_text()) for name in ("config.json", NOTE))
+        config, note = (json.loads((path / name).read_text()) for name in ("config.json", OFFICIAL))
         bits = note.get("eff_bit")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not a checkpoint: there is no config.json") from error
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: config.json or {NOTE} is damaged ({error}); copy it again") from error
+        raise CheckpointError(f"{path}: config.json or {OFFICIAL} is damaged ({error}); copy it again") from error
     if not layers:
         raise CheckpointError(f"{path}: no tensor is called LAYER.U_packed or LAYER.U, so there is no quantised layer")
     return config, bits

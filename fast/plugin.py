@@ -1,4 +1,4 @@
-"""Tells transformers and PEFT about LittleBit as soon as they are imported, and never imports them."""
+"""Tells torch, transformers and PEFT about LittleBit as soon as they are imported, and never imports them."""
 
 import importlib.util
 import logging
@@ -20,6 +20,11 @@ def announce() -> None:
             sys.meta_path.insert(0, Waiting(name, register))
 
 
+def register_operators() -> None:
+    """Import the module that defines the operator of the packed layer, which saved programs may hold."""
+    from . import operators as operators
+
+
 def register_quantizer() -> None:
     """Import the module that puts the quantiser into transformers' lists, if it is not what imports transformers."""
     from . import quantizer as quantizer
@@ -31,7 +36,11 @@ def register_lora() -> None:
 
 
 # The modules in which the libraries keep what is to be extended
-REGISTERS = {"transformers.quantizers.auto": register_quantizer, "peft.tuners.lora.model": register_lora}
+REGISTERS = {
+    "torch": register_operators,
+    "transformers.quantizers.auto": register_quantizer,
+    "peft.tuners.lora.model": register_lora,
+}
 
 
 class Waiting(MetaPathFinder):

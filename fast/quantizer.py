@@ -16,15 +16,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import (
-    CheckpointError,
-    check_layers,
-    put_embeddings,
-    put_layers,
-    read_headers,
-    read_layers,
-    section,
-)
+from .checkpoint import put_embeddings, put_layers, section
+from .headers import CheckpointError, check_layers, read_headers, read_layers
 from .layers import LittleBitLinear
 from .model import Config, pack_, quantize_
 

@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
-from .checkpoint import WEIGHTS, CheckpointError, written_whole
-from .fetch import DATA, cache_folder, file_digest
+from .fetch import DATA, cache_folder, file_digest, resolve
+from .headers import WEIGHTS, CheckpointError
 
 
 def shipped(name: str) -> Path:
@@ -27,9 +27,10 @@ def shipped(name: str) -> Path:
 
 def put_together(file: Path, folder: Path) -> None:
     """Write the whole checkpoint that a shipped file and its base make."""
-    from .hf import load_tokenizer, resolve
+    from .checkpoint import written_whole
+    from .hf import load_tokenizer
 
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(file, framework="numpy") as opened:
         note = json.loads((opened.metadata() or {})["littlebit"])
     base = Path(resolve(note["base"]))
     trained = load_file(file)
@@ -63,13 +64,11 @@ def ship(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> N
     CheckpointError
         If the checkpoint lacks a tensor of its base, so that it was made from another.
     """
-    from .hf import resolve
-
     before, after = load_file(Path(resolve(base)) / WEIGHTS), load_file(checkpoint / WEIGHTS)
     section = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     quantised = {f"{layer}.weight" for layer in section["layers"]}
     if missing := sorted(before.keys() - after.keys() - quantised):
         raise CheckpointError(f"{checkpoint} was not made from {base}: it lacks {missing[0]}")
-    changed = {name: t for name, t in after.items() if name not in before or not torch.equal(t, before[name])}
+    changed = {name: t for name, t in after.items() if name not in before or not np.array_equal(t, before[name])}
     note = {"base": base, "quantization_config": section, "training": training}
     save_file(changed, file, metadata={"littlebit": json.dumps(note)})

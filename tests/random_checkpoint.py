@@ -10,7 +10,7 @@ from pathlib import Path
 import littlebit.fast as lb
 import torch
 from littlebit.fast.bench import random_path
-from littlebit.fast.checkpoint import weight_files
+from littlebit.fast.headers import weight_files
 from littlebit.fast.hf import empty_model
 from littlebit.fast.layers import PackedLinear
 from littlebit.fast.model import Config, replace_module, target_layers

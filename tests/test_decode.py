@@ -15,7 +15,8 @@ from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
 from littlebit.fast import decode
 from littlebit.fast.agreement import PROMPTS, agreement, dense_twin
-from littlebit.fast.decode_cpu import Decoder, sample, why_not
+from littlebit.fast.decode_cpu import STATIC_ROPE, Decoder, inverse_frequencies, rotary_angles, sample
+from littlebit.fast.decode_loaded import decodable, through_transformers, why_not
 from littlebit.fast.embeddings import (
     LEVELS,
     QuantizedHead,
@@ -70,11 +71,11 @@ def test_decoder_logits_equal_those_of_the_model(packed, bits, length):
     tokens = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(length))
     exact, moved = exact_and_condition(model, tokens)
     terms = 64 + sum(layer.d_in + sum(layer.ranks) + length for layer in packed_layers(model).values())
-    decoder = Decoder(model, 64)
+    decoder = Decoder(decodable(model), 64)
     assert_within(decoder(tokens.numpy()), exact, moved, terms)
     with torch.inference_mode():
         assert_within(model(tokens[None]).logits[0, -1], exact, moved, terms)
-    one_by_one = Decoder(model, 64)
+    one_by_one = Decoder(decodable(model), 64)
     for token in tokens.numpy():
         logits = one_by_one(np.array([token]))
     assert_within(logits, exact, moved, terms)
@@ -85,9 +86,9 @@ def test_decoder_gives_the_same_on_any_number_of_threads(packed, monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        serial = Decoder(packed, 64)(tokens).copy()
+        serial = Decoder(decodable(packed), 64)(tokens).copy()
         torch.set_num_threads(2)
-        assert_same(Decoder(packed, 64)(tokens), serial)
+        assert_same(Decoder(decodable(packed), 64)(tokens), serial)
     finally:
         torch.set_num_threads(before)
 
@@ -96,12 +97,12 @@ def test_generate_writes_what_transformers_writes(packed):
     prompts = [torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(length)) for length in (1, 9)]
     for tokens in prompts:
         new = decode.generate_tokens(packed, tokens, 40)
-        expected = decode.through_transformers(packed, tokens[0], 40, 0.0, None, None, 0, 258)
+        expected = through_transformers(packed, tokens[0].tolist(), 40, 0.0, None, None, 0, 258)
         assert new[0].tolist() == expected
 
 
 def test_decoder_refuses_what_it_cannot_hold(packed):
-    decoder = Decoder(packed, 4)
+    decoder = Decoder(decodable(packed), 4)
     with pytest.raises(ValueError, match="holds 4 tokens"):
         decoder(np.arange(5))
     with pytest.raises(ValueError, match="from 0 to 259"):
@@ -122,14 +123,14 @@ def test_sample_draws_from_the_likeliest(data):
     if top_p is not None:
         before = np.cumsum(chances) - chances
         allowed = order[: max(1, int((before < top_p + 1e-5).sum()))]
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    generator = np.random.default_rng(data.draw(st.integers(0, 100)))
     for _ in range(10):
         assert sample(logits, temperature, top_k, top_p, generator) in allowed
 
 
 def test_sample_has_the_frequencies_of_the_softmax():
     """Each count of 4000 draws lies within five standard deviations of its mean."""
-    logits, generator = np.array([0.0, 1.0, 2.0, -1.0], np.float32), torch.Generator().manual_seed(0)
+    logits, generator = np.array([0.0, 1.0, 2.0, -1.0], np.float32), np.random.default_rng(0)
     counts = np.bincount([sample(logits, 0.7, None, None, generator) for _ in range(4000)], minlength=4)
     chances = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
     assert (np.abs(counts - 4000 * chances) < 5 * np.sqrt(4000 * chances * (1 - chances))).all()
@@ -178,6 +179,35 @@ def test_generate_falls_back_to_transformers_and_says_so(tiny_llama, tmp_path, c
     assert "repetition_penalty" in caplog.text
 
 
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {
+        **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "original_max_position_embeddings": 128,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", STATIC_ROPE)
+@pytest.mark.parametrize(("size", "theta"), [(32, 1e4), (64, 1e5), (128, 5e5), (48, 100.0)])
+def test_rotary_angles_are_those_of_transformers(kind, size, theta):
+    """A power is at most an ulp off, and each of at most eight operations after it rounds once."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": kind, "rope_theta": theta} | ROPES[kind]
+    config = LlamaConfig(hidden_size=2 * size, num_attention_heads=2, head_dim=size, rope_parameters=dict(rope))
+    module = LlamaRotaryEmbedding(config)
+    frequencies = inverse_frequencies(rope, size)
+    expected = module.inv_freq.double().numpy()
+    assert_within(frequencies, expected, expected, terms=8)
+    cosines, sines = module(torch.zeros(1), torch.arange(300)[None])
+    moved = 1 + np.arange(300)[:, None] * expected  # an angle's error is its relative one times itself
+    for mine, theirs in zip(rotary_angles(rope, size, 300), (cosines, sines), strict=True):
+        assert_within(mine, theirs[0, :, : size // 2].double().numpy(), moved, terms=8)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -201,8 +231,9 @@ import littlebit.fast as lb
 from littlebit.fast.kernels import cpu, cpu_decode
 import numpy as np, torch
 from littlebit.fast.decode_cpu import Decoder
+from littlebit.fast.decode_loaded import decodable
 model = lb.load_model({str(tiny_llama)!r})
-Decoder(model, 8)(np.arange(3))
+Decoder(decodable(model), 8)(np.arange(3))
 lb.packed_linear(torch.zeros(1, 32), [lb.pack_factors(lb.Factors(*map(torch.ones, ((8, 4), (32, 4), 8, 4, 32))))])
 missed = [sum(f.stats.cache_misses.values()) for f in (cpu_decode.step, cpu.layer)]
 assert missed == [0, 0], missed

@@ -15,8 +15,8 @@ import torch
 from compare import assert_same, assert_within
 from hypothesis import HealthCheck, given, settings, strategies as st
 from littlebit.fast.bench import exact_path, random_path
-from littlebit.fast.kernels import cpu, unpacked_linear
-from littlebit.fast.kernels.cpu import widened
+from littlebit.fast.kernels import cpu, plan as plans
+from littlebit.fast.kernels.dispatch import unpacked_linear
 from littlebit.fast.kernels.lanes import LEVEL, LEVELS
 from strategies import factor_arrays, inputs, sizes
 
@@ -87,7 +87,7 @@ def test_packed_linear_equals_dense(largest, data):
     y = fast.packed_linear(torch.from_numpy(x), fast_packed, torch.from_numpy(bias))
     assert_within(y, exact, magnitude, terms)
     for kernel in cpu.KERNELS.values():
-        y = cpu.packed_linear(torch.from_numpy(x).reshape(-1, x.shape[-1]), fast_packed, kernel).reshape(exact.shape)
+        y = plans.packed_linear(torch.from_numpy(x).reshape(-1, x.shape[-1]), fast_packed, kernel).reshape(exact.shape)
         # sum - 2 * part: at most three times the magnitude is rounded
         assert_within(y, exact - bias, 3 * magnitude if kernel in (cpu.SELECT, cpu.BYTES) else magnitude, terms)
 
@@ -102,8 +102,8 @@ def test_random_path_is_as_pack_factors_makes_it(d_out, d_in, rank):
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 15, 16, 17, 32])
 def test_widened_adds_nothing_but_zeros(count):
     words = fast.pack_signs(-torch.ones(3, count))
-    assert widened(words).dtype == torch.int32
-    assert_same(widened(words), np.full((3, 1), 2**count - 1, np.uint32))
+    assert plans.widened(words).dtype == torch.int32
+    assert_same(plans.widened(words), np.full((3, 1), 2**count - 1, np.uint32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -177,10 +177,10 @@ def test_packed_linear_is_the_same_for_any_threads_and_batch(any_threads, kernel
     paths = [random_path(d_out, d_in, rank, generator) for _ in range(data.draw(st.integers(1, 3)))]
     x = torch.randn(batch, d_in, generator=generator)
     torch.set_num_threads(1)
-    serial = cpu.packed_linear(x, paths, cpu.KERNELS[kernel])
-    assert_same(torch.cat([cpu.packed_linear(row[None], paths, cpu.KERNELS[kernel]) for row in x]), serial)
+    serial = plans.packed_linear(x, paths, cpu.KERNELS[kernel])
+    assert_same(torch.cat([plans.packed_linear(row[None], paths, cpu.KERNELS[kernel]) for row in x]), serial)
     torch.set_num_threads(2)
-    assert_same(cpu.packed_linear(x, paths, cpu.KERNELS[kernel]), serial)
+    assert_same(plans.packed_linear(x, paths, cpu.KERNELS[kernel]), serial)
     exact = sum(exact_path(x, path) for path in paths)
     magnitude = sum(exact_path(x.abs(), in_magnitude(path)) for path in paths)
     assert_within(serial, exact, 3 * magnitude, terms=8 + len(paths) * (d_in + rank))
@@ -191,7 +191,7 @@ def test_packed_linear_of_a_large_batch_agrees_by_lookups_and_unpacked(data, d_o
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
     paths = [random_path(d_out, d_in, rank, generator) for _ in range(data.draw(st.integers(1, 2)))]
     x = torch.randn(batch, d_in, generator=generator)
-    plan = cpu.Plan([tensor for path in paths for tensor in path])
+    plan = plans.Plan([tensor for path in paths for tensor in path])
     exact = sum(exact_path(x, path) for path in paths)
     magnitude = sum(exact_path(x.abs(), in_magnitude(path)) for path in paths)
     terms = 8 + len(paths) * (d_in + rank)
@@ -202,11 +202,11 @@ def test_packed_linear_of_a_large_batch_agrees_by_lookups_and_unpacked(data, d_o
 
 def test_few_rows_and_many_signs_are_never_unpacked(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    plan = cpu.Plan(random_path(64, 64, 1, generator))
+    plan = plans.Plan(random_path(64, 64, 1, generator))
     assert plan.is_quicker_unpacked(1000)
-    assert not cpu.Plan(random_path(2000, 2000, 500, generator)).is_quicker_unpacked(cpu.LARGE_BATCH + 1)
-    monkeypatch.setattr(cpu.Plan, "unpacked", lambda *_: pytest.fail("unpacked"))
-    plan(torch.zeros(cpu.LARGE_BATCH, 64))
+    assert not plans.Plan(random_path(2000, 2000, 500, generator)).is_quicker_unpacked(plans.LARGE_BATCH + 1)
+    monkeypatch.setattr(plans.Plan, "unpacked", lambda *_: pytest.fail("unpacked"))
+    plan(torch.zeros(plans.LARGE_BATCH, 64))
     with pytest.raises(pytest.fail.Exception):
         plan(torch.zeros(1000, 64))
 
@@ -268,8 +268,8 @@ for seed, (d_out, d_in, rank, batch) in enumerate([(1, 1, 1, 1), (17, 33, 31, 7)
     exact = sum(exact_path(x, path) for path in paths)
     magnitude = sum(exact_path(x.abs(), in_magnitude(path)) for path in paths)
     for kernel in cpu.KERNELS.values():
-        assert_within(cpu.packed_linear(x, paths, kernel), exact, 3 * magnitude, 8 + 2 * (d_in + rank))
-    unpacked = cpu.Plan([tensor for path in paths for tensor in path]).unpacked(x)
+        assert_within(plans.packed_linear(x, paths, kernel), exact, 3 * magnitude, 8 + 2 * (d_in + rank))
+    unpacked = plans.Plan([tensor for path in paths for tensor in path]).unpacked(x)
     assert_within(unpacked, exact, magnitude, 8 + 2 * (d_in + rank))
 """
 
@@ -284,7 +284,7 @@ def test_packed_linear_agrees_on_every_kind_of_processor(level):
 
 def test_an_unknown_kind_of_processor_is_refused():
     environment = os.environ | {"LITTLEBIT_CPU": "abacus"}
-    code = "import littlebit.fast"
+    code = "import littlebit.fast.kernels"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "LITTLEBIT_CPU must be one of" in done.stderr
 

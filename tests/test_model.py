@@ -225,41 +225,41 @@ LAYER = "model.layers.0.mlp.up_proj"
 NARROW = "model.layers.0.self_attn.k_proj.paths.0.u_words"  # of a rank between 1 and 16
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: (path / "config.json").unlink(), "no config.json"),
-        (lambda path: (path / "config.json").write_text("{"), "not the configuration"),
-        (lambda path: (path / "model.safetensors").unlink(), "no model.safetensors"),
-        (lambda path: os.truncate(path / "model.safetensors", 5000), "damaged or incomplete"),
-        (lambda path: os.truncate(path / "model.safetensors", 4), "damaged or incomplete"),
-        (lambda path: (path / "model.safetensors").write_bytes(b""), "damaged or incomplete"),
-        (lambda path: edit_config(path, lambda c: c.pop("quantization_config")), "not the configuration"),
-        (
-            lambda path: edit_config(path, lambda c: c["quantization_config"].update(format_version=99)),
-            "format_version",
-        ),
-        (lambda path: edit_config(path, lambda c: c["quantization_config"].update(quant_method="x")), "quant_method"),
-        (lambda path: edit_config(path, lambda c: c["quantization_config"].update(layers={})), "at least one layer"),
-        (lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"][LAYER].update(ranks=[0])), LAYER),
-        (lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"][LAYER].update(ranks=[5])), LAYER),
-        (
-            lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"][LAYER].update(d_in=10**15)),
-            LAYER,
-        ),
-        (lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"].pop(LAYER)), "does not fit"),
-        (lambda path: edit_config(path, lambda c: c.update(model_type="unheard-of")), "unheard-of"),
-        (lambda path: edit_config(path, lambda c: c.update(hidden_size=32)), "config.json packs"),
-        (lambda path: edit_config(path, lambda c: c.update(vocab_size=100)), "does not describe a model"),
-        (lambda path: edit_config(path, lambda c: c.update(vocab_size=300)), "does not fit"),
-        (lambda path: rewrite(path, lambda t: t.pop(f"{LAYER}.paths.0.h")), LAYER),
-        (lambda path: rewrite(path, lambda t: t.update({f"{LAYER}.paths.0.h": torch.zeros(96)})), LAYER),
-        (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].int()})), "another version of littlebit"),
-        (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].view(torch.uint8)})), "torch.uint8, but"),
-        (lambda path: rewrite(path, lambda t: t.update(extra=torch.zeros(1))), "left over"),
-        (lambda path: rewrite(path, lambda t: t.pop("model.norm.weight")), "missing"),
-    ],
-)
+DAMAGES = [
+    (lambda path: (path / "config.json").unlink(), "no config.json"),
+    (lambda path: (path / "config.json").write_text("{"), "not the configuration"),
+    (lambda path: (path / "model.safetensors").unlink(), "no model.safetensors"),
+    (lambda path: os.truncate(path / "model.safetensors", 5000), "damaged or incomplete"),
+    (lambda path: os.truncate(path / "model.safetensors", 4), "damaged or incomplete"),
+    (lambda path: (path / "model.safetensors").write_bytes(b""), "damaged or incomplete"),
+    (lambda path: edit_config(path, lambda c: c.pop("quantization_config")), "not the configuration"),
+    (
+        lambda path: edit_config(path, lambda c: c["quantization_config"].update(format_version=99)),
+        "format_version",
+    ),
+    (lambda path: edit_config(path, lambda c: c["quantization_config"].update(quant_method="x")), "quant_method"),
+    (lambda path: edit_config(path, lambda c: c["quantization_config"].update(layers={})), "at least one layer"),
+    (lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"][LAYER].update(ranks=[0])), LAYER),
+    (lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"][LAYER].update(ranks=[5])), LAYER),
+    (
+        lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"][LAYER].update(d_in=10**15)),
+        LAYER,
+    ),
+    (lambda path: edit_config(path, lambda c: c["quantization_config"]["layers"].pop(LAYER)), "does not fit"),
+    (lambda path: edit_config(path, lambda c: c.update(model_type="unheard-of")), "unheard-of"),
+    (lambda path: edit_config(path, lambda c: c.update(hidden_size=32)), "config.json packs"),
+    (lambda path: edit_config(path, lambda c: c.update(vocab_size=100)), "does not describe a model"),
+    (lambda path: edit_config(path, lambda c: c.update(vocab_size=300)), "does not fit"),
+    (lambda path: rewrite(path, lambda t: t.pop(f"{LAYER}.paths.0.h")), LAYER),
+    (lambda path: rewrite(path, lambda t: t.update({f"{LAYER}.paths.0.h": torch.zeros(96)})), LAYER),
+    (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].int()})), "another version of littlebit"),
+    (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].view(torch.uint8)})), " U8, but"),
+    (lambda path: rewrite(path, lambda t: t.update(extra=torch.zeros(1))), "left over"),
+    (lambda path: rewrite(path, lambda t: t.pop("model.norm.weight")), "missing"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
 def test_load_refuses_damaged_checkpoints(copied, damage, message):
     damage(copied)
     with pytest.raises(lb.CheckpointError, match=message):

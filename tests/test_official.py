@@ -11,9 +11,8 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from conftest import make_tiny_llama
-from littlebit.fast.checkpoint import WEIGHTS, read_headers, weight_files
+from littlebit.fast.headers import OFFICIAL, WEIGHTS, read_headers, weight_files
 from littlebit.fast.model import packed_layers
-from littlebit.fast.official import NOTE
 from safetensors.numpy import load_file as load_arrays, save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from test_decode import exact_and_condition
@@ -69,7 +68,7 @@ def write_official(source, out, packed=True, swapped=False, suffix_last=False):
         module.weight.data = torch.from_numpy(weight)
     out.mkdir()
     save_arrays(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / NOTE).write_text(json.dumps({"eff_bit": 3.5, "residual": True}))
+    (out / OFFICIAL).write_text(json.dumps({"eff_bit": 3.5, "residual": True}))
     (out / "config.json").write_text((source / "config.json").read_text())
     for file in source.glob("tokenizer*"):
         (out / file.name).write_text(file.read_text())
@@ -125,7 +124,7 @@ def test_export_gives_back_every_bit(tiny_llama, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "bits per weight stored in 14 layers" in done.stdout
     headers = read_headers(weight_files(tmp_path / "back"))
-    assert {str(h.dtype) for name, h in headers.items() if name.endswith("_packed")} == {"torch.int32"}
+    assert {header.dtype for name, header in headers.items() if name.endswith("_packed")} == {"I32"}
     arrays = load_arrays(tmp_path / "back" / "model.safetensors")
     latents = load_arrays(tmp_path / "official" / "model.safetensors")
     for name, array in arrays.items():
@@ -137,7 +136,7 @@ def test_export_gives_back_every_bit(tiny_llama, tmp_path):
             assert_same(array, np.packbits(padded, axis=-1, bitorder="little").view(np.int32))
     again = lb.load(tmp_path / "back")
     assert_same(logits(again), logits(lb.load(ours)))
-    assert json.loads((tmp_path / "back" / NOTE).read_text())["eff_bit"] == 3.5
+    assert json.loads((tmp_path / "back" / OFFICIAL).read_text())["eff_bit"] == 3.5
 
 
 def test_export_refuses_what_the_format_does_not_hold(tiny_llama, tmp_path):
@@ -178,7 +177,7 @@ def rewritten(path, change):
         (lambda p: rewritten(p, lambda t: t.update({f"{LAYER}.U_shape": torch.tensor([96, 70])})), "96 rows of 70"),
         (lambda p: rewritten(p, lambda t: t.update({f"{LAYER}.u1": torch.full((96,), 1e6)})), "does not fit float16"),
         (lambda p: rewritten(p, lambda t: [t.pop(k) for k in list(t) if "_proj." in k]), "no quantised layer"),
-        (lambda p: (p / NOTE).write_text("["), "is damaged"),
+        (lambda p: (p / OFFICIAL).write_text("["), "is damaged"),
         (lambda p: (p / "config.json").unlink(), "no config.json"),
         (lambda p: (p / "model.safetensors").unlink(), "no model.safetensors"),
     ],
@@ -218,7 +217,10 @@ def test_official_ranks_are_exported_without_a_warning_and_others_with_one(paths
         lb.save_official(made["official"], tmp_path / "official", bits=1.4 * paths)
     with pytest.warns(UserWarning, match=r"will not load this checkpoint: layer model\.layers\.0"):
         lb.save_official(made["uniform"], tmp_path / "uniform", bits=1.4 * paths)
-    note, tensors = json.loads((tmp_path / "official" / NOTE).read_text()), load_file(tmp_path / "official" / WEIGHTS)
+    note, tensors = (
+        json.loads((tmp_path / "official" / OFFICIAL).read_text()),
+        load_file(tmp_path / "official" / WEIGHTS),
+    )
     for name, layer in packed_layers(made["official"]).items():
         a, b, count = layer.d_in, layer.d_out, 1 + note["residual"]
         rank = max(8, int((a * b * note["eff_bit"] - 16 * count * (a + b)) / (count * (a + b + 16))) // 8 * 8)

@@ -64,8 +64,36 @@ def test_reference_imports_numpy_alone():
     assert {name for name in third_party if not name.startswith("_")} <= {"numpy", "littlebit"}
 
 
-def test_fast_imports_neither_transformers_nor_matplotlib():
-    assert not modules_loaded_by("import littlebit.fast") & {"transformers", "matplotlib", "gguf", "tokenizers"}
+def test_fast_imports_nothing_until_it_is_needed():
+    loaded = modules_loaded_by("import littlebit.fast") - set(sys.stdlib_module_names)
+    assert {name for name in loaded if not name.startswith("_")} == {"littlebit"}
+    loaded = modules_loaded_by("import littlebit.fast as lb; lb.quantize_, lb.load, lb.generate")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "matplotlib", "gguf", "tokenizers"}
+
+
+def test_exported_names_are_themselves_whatever_is_imported_first():
+    """Also those that a module is called like, which Python would put in their place."""
+    import littlebit.fast as lb
+
+    names = [name for name, module in lb.exports.items() if name == module]
+    assert {"fetch", "svd", "linear", "latent_cache"} <= set(names)
+    modules = ", ".join(f"littlebit.fast.{name}" for name in names)
+    code = f"import {modules}; import littlebit.fast as lb; assert all(callable(getattr(lb, n)) for n in {names})"
+    code += "; from littlebit.fast import *; assert callable(fetch) and save.__module__ == 'littlebit.fast.checkpoint'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(lb.exports) <= set(dir(lb))
+    for name, module in lb.exports.items():
+        assert getattr(lb, name) is getattr(importlib.import_module(f"littlebit.fast.{module}"), name)
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        _ = lb.no_such_name
+
+
+@pytest.mark.parametrize("order", ["littlebit.fast, torch", "torch, littlebit.fast"])
+def test_torch_learns_the_operator_in_any_order(order):
+    """A program that torch.export saved may need it before any other name is used."""
+    code = f"import {order}; torch.ops.littlebit.packed_linear.default"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("package", ["reference", "fast"])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from compare import assert_same
 from littlebit.fast.__main__ import main
-from littlebit.fast.checkpoint import WEIGHTS
 from littlebit.fast.fetch import DATA, shipped_names
+from littlebit.fast.headers import WEIGHTS
 from littlebit.fast.shipped import put_together, ship, shipped
 from safetensors import safe_open
 from safetensors.torch import load_file

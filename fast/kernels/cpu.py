@@ -18,26 +18,25 @@ once for all rows, and stay in the first-level cache, as x is taken in chunks of
 Bytes moved: the sign words once for each four rows of x, the scales (float16) once, x and y once each.
 
 The result for a row of x does not depend on the other rows, nor on the number of threads, but on whether there are so
-many rows that unpacking them for torch's BLAS is quicker (`Plan.is_quicker_unpacked`).
+many rows that unpacking them for torch's BLAS is quicker (`plan.Plan.is_quicker_unpacked`).
+
+Nothing here needs torch: plan.py brings tensors to the kernels, and fast/decode_cpu.py arrays.
 """
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
 import contextlib
 import functools
+import os
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numba
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
-from ..packing import PackedFactors, to_half
 from .lanes import (
     LANES,
-    LEVEL,
     add,
     add_lookups,
     add_where,
@@ -74,13 +73,6 @@ GROUP_BYTES = 1 << 18  # of words that are one group: the second-level cache hol
 ASKED = 1 << 14  # bytes of the next stage's words that are asked for at most, before this one
 LINE = 64  # bytes of a cache line
 PARALLEL_WORK = 1 << 20  # sign additions below which a second thread costs more than it brings
-
-# What large batches cost, in the time of a sign addition of `nibbles`, as measured with 1 to 544 signs a row
-LARGE_BATCH = 32  # rows of x above which unpacking is thought of
-TABLE_COST = 20  # of a column of x: its share of making the tables
-PATH_COST = 60_000  # of a path, for each row of x
-PRODUCT_COST = {"avx512": 1.3, "avx2": 0.8, "plain": 0.9}[LEVEL]  # of a multiplication and addition in torch's BLAS
-UNPACK_COST = {"avx512": 30, "avx2": 25, "plain": 20}[LEVEL]  # of unpacking one sign
 
 MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
@@ -313,7 +305,6 @@ def sign_products(kernel, words, x, x_step, scale, sums, sums_step, start, stop,
 # its five arrays, and its rank.
 U, V, H, ELL, G, RANK = range(6)
 PATH_NUMBERS = 6
-FIELDS = len(PackedFactors._fields)
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -530,112 +521,30 @@ local = threading.local()
 parallel_lock = threading.Lock()
 
 
-class Plan:
-    """A layer's paths as the numbers that the kernels take, for as long as its tensors stay what they are.
-
-    Parameters
-    ----------
-    tensors : the tensors of all paths one after the other, on a CPU, of fitting shapes and dtypes
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]):
-        paths = [PackedFactors(*tensors[at : at + FIELDS]) for at in range(0, len(tensors), FIELDS)]
-        self.numbers, self.kept = layer_plan(paths)
-        self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
-        self.ranks = [path.rank for path in paths]
-        self.work = sum(self.ranks) * (self.d_out + self.d_in)  # sign additions for a row of x
-        self.seen = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in self.kept]
-
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the plan reads just these tensors: the same memory, of the same shapes and dtypes, row after row.
-
-        Never for tensors that it had to copy. No other device has an address of this one's memory.
-        """
-        return self.seen == [
-            (tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors if tensor.is_contiguous()
-        ]
-
-    def __call__(self, x: Tensor, kernel: int | None = None) -> Tensor:
-        """(..., d_out) float32 from (..., d_in), on at most torch.get_num_threads() threads.
-
-        `kernel` is one of KERNELS; by default the best, or for large batches torch's BLAS if that is quicker. Several
-        Python threads may call it at once; one of them at a time uses Numba's.
-        """
-        if x.dtype != torch.float32 or not x.is_contiguous():
-            x = x.to(torch.float32).contiguous()
-        rows = x.numel() // self.d_in
-        if kernel is None:
-            if rows > LARGE_BATCH and self.is_quicker_unpacked(rows):
-                return self.unpacked(x)
-            kernel = BEST
-        y = torch.empty(*x.shape[:-1], self.d_out)
-        arguments = kernel, self.numbers, self.d_out, self.d_in, x.data_ptr(), y.data_ptr(), rows
-        if rows * self.work < PARALLEL_WORK or torch.get_num_threads() == 1:
-            layer(*arguments)
-            return y
-        with numba_threads() as threads:
-            if threads == 1:
-                layer(*arguments)
-            else:
-                layer_parallel(*arguments, threads)
-        return y
-
-    def is_quicker_unpacked(self, rows: int) -> bool:
-        """Whether two dense products take less time than lookups, which work on sixteen rows and 32 columns of signs.
-
-        They do for small layers, for a processor without AVX-512, and for neither when there are few rows of x.
-        """
-        lookups = 0
-        for rank in self.ranks:
-            words = rank + 31 & -32
-            lookups += PATH_COST + ((rank + 15 & -LANES) + TABLE_COST) * self.d_in + words * (self.d_out + TABLE_COST)
-        return (UNPACK_COST + PRODUCT_COST * rows) * self.work < rows * lookups
-
-    def unpacked(self, x: Tensor) -> Tensor:
-        """The same by unpacking to float32, R * (d_in + d_out) numbers for a total rank R, and two dense products."""
-        a, b = torch.empty(sum(self.ranks), self.d_in), torch.empty(self.d_out, sum(self.ranks))
-        unpack(self.numbers, self.d_out, self.d_in, a.data_ptr(), b.data_ptr())
-        return functional.linear(functional.linear(x, a), b)
-
-
-def packed_linear(x: Tensor, paths: Sequence[PackedFactors], kernel: int | None = None) -> Tensor:
-    """`kernels.packed_linear` for tensors on the CPU; see `Plan`."""
-    return Plan([tensor for path in paths for tensor in path])(x, kernel)
-
-
-def layer_plan(paths: Sequence[PackedFactors]) -> tuple[np.ndarray, list[Tensor]]:
-    """Six numbers for each path, (paths * 6,) int64, and the tensors that must live as long as they are used."""
-    numbers: list[int] = []
-    kept = []
-    for path in paths:
-        scales = [to_half(name, getattr(path, name)) for name in ("h", "ell", "g")]  # a model's dtype may be another
-        for tensor in (widened(path.u_words), widened(path.v_words), *scales):
-            kept.append(tensor if tensor.is_contiguous() else tensor.contiguous())
-            numbers.append(kept[-1].data_ptr())
-        numbers.append(path.ell.shape[0])
-    return np.array(numbers, np.int64), kept
-
-
-def widened(words: Tensor) -> Tensor:
-    """Words as int32, which is all that the kernels read; narrow ones get further pad bits, zeros as all are."""
-    if words.dtype == torch.int32:
-        return words
-    return words.to(torch.int32) & (1 << 8 * words.itemsize) - 1  # without the int16's sign
-
-
 @functools.cache
 def start_threads() -> None:
     """Start Numba's threads, once, and put back torch's number of threads, which that changes: both ask OpenMP."""
-    before = torch.get_num_threads()
+    torch = sys.modules.get("torch")
+    before = torch and torch.get_num_threads()
     numba.set_num_threads(MAX_THREADS)
-    torch.set_num_threads(before)
+    if torch:
+        torch.set_num_threads(before)
+
+
+def default_threads() -> int:
+    """How many threads torch may use, at most Numba's; OMP_NUM_THREADS, or all, in a process without torch."""
+    torch = sys.modules.get("torch")
+    if torch:
+        return min(torch.get_num_threads(), MAX_THREADS)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(asked), MAX_THREADS) if asked.isdecimal() and int(asked) else MAX_THREADS
 
 
 @contextlib.contextmanager
-def numba_threads() -> Iterator[int]:
-    """How many of Numba's threads the block may use: torch's number, or one if another Python thread uses them."""
+def numba_threads(wanted: int | None = None) -> Iterator[int]:
+    """How many of Numba's threads the block may use: `wanted`, or one if another Python thread uses them."""
     start_threads()
-    count = min(torch.get_num_threads(), MAX_THREADS)
+    count = default_threads() if wanted is None else min(wanted, MAX_THREADS)
     if count == 1 or not parallel_lock.acquire(blocking=False):
         yield 1
         return

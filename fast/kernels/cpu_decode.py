@@ -54,7 +54,8 @@ from .lanes import (
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY, CAPACITY = range(8)
 # The linear layers of a layer, and the numbers of each
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)
-FIRST_PATH, PATHS, D_OUT, D_IN, BIAS, DENSE = range(6)  # DENSE: address of float32 weights, 0 for packed layers
+# DENSE: address of weights, 0 for packed layers; DENSE_BITS: of a weight, 32 or 16
+FIRST_PATH, PATHS, D_OUT, D_IN, BIAS, DENSE, DENSE_BITS = range(7)
 # An embedding or head: bits of an entry (32, 16: floats), addresses of entries and float32 scales, entries a scale,
 # address of float32 offsets (for 4 bits)
 BITS, ENTRIES, SCALES, GROUP, OFFSETS = range(5)
@@ -228,7 +229,7 @@ def linear(numbers, paths, x, y, rows, threads):
     """Y = W x + b for each row, W packed or dense; x and y are flat arrays."""
     d_out, d_in = numbers[D_OUT], numbers[D_IN]
     if numbers[DENSE]:
-        table = np.array([32, numbers[DENSE], 0, 0, 0])
+        table = np.array([numbers[DENSE_BITS], numbers[DENSE], 0, 0, 0])
         for b in range(rows):
             head_rows(table, address_of(x) + 4 * b * d_in, d_in, y[b * d_out :], 0, d_out)
     else:
@@ -267,7 +268,7 @@ def packed(paths, d_out, d_in, x, y, each, threads):
 def step(sizes, eps, linears, paths, norms, embedding, head, angles, keys, values, tokens, position, logits, threads):
     """Logits after the last of `tokens`, which stand at `position` and the places after it.
 
-    sizes : int64, see above; eps : float32; linears : (layers, 7, 6) int64; paths : (all paths, 6) int64;
+    sizes : int64, see above; eps : float32; linears : (layers, 7, 7) int64; paths : (all paths, 6) int64;
     norms : (2 * layers + 1,) int64 addresses of float32 weights; embedding, head : (5,) int64;
     angles : (2, capacity, head_dim / 2) float32, cosines and sines; keys, values : (layers, kv_heads, capacity,
     head_dim) float32, filled up to `position` and, by this call, up to its last token; tokens : (n,) int64;

@@ -1,0 +1,52 @@
+"""`torch.ops.littlebit.packed_linear`: the packed layer as an operator that torch.compile can put into its graphs.
+
+plugin.py imports this module as soon as torch is imported, because a program that torch.export saved may ask for the
+operator before anything else of this package is used. So what it calls is imported when it is called.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("littlebit", "DEF")
+library.define("packed_linear(Tensor x, Tensor[] paths) -> Tensor")
+
+
+@torch.library.impl(library, "packed_linear", "CPU")
+def packed_linear_on_cpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The operator: x (rows, d_in), and the tensors of all paths one after the other."""
+    from .kernels.plan import batched, packed_linear
+
+    return packed_linear(x, batched(tensors))
+
+
+@torch.library.register_fake("littlebit::packed_linear", lib=library)
+def packed_linear_shape(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """An empty tensor of the operator's output shape and dtype."""
+    from .kernels.plan import batched
+
+    return x.new_empty((x.shape[0], batched(tensors)[0].h.shape[0]), dtype=torch.float32)
+
+
+def keep_for_gradient(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor]], output: Tensor) -> None:
+    """Keep the packed tensors, which are all that the gradient needs, and x's dtype."""
+    x, tensors = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.dtype = x.dtype
+
+
+def packed_linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None]]:
+    """Gradient of x, dx = A^T (B^T dy), with signs unpacked while this lasts; words and scales have none."""
+    from .kernels.dispatch import unpacked
+    from .kernels.plan import batched
+
+    tensors = ctx.saved_tensors
+    a, b = unpacked(batched(tensors))
+    return ((grad @ b) @ a).to(ctx.dtype), [None] * len(tensors)
+
+
+torch.library.register_autograd(
+    "littlebit::packed_linear", packed_linear_gradient, setup_context=keep_for_gradient, lib=library
+)
