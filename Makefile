@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # uv does not read pip's find-links, where a machine may keep a CPU build of torch.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test test-oldest check format mutants bench book wheel clean
+.PHONY: help setup demo test test-gpu test-oldest check format mutants bench book wheel clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,11 @@ build/oldest/.ok: $(VENV)/.ok
 test-oldest: build/oldest/.ok  ## Run the tests that touch transformers with the oldest version that is allowed
 	PYTHONPATH=build/oldest $(PY) -c 'import transformers as t; assert t.__version__.startswith("$(OLDEST)."), t'
 	PYTHONPATH=build/oldest $(PY) -m pytest $(TRANSFORMERS_TESTS)
+
+test-gpu: $(VENV)/.ok  ## Run the CUDA kernels' tests on a GPU, and each kernel under compute-sanitizer
+	$(PY) -m pytest tests/test_gpu.py
+	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(PY) tests/gpu_pass.py
+	compute-sanitizer --tool racecheck --kernel-name kns=littlebit --error-exitcode 1 $(PY) tests/gpu_pass.py
 
 check: $(VENV)/.ok build/types  ## Lint, formatting and types
 	$(VENV)/bin/ruff check .

@@ -22,12 +22,22 @@ def packed_linear_on_cpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return packed_linear(x, batched(tensors))
 
 
+@torch.library.impl(library, "packed_linear", "CUDA")
+def packed_linear_on_gpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The operator on a GPU, on torch's current stream."""
+    from .kernels.dispatch import packed_linear_on_gpu
+
+    return packed_linear_on_gpu(x, tensors)
+
+
 @torch.library.register_fake("littlebit::packed_linear", lib=library)
 def packed_linear_shape(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """An empty tensor of the operator's output shape and dtype."""
+    from .kernels.dispatch import HALVES
     from .kernels.plan import batched
 
-    return x.new_empty((x.shape[0], batched(tensors)[0].h.shape[0]), dtype=torch.float32)
+    dtype = x.dtype if x.device.type == "cuda" and x.dtype in HALVES else torch.float32
+    return x.new_empty((x.shape[0], batched(tensors)[0].h.shape[0]), dtype=dtype)
 
 
 def keep_for_gradient(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor]], output: Tensor) -> None:
@@ -44,7 +54,7 @@ def packed_linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None]]:
 
     tensors = ctx.saved_tensors
     a, b = unpacked(batched(tensors))
-    return ((grad @ b) @ a).to(ctx.dtype), [None] * len(tensors)
+    return ((grad.float() @ b) @ a).to(ctx.dtype), [None] * len(tensors)
 
 
 torch.library.register_autograd(

@@ -1,5 +1,7 @@
 """Properties of the CUDA kernels in numba-cuda's simulator; test_cuda.py runs them in a process of their own."""
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 import os
 
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"

@@ -50,7 +50,7 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
 
 def compiled(kernel, capability):
     """PTX of a kernel and, from its cubin, its attributes by number."""
-    from cuda.core import Program, ProgramOptions
+    from cuda.core import Program, ProgramOptions  # pyright: ignore[reportAttributeAccessIssue]
 
     text, _ = cuda_launch.compiled.__wrapped__(kernel, capability)
     options = ProgramOptions(arch=f"sm_{capability[0]}{capability[1]}")
@@ -120,4 +120,6 @@ def test_a_measured_schedule_is_taken_for_its_gpu_and_a_vector_only():
     assert schedule != estimate
     assert cuda_launch.schedule_for(*layer, 1, device) == schedule
     assert cuda_launch.schedule_for(*layer, 1, device._replace(name="another")) == estimate
-    assert cuda_launch.schedule_for(*layer, 2, device).parts == estimate.parts
+    of_two = cuda_launch.schedule_for(*layer, 2, device)
+    assert of_two
+    assert of_two.parts == estimate.parts

@@ -30,6 +30,7 @@ fetches its words, and then waits for what they are multiplied with.
 
 # What Numba makes of cuda.threadIdx and its like is not what their Python stand-ins say.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from functools import cache
 from typing import Any
@@ -318,6 +319,7 @@ def fetch_rows(signal, held, stride, words, row, rows, width, first, count, wide
     beyond a row's last word may be anything: it is multiplied with zero.
     """
     thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+    rows = max(rows, int32(0))  # a block may be beyond the last row
     if wide:
         row_of, rows_at_once = int32(thread >> 4), int32(threads >> 4)
         last = min(count, int32(width - first))

@@ -4,9 +4,10 @@ The kernels are compiled to PTX by Numba, but loaded and started through the dri
 a number, a launch takes a few microseconds of Python, and it may be early (programmatic dependent launch).
 """
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+
 import json
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..packing import PackedFactors
-from . import cpu
+from . import plan
 from .cuda import PLANES, ROWS, SIGNATURES, SLICE, VECTORS, latent, output, plain_latent, plain_output, unpacking
+from .dispatch import unpacked_linear
 
 OLDEST = (8, 0)  # compute capability that has the instructions
 EARLY = (9, 0)  # that has programmatic dependent launch
@@ -28,7 +30,7 @@ KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "single
 VERSIONS = ("plain", "tensor", "early")  # the ladder
 WARPS = 8  # of a block of the plain kernels
 MOST_WARPS = 16  # of a block of the others
-LARGE_BATCH = 128  # rows of x from which unpacked signs are quicker; float32 has no fast product
+LARGE_BATCH = 32  # rows of x above which unpacked signs are quicker
 SCHEDULES = Path(__file__).parent.parent / "data" / "cuda_schedules.json"
 
 
@@ -280,8 +282,7 @@ class Plan:
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.kept = [readable(tensor) for tensor in tensors]
-        paths = [PackedFactors(*self.kept[at : at + cpu.FIELDS]) for at in range(0, len(tensors), cpu.FIELDS)]
-        self.paths = paths
+        self.paths = paths = plan.batched(self.kept)
         self.arrays = [PackedFactors(*map(array, path)) for path in paths]
         self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
         self.ranks = [path.rank for path in paths]
@@ -291,7 +292,7 @@ class Plan:
         self.schedules: dict[int, Schedule | None] = {}
         self.seen = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in self.kept]
 
-    fits = cpu.Plan.fits
+    fits = plan.Plan.fits
 
     def schedule(self, rows: int) -> Schedule | None:
         """The schedule for so many rows of x."""
@@ -331,22 +332,26 @@ class Plan:
         return y
 
     def unpacked(self, x: Tensor) -> Tensor:
-        """The same by unpacking to x's dtype, R * (d_in + d_out) numbers for a total rank R, and two products.
-
-        The second factor is divided by the largest of its scales, since products of float16 scales need not fit
-        float16.
-        """
+        """The same by unpacking to x's dtype and two products."""
         if x.dtype == torch.float32:
-            from . import unpacked_linear
-
             return unpacked_linear(x.reshape(-1, self.d_in), self.paths).reshape(*x.shape[:-1], self.d_out)
+        a, b = self.factors(x.dtype)
+        y = functional.linear(functional.linear(x, a), b)
+        return y if self.largest == 1 else y * self.largest
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All paths folded into one pair in float16 or bfloat16 (see `linear.folded`): A, (R, d_in), and B, (d_out, R).
+
+        B is divided by the largest of its scales, since products of float16 scales need not fit float16. R is the sum
+        of ranks, each rounded up to a multiple of eight; the rows of A and columns of B that this adds are zero.
+        """
         sizes, columns = [-(-rank // 8) * 8 for rank in self.ranks], -(-self.d_in // 8) * 8
-        a = torch.empty(sum(sizes), columns, dtype=x.dtype, device=x.device)
-        b = torch.empty(self.d_out, sum(sizes), dtype=x.dtype, device=x.device)
+        a = torch.empty(sum(sizes), columns, dtype=dtype, device=self.kept[0].device)
+        b = torch.empty(self.d_out, sum(sizes), dtype=dtype, device=self.kept[0].device)
         offset = 0
         with torch.cuda.device(self.index):
             stream = torch.cuda.current_stream().cuda_stream
-            go = partial(start, stream, False, unpacking(KINDS[x.dtype]))
+            go = partial(start, stream, False, unpacking(KINDS[dtype]))
             for path, size in zip(self.paths, sizes, strict=True):
                 numbers = (path.rank, self.d_in, columns, 0, columns)
                 scales = (self.ones, path.g)
@@ -360,8 +365,7 @@ class Plan:
                     (*map(array, (path.u_words, *scales)), 1 / self.largest, array(b), *numbers),
                 )
                 offset += size
-        y = functional.linear(functional.linear(x, a[:, : self.d_in]), b)
-        return y if self.largest == 1 else y * self.largest
+        return a[:, : self.d_in], b
 
     @cached_property
     def largest(self) -> float:
@@ -391,26 +395,14 @@ def described(index: int) -> Device:
     return Device(properties.name, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
-@cache
-def usable(index: int) -> bool:
-    """Whether the kernels run on a GPU; if not, a warning says once why."""
+def unusable(index: int) -> str | None:
+    """Why the kernels do not run on a GPU, or None if they do."""
     capability = torch.cuda.get_device_capability(index)
-    reason = None
     if capability < OLDEST:
-        reason = f"its compute capability is {capability[0]}.{capability[1]}, and they need 8.0 or later"
-    else:
-        try:
-            with torch.cuda.device(index):
-                loaded(latent("half", True, True, 1, capability >= EARLY), index)
-        except Exception as error:  # whatever Numba, the driver or a missing library raises
-            reason = f"{type(error).__name__}: {error}"
-    if reason:
-        warnings.warn(
-            f"the CUDA kernels for packed signs cannot be used on GPU {index}, so signs are unpacked for each call, "
-            f"which is slower: {reason}",
-            stacklevel=2,
-        )
-    return reason is None
+        return f"its compute capability is {capability[0]}.{capability[1]}, and they need {OLDEST[0]}.{OLDEST[1]}"
+    with torch.cuda.device(index):
+        loaded(latent("half", True, True, 1, capability >= EARLY), index)
+    return None
 
 
 @cache

@@ -1,0 +1,229 @@
+"""The CUDA kernels on a GPU: `make test-gpu`. Without one these tests are skipped; test_cuda.py has a simulator."""
+
+import copy
+import threading
+import warnings
+
+import littlebit.fast as lb
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from littlebit.fast.bench import exact_path, random_path
+from littlebit.fast.bits import rank_for_bits
+from littlebit.fast.kernels import dispatch
+from torch.nn import functional
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Numba's, with a newer NumPy
+]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# An entry is off by 2^-22 of the largest in its slice of 256, in both stages; float32 sums and scales add to it.
+EXACT = 2.0**-18
+
+
+@pytest.fixture(scope="module")
+def cuda_launch():
+    assert dispatch.cuda_kernels(0)
+    from littlebit.fast.kernels import cuda_launch
+
+    return cuda_launch
+
+
+def layer(d_out, d_in, ranks, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return [random_path(d_out, d_in, rank, generator) for rank in ranks]
+
+
+def inputs(rows, d_in, dtype=torch.float16, seed=1):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(rows, d_in, generator=generator, device="cuda").to(dtype) / 64
+
+
+def exact(x, paths):
+    return torch.stack([exact_path(x, path) for path in paths]).sum(0)
+
+
+def assert_exact(y, x, paths, tolerance=EXACT):
+    """Within a rounding to y's dtype, and the kernels' error, which is relative to the size of a row's sums."""
+    want = exact(x, paths)
+    rounding = torch.finfo(y.dtype).eps / 2 * want.abs()
+    size = want.norm() / want.numel() ** 0.5 if want.numel() else 0
+    assert y.shape == want.shape
+    assert ((y.double() - want).abs() <= 1.01 * rounding + 16 * tolerance * size).all()
+
+
+def relative_error(y, want):
+    return float((y.double() - want).norm() / want.norm())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d_out=st.integers(1, 3000),
+    d_in=st.one_of(st.integers(1, 3000), st.integers(1, 40).map(lambda n: 128 * n)),
+    ranks=st.lists(st.integers(1, 900), min_size=1, max_size=2),
+    rows=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_layers_of_any_size_equal_the_exact_product(d_out, d_in, ranks, rows, dtype, seed):
+    paths, x = layer(d_out, d_in, ranks, seed), inputs(rows, d_in, dtype, seed)
+    assert_exact(lb.packed_linear(x, paths), x, paths)
+
+
+@pytest.mark.parametrize("version", ["plain", "tensor", "early"])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize(("d_out", "d_in"), [(28672, 8192), (8192, 28672), (4096, 4096)])
+def test_every_version_at_real_sizes(cuda_launch, d_out, d_in, rows, version):
+    paths, x = layer(d_out, d_in, (200, 300)), inputs(rows, d_in)
+    plan = cuda_launch.Plan([tensor for path in paths for tensor in path])
+    assert_exact(plan(x, version), x, paths)
+
+
+@pytest.mark.parametrize("bits", [0.1, 0.55, 1.0])
+def test_the_error_is_that_of_the_outputs_rounding_which_the_dense_layer_has_too(bits):
+    d_out, d_in = 28672, 8192
+    paths, x = layer(d_out, d_in, [rank_for_bits(d_out, d_in, bits, 1)]), inputs(1, d_in)
+    want = exact(x, paths)
+    ours, rounded = lb.packed_linear(x, paths), want.half()
+    assert relative_error(ours, want) <= 1.001 * relative_error(rounded, want)
+
+
+def test_schedules_do_not_change_the_result(cuda_launch):
+    paths, x = layer(4096, 4096, [600]), inputs(2, 4096, torch.float32)
+    plan = cuda_launch.Plan([tensor for path in paths for tensor in path])
+    schedule = plan.schedule(2)
+    one = plan(x, "tensor")
+    assert torch.equal(one, plan(x, "early"))
+    other = schedule._replace(latent=cuda_launch.Blocks(schedule.latent.sharing, 1, 2))
+    assert torch.equal(one, plan(x, "early", other))
+    assert torch.equal(one, plan(x, "early"))
+
+
+@pytest.mark.parametrize("rows", [33, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_batches_are_multiplied_by_unpacked_signs(rows, dtype):
+    paths, x = layer(777, 1027, (130, 35)), inputs(rows, 1027, dtype)
+    y, want = lb.packed_linear(x, paths), exact(x, paths)
+    assert y.dtype == dtype
+    assert relative_error(y, want) <= 3 * torch.finfo(dtype).eps
+
+
+def test_scales_whose_products_overflow_float16():
+    (path,) = layer(64, 128, [40])
+    path = path._replace(h=path.h * 600, ell=path.ell * 600)
+    x = inputs(200, 128) / 1024
+    y, want = lb.packed_linear(x, [path]), exact(x, [path])
+    assert y.isfinite().all()
+    assert relative_error(y, want) <= 3e-3
+
+
+@pytest.mark.parametrize("rows", [0, 1, 200])
+def test_batches_of_any_shape(rows):
+    paths = layer(40, 50, [17])
+    x = inputs(2 * rows, 50).reshape(2, rows, 50)
+    y = lb.packed_linear(x, paths, bias=torch.ones(40, device="cuda").half())
+    assert y.shape == (2, rows, 40)
+    if rows:
+        assert relative_error(y.reshape(-1, 40), exact(x.reshape(-1, 50), paths) + 1) < 2e-3
+
+
+def test_inputs_of_any_strides_and_alignment():
+    paths, wide = layer(100, 256, [64]), inputs(6, 1000)
+    for x in (wide[:, 1:257], wide[::2, :256], wide[:, 0:512:2], inputs(256, 6).T):
+        assert_exact(lb.packed_linear(x, paths), x, paths)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16])
+def test_narrow_words(rank):
+    paths, x = layer(60, 12, [rank]), inputs(2, 12)
+    assert paths[0].u_words.dtype != torch.int32
+    assert_exact(lb.packed_linear(x, paths), x, paths)
+
+
+def test_what_is_not_finite_stays_with_its_row():
+    paths, x = layer(100, 300, [64]), inputs(3, 300)
+    x[1, 5] = float("inf")
+    y = lb.packed_linear(x, paths)
+    assert y[[0, 2]].isfinite().all()
+    assert not y[1].isfinite().any()
+
+
+def test_nothing_waits_for_the_device():
+    paths, x = layer(512, 512, [100]), inputs(4, 512)
+    packed = lb.PackedLinear(paths).cuda()
+    packed(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed(x)
+        lb.packed_linear(x, paths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_layers_plan_follows_its_tensors():
+    packed, x = lb.PackedLinear(layer(64, 256, [40])).cuda(), inputs(1, 256)
+    y = packed(x)
+    twin = copy.deepcopy(packed)
+    assert torch.equal(twin(x), y)
+    packed.load_state_dict(lb.PackedLinear(layer(64, 256, [40], seed=5)).state_dict())
+    assert not torch.equal(packed(x), y)
+    assert torch.equal(twin(x), y)
+    with pytest.raises(ValueError, match="one device"):
+        packed.cpu()(x)
+
+
+def test_graphs_replay_what_they_captured():
+    packed, x = lb.PackedLinear(layer(4096, 1024, (100, 120))).cuda(), inputs(1, 1024)
+    packed(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = packed(packed(x)[:, :1024] / 64)
+    for seed in range(3):
+        x.copy_(inputs(1, 1024, seed=seed))
+        graph.replay()
+        assert torch.equal(y, packed(packed(x)[:, :1024] / 64))
+
+
+def test_streams_and_threads_at_once():
+    packed = lb.PackedLinear(layer(2048, 1024, [200])).cuda()
+    batches = [inputs(1 + i % 3, 1024, seed=i) for i in range(8)]
+    want = [packed(x) for x in batches]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(x, y):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                if not torch.equal(packed(x), y):
+                    wrong.append(x)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(batches, want, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_operator_is_what_torch_expects():
+    paths = layer(40, 256, (33, 17))
+    tensors = [tensor for path in paths for tensor in path]
+    for x in (inputs(3, 256), inputs(3, 256, torch.float32).requires_grad_()):
+        torch.library.opcheck(torch.ops.littlebit.packed_linear, (x, tensors))
+
+
+def test_compiled_under_autocast_and_with_gradients():
+    packed = lb.PackedLinear(layer(128, 256, [64])).cuda()
+    x = inputs(3, 256, torch.float32)
+    compiled = torch.compile(packed, fullgraph=True)
+    assert torch.equal(compiled(x), packed(x))
+    with torch.autocast("cuda", torch.float16):
+        y = packed(functional.linear(x, torch.eye(256, device="cuda")))
+    assert relative_error(y, exact(x.half(), packed.factors())) < 2e-3
+    x = x.half().requires_grad_()
+    grad = torch.autograd.grad(packed(x).float().square().sum() / 2, x)[0]
+    want = exact(x.detach(), packed.factors()) @ packed.weight.double()
+    assert relative_error(grad, want) < 3e-3
