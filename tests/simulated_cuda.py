@@ -161,7 +161,8 @@ def test_unpacked_signs_are_those_of_the_words_times_scales(columns):
     u, _, h, ell, _ = unpack_factors(path)
     out = cuda.to_device(np.full(6 * 24, 99, np.uint32))
     arrays = on_device(path.u_words), on_device(path.h), on_device(path.ell)
-    unpacking("half")[6, 32](*arrays, np.float32(0.5), out, 5, columns, 40, 8, 48)
+    factor = cuda.to_device(np.full(1, 0.5, np.float32))
+    unpacking("half")[6, 32](*arrays, factor, out, 5, columns, 40, 8, 48)
     got, want = out.copy_to_host().view(np.float16).reshape(6, 48), np.zeros((6, 40), np.float32)
     want[:5, :columns] = (h[:, None].float() * u * ell).numpy() / 2
     assert np.allclose(got[:, 8:], want, rtol=1e-3, atol=0)

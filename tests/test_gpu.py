@@ -175,14 +175,15 @@ def test_the_layers_plan_follows_its_tensors():
         packed.cpu()(x)
 
 
-def test_graphs_replay_what_they_captured():
-    packed, x = lb.PackedLinear(layer(4096, 1024, (100, 120))).cuda(), inputs(1, 1024)
+@pytest.mark.parametrize("rows", [1, 100])
+def test_graphs_replay_what_they_captured(rows):
+    packed, x = lb.PackedLinear(layer(4096, 1024, (100, 120))).cuda(), inputs(rows, 1024)
     packed(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = packed(packed(x)[:, :1024] / 64)
     for seed in range(3):
-        x.copy_(inputs(1, 1024, seed=seed))
+        x.copy_(inputs(rows, 1024, seed=seed))
         graph.replay()
         assert torch.equal(y, packed(packed(x)[:, :1024] / 64))
 

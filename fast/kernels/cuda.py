@@ -677,12 +677,12 @@ def unpacking(kind: str) -> Any:
     def kernel(words, row_scale, column_scale, factor, out, rows, columns, width, first, stride):
         """A block for each row of `out`: entries `first` to `first` + `width`, all three of them multiples of eight.
 
-        out[r, first + c] = factor row_scale_r sign[r, c] column_scale_c, and 0 beyond the matrix of signs, which is
+        out[r, first + c] = factor_0 row_scale_r sign[r, c] column_scale_c, and 0 beyond the matrix of signs, which is
         (rows, columns).
         """
         row, column = int32(cuda.blockIdx.x), int32(8 * cuda.threadIdx.x)
         of_row = int32(int32(columns + 31) >> 5)
-        scale = factor * half_at(row_scale, row) if row < rows else float32(0)
+        scale = factor[0] * half_at(row_scale, row) if row < rows else float32(0)
         while column < width:
             a = b = c = d = e = f = g = h = float32(0)
             bits = uint32(0)
@@ -708,6 +708,5 @@ def unpacking(kind: str) -> Any:
             out[(place >> 1) + 3] = pair(scale, bits >> uint32(6), g, h)
             column = int32(column + int32(8 * cuda.blockDim.x))
 
-    numbers = (types.float32, WORDS, *[types.int32] * 5)
-    SIGNATURES[kernel] = types.void(WORDS, HALVES, HALVES, *numbers)
+    SIGNATURES[kernel] = types.void(WORDS, HALVES, HALVES, SINGLES, WORDS, *[types.int32] * 5)
     return kernel

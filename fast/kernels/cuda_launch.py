@@ -9,7 +9,7 @@ a number, a launch takes a few microseconds of Python, and it may be early (prog
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -335,47 +335,36 @@ class Plan:
         """The same by unpacking to x's dtype and two products."""
         if x.dtype == torch.float32:
             return unpacked_linear(x.reshape(-1, self.d_in), self.paths).reshape(*x.shape[:-1], self.d_out)
-        a, b = self.factors(x.dtype)
-        y = functional.linear(functional.linear(x, a), b)
-        return y if self.largest == 1 else y * self.largest
+        a, b, largest = self.factors(x.dtype)
+        return functional.linear(functional.linear(x, a), b) * largest.to(x.dtype)
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All paths folded into one pair in float16 or bfloat16 (see `linear.folded`): A, (R, d_in), and B, (d_out, R).
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """All paths folded into one pair in float16 or bfloat16 (see `linear.folded`), and a factor of their product.
 
-        B is divided by the largest of its scales, since products of float16 scales need not fit float16. R is the sum
-        of ranks, each rounded up to a multiple of eight; the rows of A and columns of B that this adds are zero.
+        A is (R, d_in) and B (d_out, R). B is divided by the largest of its scales if that exceeds one, since products
+        of float16 scales need not fit float16; this is the factor, (1,) float32. R is the sum of ranks, each rounded
+        up to a multiple of eight; the rows of A and columns of B that this adds are zero.
         """
+        device = self.kept[0].device
         sizes, columns = [-(-rank // 8) * 8 for rank in self.ranks], -(-self.d_in // 8) * 8
-        a = torch.empty(sum(sizes), columns, dtype=dtype, device=self.kept[0].device)
-        b = torch.empty(self.d_out, sum(sizes), dtype=dtype, device=self.kept[0].device)
+        a = torch.empty(sum(sizes), columns, dtype=dtype, device=device)
+        b = torch.empty(self.d_out, sum(sizes), dtype=dtype, device=device)
+        peaks = [path.h.abs().amax().float() * path.ell.abs().amax().float() for path in self.paths]
+        # made anew for each call: what a graph is captured with has no value before it is replayed
+        largest, one = torch.stack(peaks).amax().clamp(min=1).reshape(1), torch.ones(1, device=device)
+        ones, inverse = torch.ones(max(self.ranks), dtype=torch.float16, device=device), 1 / largest
         offset = 0
         with torch.cuda.device(self.index):
             stream = torch.cuda.current_stream().cuda_stream
             go = partial(start, stream, False, unpacking(KINDS[dtype]))
             for path, size in zip(self.paths, sizes, strict=True):
+                target = array(a[offset:])
                 numbers = (path.rank, self.d_in, columns, 0, columns)
-                scales = (self.ones, path.g)
-                go((size, 1, 1), 256, 0, (*map(array, (path.v_words, *scales)), 1.0, array(a[offset:]), *numbers))
+                go((size, 1, 1), 256, 0, (*map(array, (path.v_words, ones, path.g, one)), target, *numbers))
                 numbers = (self.d_out, path.rank, size, offset, sum(sizes))
-                scales = (path.h, path.ell)
-                go(
-                    (self.d_out, 1, 1),
-                    64,
-                    0,
-                    (*map(array, (path.u_words, *scales)), 1 / self.largest, array(b), *numbers),
-                )
+                go((self.d_out, 1, 1), 64, 0, (*map(array, (path.u_words, path.h, path.ell, inverse, b)), *numbers))
                 offset += size
-        return a[:, : self.d_in], b
-
-    @cached_property
-    def largest(self) -> float:
-        """The largest product of two scales of the second factor, if it exceeds one; waits for the device once."""
-        return max(1.0, *(float(path.h.abs().amax().double() * path.ell.abs().amax().double()) for path in self.paths))
-
-    @cached_property
-    def ones(self) -> Tensor:
-        """Scales that change nothing."""
-        return torch.ones(max(self.ranks), dtype=torch.float16, device=self.paths[0].g.device)
+        return a[:, : self.d_in], b, largest
 
 
 def readable(tensor: Tensor) -> Tensor:
@@ -458,7 +447,7 @@ def start(
     """Start a kernel on a stream of the current device."""
     from cuda.bindings import driver
 
-    values = np.array([number_of(arg) for arg in args], np.uint64)
+    values = np.array([arg.address if isinstance(arg, Array) else arg for arg in args], np.uint64)
     pointers = values.ctypes.data + 8 * np.arange(len(values), dtype=np.uint64)
     launching = driver.CUlaunchConfig()
     launching.gridDimX, launching.gridDimY, launching.gridDimZ = grid
@@ -467,13 +456,6 @@ def start(
     if early:
         launching.attrs, launching.numAttrs = [early_launch()], 1
     checked(driver.cuLaunchKernelEx(launching, loaded(kernel, torch.cuda.current_device()), pointers.ctypes.data, 0))
-
-
-def number_of(argument: Any) -> int:
-    """An argument as the driver reads it: an address, an integer, or the bits of a float32."""
-    if isinstance(argument, Array):
-        return argument.address
-    return int(np.float32(argument).view(np.uint32)) if isinstance(argument, float) else argument
 
 
 @cache
