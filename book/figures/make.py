@@ -1,0 +1,82 @@
+"""Draw the book's figures and write its tables: `make figures`, or
+
+    python book/figures/make.py [figure3 table1 ...]
+
+Every script beside this one has CAPTION and SOURCES; figures have `alt()` and `draw(theme)`, tables `table()`. Each is a
+file of book/_figures/, which git ignores; the README's picture goes where git keeps it.
+"""
+
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+FIGURES = Path(__file__).parent
+BOOK = FIGURES.parent
+sys.path[:0] = [str(FIGURES), str(BOOK)]
+
+import style  # noqa: E402 (the path comes first)
+from sources import origin  # noqa: E402
+
+OUT = BOOK / "_figures"
+STAMP = OUT / "made-from.txt"
+
+
+def names() -> list[str]:
+    """Figures and tables that have a script."""
+    return sorted(path.stem for path in FIGURES.glob("*.py") if path.stem not in ("make", "style"))
+
+
+def script(name: str) -> ModuleType:
+    """The script of a figure or table."""
+    return importlib.import_module(name)
+
+
+def write(name: str) -> None:
+    """Draw a figure, in every theme, or write a table."""
+    module = script(name)
+    OUT.mkdir(exist_ok=True)
+    if hasattr(module, "table"):
+        (OUT / f"{name}.md").write_text(module.table().markdown() + "\n")
+        return
+    for theme in style.THEMES:
+        with style.themed(theme):
+            module.draw(theme).savefig(OUT / f"{name}-{theme.name}.svg", metadata={"Date": None, "Title": name})
+
+
+def digest() -> str:
+    """What the figures are made from, as one number."""
+    files = [*FIGURES.glob("*.py"), *(BOOK / "results").glob("*.json"), BOOK / "sources.py", BOOK / "published.json"]
+    whole = hashlib.sha256()
+    for path in sorted(files):
+        whole.update(path.name.encode() + b"\0" + path.read_bytes())
+    return whole.hexdigest()
+
+
+def write_changed() -> None:
+    """Make everything, if anything it is made from has changed."""
+    now = digest()
+    if STAMP.exists() and STAMP.read_text() == now:
+        return
+    for name in names():
+        write(name)
+    STAMP.write_text(now)
+
+
+def shown(name: str) -> str:
+    """A figure or table as a page has it: the picture for either theme, with its words, or the table; then the caption."""
+    module = script(name)
+    if hasattr(module, "table"):
+        return f"{module.CAPTION}\n\n{module.table().markdown()}"
+    pictures = [
+        f"```{{image}} _figures/{name}-{theme.name}.svg\n:class: figure only-{theme.name}\n:alt: {module.alt()}\n```\n"
+        for theme in style.THEMES
+    ]
+    return "\n".join([*pictures, f"{module.CAPTION}\n", "{.source}", origin(module.SOURCES)])
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or names():
+        write(chosen)
+        print(chosen)
