@@ -1,18 +1,16 @@
 """Where the numbers of the book come from: results/*.json, which were measured, and published.json, which is cited.
 
 No page has a number that was measured typed into it. It says `{{ measured("cpu_linear", "speedup", d_out=28672, ...) }}`
-or `{{ table("cpu_linear") }}`, and `render` puts the number there, with its source.
+or `{{ table("cpu_linear") }}`, and pages.py puts the number there, with its source.
 """
 
 import html
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jinja2
 
 HERE = Path(__file__).parent
 RESULTS, PUBLISHED = HERE / "results", HERE / "published.json"
@@ -159,17 +157,3 @@ def origin(names: Iterable[str]) -> str:
         else:
             parts.append(f"{{download}}`results/{name}.json` ({results(name)['device']})")
     return f"Source: {'; '.join(parts)}."
-
-
-def render(text: str, names: dict[str, Callable[..., Any]]) -> str:
-    """A page with everything between double braces put in."""
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        keep_trailing_newline=True,
-        comment_start_string="<#--",
-        comment_end_string="--#>",
-        block_start_string="<%--",
-        block_end_string="--%>",
-    )
-    return environment.from_string(text).render(names)
