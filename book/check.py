@@ -2,9 +2,9 @@
 
     python book/check.py build/book [--screenshots FOLDER]
 
-Every page is opened at the width of a desk and, chapters, at that of a phone, on light and on dark pages. Reported are errors on
-the console, files that do not load, pictures and equations that cannot be seen, and pages wider than the screen; the
-interactive page must react to its slider.
+Every page is opened at the width of a desk, and chapters also at that of a phone, with light and dark colours. Reported
+are errors on the console, files that do not load, pictures and equations that cannot be seen, and pages wider than the
+screen; the interactive page must react to its slider.
 """
 
 import argparse

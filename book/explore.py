@@ -43,7 +43,13 @@ def reconstruction(
     pictures = {"sum": picture(sum(parts), limit)}
     if paths:
         pictures |= {name: picture(part, limit) for name, part in zip(("primary", "residual"), parts, strict=True)}
-    row = {"what": "figure 2" if paths else "reconstruction", "layer": LAYER, "init": init, "bits": bits, "stored_bits": found.bits}
+    row = {
+        "what": "figure 2" if paths else "reconstruction",
+        "layer": LAYER,
+        "init": init,
+        "bits": bits,
+        "stored_bits": found.bits,
+    }
     row |= {"ranks": list(found.ranks), "error": found.error}
     row["primary_error"] = float((weight - parts[0]).norm() / weight.norm())
     return row | {"pictures": pictures}

@@ -1,7 +1,7 @@
 """Where the numbers of the book come from: results/*.json, which were measured, and published.json, which is cited.
 
-No page has a number that was measured typed into it. It says `{{ measured("cpu_linear", "speedup", d_out=28672, ...) }}`
-or `{{ table("cpu_linear") }}`, and pages.py puts the number there, with its source.
+No page has a number that was measured typed into it. It says `{{ measured("cpu_linear", "speedup", d_out=28672) }}` or
+`{{ table("cpu_linear") }}`, and pages.py puts the number there, with its source.
 """
 
 import html
@@ -47,7 +47,9 @@ def publications() -> list[dict[str, Any]]:
     return json.loads(PUBLISHED.read_text())
 
 
-def publication(metric: str, model: str, method: str, bits: float | None = None, table: str = "") -> dict[str, Any] | None:
+def publication(
+    metric: str, model: str, method: str, bits: float | None = None, table: str = ""
+) -> dict[str, Any] | None:
     """The published figure with these names, the first where tables repeat it, or None: nothing is made up."""
     for each in publications():
         names = (each["metric"], each["model"], each["method"]) == (metric, model, method)
@@ -138,7 +140,14 @@ class Table(NamedTuple):
         rule = "|".join("---:" if right else "---" for right in numeric)
         lines = ["| " + " | ".join(cells) + " |" for cells in self.rows]
         return "\n".join(
-            [f"| {' | '.join(self.head)} |", f"|{rule}|", *lines, "", "{.source}", f"{self.note} {origin(self.sources)}".strip()]
+            [
+                f"| {' | '.join(self.head)} |",
+                f"|{rule}|",
+                *lines,
+                "",
+                "{.source}",
+                f"{self.note} {origin(self.sources)}".strip(),
+            ]
         )
 
 

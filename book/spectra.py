@@ -2,8 +2,8 @@
 
     python book/spectra.py book/results/spectra_smollm2.json
 
-A row for each kind of layer: the share of ||W||_F^2 that the largest singular values hold, for so many parts of the full
-rank, mean over the layers, and the same of matrices of equal shape with independent normal entries.
+A row for each kind of layer: the share of ||W||_F^2 that the largest singular values hold, for so many parts of the
+full rank, mean over the layers, and the same of a matrix of equal shape with independent normal entries.
 """
 
 import argparse

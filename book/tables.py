@@ -132,9 +132,7 @@ def speed() -> Table:
 def processes() -> Table:
     """The same training in one process and in several."""
     losses = results(SMOLLM2)["several_processes"]["losses"]
-    lines = [
-        [str(steps[0][0]), *(fixed(loss, 3) for _, loss in steps)] for steps in zip(*losses.values(), strict=True)
-    ]
+    lines = [[str(steps[0][0]), *(fixed(loss, 3) for _, loss in steps)] for steps in zip(*losses.values(), strict=True)]
     return Table(["step", "one process", "two (DDP)", "two, masters divided (FSDP2)"], lines, [SMOLLM2])
 
 
@@ -251,7 +249,14 @@ def peers(model: str = "Llama-2-7B") -> Table:
         millions = fixed(tokens / 1e6, 2) if tokens else ""
         cells = [f"{bits:g}", as_published(value), number(size, None), millions, number(hours, None)]
         lines.append([method, *cells, each["table"].removeprefix("NanoQuant ")])
-    head = ["method", "bits per weight, all counted", "WikiText-2 perplexity", "file, GB", "tokens, millions", "GPU hours"]
+    head = [
+        "method",
+        "bits per weight, all counted",
+        "WikiText-2 perplexity",
+        "file, GB",
+        "tokens, millions",
+        "GPU hours",
+    ]
     return Table([*head, "table there"], lines, ["published"], "NanoQuant, arXiv 2602.06694v3.")
 
 
@@ -270,4 +275,6 @@ def inits_published() -> Table:
     for each in publications():
         if each["table"] == "NanoQuant T5" and each["metric"] == "wikitext2_ppl":
             lines.append([each["method"].split("init=")[1], f"{each['bpw']:g}", as_published(each["value"])])
-    return Table(["initialiser", "bits", "WikiText-2 perplexity, Rnj-1-8B"], lines, ["published"], "NanoQuant, Table 5.")
+    return Table(
+        ["initialiser", "bits", "WikiText-2 perplexity, Rnj-1-8B"], lines, ["published"], "NanoQuant, Table 5."
+    )

@@ -9,8 +9,8 @@ from sources import row
 
 CAPTION = (
     "**Figure 1, as stored here.** A dense layer, and the two paths that take its place: to scale, for the query "
-    "projection of SmolLM2's first block (the paper's Figure 1 is a sketch of the same two pathways). The input goes "
-    "from right to left, as in the product."
+    "projection of SmolLM2's first block (the paper's Figure 1 is a sketch of the same two pathways). The input "
+    "goes from right to left, as in the product."
 )
 SOURCES = ("explore",)
 
@@ -27,8 +27,8 @@ def alt() -> str:
     d_out, d_in, ranks, stored = layer()
     return (
         f"A {d_out} by {d_in} matrix of 16-bit weights, {d_out * d_in * 2:,} bytes, beside two LittleBit paths of rank "
-        f"{ranks[0]} and {ranks[1]}: each is a column of scales h, a tall matrix of signs U, scales ell, a wide matrix of "
-        f"signs V and a row of scales g; together {stored // 8:,} bytes."
+        f"{ranks[0]} and {ranks[1]}: each is a column of scales h, a tall matrix of signs U, scales ell, a wide matrix "
+        f"of signs V and a row of scales g; together {stored // 8:,} bytes."
     )
 
 

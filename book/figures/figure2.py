@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from sources import row, rows
 
 CAPTION = (
-    "**Figure 2, measured here.** Rows and columns 1 to 64 of the query projection of SmolLM2's first block, after "
-    "Dual-SVID and before any training, each matrix with its relative error. The paper's Figure 2 shows a layer of a "
-    "Llama model in the same way and gives no numbers."
+    "**Figure 2, measured here.** Rows and columns 1 to 64 of the query projection of SmolLM2's first block, "
+    "after Dual-SVID and before any training, each matrix with its relative error. The paper's Figure 2 shows a "
+    "layer of a Llama model in the same way and gives no numbers."
 )
 SOURCES = ("explore",)
 
@@ -43,7 +43,9 @@ def draw(theme: style.Theme) -> Figure:
         panels |= {"residual": each["pictures"]["residual"], "sum": each["pictures"]["sum"]}
         errors = {"primary": each["primary_error"], "sum": each["error"]}
         for axes, (name, text) in zip(line, panels.items(), strict=True):
-            image = axes.imshow(pictured(text, corner, limit), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="none")
+            image = axes.imshow(
+                pictured(text, corner, limit), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="none"
+            )
             axes.set_title(f"{name}\nerror {errors[name]:.2f}" if name in errors else f"{name}\n", fontsize=8)
             axes.set_xticks([])
             axes.set_yticks([])

@@ -5,9 +5,10 @@ from matplotlib.figure import Figure
 from sources import publications, row, rows
 
 CAPTION = (
-    "**Figure 3.** Left, *published*: LittleBit and STBLLM as the paper has them, at nominal bits, and NanoQuant's "
-    "figures, Llama-2 at 7 and 13 billion parameters. Right, *measured here*: SmolLM2-135M-Instruct, the shipped "
-    "checkpoints and the same training stopped early. Different models: only the shapes of the curves compare."
+    "**Figure 3.** Left, *published*: LittleBit and STBLLM as the paper has them, at nominal bits, and "
+    "NanoQuant's figures, Llama-2 at 7 and 13 billion parameters. Right, *measured here*: SmolLM2-135M-Instruct, "
+    "the shipped checkpoints and the same training stopped early. Different models: only the shapes of the curves "
+    "compare."
 )
 SOURCES = ("published", "training_smollm2")
 SERIES = (  # model, method, label, marker, line
@@ -55,7 +56,10 @@ def draw(theme: style.Theme) -> Figure:
         bits, values = zip(*published(model, method), strict=True)
         left.plot(bits, values, line, marker=marker, color=colour, markerfacecolor="none", label=label)
     dense = row("training_smollm2", name="teacher")["perplexity"]
-    checkpoints, early = ours(), sorted(rows("training_smollm2", name="pilot, latents 0.008"), key=lambda each: each["bits"])
+    checkpoints, early = (
+        ours(),
+        sorted(rows("training_smollm2", name="pilot, latents 0.008"), key=lambda each: each["bits"]),
+    )
     right.plot(
         [each["bits"] for each in early],
         [each["perplexity"] for each in early],

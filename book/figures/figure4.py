@@ -5,12 +5,16 @@ from matplotlib.figure import Figure
 from sources import publication, rows
 
 CAPTION = (
-    "**Figure 4, with numbers.** Bytes that all layers keep for one token: keys and values in float16, or the latents "
-    "of `k_proj` and `v_proj`, scales and positions counted. The paper's Figure 4 is a sketch of the same idea; its "
-    "one published factor is marked."
+    "**Figure 4, with numbers.** Bytes that all layers keep for one token: keys and values in float16, or the "
+    "latents of `k_proj` and `v_proj`, scales and positions counted. The paper's Figure 4 is a sketch of the same "
+    "idea; its one published factor is marked."
 )
 SOURCES = ("cpu_cache_llama2", "cpu_cache_llama3", "published")
-CASES = (("cpu_cache_llama2", "Llama-2-7B", 0.1), ("cpu_cache_llama2", "Llama-2-7B", 0.55), ("cpu_cache_llama3", "Llama-3-8B", 0.1))
+CASES = (
+    ("cpu_cache_llama2", "Llama-2-7B", 0.1),
+    ("cpu_cache_llama2", "Llama-2-7B", 0.55),
+    ("cpu_cache_llama3", "Llama-3-8B", 0.1),
+)
 
 
 def caches() -> list[tuple[str, str, float, float | None]]:

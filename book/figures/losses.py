@@ -5,9 +5,9 @@ from matplotlib.figure import Figure
 from sources import rows
 
 CAPTION = (
-    "**Training, measured here.** Loss of the shipped checkpoints of SmolLM2-135M while they were trained: KL to the "
-    "original's predictions and the error of hidden states, each point the mean since the point before. The first million "
-    "tokens go block by block, which is another loss: hence the peak after them."
+    "**Training, measured here.** Loss of the shipped checkpoints of SmolLM2-135M while they were trained: KL to "
+    "the original's predictions and the error of hidden states, each point the mean since the point before. The "
+    "first million tokens go block by block, which is another loss: hence the peak after them."
 )
 SOURCES = ("training_smollm2",)
 

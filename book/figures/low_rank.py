@@ -5,9 +5,9 @@ from matplotlib.figure import Figure
 from sources import rows
 
 CAPTION = (
-    "**How low-rank a language model's weights are, measured here.** Mean over the 30 layers of each kind of SmolLM2-135M; "
-    "dotted, a matrix of the same shape with independent normal entries. Queries and keys are clearly low-rank; the "
-    "weights of the MLP, most of the model, hardly more than noise."
+    "**How low-rank a language model's weights are, measured here.** Mean over the 30 layers of each kind of "
+    "SmolLM2-135M; dotted, a matrix of the same shape with independent normal entries. Queries and keys are "
+    "clearly low-rank; the weights of the MLP, most of the model, hardly more than noise."
 )
 SOURCES = ("spectra_smollm2",)
 SHOWN = ("q_proj", "k_proj", "o_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
@@ -23,7 +23,7 @@ def alt() -> str:
     """What the picture shows, in words."""
     kinds = {each["kind"]: at_quarter(each) for each in rows("spectra_smollm2")}
     parts = [f"{kind} {energy:.2f} (noise {noise:.2f})" for kind, (energy, noise) in kinds.items()]
-    return f"Small charts of energy against rank, one for each kind of layer. At a quarter of the rank: {', '.join(parts)}."
+    return f"Small charts of energy against rank, one a kind of layer. At a quarter of the rank: {', '.join(parts)}."
 
 
 def draw(theme: style.Theme) -> Figure:
@@ -34,7 +34,9 @@ def draw(theme: style.Theme) -> Figure:
     for axes, kind in zip(grid, SHOWN, strict=False):
         found = kinds[kind]
         axes.plot(found["fractions"], found["energy"], color=theme.ours, label="weights")
-        axes.plot(found["fractions"], found["normal_energy"], ":", color=theme.text, linewidth=1.2, label="normal entries")
+        axes.plot(
+            found["fractions"], found["normal_energy"], ":", color=theme.text, linewidth=1.2, label="normal entries"
+        )
         axes.set_title(f"{kind}\n{found['d_out']} x {found['d_in']}", fontsize=8)
         axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
         axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])

@@ -1,9 +1,10 @@
-"""Draw the book's figures and write its tables: `make figures`, or
+"""Draw the book's figures and write its tables.
 
+    make figures
     python book/figures/make.py [figure3 table1 ...]
 
-Every script beside this one has CAPTION and SOURCES; figures have `alt()` and `draw(theme)`, tables `table()`. Each is a
-file of book/_figures/, which git ignores; the README's picture goes where git keeps it.
+Every script beside this one has CAPTION and SOURCES; figures have `alt()` and `draw(theme)`, tables `table()`. They
+become files of book/_figures/, which git ignores.
 """
 
 import hashlib
@@ -21,11 +22,14 @@ from sources import origin  # noqa: E402
 
 OUT = BOOK / "_figures"
 STAMP = OUT / "made-from.txt"
+README = BOOK.parent / "README.md"
+README_PICTURE = "readme"  # git keeps this one, for those who read on the web
+BEGIN, END = "<!-- made by `make figures` -->\n", "<!-- end -->\n"
 
 
 def names() -> list[str]:
     """Figures and tables that have a script."""
-    return sorted(path.stem for path in FIGURES.glob("*.py") if path.stem not in ("make", "style"))
+    return sorted(path.stem for path in FIGURES.glob("*.py") if path.stem not in ("make", "style", README_PICTURE))
 
 
 def script(name: str) -> ModuleType:
@@ -40,9 +44,24 @@ def write(name: str) -> None:
     if hasattr(module, "table"):
         (OUT / f"{name}.md").write_text(module.table().markdown() + "\n")
         return
+    folder = BOOK if name == README_PICTURE else OUT
     for theme in style.THEMES:
         with style.themed(theme):
-            module.draw(theme).savefig(OUT / f"{name}-{theme.name}.svg", metadata={"Date": None, "Title": name})
+            metadata = {"Date": None, "Title": name, "Description": module.alt()}
+            module.draw(theme).savefig(folder / f"{name}-{theme.name}.svg", metadata=metadata)
+
+
+def readme_with_results(text: str) -> str:
+    """The README with the table of results, and the words for its picture, as results/ has them now."""
+    head, rest = text.split(BEGIN)
+    module = script(README_PICTURE)
+    picture = (
+        "<picture>\n"
+        f'  <source media="(prefers-color-scheme: dark)" srcset="book/{README_PICTURE}-dark.svg">\n'
+        f'  <img src="book/{README_PICTURE}-light.svg" alt="{module.alt()}">\n'
+        "</picture>\n"
+    )
+    return f"{head}{BEGIN}{picture}\n{module.table_of_results()}\n{END}{rest.split(END)[1]}"
 
 
 def digest() -> str:
@@ -65,7 +84,7 @@ def write_changed() -> None:
 
 
 def shown(name: str) -> str:
-    """A figure or table as a page has it: the picture for either theme, with its words, or the table; then the caption."""
+    """A figure or table as a page has it: a picture for either theme, with its words, or the table; and the caption."""
     module = script(name)
     if hasattr(module, "table"):
         return f"{module.CAPTION}\n\n{module.table().markdown()}"
@@ -77,6 +96,7 @@ def shown(name: str) -> str:
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or names():
+    for chosen in sys.argv[1:] or [*names(), README_PICTURE]:
         write(chosen)
         print(chosen)
+    README.write_text(readme_with_results(README.read_text()))

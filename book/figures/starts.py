@@ -5,9 +5,9 @@ from matplotlib.figure import Figure
 from sources import rows
 
 CAPTION = (
-    "**Initialisation, measured here.** Mean relative error of the weights of two blocks of SmolLM2-135M before any "
-    "training, one path (left) and two (right) under the same ceiling. At 0.1 bits two paths' scales alone are too much "
-    "for these small layers."
+    "**Initialisation, measured here.** Mean relative error of the weights of two blocks of SmolLM2-135M before "
+    "any training, one path (left) and two (right) under the same ceiling. At 0.1 bits two paths' scales alone "
+    "are too much for these small layers."
 )
 SOURCES = ("initialisation_smollm2",)
 NAMES = {"dual-svid": "Dual-SVID (the paper)", "itq": "Joint-ITQ", "admm": "ADMM"}
@@ -39,6 +39,6 @@ def draw(theme: style.Theme) -> Figure:
         axes.set_xticks([0.1, 0.3, 0.55, 0.8, 1.0], ["0.1", "0.3", "0.55", "0.8", "1"])
         axes.set_xlim(0.05, 1.05)
         axes.set_xlabel("stored bits per weight")
-    panels[0].set_ylabel("relative error ‖W − Ŵ‖ / ‖W‖")
+    panels[0].set_ylabel("relative error ‖W - Ŵ‖ / ‖W‖")
     panels[0].legend(loc="lower left")
     return figure

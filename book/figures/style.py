@@ -4,8 +4,8 @@ Figures are drawn once for light and once for dark pages, as SVG, at the width o
 always what was measured here, orange and hollow or hatched what others published.
 """
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import matplotlib

@@ -4,7 +4,8 @@ from sources import Table, as_published, fixed, publication, row, rows
 
 CAPTION = (
     "**Table 1. WikiText-2 perplexity.** Published figures of others' models beside what was measured here on "
-    "SmolLM2-135M-Instruct, window 2048. An empty cell was not published, or not measured: none is filled by guessing."
+    "SmolLM2-135M-Instruct, window 2048. An empty cell was not published, or not measured: none is filled by "
+    "guessing."
 )
 SOURCES = ("published", "training_smollm2")
 BITS = (16, 1.0, 0.8, 0.7, 0.55, 0.3, 0.1)
@@ -41,7 +42,7 @@ def table() -> Table:
     """The table."""
     head = ["bits", *(f"published: {name}" for name, *_ in PUBLISHED), "measured here: SmolLM2-135M"]
     note = (
-        f"{SECOND_HAND} quoted from a second source, not read in the paper itself. Row 16 is the dense model; ours is a "
-        "4-bit file (Q4_1) of 5 bits a weight."
+        f"{SECOND_HAND} quoted from a second source, not read in the paper itself. Row 16 is the dense model; ours is "
+        "a 4-bit file (Q4_1) of 5 bits a weight."
     )
     return Table(head, [line(bits) for bits in BITS], SOURCES, note)

@@ -3,9 +3,9 @@
 from sources import Table, as_published, fixed, publication, results, rows
 
 CAPTION = (
-    "**Table 2. Zero-shot accuracy, %.** The paper averages seven tasks of common sense. Here the task is BLiMP, pairs of "
-    "a grammatical and an ungrammatical sentence, where chance is 50: **not the same measure**, so that columns compare "
-    "from top to bottom only."
+    "**Table 2. Zero-shot accuracy, %.** The paper averages seven tasks of common sense. Here the task is BLiMP, "
+    "pairs of a grammatical and an ungrammatical sentence, where chance is 50: **not the same measure**, so that "
+    "columns compare from top to bottom only."
 )
 SOURCES = ("published", "training_smollm2")
 BITS = (16, 1.0, 0.55, 0.3, 0.1)

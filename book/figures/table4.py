@@ -3,11 +3,16 @@
 from sources import Table, fixed, number, rows
 
 CAPTION = (
-    "**Table 4. How many times smaller a key-value cache of latents is** than float16 keys and values. Published beside "
-    "what `littlebit.reference.memory` counts, with every token's scales and position."
+    "**Table 4. How many times smaller a key-value cache of latents is** than float16 keys and values. Published "
+    "beside what `littlebit.reference.memory` counts, with every token's scales and position."
 )
 SOURCES = ("memory",)
-MODELS = {"llama2-7b": "Llama-2-7B", "llama2-13b": "Llama-2-13B", "llama2-70b": "Llama-2-70B", "llama3-8b": "Llama-3-8B"}
+MODELS = {
+    "llama2-7b": "Llama-2-7B",
+    "llama2-13b": "Llama-2-13B",
+    "llama2-70b": "Llama-2-70B",
+    "llama3-8b": "Llama-3-8B",
+}
 BITS = (0.1, 0.3, 0.55)
 
 
@@ -28,6 +33,14 @@ def line(model: str, bits: float) -> list[str]:
 
 def table() -> Table:
     """The table."""
-    head = ["model", "bits", "published", "float16 latents", "int8 latents", "bytes a token, ordinary", "float16 latents, bytes"]
+    head = [
+        "model",
+        "bits",
+        "published",
+        "float16 latents",
+        "int8 latents",
+        "bytes a token, ordinary",
+        "float16 latents, bytes",
+    ]
     note = "The published factor is from the paper's Table 4, rank 192."
     return Table(head, [line(model, bits) for model in MODELS for bits in BITS], SOURCES, note)

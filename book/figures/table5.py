@@ -3,8 +3,9 @@
 from sources import Table, as_published, fixed, number, publication, rows
 
 CAPTION = (
-    "**Table 5. Decoding at batch 1, tokens a second.** Published for Llama-2-7B on the authors' GPU; measured here for "
-    "SmolLM2-135M on one and two threads of a CPU. Neither model nor machine is the same: compare each with its own dense row."
+    "**Table 5. Decoding at batch 1, tokens a second.** Published for Llama-2-7B on the authors' GPU; measured "
+    "here for SmolLM2-135M on one and two threads of a CPU. Neither model nor machine is the same: compare each "
+    "with its own dense row."
 )
 SOURCES = ("published", "cpu_decode")
 ENGINES = {
@@ -28,10 +29,19 @@ def table() -> Table:
         found = publication("decode_tok_s", "Llama-2-7B", method, bits)
         if found and dense:
             name = f"{method}, {bits:g} bits"
-            lines.append([f"published: {name}", "Llama-2-7B, GPU", as_published(found["value"]), fixed(found["value"] / dense["value"], 2)])
+            lines.append(
+                [
+                    f"published: {name}",
+                    "Llama-2-7B, GPU",
+                    as_published(found["value"]),
+                    fixed(found["value"] / dense["value"], 2),
+                ]
+            )
     for threads in (1, 2):
         for engine, name in ENGINES.items():
             speed = ours(engine, threads)
             machine = f"SmolLM2-135M, CPU, {threads} thread{'s' * (threads > 1)}"
-            lines.append([f"measured here: {name}", machine, number(speed), fixed(speed / ours("transformers", threads), 2)])
+            lines.append(
+                [f"measured here: {name}", machine, number(speed), fixed(speed / ours("transformers", threads), 2)]
+            )
     return Table(["engine", "model and machine", "tokens a second", "times its dense row"], lines, SOURCES)
