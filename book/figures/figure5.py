@@ -30,7 +30,7 @@ def alt() -> str:
     return (
         f"Two charts of speed-up against bits per weight. On {device} the {SHAPES[-1][0]} by "
         f"{SHAPES[-1][1]} layer goes from {gpu[0][1]:.1f} times at {gpu[0][0]:.2f} bits down to {gpu[-1][1]:.1f} times "
-        f"at {gpu[-1][0]:.2f}; the paper says {paper['value'] if paper else '?'} on an A100. On a CPU core it goes from "
+        f"at {gpu[-1][0]:.2f}; the paper says {paper['value'] if paper else '?'} on an A100. One CPU core goes from "
         f"{cpu[0][1]:.0f} times at {cpu[0][0]:.2f} bits to {cpu[-1][1]:.0f} at {cpu[-1][0]:.2f}."
     )
 

@@ -51,7 +51,10 @@ def panels() -> dict[str, dict[str, tuple[float, str]]]:
         },
         "the price: WikiText-2 perplexity": {
             "original": (teacher, fixed(teacher)),
-            **{f"{bits:g} bits": (perplexity(bits), fixed(perplexity(bits))) for bits in (1.0, 0.55, 0.3)},
+            **{
+                f"{bits:g} bit{'s' * (bits != 1)}": (perplexity(bits), fixed(perplexity(bits)))
+                for bits in (1.0, 0.55, 0.3, 0.1)
+            },
         },
     }
 
@@ -73,7 +76,7 @@ def draw_panel(axes: Axes, title: str, bars: dict[str, tuple[float, str]], theme
         axes.text(length + longest * 0.02, at, end, va="center", fontsize=9)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(bars), 3) - 0.5, -0.6)
     axes.set_xlim(0, longest * 1.2)
     axes.set_xticks([])
     axes.grid(False)
@@ -139,4 +142,5 @@ def table_of_results() -> str:
         f"| {what} | **{ours}** | {beside} | [{file}.json](book/results/{file}.json) |"
         for what, ours, beside, file in lines
     ]
-    return "\n".join(["| what | here | beside it | values, command, machine, commit |", "|---|---|---|---|", *body]) + "\n"
+    head = ["| what | here | beside it | values, command, machine, commit |", "|---|---|---|---|"]
+    return "\n".join([*head, *body]) + "\n"
