@@ -4,7 +4,7 @@
 
 Every page is opened at the width of a desk, and chapters also at that of a phone, with light and dark colours. Reported
 are errors on the console, files that do not load, pictures and equations that cannot be seen, and pages wider than the
-screen; the interactive page must react to its slider.
+screen; the interactive page must react to its slider, and the search must find something.
 """
 
 import argparse
@@ -64,34 +64,41 @@ def browser() -> Iterator[Any]:
             opened.close()
 
 
-def open_page(opened: Any, path: Path, view: str, found: list[str]) -> Any:
-    """A page in a view; errors that it reports are added to `found` as they come."""
+def visited(opened: Any, paths: list[Path], view: str, found: list[str]) -> Iterator[tuple[Path, Any]]:
+    """Each page in a view, in turn; errors that it reports are added to `found` as they come."""
     width, height, colours = VIEWS[view]
     page = opened.new_page(viewport={"width": width, "height": height}, color_scheme=colours)
-    where = f"{path.name} ({view})"
-    page.on("console", lambda message: message.type == "error" and found.append(f"{where}: console: {message.text}"))
-    page.on("pageerror", lambda error: found.append(f"{where}: script: {error}"))
-    page.on("requestfailed", lambda request: found.append(f"{where}: not loaded: {request.url}"))
-    page.goto(path.resolve().as_uri())
-    page.evaluate("() => window.MathJax && MathJax.startup && MathJax.startup.promise")
-    return page
+
+    def report(what: str) -> None:
+        found.append(f"{Path(page.url).name} ({view}): {what}")
+
+    page.on("console", lambda message: message.type == "error" and report(f"console: {message.text}"))
+    page.on("pageerror", lambda error: report(f"script: {error}"))
+    page.on("requestfailed", lambda request: report(f"not loaded: {request.url}"))
+    for path in paths:
+        page.goto(path.resolve().as_uri())
+        page.evaluate("() => window.MathJax && MathJax.startup && MathJax.startup.promise")
+        for wrong in page.evaluate(UNSEEN):
+            report(wrong)
+        yield path, page
+    page.close()
 
 
 def problems(folder: Path, screenshots: Path | None = None) -> list[str]:
     """What is wrong with the built pages; none if nothing is."""
     found: list[str] = []
+    everything = sorted(folder.rglob("*.html"))
     with browser() as opened:
-        for path in sorted(folder.rglob("*.html")):
-            chapter = path.parent == folder
-            for view in VIEWS if chapter else ("desk-light",):
-                page = open_page(opened, path, view, found)
-                found += [f"{path.name} ({view}): {wrong}" for wrong in page.evaluate(UNSEEN)]
+        for view in VIEWS:
+            paths = [path for path in everything if path.parent == folder or view == "desk-light"]
+            for path, page in visited(opened, paths, view, found):
                 if path.name == "explore.html":
                     found += [f"{path.name} ({view}): {wrong}" for wrong in unmoved(page)]
-                if screenshots and chapter:
+                if path.name == "search.html":
+                    found += [f"{path.name} ({view}): {wrong}" for wrong in unfound(page)]
+                if screenshots and path.parent == folder:
                     screenshots.mkdir(parents=True, exist_ok=True)
                     page.screenshot(path=screenshots / f"{path.stem}-{view}.png", full_page=True)
-                page.close()
     return found
 
 
@@ -109,6 +116,16 @@ def unmoved(page: Any) -> list[str]:
     if changed != {"matrix", "error", "memory"}:
         wrong.append(f"the buttons change {sorted(changed)}")
     return wrong
+
+
+def unfound(page: Any) -> list[str]:
+    """Whether the search finds no page for a word that many have."""
+    page.goto(f"{page.url}?q=residual")
+    try:
+        page.wait_for_selector("#search-results li", timeout=10_000)
+    except Exception as error:  # playwright's own, which is not imported here
+        return [f"the search finds nothing: {type(error).__name__}"]
+    return []
 
 
 def main() -> None:

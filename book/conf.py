@@ -22,6 +22,7 @@ html_title = "littlebit"
 html_theme = "furo"
 html_show_sphinx = False
 html_copy_source = False
+html_show_search_summary = False  # they are fetched, which browsers refuse for files
 # MathJax comes with a Python package and goes into the book, so that equations need no network either.
 mathjax = Path(str(importlib.import_module("sphinx-mathjax-offline").__file__)).parent / "static"
 html_static_path = ["_static", str(mathjax)]
@@ -71,6 +72,8 @@ def fill_in(app, docname, source):
     """Put numbers, tables and figures into the book's own pages; docstrings and notebooks have none to put in."""
     if Path(app.env.doc2path(docname)).suffix == ".md" and not docname.startswith(("api/", "notebooks/")):
         source[0] = pages.filled_in(source[0])
+        for path in make.inputs():  # a page is read again when they change
+            app.env.note_dependency(str(path), docname=docname)
 
 
 def skip_member(app, what, name, obj, skip, options):

@@ -102,6 +102,11 @@ def test_pages_load_nothing_from_the_network(pages):
             assert (path.parent / unquote(urlsplit(source).path)).exists(), f"{path.name}: {source}"
 
 
+def test_external_links_are_few_and_known(pages):
+    hosts = {urlsplit(link).hostname for page in pages.values() for link in page.links} - {None}
+    assert hosts == {"arxiv.org", "github.com"}
+
+
 def test_equations_have_mathjax(book):
     assert any("mathjax" in source for source in Page(book / "index.html").loaded - {None})
 

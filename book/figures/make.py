@@ -64,11 +64,16 @@ def readme_with_results(text: str) -> str:
     return f"{head}{BEGIN}{picture}\n{module.table_of_results()}\n{END}{rest.split(END)[1]}"
 
 
+def inputs() -> list[Path]:
+    """What figures, tables and numbers of the book are made from."""
+    modules = [BOOK / f"{name}.py" for name in ("pages", "sources", "tables")]
+    return sorted([*FIGURES.glob("*.py"), *(BOOK / "results").glob("*.json"), *modules, BOOK / "published.json"])
+
+
 def digest() -> str:
-    """What the figures are made from, as one number."""
-    files = [*FIGURES.glob("*.py"), *(BOOK / "results").glob("*.json"), BOOK / "sources.py", BOOK / "published.json"]
+    """The inputs as one number."""
     whole = hashlib.sha256()
-    for path in sorted(files):
+    for path in inputs():
         whole.update(path.name.encode() + b"\0" + path.read_bytes())
     return whole.hexdigest()
 
