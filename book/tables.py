@@ -176,6 +176,29 @@ def cpu_linear() -> Table:
     return Table([*head, "billion sign additions a second", "% of lookups alone"], lines, ["cpu_linear"])
 
 
+KERNELS = {
+    "loops": "one sign, one addition",
+    "bytes": "eight signs choose one of 256 partial sums, made once for all rows",
+    "select": "sixteen signs are the mask of a vector addition",
+    "nibbles": "four signs choose one of sixteen sums in a register; sixteen rows at once",
+}
+
+
+def cpu_ladder() -> Table:
+    """The CPU kernels, from the simplest to the one that runs."""
+    found = rows("cpu_ladder")
+    layers = list(dict.fromkeys((shape_of(each), each["bits"]) for each in found))
+    lines = []
+    for kernel, idea in KERNELS.items():
+        cells = []
+        for shape, bits in layers:
+            (each,) = (one for one in rows("cpu_ladder", kernel=kernel, bits=bits) if shape_of(one) == shape)
+            cells.append(fixed(each["sign_adds_per_s"] / 1e9))
+        lines.append([f"`{kernel}`", idea, *cells])
+    head = ["kernel", "idea", *(f"{shape}, {bits:.2f} bits" for shape, bits in layers)]
+    return Table(head, lines, ["cpu_ladder"], "Billion sign additions a second.")
+
+
 def cuda_linear() -> Table:
     """The packed layer on a GPU, beside a peer's kernel."""
     lines = []
