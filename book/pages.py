@@ -51,8 +51,6 @@ NAMES = {
     "notebook": notebook,
     "publication": sources.publication,
     "results": sources.results,
-    "row": sources.row,
-    "rows": sources.rows,
     "table": table,
 }
 

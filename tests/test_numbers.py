@@ -15,9 +15,10 @@ sys.path[:0] = [str(BOOK), str(BOOK / "figures")]
 
 import make  # noqa: E402 (the path comes first)
 import pages  # noqa: E402
+import remake  # noqa: E402
 import sources  # noqa: E402
 import tables  # noqa: E402
-from littlebit.fast.__main__ import EXAMPLES  # noqa: E402
+from littlebit.fast.__main__ import EXAMPLES, parser  # noqa: E402
 
 PAGES = {path.name: path.read_text() for path in sorted(BOOK.glob("*.md"))}
 FIGURES = {name: make.script(name) for name in make.names()}
@@ -117,6 +118,35 @@ def test_results_say_how_they_were_measured():
         assert record["command"], path.name
         assert record["device"], path.name
         assert record["rows"], path.name
+
+
+def test_results_are_made_again_by_commands_that_exist():
+    again = []
+    for path in sorted((BOOK / "results").glob("*.json")):
+        record = json.loads(path.read_text())
+        words = record["command"].split()
+        if remake.reason_to_leave(record, words):
+            continue
+        again.append(path.stem)
+        assert f"book/results/{path.name}" in words
+        if words[0] == "python":
+            assert (ROOT / words[1]).exists()
+        else:
+            parser().parse_args(words[1:])
+    assert {"cpu_linear", "cpu_ladder", "explore", "memory", "spectra_smollm2"} <= set(again)
+
+
+@pytest.mark.parametrize(
+    ("device", "command", "reason"),
+    [
+        ("NVIDIA H100", "littlebit bench linear --save book/results/x.json", "NVIDIA H100"),
+        ("a CPU", "a loop of quantize_", "description"),
+        ("a CPU", "littlebit bench decode --model DIR --save book/results/x.json", "needs DIR"),
+        ("a CPU", "python book/embeddings.py book/results/x.json --text missing.txt", "needs missing.txt"),
+    ],
+)
+def test_results_that_a_cpu_cannot_make_are_left(device, command, reason):
+    assert reason in remake.reason_to_leave({"device": device, "command": command}, command.split())
 
 
 def test_published_figures_say_who_published_them():

@@ -78,11 +78,11 @@ def draw(theme: style.Theme) -> Figure:
     )
     right.axhline(dense, color=theme.text, linestyle=":", linewidth=1.2, label="original")
     for axes, title in ((left, "published, Llama-2"), (right, "measured here, SmolLM2-135M")):
-        style.power_of_two_bits(axes)
+        style.bits_axis(axes)
         axes.set_title(title)
     left.legend(loc="center left", bbox_to_anchor=(0, 0.55), fontsize=7.5)
     right.legend(loc="upper right")
-    style.plain_log(left, (5, 10, 20, 50, 100, 500, 2000))
-    style.plain_log(right, (20, 50, 100, 200, 300))
+    style.log_axis(left, (5, 10, 20, 50, 100, 500, 2000))
+    style.log_axis(right, (20, 50, 100, 200, 300))
     left.set_ylabel("WikiText-2 perplexity")
     return figure

@@ -61,10 +61,10 @@ def draw(theme: style.Theme) -> Figure:
     left.set_title(results("cuda_linear")["device"].removeprefix("NVIDIA "))
     right.set_title("one AVX-512 core")
     for axes in (left, right):
-        style.power_of_two_bits(axes)
+        style.bits_axis(axes)
         axes.axhline(1, color=theme.text, linewidth=0.8, linestyle=":")
-    style.plain_log(left, (1, 2, 4, 8, 16))
-    style.plain_log(right, (1, 10, 20, 50, 100))
+    style.log_axis(left, (1, 2, 4, 8, 16))
+    style.log_axis(right, (1, 10, 20, 50, 100))
     left.set_ylabel("times faster than 16 bits")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

@@ -68,7 +68,7 @@ def themed(theme: Theme) -> Iterator[None]:
         yield
 
 
-def power_of_two_bits(axes: Axes, ticks: tuple[float, ...] = (0.1, 0.3, 0.55, 1.0)) -> None:
+def bits_axis(axes: Axes, ticks: tuple[float, ...] = (0.1, 0.3, 0.55, 1.0)) -> None:
     """A logarithmic axis of bits per weight with the budgets that matter."""
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -76,7 +76,7 @@ def power_of_two_bits(axes: Axes, ticks: tuple[float, ...] = (0.1, 0.3, 0.55, 1.
     axes.set_xlabel("stored bits per weight")
 
 
-def plain_log(axes: Axes, ticks: tuple[float, ...]) -> None:
+def log_axis(axes: Axes, ticks: tuple[float, ...]) -> None:
     """A logarithmic vertical axis whose ticks are plain numbers."""
     axes.set_yscale("log")
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
