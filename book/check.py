@@ -22,6 +22,7 @@ VIEWS = {  # width, height, colours
     "phone-light": (390, 844, "light"),
     "phone-dark": (390, 844, "dark"),
 }
+ABORTED = "net::ERR_ABORTED"  # by going on to the next page
 UNSEEN = """() => {
     const wrong = [];
     for (const image of document.images) {
@@ -74,10 +75,11 @@ def visited(opened: Any, paths: list[Path], view: str, found: list[str]) -> Iter
 
     page.on("console", lambda message: message.type == "error" and report(f"console: {message.text}"))
     page.on("pageerror", lambda error: report(f"script: {error}"))
-    page.on("requestfailed", lambda request: report(f"not loaded: {request.url}"))
+    page.on("requestfailed", lambda request: request.failure != ABORTED and report(f"not loaded: {request.url}"))
     for path in paths:
         page.goto(path.resolve().as_uri())
         page.evaluate("() => window.MathJax && MathJax.startup && MathJax.startup.promise")
+        page.evaluate("() => document.fonts.ready.then(() => null)")
         for wrong in page.evaluate(UNSEEN):
             report(wrong)
         yield path, page
