@@ -9,9 +9,11 @@ from sphinx.ext.autodoc.mock import mock
 from sphinx.util.nodes import make_refnode
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE / "figures")]
 
 import api  # noqa: E402 (the path comes first)
+import make  # noqa: E402
+import pages  # noqa: E402
 
 project = "littlebit"
 author = "the littlebit authors"
@@ -20,6 +22,7 @@ html_title = "littlebit"
 html_theme = "furo"
 html_show_sphinx = False
 html_copy_source = False
+html_show_search_summary = False  # they are fetched, which browsers refuse for files
 # MathJax comes with a Python package and goes into the book, so that equations need no network either.
 mathjax = Path(str(importlib.import_module("sphinx-mathjax-offline").__file__)).parent / "static"
 html_static_path = ["_static", str(mathjax)]
@@ -30,9 +33,9 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["results"]
+exclude_patterns = ["results", "_figures/*.md"]
 mathjax_path = "mathjax/tex-chtml.js"
-myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_enable_extensions = ["amsmath", "attrs_block", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE.parent / "build" / "notebook-cache")
@@ -65,6 +68,14 @@ def process_docstring(app, what, name, obj, options, lines):
     lines[:] = [] if what == "module" else api.restructured(lines)
 
 
+def fill_in(app, docname, source):
+    """Put numbers, tables and figures into the book's own pages; docstrings and notebooks have none to put in."""
+    if Path(app.env.doc2path(docname)).suffix == ".md" and not docname.startswith(("api/", "notebooks/")):
+        source[0] = pages.filled_in(source[0])
+        for path in make.inputs():  # a page is read again when they change
+            app.env.note_dependency(str(path), docname=docname)
+
+
 def skip_member(app, what, name, obj, skip, options):
     """Leave the fields of named tuples out: the docstring of the tuple describes them."""
     return True if type(obj).__name__ == "_tuplegetter" else None
@@ -86,9 +97,11 @@ def resolve_in_package(app, env, node, contnode):
 
 
 def setup(app):
-    """Write the pages of the API, make the kernels readable, and connect what is above."""
+    """Write the pages of the API, draw the figures, make the kernels readable, and connect what is above."""
     api.write_pages(HERE / "api")
+    make.write_changed()
     uncompile()
+    app.connect("source-read", fill_in)
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("missing-reference", resolve_in_package)

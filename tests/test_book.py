@@ -1,7 +1,9 @@
 """The book builds without a warning, shows everything that the packages export, and none of its links lead nowhere."""
 
 import ast
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -14,6 +16,13 @@ from littlebit.fast import Config, TrainConfig
 from sphinx.util.inventory import InventoryFile
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "book"))
+
+import check  # noqa: E402 (the path comes first)
+
+needs_browser = pytest.mark.skipif(
+    not check.browser_path() or not importlib.util.find_spec("playwright"), reason="needs Chromium and playwright"
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +102,11 @@ def test_pages_load_nothing_from_the_network(pages):
             assert (path.parent / unquote(urlsplit(source).path)).exists(), f"{path.name}: {source}"
 
 
+def test_external_links_are_few_and_known(pages):
+    hosts = {urlsplit(link).hostname for page in pages.values() for link in page.links} - {None}
+    assert hosts == {"arxiv.org", "github.com"}
+
+
 def test_equations_have_mathjax(book):
     assert any("mathjax" in source for source in Page(book / "index.html").loaded - {None})
 
@@ -116,3 +130,34 @@ def test_training_ladder_repeats_what_was_measured():
     for row in measured:
         then = asdict(TrainConfig()) | SECOND_LADDER | settings(row)
         assert asdict(TrainConfig()) | settings(ladder[row["name"]]) == then, row["name"]
+
+
+@needs_browser
+def test_pages_are_whole_in_a_browser(book):
+    assert not check.problems(book)
+
+
+BROKEN = {
+    "script": "<script>throw new Error('broken')</script>",
+    "not loaded": "<script src='missing.js'></script>",
+    "picture": "<img alt='a picture' src='missing.svg'>",
+    "without words": "<img src='data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA='>",
+    "equation": "<p class='math'>\\(x\\)</p>",
+    "wider than the screen": "<div style='width: 3000px'>wide</div>",
+}
+
+
+@needs_browser
+@pytest.mark.parametrize("kind", BROKEN)
+def test_the_check_reports_what_is_broken(kind, tmp_path):
+    (tmp_path / "page.html").write_text(f"<!doctype html><title>page</title>{BROKEN[kind]}")
+    assert any(kind in problem for problem in check.problems(tmp_path))
+
+
+@needs_browser
+def test_the_check_reports_a_page_that_does_not_react(book, tmp_path):
+    shutil.copytree(book / "_static", tmp_path / "_static")
+    shutil.copy(book / "explore.html", tmp_path)
+    script = tmp_path / "_static" / "explore.js"
+    script.write_text(script.read_text().replace('addEventListener("input", draw)', 'addEventListener("never", draw)'))
+    assert "does not follow the slider" in " ".join(check.problems(tmp_path))

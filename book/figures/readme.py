@@ -1,0 +1,146 @@
+"""The README's picture and its table of results."""
+
+import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sources import fixed, number, publication, row, rows
+
+LAYER = {"d_out": 28672, "d_in": 8192}  # of Llama-2-70B
+
+
+def smallest(file: str) -> dict:
+    """The row of the large layer with the fewest bits."""
+    return min((each for each in rows(file, **LAYER) if each.get("batch", 1) == 1), key=lambda each: each["bits"])
+
+
+def weights(bits: float, embedding_bits: int) -> float:
+    """GB of Llama-2-7B's weights."""
+    return row("memory", table="weights", shape="llama2-7b", bits=bits, embedding_bits=embedding_bits)["weights_GB"]
+
+
+def speed(engine: str) -> float:
+    """Tokens a second of one thread."""
+    return row("cpu_decode", engine=engine, threads=1)["tokens_per_s"]
+
+
+def perplexity(bits: float) -> float:
+    """Of the checkpoint that is shipped."""
+    return row("training_smollm2", stage="shipped", bits=bits)["perplexity_packed"]
+
+
+def panels() -> dict[str, dict[str, tuple[float, str]]]:
+    """Bars of each panel: length, and what is written at the end; ours come last."""
+    layer = smallest("cpu_linear")
+    dense, packed = layer["dense_us"] / 1000, layer["time_us"] / 1000
+    size = f"{layer['d_out']} x {layer['d_in']}"
+    teacher = row("training_smollm2", name="teacher")["perplexity"]
+    return {
+        "Llama-2-7B, GB of weights": {
+            "float16": (weights(16, 16), fixed(weights(16, 16))),
+            "0.1 bits": (weights(0.1, 16), fixed(weights(0.1, 16), 2)),
+            "and 8-bit embeddings": (weights(0.1, 8), fixed(weights(0.1, 8), 2)),
+        },
+        f"{size} layer, one CPU core, ms": {
+            "torch bfloat16": (dense, fixed(dense)),
+            f"packed, {layer['bits']:.1f} bits": (packed, fixed(packed, 2)),
+        },
+        "SmolLM2-135M, one CPU core, tokens/s": {
+            "transformers": (speed("transformers"), number(speed("transformers"))),
+            "llama.cpp, Q4_1": (speed("llama.cpp"), number(speed("llama.cpp"))),
+            "packed, 0.55 bits": (speed("littlebit"), number(speed("littlebit"))),
+        },
+        "the price: WikiText-2 perplexity": {
+            "original": (teacher, fixed(teacher)),
+            **{
+                f"{bits:g} bit{'s' * (bits != 1)}": (perplexity(bits), fixed(perplexity(bits)))
+                for bits in (1.0, 0.55, 0.3, 0.1)
+            },
+        },
+    }
+
+
+def alt() -> str:
+    """What the picture shows, in words."""
+    parts = (
+        f"{title}: {', '.join(f'{name} {end}' for name, (_, end) in bars.items())}" for title, bars in panels().items()
+    )
+    return f"Four charts of bars. {'. '.join(parts)}."
+
+
+def draw_panel(axes: Axes, title: str, bars: dict[str, tuple[float, str]], theme: style.Theme) -> None:
+    """Horizontal bars; what is not ours is grey."""
+    others = ("float16", "torch bfloat16", "transformers", "llama.cpp, Q4_1", "original")
+    longest = max(length for length, _ in bars.values())
+    for at, (name, (length, end)) in enumerate(bars.items()):
+        axes.barh(at, length, color=theme.faint if name in others else theme.ours, height=0.62)
+        axes.text(length + longest * 0.02, at, end, va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), list(bars))
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(max(len(bars), 3) - 0.5, -0.6)
+    axes.set_xlim(0, longest * 1.2)
+    axes.set_xticks([])
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_title(title, loc="left", fontweight="bold")
+
+
+def draw(theme: style.Theme) -> Figure:
+    """The picture."""
+    figure = Figure(figsize=(8.6, 3.3), layout="constrained")
+    for axes, (title, bars) in zip(figure.subplots(2, 2).flat, panels().items(), strict=True):
+        draw_panel(axes, title, bars, theme)
+    return figure
+
+
+def table_of_results() -> str:
+    """The README's table: what, ours, what it stands beside, and where it is from."""
+    cpu, gpu = smallest("cpu_linear"), smallest("cuda_linear")
+    teacher = row("training_smollm2", name="teacher")["perplexity"]
+    published = publication("memory_GB", "Llama-2-70B", "LittleBit", 0.1)
+    cut = publication("kv_cache_reduction_x", "Llama-2-7B", "LittleBit", 0.1)
+    llama70 = row("memory", table="weights", shape="llama2-70b", bits=0.1, embedding_bits=16)["weights_GB"]
+    cache = row("cpu_cache_llama2", bits=0.1, kind="latent", context=32768)
+    lines = [
+        (
+            "WikiText-2 perplexity of SmolLM2-135M at 1.0, 0.55, 0.3, 0.1 bits",
+            ", ".join(fixed(perplexity(bits)) for bits in (1.0, 0.55, 0.3, 0.1)),
+            f"original: {fixed(teacher)}",
+            "training_smollm2",
+        ),
+        (
+            f"{LAYER['d_out']} x {LAYER['d_in']} layer at {cpu['bits']:.1f} bits, one CPU core",
+            f"{cpu['time_us'] / 1000:.2f} ms",
+            f"torch bfloat16: {cpu['dense_us'] / 1000:.1f} ms ({cpu['speedup']:.0f}x)",
+            "cpu_linear",
+        ),
+        (
+            f"the same at {gpu['bits']:.1f} bits, one H100",
+            f"{gpu['time_us']:.1f} µs",
+            f"cuBLAS float16: {gpu['dense_us']:.0f} µs ({gpu['speedup']:.1f}x)",
+            "cuda_linear",
+        ),
+        (
+            "decoding SmolLM2-135M, 0.55 bits, one CPU core",
+            f"{speed('littlebit'):.0f} tokens/s",
+            f"llama.cpp Q4_1: {speed('llama.cpp'):.0f}, transformers: {speed('transformers'):.0f}",
+            "cpu_decode",
+        ),
+        (
+            "weights of Llama-2-70B at 0.1 bits",
+            f"{llama70:.2f} GB",
+            f"the paper: {published['value'] if published else ''} GB",
+            "memory",
+        ),
+        (
+            "key-value cache of latents, Llama-2-7B at 0.1 bits",
+            f"{cache['reduction']:.1f}x smaller",
+            f"the paper: {cut['value'] if cut else ''}x; on a CPU {1 / cache['speed']:.0f}x slower at 32k tokens",
+            "cpu_cache_llama2",
+        ),
+    ]
+    body = [
+        f"| {what} | **{ours}** | {beside} | [{file}.json](book/results/{file}.json) |"
+        for what, ours, beside, file in lines
+    ]
+    head = ["| what | here | beside it | values, command, machine, commit |", "|---|---|---|---|"]
+    return "\n".join([*head, *body]) + "\n"

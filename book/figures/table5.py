@@ -1,0 +1,47 @@
+"""Table 5: decoding, tokens a second."""
+
+from sources import Table, as_published, fixed, number, publication, rows
+
+CAPTION = (
+    "**Table 5. Decoding at batch 1, tokens a second.** Published for Llama-2-7B on the authors' GPU; measured "
+    "here for SmolLM2-135M on one and two threads of a CPU. Neither model nor machine is the same: compare each "
+    "with its own dense row."
+)
+SOURCES = ("published", "cpu_decode")
+ENGINES = {
+    "littlebit": "littlebit, 0.55 bits, 8-bit head",
+    "llama.cpp": "llama.cpp, Q4_1",
+    "transformers": "transformers, float32",
+}
+
+
+def ours(engine: str, threads: int) -> float:
+    """Tokens a second that were measured."""
+    (found,) = rows("cpu_decode", engine=engine, threads=threads)
+    return found["tokens_per_s"]
+
+
+def table() -> Table:
+    """The table."""
+    lines = []
+    dense = publication("decode_tok_s", "Llama-2-7B", "FP16")
+    for method, bits in (("LittleBit", 0.1), ("FP16", 16)):
+        found = publication("decode_tok_s", "Llama-2-7B", method, bits)
+        if found and dense:
+            name = f"{method}, {bits:g} bits"
+            lines.append(
+                [
+                    f"published: {name}",
+                    "Llama-2-7B, GPU",
+                    as_published(found["value"]),
+                    fixed(found["value"] / dense["value"], 2),
+                ]
+            )
+    for threads in (1, 2):
+        for engine, name in ENGINES.items():
+            speed = ours(engine, threads)
+            machine = f"SmolLM2-135M, CPU, {threads} thread{'s' * (threads > 1)}"
+            lines.append(
+                [f"measured here: {name}", machine, number(speed), fixed(speed / ours("transformers", threads), 2)]
+            )
+    return Table(["engine", "model and machine", "tokens a second", "times its dense row"], lines, SOURCES)

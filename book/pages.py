@@ -1,0 +1,75 @@
+"""What the pages of the book may say between double braces."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "figures")]
+
+import jinja2  # noqa: E402 (the path comes first)
+import make  # noqa: E402
+import sources  # noqa: E402
+import tables  # noqa: E402
+
+NOTEBOOKS = HERE.parent / "notebooks"
+
+
+def table(name: str, *arguments: Any) -> str:
+    """A table of tables.py."""
+    return getattr(tables, name)(*arguments).markdown()
+
+
+def notebook(number: int, title: str) -> str:
+    """A link to the notebook of a number, whatever the rest of its name."""
+    found = sorted(NOTEBOOKS.glob(f"{number:02}*.ipynb"))
+    return f"[{title}](notebooks/{found[0].name})" if found else title
+
+
+def explored() -> str:
+    """What the interactive page shows, as JSON: pictures, memory, and the perplexities that were measured."""
+    shipped = sources.rows("training_smollm2", stage="shipped")
+    points = [{"bits": each["bits"], "perplexity": each["perplexity_packed"]} for each in shipped]
+    record = {
+        "original": sources.row("explore", what="original"),
+        "reconstructions": sources.rows("explore", what="reconstruction"),
+        "memory": sources.rows("explore", what="memory"),
+        "perplexity": sorted(points, key=lambda each: each["bits"]),
+        "dense": sources.row("training_smollm2", name="teacher")["perplexity"],
+    }
+    return json.dumps(record, separators=(",", ":"))
+
+
+#: All names that a page may use.
+NAMES = {
+    "cited": sources.cited,
+    "computed": sources.computed,
+    "explored": explored,
+    "figure": make.shown,
+    "measured": sources.measured,
+    "notebook": notebook,
+    "publication": sources.publication,
+    "results": sources.results,
+    "table": table,
+}
+
+
+def filled_in(text: str) -> str:
+    """A page with everything between double braces put in.
+
+    Raises
+    ------
+    jinja2.UndefinedError, LookupError
+        If a page names what does not exist.
+    """
+    # Blocks and comments have marks that no page has: a page has values alone, and no logic.
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        block_start_string="<%--",
+        block_end_string="--%>",
+        comment_start_string="<#--",
+        comment_end_string="--#>",
+    )
+    return environment.from_string(text).render(NAMES)

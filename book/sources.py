@@ -1,0 +1,168 @@
+"""Where the numbers of the book come from: results/*.json, which were measured, and published.json, which is cited.
+
+No page has a number that was measured typed into it. It says `{{ measured("cpu_linear", "speedup", d_out=28672) }}` or
+`{{ table("cpu_linear") }}`, and pages.py puts the number there, with its source.
+"""
+
+import html
+import json
+import math
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+RESULTS, PUBLISHED = HERE / "results", HERE / "published.json"
+
+
+@cache
+def results(name: str) -> dict[str, Any]:
+    """A file of results/, without its ending: rows, and how they were measured."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def rows(file: str, /, **where: Any) -> list[dict[str, Any]]:
+    """Rows of a file of results/ that have these values."""
+    return [row for row in results(file)["rows"] if all(row.get(key) == value for key, value in where.items())]
+
+
+def row(file: str, /, **where: Any) -> dict[str, Any]:
+    """The one row that has these values.
+
+    Raises
+    ------
+    LookupError
+        If there is none, or more than one.
+    """
+    found = rows(file, **where)
+    if len(found) != 1:
+        raise LookupError(f"results/{file}.json has {len(found)} rows with {where}, not one")
+    return found[0]
+
+
+@cache
+def publications() -> list[dict[str, Any]]:
+    """What others published: model, method, bits per weight, metric, value, table, source and status."""
+    return json.loads(PUBLISHED.read_text())
+
+
+def publication(
+    metric: str, model: str, method: str, bits: float | None = None, table: str = ""
+) -> dict[str, Any] | None:
+    """The published figure with these names, the first where tables repeat it, or None: nothing is made up."""
+    for each in publications():
+        names = (each["metric"], each["model"], each["method"]) == (metric, model, method)
+        if names and (bits is None or each.get("bpw") == bits) and each["table"].startswith(table):
+            return each
+    return None
+
+
+def number(value: float | None, digits: int | None = 3) -> str:
+    """A number to so many significant digits, with commas; integers as they are; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, int) or digits is None:
+        return f"{value:,}"
+    rounded = float(f"{value:.{digits}g}")
+    exponent = math.floor(math.log10(abs(rounded))) if rounded else 0
+    if not -4 < exponent < 7:
+        return f"{value:.{digits - 1}e}"
+    return f"{rounded:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def fixed(value: float | None, decimals: int = 1) -> str:
+    """A number with so many decimals, with commas; nothing for None."""
+    return "" if value is None else f"{value:,.{decimals}f}"
+
+
+def as_published(value: float) -> str:
+    """A published number, with commas and the digits that it has."""
+    return f"{value:,.9g}"
+
+
+def said(text: str, source: str) -> str:
+    """A number on a page; a pointer that rests on it shows where it comes from."""
+    return f'<span class="sourced" title="{html.escape(source, quote=True)}">{text}</span>'
+
+
+def measured(file: str, key: str, digits: int | None = 3, scale: float = 1, /, **where: Any) -> str:
+    """A number that was measured, as a page shows it: of the one row of a file with these values, times scale."""
+    value = row(file, **where)[key]
+    source = f"measured: results/{file}.json, {results(file)['device']}"
+    return said(number(value if scale == 1 else value * scale, digits), source)
+
+
+def cited(metric: str, model: str, method: str, bits: float | None = None, table: str = "") -> str:
+    """A number that others published, as a page shows it.
+
+    Raises
+    ------
+    LookupError
+        If published.json does not have it.
+    """
+    found = publication(metric, model, method, bits, table)
+    if found is None:
+        raise LookupError(f"published.json has no {metric} of {method} for {model} at {bits} bits")
+    return said(as_published(found["value"]), f"published: {found['source']}, {found['table']} ({found['status']})")
+
+
+def computed(value: float, source: str, digits: int | None = 3) -> str:
+    """A number that follows from others by arithmetic, as a page shows it."""
+    return said(number(value, digits), f"computed from {source}")
+
+
+class Table(NamedTuple):
+    """A table of a page.
+
+    Attributes
+    ----------
+    head : sequence of str
+    rows : sequence of sequences of str
+        One cell for each word of the head.
+    sources : sequence of str
+        Files of results/ without their ending, or "published".
+    note : str
+        Goes before the sources, below the table.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    sources: Sequence[str]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table, and a line that says where its numbers come from."""
+        width = len(self.head)
+        if any(len(cells) != width for cells in self.rows):
+            raise ValueError(f"a row does not have one cell for each of {list(self.head)}")
+        numeric = [all(is_numeric(cells[at]) for cells in self.rows) and at > 0 for at in range(width)]
+        rule = "|".join("---:" if right else "---" for right in numeric)
+        lines = ["| " + " | ".join(cells) + " |" for cells in self.rows]
+        return "\n".join(
+            [
+                f"| {' | '.join(self.head)} |",
+                f"|{rule}|",
+                *lines,
+                "",
+                "{.source}",
+                f"{self.note} {origin(self.sources)}".strip(),
+            ]
+        )
+
+
+def is_numeric(cell: str) -> bool:
+    """Whether a cell is empty or begins with a digit, so that its column is set to the right."""
+    bare = cell.strip("* ")
+    return not bare or bare[0].isdigit()
+
+
+def origin(names: Iterable[str]) -> str:
+    """A sentence with links to the files that numbers come from and, for measured ones, what they were measured on."""
+    parts = []
+    for name in names:
+        if name == "published":
+            parts.append("{download}`published.json`")
+        else:
+            parts.append(f"{{download}}`results/{name}.json` ({results(name)['device']})")
+    return f"Source: {'; '.join(parts)}."

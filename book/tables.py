@@ -1,0 +1,303 @@
+"""Tables of the book's pages, made from results/*.json and published.json: `{{ table("shipped") }}`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sources import Table, as_published, fixed, number, publication, publications, results, row, rows
+
+SMOLLM2 = "training_smollm2"
+
+FIRST_LADDER = {  # what a row is called in the results, and on the page
+    "base": "base",
+    "latents 1e-3": "latents at `1e-3`",
+    "latents 4e-3": "latents at `4e-3`",
+    "hidden 0.1": "hidden states, normalised, weight 0.1 (part of the loss)",
+    "4 sequences a step": "4 sequences a step, rates divided by `1.4`",
+    "16 sequences a step": "16 sequences a step, rates times `1.4`",
+    "two paths": "two paths",
+    "dual-svid": "Dual-SVID in place of ADMM",
+    "0.1 bits": "0.1 bits",
+    "0.3 bits": "0.3 bits",
+    "1.0 bits": "1.0 bits",
+}
+SECOND_LADDER = {
+    "defaults": "these defaults",
+    "sensitivity": "ranks by sensitivity",
+    "blocks first": "a quarter of the tokens block by block first",
+    "wikitext 0.9": "nine tenths WikiText-2",
+    "sequence 2048, 2 a step": "2 sequences of 2048",
+    "sequence 256, 16 a step": "16 sequences of 256",
+    "two paths": "two paths",
+    "half written by the teacher": "half of the text written by the teacher",
+    "itq": "Joint-ITQ in place of ADMM",
+    "1.0 bits, sequence 2048": "1.0 bits, 2 sequences of 2048",
+    "1.0 bits, latents 1.2e-2, sequence 2048": "the same, latents at `1.2e-2`",
+}
+TINY = {
+    "base": "defaults (sequences of 128)",
+    "smooth_sign": "SmoothSign",
+    "sequence 256": "sequences of 256, half as many",
+    "sequence 64": "sequences of 64, twice as many",
+    "blocks first": "a quarter of the tokens block by block first",
+    "sensitivity": "ranks by sensitivity",
+    "importance": "importance weights in ADMM",
+    "Joint-ITQ": "Joint-ITQ in place of ADMM",
+    "embeddings too": "embeddings train too",
+    "no norms": "norms do not train",
+    "KL alone": "KL alone",
+    "two paths": "two paths",
+}
+
+
+def thousands(value: float) -> str:
+    """A speed, rounded to thousands."""
+    return f"{round(value, -3):,.0f}"
+
+
+def first_ladder() -> Table:
+    """One change at a time, after few tokens."""
+    lines = []
+    for name, title in FIRST_LADDER.items():
+        found = row(SMOLLM2, stage="first ladder", name=name)
+        lines.append([title, number(found["loss"]), number(found["perplexity"]), thousands(found["tokens_per_s"])])
+    return Table(["what", "last loss, nats", "WikiText-2 perplexity", "tokens a second"], lines, [SMOLLM2])
+
+
+def second_ladder() -> Table:
+    """One change at a time, from what the first ladder found."""
+    keys = ("perplexity", "held_out_512", "held_out_2048")
+    lines = []
+    for name, title in SECOND_LADDER.items():
+        found = row(SMOLLM2, stage="second ladder", name=name)
+        lines.append([title, *(number(found[key]) for key in keys), thousands(found["tokens_per_s"])])
+    head = ["what", "WikiText-2 test, 2048", "held-out, 512", "held-out, 2048", "tokens a second"]
+    return Table(head, lines, [SMOLLM2])
+
+
+def tiny() -> Table:
+    """The same for the tiny model."""
+    lines = [[title, fixed(row("training_tiny", name=name)["perplexity_128"], 2)] for name, title in TINY.items()]
+    return Table(["what", "perplexity of a byte"], lines, ["training_tiny"])
+
+
+def checkpoints(stage: str) -> list[dict[str, Any]]:
+    """Trained checkpoints of a stage, from the most bits to the fewest."""
+    return sorted(rows(SMOLLM2, stage=stage), key=lambda each: -each["bits"])
+
+
+def shipped() -> Table:
+    """The checkpoints that come with the package."""
+    teacher = row(SMOLLM2, name="teacher")
+    blimp = results(SMOLLM2)["blimp"]["teacher"]
+    lines = [["original (Q4_1)", "", fixed(teacher["perplexity"]), fixed(teacher["validation"]), "", fixed(blimp, 3)]]
+    for each in checkpoints("shipped"):
+        tokens = f"{each['tokens'] / 1e6:.1f} M"
+        scores = [fixed(each[key]) for key in ("perplexity_packed", "held_out_512", "held_out_2048")]
+        lines.append([f"`{each['name']}`", tokens, *scores, fixed(each["blimp"], 3)])
+    head = ["", "tokens", "WikiText-2 test, window 2048", "held-out, 512", "held-out, 2048", "BLiMP"]
+    return Table(head, lines, [SMOLLM2])
+
+
+def before() -> Table:
+    """What sequences of 512 tokens gave, beside what is shipped."""
+    lines = []
+    for old, new in zip(checkpoints("earlier checkpoint, 512 tokens"), checkpoints("shipped"), strict=True):
+        scores = (old["perplexity_packed"], new["perplexity_packed"], old["validation"], new["held_out_512"])
+        lines.append([f"{old['bits']:g}", *map(fixed, scores)])
+    head = ["bits", "test, then", "test, now", "held-out in 512, then", "held-out in 512, now"]
+    return Table(head, lines, [SMOLLM2])
+
+
+def early() -> Table:
+    """After four million tokens, as trained before and now."""
+    lines = []
+    for new in sorted(rows(SMOLLM2, name="pilot, latents 0.008"), key=lambda each: -each["bits"]):
+        old = row(SMOLLM2, stage="earlier pilot, 512 tokens", name="pilot 0.008", bits=new["bits"])
+        lines.append([f"{new['bits']:g}", number(old["perplexity"]), number(new["perplexity"])])
+    return Table(["bits", "512 tokens, equal ranks", "1024 tokens, ranks by sensitivity"], lines, [SMOLLM2])
+
+
+def speed() -> Table:
+    """Tokens a second of training."""
+    lines = []
+    for each in rows("training_speed"):
+        sequences = f"{each['tokens_a_step'] // each['sequence']} of {each['sequence']}"
+        hidden = "yes" if each["hidden"] else "no"
+        memory = fixed(each["memory_bytes"] / 2**30)
+        lines.append([number(each["tokens_a_step"]), sequences, hidden, thousands(each["tokens_per_s"]), memory])
+    head = ["tokens a step", "sequences", "hidden-state term", "tokens a second", "memory, GiB"]
+    return Table(head, lines, ["training_speed"])
+
+
+def processes() -> Table:
+    """The same training in one process and in several."""
+    losses = results(SMOLLM2)["several_processes"]["losses"]
+    lines = [[str(steps[0][0]), *(fixed(loss, 3) for _, loss in steps)] for steps in zip(*losses.values(), strict=True)]
+    return Table(["step", "one process", "two (DDP)", "two, masters divided (FSDP2)"], lines, [SMOLLM2])
+
+
+def authors() -> Table:
+    """The authors' recipe, and the sketches that came before this project's trainer."""
+    lines = [
+        [each["name"], f"{each['stored_bits']:g}", number(each["perplexity"]), thousands(each["tokens_per_s"])]
+        for each in rows("baselines", what="training")
+    ]
+    return Table(["recipe", "stored bits", "WikiText-2 perplexity", "tokens a second"], lines, ["baselines"])
+
+
+def starts() -> Table:
+    """Relative error of the weights by initialiser."""
+    lines = []
+    for bits in sorted({each["bits"] for each in rows("initialisation_smollm2")}):
+        cells = [f"{bits:g}"]
+        for paths in (1, 2):
+            for init in ("dual-svid", "itq", "admm"):
+                found = rows("initialisation_smollm2", bits=bits, init=init, paths=paths)
+                cells.append(fixed(found[0]["error"], 3) if found else "")
+        lines.append(cells)
+    kinds = ("Dual-SVID", "Joint-ITQ", "ADMM")
+    head = ["bits", *(f"{kind}, one path" for kind in kinds), *(f"{kind}, two" for kind in kinds)]
+    return Table(head, lines, ["initialisation_smollm2"])
+
+
+def shape_of(found: dict[str, Any]) -> str:
+    """A layer's sizes."""
+    return f"{found['d_out']} x {found['d_in']}"
+
+
+def cpu_linear() -> Table:
+    """The packed layer on a CPU."""
+    lines = []
+    for each in rows("cpu_linear"):
+        rate = [fixed(each["sign_adds_per_s"] / 1e9), f"{100 * each['fraction_of_peak']:.0f}"]
+        times = [fixed(each["time_us"] / 1000, 2), fixed(each["dense_us"] / 1000), fixed(each["speedup"], 0)]
+        lines.append([shape_of(each), fixed(each["bits"], 3), *times, *rate])
+    head = ["layer (d_out x d_in)", "stored bits", "packed, ms", "bfloat16, ms", "times faster"]
+    return Table([*head, "billion sign additions a second", "% of lookups alone"], lines, ["cpu_linear"])
+
+
+KERNELS = {
+    "loops": "one sign, one addition",
+    "bytes": "eight signs choose one of 256 partial sums, made once for all rows",
+    "select": "sixteen signs are the mask of a vector addition",
+    "nibbles": "four signs choose one of sixteen sums in a register; sixteen rows at once",
+}
+
+
+def cpu_ladder() -> Table:
+    """The CPU kernels, from the simplest to the one that runs."""
+    found = rows("cpu_ladder")
+    layers = list(dict.fromkeys((shape_of(each), each["bits"]) for each in found))
+    lines = []
+    for kernel, idea in KERNELS.items():
+        cells = []
+        for shape, bits in layers:
+            (each,) = (one for one in rows("cpu_ladder", kernel=kernel, bits=bits) if shape_of(one) == shape)
+            cells.append(fixed(each["sign_adds_per_s"] / 1e9))
+        lines.append([f"`{kernel}`", idea, *cells])
+    head = ["kernel", "idea", *(f"{shape}, {bits:.2f} bits" for shape, bits in layers)]
+    return Table(head, lines, ["cpu_ladder"], "Billion sign additions a second.")
+
+
+def cuda_linear() -> Table:
+    """The packed layer on a GPU, beside a peer's kernel."""
+    lines = []
+    found = [each for each in rows("cuda_linear") if each.get("batch", 1) == 1]
+    for each in sorted(found, key=lambda each: (each["d_out"] * each["d_in"], each["d_out"], each["bits"])):
+        peer = [
+            other
+            for other in rows("baselines", engine="NanoQuant GEMV", d_out=each["d_out"], d_in=each["d_in"])
+            if 0 <= other["bits"] - each["bits"] < 0.02
+        ]
+        cells = [shape_of(each), fixed(each["bits"], 3), fixed(each["time_us"]), fixed(each["dense_us"])]
+        cells += [fixed(each["speedup"]), fixed(peer[0]["time_us"]) if peer else ""]
+        lines.append([*cells, fixed(100 * each["fraction_of_copy"])])
+    head = ["layer (d_out x d_in)", "stored bits", "packed, µs", "cuBLAS, 16 bits, µs", "times faster"]
+    note = results("cuda_linear").get("note", "")
+    note = f"About the file: {note}." if note else ""
+    return Table([*head, "NanoQuant's GEMV, µs", "% of a copy's speed"], lines, ["cuda_linear", "baselines"], note)
+
+
+def cpu_decode() -> Table:
+    """Decoding, by engine and threads."""
+    lines = []
+    for each in rows("cpu_decode"):
+        cells = [str(each["threads"]), fixed(each["time_ms"]), number(each["tokens_per_s"])]
+        lines.append([each["engine"], *cells, fixed(each["memory_bytes"] / 1e6, 0)])
+    head = ["engine", "threads", "ms a token", "tokens a second", "memory of the process, MB"]
+    return Table(head, lines, ["cpu_decode"])
+
+
+def embeddings() -> Table:
+    """What small embeddings cost."""
+    texts = {"roosevelt_1901.txt": "the package's own text", "wikitext2-test.txt": "WikiText-2 test"}
+    lines = []
+    for model in ("smollm2", "smollm2-0.55bit"):
+        for text, title in texts.items():
+            cells = []
+            for bits in (16, 8, 4):
+                found = row("embeddings_smollm2", model=model, embedding_bits=bits)[text]
+                cells.append(fixed(found["perplexity"], 2) + (f" ({100 * found['cost']:+.2f} %)" if bits < 16 else ""))
+            lines.append([f"`{model}`", title, *cells])
+    return Table(["model", "text", "16 bits", "8 bits", "4 bits"], lines, ["embeddings_smollm2"])
+
+
+def cache() -> Table:
+    """Time and bytes of the latent cache."""
+    lines = []
+    for file, name in (("cpu_cache_llama2", "Llama-2-7B"), ("cpu_cache_llama3", "Llama-3-8B")):
+        found = rows(file)
+        contexts = sorted({each["context"] for each in found})
+        groups = dict.fromkeys((each["bits"], each["kind"]) for each in found)
+        for bits, kind in groups:
+            each = [row(file, bits=bits, kind=kind, context=context) for context in contexts]
+            first = each[0]
+            smaller = [number(round(first["bytes_per_token"])), fixed(first["reduction"])]
+            lines.append([f"{name}, {bits:g} bits, {kind}", *smaller, *(fixed(one["speed"], 2) for one in each)])
+    head = ["model and cache", "bytes a token", "times smaller", "speed at 1k tokens", "at 8k", "at 32k"]
+    note = "Speed: of torch's attention on float32 keys and values, divided into ours; below 1 is slower."
+    return Table(head, lines, ["cpu_cache_llama2", "cpu_cache_llama3"], note)
+
+
+def peers(model: str = "Llama-2-7B") -> Table:
+    """Published perplexities at the bits that methods really store."""
+    found: dict[tuple[str, float], tuple[float, dict]] = {}
+    for each in publications():
+        if each["model"] == model and each["metric"] == "wikitext2_ppl" and each["table"].startswith("NanoQuant"):
+            found.setdefault((each["method"], each["bpw"]), (each["value"], each))
+    lines = []
+    for (method, bits), (value, each) in sorted(found.items(), key=lambda item: -item[0][1]):
+        sizes = [publication(metric, model, method, bits) for metric in ("size_GB", "data_tokens", "gpu_hours")]
+        size, tokens, hours = (each["value"] if each else None for each in sizes)
+        millions = fixed(tokens / 1e6, 2) if tokens else ""
+        cells = [f"{bits:g}", as_published(value), number(size, None), millions, number(hours, None)]
+        lines.append([method, *cells, each["table"].removeprefix("NanoQuant ")])
+    head = [
+        "method",
+        "bits per weight, all counted",
+        "WikiText-2 perplexity",
+        "file, GB",
+        "tokens, millions",
+        "GPU hours",
+    ]
+    return Table([*head, "table there"], lines, ["published"], "NanoQuant, arXiv 2602.06694v3.")
+
+
+def littlebit_at(bits: float = 0.1) -> Table:
+    """The paper's perplexities at one budget, model by model."""
+    lines: list[Sequence[str]] = []
+    for each in publications():
+        if (each["method"], each.get("bpw"), each["table"]) == ("LittleBit", bits, "LittleBit T1"):
+            lines.append([each["model"], as_published(each["value"]), each["status"]])
+    return Table(["model", f"published perplexity at {bits:g} bits", "read"], lines, ["published"])
+
+
+def inits_published() -> Table:
+    """Initialisers in NanoQuant's pipeline."""
+    lines = []
+    for each in publications():
+        if each["table"] == "NanoQuant T5" and each["metric"] == "wikitext2_ppl":
+            lines.append([each["method"].split("init=")[1], f"{each['bpw']:g}", as_published(each["value"])])
+    return Table(
+        ["initialiser", "bits", "WikiText-2 perplexity, Rnj-1-8B"], lines, ["published"], "NanoQuant, Table 5."
+    )
