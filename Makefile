@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # uv does not read pip's find-links, where a machine may keep a CPU build of torch.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test test-gpu test-oldest check format mutants bench book wheel clean
+.PHONY: help setup demo test test-gpu test-oldest check format mutants bench notebooks book wheel clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,10 @@ mutants: $(VENV)/.ok  ## Apply small mistakes to the code and count those that t
 
 bench: $(VENV)/.ok  ## Time the packed linear layer beside torch's
 	$(PY) -m littlebit.fast bench linear
+
+notebooks: $(VENV)/.ok  ## Execute the notebooks, and keep their outputs for the book
+	$(PY) -m littlebit.fast fetch smollm2
+	$(PY) notebooks/run.py
 
 book: $(VENV)/.ok  ## Build the book: build/book/index.html
 	$(PY) -m sphinx -q -W --keep-going -j 2 -d build/book-cache book build/book

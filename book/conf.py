@@ -34,9 +34,12 @@ exclude_patterns = ["results"]
 mathjax_path = "mathjax/tex-chtml.js"
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
+# The notebooks are a link to ../notebooks. `make notebooks` fills the cache; what it does not hold is executed here.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE.parent / "build" / "notebook-cache")
 nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # seconds for a cell
+nb_output_stderr = "remove"  # progress bars
 
 smartquotes = False  # U' is a matrix
 default_role = "py:obj"  # in docstrings, `name` is a link where there is something of that name
