@@ -66,8 +66,9 @@ mutants: $(VENV)/.ok  ## Apply small mistakes to the code and count those that t
 bench: $(VENV)/.ok  ## Time the packed linear layer beside torch's
 	$(PY) -m littlebit.fast bench linear
 
+# The trained model, and so the one that it was made from, is fetched before two notebooks ask for it at once.
 notebooks: $(VENV)/.ok  ## Execute the notebooks, and keep their outputs for the book
-	$(PY) -m littlebit.fast fetch smollm2
+	$(PY) -m littlebit.fast fetch smollm2-0.55bit
 	$(PY) notebooks/run.py
 
 book: $(VENV)/.ok  ## Build the book: build/book/index.html
