@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # uv does not read pip's find-links, where a machine may keep a CPU build of torch.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test test-gpu test-oldest check format mutants bench figures results book wheel clean
+.PHONY: help setup demo test test-gpu test-oldest check format mutants bench notebooks figures results book wheel clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,6 +71,11 @@ figures: $(VENV)/.ok  ## Draw the book's figures and write its tables from book/
 
 results: $(VENV)/.ok  ## Measure again what a CPU can of book/results (half an hour on a machine that does nothing else)
 	$(PY) book/remake.py
+
+# The trained model, and so the one that it was made from, is fetched before two notebooks ask for it at once.
+notebooks: $(VENV)/.ok  ## Execute the notebooks, and keep their outputs for the book
+	$(PY) -m littlebit.fast fetch smollm2-0.55bit
+	$(PY) notebooks/run.py
 
 book: $(VENV)/.ok  ## Build the book: build/book/index.html
 	$(PY) -m sphinx -q -W --keep-going -j 2 -d build/book-cache book build/book

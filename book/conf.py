@@ -37,9 +37,13 @@ exclude_patterns = ["results", "_figures/*.md"]
 mathjax_path = "mathjax/tex-chtml.js"
 myst_enable_extensions = ["amsmath", "attrs_block", "dollarmath"]
 myst_heading_anchors = 3
+# The notebooks are a link to ../notebooks. `make notebooks` fills the cache; what it does not hold is executed here.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE.parent / "build" / "notebook-cache")
 nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # seconds for a cell
+nb_output_stderr = "remove"  # progress bars
+nb_merge_streams = True  # lines that were printed one after the other stay together
 
 smartquotes = False  # U' is a matrix
 default_role = "py:obj"  # in docstrings, `name` is a link where there is something of that name

@@ -30,6 +30,7 @@ def book(tmp_path_factory):
     """Folder of the built pages."""
     folder = tmp_path_factory.mktemp("book")
     options = ["-q", "-W", "--keep-going", "-j", "2", "-d", folder / "cache"]
+    options += ["-D", "nb_execution_mode=off"]  # `make notebooks` executes them
     command = [sys.executable, "-m", "sphinx", *options, ROOT / "book", folder / "pages"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
