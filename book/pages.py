@@ -24,7 +24,7 @@ def table(name: str, *arguments: Any) -> str:
 def notebook(number: int, title: str) -> str:
     """A link to the notebook of a number, whatever the rest of its name."""
     found = sorted(NOTEBOOKS.glob(f"{number:02}*.ipynb"))
-    return f"[{title}](notebooks/{found[0].name})" if found else title
+    return f"{{doc}}`{title} <notebooks/{found[0].stem}>`" if found else title
 
 
 def explored() -> str:

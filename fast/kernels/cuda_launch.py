@@ -292,7 +292,9 @@ class Plan:
         self.schedules: dict[int, Schedule | None] = {}
         self.seen = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in self.kept]
 
-    fits = plan.Plan.fits
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the plan reads just these tensors, as for a plan on a CPU."""
+        return plan.Plan.fits(self, tensors)
 
     def schedule(self, rows: int) -> Schedule | None:
         """The schedule for so many rows of x."""
