@@ -11,7 +11,7 @@ import torch
 from compare import assert_same, assert_within
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
-from littlebit.fast import decode, kv_cache
+from littlebit.fast import decode, decode_loaded, kv_cache
 from littlebit.fast.__main__ import main
 from littlebit.fast.bench_cache import bench_cache, crossover
 from littlebit.fast.hf_cache import GROWTH
@@ -356,7 +356,7 @@ def test_latent_cache_serves_other_models(kind):
 
 def test_generate_takes_the_kind_of_cache(one_packed, tiny_llama, tmp_path, capsys, monkeypatch):
     made = []
-    monkeypatch.setattr(decode, "latent_cache", lambda *given: made.append(lb.latent_cache(*given)) or made[-1])
+    monkeypatch.setattr(decode_loaded, "latent_cache", lambda *given: made.append(lb.latent_cache(*given)) or made[-1])
     tokenizer = lb.load_tokenizer(tiny_llama)
     settings = {"max_new_tokens": 12, "tokenizer": tokenizer}
     for kind, dtype in (("latent", torch.float16), ("latent-int8", torch.int8)):

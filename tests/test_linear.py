@@ -231,7 +231,7 @@ def test_numbas_threads_leave_torchs_number_as_it_was():
     """In a fresh process: both count OpenMP's threads, and Numba sets that number when it starts."""
     code = """
 import torch, littlebit.fast as lb
-from littlebit.fast.kernels import cpu
+from littlebit.fast.kernels import cpu, plan as plans
 torch.set_num_threads(1)
 with cpu.numba_threads() as threads:
     assert threads == 1
@@ -256,7 +256,7 @@ import sys, numpy as np, torch
 sys.path.insert(0, {tests!r})
 from compare import assert_within
 from littlebit.fast.bench import exact_path, random_path
-from littlebit.fast.kernels import cpu
+from littlebit.fast.kernels import cpu, plan as plans
 from littlebit.fast.kernels.lanes import LEVEL
 from test_linear import in_magnitude
 assert LEVEL == {level!r}
