@@ -21,7 +21,6 @@ from .kernels.cuda_launch import (
     Schedule,
     latent_bytes,
     output_bytes,
-    padded,
     slices_of,
     vectors_of,
 )
@@ -113,7 +112,7 @@ def bench_case(
 def tuned(x: Tensor, plans: Sequence[Plan]) -> Schedule:
     """The fastest schedule: by turns one kernel's is fixed and the other's tried, twice."""
     plan = plans[0]
-    size = sum(tensor.nbytes for tensor in plan.kept)
+    size = sum(tensor.nbytes for tensor in plan.kept[0])
     plans = plans[: TUNED_BYTES // size + 2]
 
     @cache
@@ -143,7 +142,7 @@ def blocks_near(slices: int, tiles: int, fits: Callable[[Blocks], bool]) -> list
 
 def latent_candidates(plan: Plan, rows: int, output: Blocks) -> list[Schedule]:
     """Schedules that differ in the first kernel."""
-    slices, tiles = slices_of(plan.d_in), sum(map(padded, plan.ranks)) // ROWS
+    slices, tiles = slices_of(plan.d_in), plan.sizes.columns // ROWS
     most = 1 if plan.d_in % 128 else min(16, slices)
     return [
         Schedule(parts, blocks, output)
@@ -166,7 +165,7 @@ def output_candidates(plan: Plan, rows: int, schedule: Schedule) -> list[Schedul
         for blocks in blocks_near(
             sum(map(slices_of, plan.ranks)),
             -(-plan.d_out // ROWS),
-            lambda blocks: output_bytes(blocks, vectors_of(rows), plan.ranks) <= plan.device.shared_bytes,
+            lambda blocks: output_bytes(blocks, vectors_of(rows), plan.sizes) <= plan.device.shared_bytes,
         )
     ]
 

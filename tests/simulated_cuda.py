@@ -44,7 +44,8 @@ def outputs(x, paths, schedule, kind="single", dtype=np.float32, early=False):
     arrays = [PackedFactors(*map(on_device, path)) for path in paths]
     arguments = cuda.to_device(np.ascontiguousarray(x).ravel()), kind, rows, arrays, y, part
     if schedule:
-        kernels.launch(*arguments, schedule, early, start)
+        x_array, kind, rows, arrays, *rest = arguments
+        kernels.launch(x_array, kind, rows, [arrays], *rest, schedule, early, start)
     else:
         kernels.launch_plain(*arguments, start)
     return y.copy_to_host().reshape(rows, d_out)
@@ -167,6 +168,71 @@ def test_unpacked_signs_are_those_of_the_words_times_scales(columns):
     want[:5, :columns] = (h[:, None].float() * u * ell).numpy() / 2
     assert np.allclose(got[:, 8:], want, rtol=1e-3, atol=0)
     assert (out.copy_to_host().reshape(6, 24)[:, :4] == 99).all()
+
+
+def run(x, layers, schedule=ONE, y=None, **options):
+    """What `launch` makes of x, (rows, ...), for layers that share it, with all of its options; early."""
+    y = np.full((len(x), sum(len(layer[0].h) for layer in layers)), 99, np.float32) if y is None else y
+    outputs, columns = cuda.to_device(y.ravel()), sum(kernels.padded(path.rank) for layer in layers for path in layer)
+    part = cuda.to_device(np.full(schedule.parts * len(x) * columns, np.nan, np.float32))
+    arrays = [[PackedFactors(*map(on_device, path)) for path in layer] for layer in layers]
+    x = cuda.to_device(np.ascontiguousarray(x).ravel())
+    kernels.launch(x, "single", len(y), arrays, outputs, part, schedule, True, start, **options)
+    return outputs.copy_to_host().reshape(y.shape)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_siblings_are_the_layers_one_after_the_other(rows):
+    generator = torch.Generator().manual_seed(9)
+    shapes = (20, [33, 17]), (5, [40]), (33, [31, 16])
+    layers = [[random_path(d_out, 512, rank, generator) for rank in ranks] for d_out, ranks in shapes]
+    x = torch.randn(rows, 512, generator=generator).numpy()
+    bias = torch.randn(58, generator=generator).numpy()
+    schedule = Schedule(2, Blocks(1, 1, 1), Blocks(2, 0, 2))
+    alone = np.concatenate([run(x, [layer], schedule) for layer in layers], axis=1)
+    assert (run(x, layers, schedule) == alone).all()
+    biased = run(x, layers, schedule, bias=cuda.to_device(bias))
+    assert (np.abs(biased - (alone + bias)) <= 4 * np.spacing(np.abs(alone) + np.abs(bias)) + 1e-6).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_norm_before_the_layer(rows):
+    generator = torch.Generator().manual_seed(10)
+    path, eps = random_path(17, 72, 40, generator), 1e-5
+    x, weight = torch.randn(rows, 72, generator=generator), torch.rand(72, generator=generator)
+    squares = x.square().reshape(rows, 3, 24).sum(-1)
+    norm = kernels.Norm(on_device(weight), on_device(squares), 3, eps)
+    normed = weight * x / (x.square().mean(1, keepdim=True) + eps).sqrt()
+    y = run(x.numpy(), [[path]], norm=norm)
+    assert (np.abs(y - exact(normed, [path])) <= 2 * bound(normed, [path])).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("silu", torch.nn.functional.silu), ("gelu_tanh", lambda v: torch.nn.functional.gelu(v, approximate="tanh"))],
+)
+def test_an_activation_before_the_layer(name, activation):
+    generator = torch.Generator().manual_seed(11)
+    path = random_path(17, 72, 40, generator)
+    x = 4 * torch.randn(2, 144, generator=generator)
+    x[0, :2] = torch.tensor([-200.0, 200.0])
+    gated = activation(x[:, :72]) * x[:, 72:]
+    y = run(x.numpy(), [[path]], activation=name)
+    assert (np.abs(y - exact(gated, [path])) <= 2 * bound(gated, [path])).all()
+
+
+@pytest.mark.parametrize(("rows", "sharing"), [(1, 1), (3, 2)])
+def test_outputs_added_to_what_was_there_and_their_squares(rows, sharing):
+    generator = torch.Generator().manual_seed(12)
+    path, schedule = random_path(70, 40, 33, generator), Schedule(1, Blocks(1, 0, 1), Blocks(sharing, 1, 1))
+    x, before = torch.randn(rows, 40, generator=generator), torch.randn(rows, 70, generator=generator).numpy()
+    count = kernels.output_blocks(70, schedule)
+    squares = cuda.to_device(np.full(rows * count, np.nan, np.float32))
+    after = run(x.numpy(), [[path]], schedule, before.copy(), squares=squares)
+    want = before + exact(x, [path])
+    assert (np.abs(after - want) <= bound(x, [path]) + np.spacing(np.abs(want))).all()
+    blocks = np.pad(after, ((0, 0), (0, count * schedule.output.rows - 70))).reshape(rows, count, -1)
+    assert np.allclose(squares.copy_to_host().reshape(rows, count), (blocks**2).sum(-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("d_in", "most"), [(70, 1), (600, 1), (512, 2)])

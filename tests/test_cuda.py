@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -38,7 +39,12 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
     early = capability >= cuda_launch.EARLY
     kinds = KINDS if capability == CAPABILITIES[-1] else ("bfloat",)
     for kind, (wide, vectors) in itertools.product(kinds, ((True, 1), (False, 4))):
-        for kernel in (kernels.latent(kind, wide, wide, vectors, early), kernels.output(kind, wide, vectors, 4, early)):
+        chosen = [kernels.latent(kind, wide, wide, vectors, early), kernels.output(kind, wide, vectors, 4, early)]
+        if kind == kinds[-1] and not wide:
+            entries, sizes = ("norm", "silu", "gelu_tanh"), (wide, wide, vectors, early, 6)
+            chosen += [kernels.latent("single", *sizes, entry) for entry in entries]
+            chosen += [kernels.output("single", wide, vectors, 4, early, *each) for each in ((3, "bias"), (1, "add"))]
+        for kernel in chosen:
             text, attributes = compiled(kernel, capability)
             assert text.count(b"mma.sync") == 3 * vectors
             assert (b"griddepcontrol.wait" in text) == early
@@ -85,13 +91,14 @@ def test_schedules_fit_what_they_are_for(rows, multiprocessors, shared_bytes):
     device = cuda_launch.Device("any", multiprocessors, shared_bytes)
     vectors = cuda_launch.vectors_of(rows)
     for (d_out, d_in), ranks in itertools.product(SHAPES, ((1,), (17,), (600,), (300, 310), (6336,))):
-        schedule = cuda_launch.schedule_for(d_out, d_in, ranks, rows, device)
+        sizes = cuda_launch.Sizes(d_in, (d_out, d_out), (ranks, ranks[:1]))
+        schedule = cuda_launch.schedule_for(sizes, rows, device)
         if schedule is None:  # planes of four vectors, and words, of long rows
             assert vectors == 4 or shared_bytes == 99 << 10
             continue
         assert schedule.parts <= max(1, d_in // 256)
         assert cuda_launch.latent_bytes(schedule.latent, vectors, d_in, schedule.parts) <= shared_bytes
-        assert cuda_launch.output_bytes(schedule.output, vectors, ranks) <= shared_bytes
+        assert cuda_launch.output_bytes(schedule.output, vectors, sizes) <= shared_bytes
         for blocks in (schedule.latent, schedule.output):
             assert 32 <= blocks.threads <= 512
             assert blocks.tiles >= 1
@@ -103,23 +110,24 @@ def test_measured_schedules_are_of_layers_that_exist_and_fit_their_gpu():
     for d_out, d_in in ((4096, 4096), (28672, 8192)):
         assert f"{d_out}x{d_in}:{rank_for_bits(d_out, d_in, 0.1, 1)}" in known
     for sizes, schedule in known.items():
-        shape, ranks = sizes.split(":")
-        ranks = [int(rank) for rank in ranks.split("+")]
-        d_in = int(shape.split("x")[1])
-        assert cuda_launch.latent_bytes(schedule.latent, 1, d_in, schedule.parts) <= limit
-        assert cuda_launch.output_bytes(schedule.output, 1, ranks) <= limit
+        d_outs, d_in, ranks = re.fullmatch(r"([\d,]+)x(\d+):([\d,+]+)", sizes).groups()
+        ranks = tuple(tuple(map(int, each.split("+"))) for each in ranks.split(","))
+        parsed = cuda_launch.Sizes(int(d_in), tuple(map(int, d_outs.split(","))), ranks)
+        assert str(parsed) == sizes
+        assert cuda_launch.latent_bytes(schedule.latent, 1, parsed.d_in, schedule.parts) <= limit
+        assert cuda_launch.output_bytes(schedule.output, 1, parsed) <= limit
 
 
 def test_a_measured_schedule_is_taken_for_its_gpu_and_a_vector_only():
     device = cuda_launch.Device("NVIDIA H100 80GB HBM3", 132, 227 << 10)
     known = cuda_launch.measured()[device.name]
     rank = rank_for_bits(28672, 8192, 0.55, 1)
-    layer = 28672, 8192, (rank,)
+    layer = cuda_launch.Sizes(8192, (28672,), ((rank,),))
     schedule = known[f"28672x8192:{rank}"]
-    estimate = cuda_launch.estimated(*layer, 132)
+    estimate = cuda_launch.estimated(layer, 132)
     assert schedule != estimate
-    assert cuda_launch.schedule_for(*layer, 1, device) == schedule
-    assert cuda_launch.schedule_for(*layer, 1, device._replace(name="another")) == estimate
-    of_two = cuda_launch.schedule_for(*layer, 2, device)
+    assert cuda_launch.schedule_for(layer, 1, device) == schedule
+    assert cuda_launch.schedule_for(layer, 1, device._replace(name="another")) == estimate
+    of_two = cuda_launch.schedule_for(layer, 2, device)
     assert of_two
     assert of_two.parts == estimate.parts

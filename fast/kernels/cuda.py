@@ -32,7 +32,7 @@ fetches its words, and then waits for what they are multiplied with.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from numba import cuda, float32, int32, int64, types, uint32
@@ -44,11 +44,13 @@ from .cuda_lanes import (
     copy4,
     count_common,
     exchange,
+    exponential,
     halves,
     larger,
     let_next_start,
     load_words,
     permute,
+    reciprocal_root,
     round_to_bfloat,
     round_to_half,
     wait,
@@ -158,6 +160,12 @@ def plus_four(a, b):
 def scaled(a, factor):
     """Four numbers times a factor."""
     return a[0] * factor, a[1] * factor, a[2] * factor, a[3] * factor
+
+
+@cuda.jit(device=True, forceinline=True)
+def times_four(a, b):
+    """Products of four numbers with four."""
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -350,15 +358,49 @@ def total_of(shared, kept, stride, count):
     return total
 
 
+@cuda.jit(device=True, forceinline=True)
+def warp_sum(value):
+    """Sum over a warp, the same in every lane."""
+    for distance in (16, 8, 4, 2, 1):
+        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, distance)
+    return value
+
+
+@cuda.jit(device=True, forceinline=True)
+def silu(value):
+    """Sigmoid linear unit: value * sigmoid(value)."""
+    return value / (float32(1) + exponential(-value))
+
+
+@cuda.jit(device=True, forceinline=True)
+def gelu_tanh(value):
+    """Gaussian error linear unit by tanh: value * sigmoid(2 sqrt(2 / pi) (value + 0.044715 value^3))."""
+    inner = value * (float32(1.5957691216057308) + float32(0.07135481282) * value * value)
+    return value / (float32(1) + exponential(-inner))
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
+ENTRIES = ("plain", "norm", *ACTIVATIONS)
+EXITS = ("plain", "bias", "add")
+
+
 @cache
-def latent(kind: str, wide: bool, aligned: bool, vectors: int, early: bool) -> Any:
+def latent(
+    kind: str, wide: bool, aligned: bool, vectors: int, early: bool, paths: int = 2, entry: str = "plain"
+) -> Any:
     """The first kernel: for an input of a kind, rows of whole fours of words or not, one, two or four vectors.
 
-    `aligned` if vectors are whole eights of entries.
+    `aligned` if vectors are whole eights of entries. `early` lets it start before the kernel before it has ended, which
+    GPUs of compute capability 9.0 and later can. `paths` is the number of paths, of one layer or of several that share
+    their input. What `entry` makes of the input before it is multiplied:
 
-    `early` lets it start before the kernel before it has ended, which GPUs of compute capability 9.0 and later can.
+    - "plain": nothing;
+    - "norm": RMSNorm, v_i = weight_i x_i / sqrt(sum(squares) / d_in + eps), from `count` numbers for each vector;
+    - an activation: v_i = activation(x_i) x_(d_in + i), of vectors of 2 d_in entries.
     """
     at_place, eight_at = AT[kind], EIGHT[kind]
+    norm, gated = entry == "norm", entry in ACTIVATIONS
+    activation = ACTIVATIONS.get(entry, silu)
 
     @cuda.jit(device=True, forceinline=True)
     def one(array, at, base, column, d_in):
@@ -380,6 +422,46 @@ def latent(kind: str, wide: bool, aligned: bool, vectors: int, early: bool) -> A
         )
 
     @cuda.jit(device=True, forceinline=True)
+    def weights_of(g, weight, column, d_in):
+        """What x is multiplied with."""
+        scales = eight(g, half_at, half_eight, int32(0), column, d_in)
+        return times(scales, eight(weight, single_at, single_eight, int32(0), column, d_in)) if norm else scales
+
+    @cuda.jit(device=True, forceinline=True)
+    def entries_of(x, vector, column, d_in):
+        if not gated:
+            return eight(x, at_place, eight_at, int32(vector * d_in), column, d_in)
+        base = int32(vector * int32(2 * d_in))
+        a, b, c, d, e, f, g, h = eight(x, at_place, eight_at, base, column, d_in)
+        active = (
+            activation(a), activation(b), activation(c), activation(d),
+            activation(e), activation(f), activation(g), activation(h),
+        )  # fmt: skip
+        return times(active, eight(x, at_place, eight_at, int32(base + d_in), column, d_in))
+
+    @cuda.jit(device=True, forceinline=True)
+    def inverse_root(squares, vector, lane, count, d_in, eps):
+        """1 / sqrt(mean square + eps) of a vector."""
+        total, at = float32(0), lane
+        while at < count:
+            total += squares[uint32(int32(vector * count) + at)]
+            at = int32(at + 32)
+        return reciprocal_root(warp_sum(total) / float32(d_in) + eps)
+
+    @cuda.jit(device=True, forceinline=True)
+    def factors_of(squares, first, rows, lane, count, d_in, eps):
+        a = b = c = d = float32(1)
+        if norm:
+            last = int32(rows - 1)
+            a = inverse_root(squares, first, lane, count, d_in, eps)
+            if vectors > 1:
+                b = inverse_root(squares, min(int32(first + 1), last), lane, count, d_in, eps)
+            if vectors > 2:
+                c = inverse_root(squares, min(int32(first + 2), last), lane, count, d_in, eps)
+                d = inverse_root(squares, min(int32(first + 3), last), lane, count, d_in, eps)
+        return a, b, c, d
+
+    @cuda.jit(device=True, forceinline=True)
     def put(part, target, across, row, rank, limit, left, sums):
         if row < limit:
             inside = row < rank
@@ -393,22 +475,24 @@ def latent(kind: str, wide: bool, aligned: bool, vectors: int, early: bool) -> A
 
     @cuda.jit
     def kernel(
-        x, g_1, g_2, v_1, v_2, ell_1, ell_2, part, rank_1, rank_2, d_in, rows, blocks_1, slices, tiles, sharing, log
-    ):
-        """Grid (blocks of both paths, parts of d_in, vectors / `vectors`).
+        x, gs, signs, ells, ranks, begins, offsets, part, weight, squares,
+        d_in, rows, across, slices, tiles, sharing, log, count_squares, eps,
+    ):  # fmt: skip
+        """Grid (blocks of all paths, parts of d_in, vectors / `vectors`).
 
-        blocks_1: of the first path; slices: of a part; tiles: of a warp; sharing: warps of a block that have the same
-        rows and other slices; 2^log: warps that have other rows.
+        begins: the first block of each path; offsets: where it begins in the `across` columns of `part`; slices: of a
+        part; tiles: of a warp; sharing: warps of a block that have the same rows and other slices; 2^log: warps that
+        have other rows.
         """
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = int32(thread & 31), int32(thread >> 5), int32(threads >> 5)
         mine, group = int32(warp >> log), int32(warp & int32(int32(1 << log) - 1))
         step, span = int32(ROWS << log), int32(int32(ROWS * tiles) << log)
-        block = int32(cuda.blockIdx.x)
-        second = block >= blocks_1
-        g, words, ell = (g_2, v_2, ell_2) if second else (g_1, v_1, ell_1)
-        rank = int32(rank_2) if second else int32(rank_1)
-        block_row = int32(span * (int32(block - blocks_1) if second else block))
+        block, path = int32(cuda.blockIdx.x), int32(0)
+        for following_path in range(1, paths):
+            path = int32(following_path) if block >= begins[following_path] else path
+        g, words, ell, rank = gs[path], signs[path], ells[path], int32(ranks[path])
+        block_row = int32(span * int32(block - begins[path]))
         width = int32(int32(d_in + 31) >> 5)
         first = int32(vectors * cuda.blockIdx.z)
         begin = int32(slices * cuda.blockIdx.y)
@@ -427,25 +511,25 @@ def latent(kind: str, wide: bool, aligned: bool, vectors: int, early: bool) -> A
         )  # the lane's row of a tile
         scale = half_at(ell, min(int32(block_row + own), int32(rank - 1)))
         column = int32(int32(SLICE * int32(begin + warp)) + int32(lane << 3))
-        weights = eight(g, half_at, half_eight, int32(0), column, d_in)
+        weights = weights_of(g, weight, column, d_in)
         if early:
             wait()
             let_next_start()
+        factors = factors_of(squares, first, rows, lane, count_squares, d_in, eps)
         slice = warp
         while slice < count:
             for vector in range(vectors):
-                base = int32(min(int32(first + vector), int32(rows - 1)) * d_in)
-                entries = times(eight(x, at_place, eight_at, base, column, d_in), weights)
-                put_slice(signal, int32(PLANES * int32(vectors * slice + vector)), lane, entries)
+                entries = entries_of(x, min(int32(first + vector), int32(rows - 1)), column, d_in)
+                place = int32(PLANES * int32(vectors * slice + vector))
+                put_slice(signal, place, lane, times(entries, weights))
             slice, column = int32(slice + warps), int32(column + int32(SLICE * warps))
             if slice < count:
-                weights = eight(g, half_at, half_eight, int32(0), column, d_in)
+                weights = weights_of(g, weight, column, d_in)
         copied()
         cuda.syncthreads()
 
-        padded_1, padded_2 = int32(int32(rank_1 + 31) & -32), int32(int32(rank_2 + 31) & -32)
-        limit, across = padded_2 if second else padded_1, int32(padded_1 + padded_2)
-        target = int32(int32(int32(cuda.blockIdx.y) * rows + first) * across) + (padded_1 if second else int32(0))
+        limit = int32(int32(rank + 31) & -32)
+        target = int32(int32(int32(int32(cuda.blockIdx.y) * rows + first) * across) + offsets[path])
         row, tile = own, int32(0)
         at = int32(held + int32(int32(int32(ROWS * group) + int32(lane >> 2)) * stride) + int32(lane & 3))
         while tile < tiles:
@@ -458,7 +542,7 @@ def latent(kind: str, wide: bool, aligned: bool, vectors: int, early: bool) -> A
                 ready = words_at(signal, int32(at + int32(8 * piece)), stride)
                 sums = plus_four(sums, sums_of(signal, int32(PLANES * vectors * piece), lane, ready, vectors))
                 piece = int32(piece + sharing)
-            sums = scaled(sums, scale)
+            sums = times_four(scaled(sums, scale), factors) if norm else scaled(sums, scale)
             if lane & 2 == 0 and sharing > 1:
                 keep(shared, int32(kept + int32(mine * span_kept) + vectors * row), sums, vectors)
             elif lane & 2 == 0:
@@ -474,15 +558,27 @@ def latent(kind: str, wide: bool, aligned: bool, vectors: int, early: bool) -> A
                     part[uint32(target + int32(vector * across) + row)] = total if row < rank else float32(0)
                 item = int32(item + threads)
 
-    arrays = (ELEMENTS[kind], HALVES, HALVES, WORDS, WORDS, HALVES, HALVES, SINGLES)
-    SIGNATURES[kernel] = types.void(*arrays, *[types.int32] * 9)
+    several, numbers = partial(types.UniTuple, count=paths), partial(types.UniTuple, types.int32, paths)
+    arrays = (several(HALVES), several(WORDS), several(HALVES), numbers(), numbers(), numbers())
+    SIGNATURES[kernel] = types.void(
+        ELEMENTS[kind], *arrays, SINGLES, SINGLES, SINGLES, *[types.int32] * 8, types.float32
+    )
     return kernel
 
 
 @cache
-def output(kind: str, wide: bool, vectors: int, parts: int, early: bool) -> Any:
-    """The second kernel, likewise, and for so many parts."""
+def output(kind: str, wide: bool, vectors: int, parts: int, early: bool, layers: int = 1, leave: str = "plain") -> Any:
+    """The second kernel, likewise, for so many parts, and one layer or several, each of two paths.
+
+    A layer of one path has a second one of rank 0. What becomes of the outputs, by `leave`:
+
+    - "plain": y[b, o], layers one after the other;
+    - "bias": the same with bias[o] added;
+    - "add": added to y, of float32 and one layer, and a sum of squares of each block's new entries of a vector goes to
+      squares[b, block], for the norm that comes next.
+    """
     rounded = ROUND[kind]
+    add, biased = leave == "add", leave == "bias"
 
     @cuda.jit(device=True, forceinline=True)
     def eight(part, base, distance, inside):
@@ -494,25 +590,51 @@ def output(kind: str, wide: bool, vectors: int, parts: int, early: bool) -> Any:
         return entries
 
     @cuda.jit(device=True, forceinline=True)
-    def put(y, target, d_out, row, left, sums):
+    def put(y, target, across, row, d_out, left, sums):
         if row < d_out:
             y[uint32(target + row)] = rounded(sums[0])
             if vectors > 1 and left > 1:
-                y[uint32(target + d_out + row)] = rounded(sums[1])
+                y[uint32(target + across + row)] = rounded(sums[1])
             if vectors > 2 and left > 2:
-                y[uint32(target + 2 * d_out + row)] = rounded(sums[2])
+                y[uint32(target + 2 * across + row)] = rounded(sums[2])
             if vectors > 2 and left > 3:
-                y[uint32(target + 3 * d_out + row)] = rounded(sums[3])
+                y[uint32(target + 3 * across + row)] = rounded(sums[3])
+
+    @cuda.jit(device=True, forceinline=True)
+    def put_squares(shared, squares, first, rows, lane, warp, warps, total):
+        """Add a block's squares up; a thread's are of vector thread % vectors."""
+        for distance in (16, 8, 4, 2, 1):
+            if distance >= vectors:
+                total += cuda.shfl_xor_sync(0xFFFFFFFF, total, distance)
+        if lane < vectors:
+            shared[uint32(vectors * warp + lane)] = total
+        cuda.syncthreads()
+        vector = int32(first + lane)
+        if warp == 0 and lane < vectors and vector < rows:
+            sum_of_warps = total_of(shared, lane, int32(vectors), warps)
+            squares[uint32(int32(vector * int32(cuda.gridDim.x)) + int32(cuda.blockIdx.x))] = sum_of_warps
 
     @cuda.jit
-    def kernel(part, u_1, u_2, h_1, h_2, y, rank_1, rank_2, d_out, rows, tiles, sharing, log):
-        """Grid (blocks, 1, vectors / `vectors`); warps share the slices of both paths, one after the other."""
+    def kernel(
+        part, signs, scales, ranks, offsets, sizes, begins, starts, bias, y, squares,
+        rows, across, across_y, tiles, sharing, log,
+    ):  # fmt: skip
+        """Grid (blocks of all layers, 1, vectors / `vectors`); warps share the slices of a layer's two paths.
+
+        signs, scales, ranks and offsets (columns of `part`) are of all paths; sizes (d_out), begins (the first block)
+        and starts (columns of y, of which there are `across_y`) of all layers.
+        """
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = int32(thread & 31), int32(thread >> 5), int32(threads >> 5)
         mine, group = int32(warp >> log), int32(warp & int32(int32(1 << log) - 1))
         step, span = int32(ROWS << log), int32(int32(ROWS * tiles) << log)
-        block_row = int32(span * cuda.blockIdx.x)
-        width_1, width_2 = int32(int32(rank_1 + 31) >> 5), int32(int32(rank_2 + 31) >> 5)
+        block, layer = int32(cuda.blockIdx.x), int32(0)
+        for following_layer in range(1, layers):
+            layer = int32(following_layer) if block >= begins[following_layer] else layer
+        block_row, d_out, start = int32(span * int32(block - begins[layer])), int32(sizes[layer]), int32(starts[layer])
+        one, other = int32(2 * layer), int32(int32(2 * layer) + 1)
+        u_1, u_2, h_1, h_2 = signs[one], signs[other], scales[one], scales[other]
+        width_1, width_2 = int32(int32(ranks[one] + 31) >> 5), int32(int32(ranks[other] + 31) >> 5)
         slices_1 = int32(int32(width_1 + 7) >> 3)
         count = int32(slices_1 + int32(int32(width_2 + 7) >> 3))
         first = int32(vectors * cuda.blockIdx.z)
@@ -523,7 +645,6 @@ def output(kind: str, wide: bool, vectors: int, parts: int, early: bool) -> Any:
         stride_2 = int32(int32(8 * int32(count - slices_1)) + 4) if wide else width_2
         held_1 = int32(kept + int32(sharing * span_kept))  # where the words begin
         held_2 = int32(int32(held_1 + int32(span * stride_1) + 3) & -4)
-        across = int32(32 * int32(width_1 + width_2))
         distance = int32(rows * across)
         here = min(span, int32(d_out - block_row))
         fetch_rows(signal, held_1, stride_1, u_1, block_row, here, width_1, int32(0), width_1, wide)
@@ -534,6 +655,7 @@ def output(kind: str, wide: bool, vectors: int, parts: int, early: bool) -> Any:
         )  # the lane's row of a tile
         now = min(int32(block_row + own), int32(d_out - 1))
         scale_1, scale_2 = half_at(h_1, now), half_at(h_2, now)
+        column_1, column_2 = int32(offsets[one]), int32(offsets[other])
         if early:
             wait()
             let_next_start()
@@ -543,8 +665,7 @@ def output(kind: str, wide: bool, vectors: int, parts: int, early: bool) -> Any:
             word = int32(8 * (int32(slice - slices_1) if second else slice) + int32(lane >> 2))
             inside = word < (width_2 if second else width_1)
             column = int32(int32(32 * word) + int32(8 * int32(lane & 3)))
-            if second:
-                column = int32(column + int32(32 * width_1))
+            column = int32(column + (column_2 if second else column_1))
             for vector in range(vectors):
                 base = int32(int32(min(int32(first + vector), int32(rows - 1)) * across) + column)
                 entries = eight(part, base, distance, inside)
@@ -559,10 +680,13 @@ def output(kind: str, wide: bool, vectors: int, parts: int, early: bool) -> Any:
         at_2 = int32(held_2 + int32(high * stride_2) + int32(lane & 3)) - int32(8 * slices_1)
         while tile < tiles:
             following_1, following_2 = scale_1, scale_2
+            now = min(int32(block_row + row), int32(d_out - 1))
+            constant = bias[uint32(start + now)] if biased else float32(0)
             if int32(tile + 1) < tiles:
                 now = min(int32(block_row + int32(row + step)), int32(d_out - 1))
                 following_1, following_2 = half_at(h_1, now), half_at(h_2, now)
-            sums = (float32(0), float32(0), float32(0), float32(0))
+            constant = constant if mine == 0 else float32(0)
+            sums = (constant, constant, constant, constant)
             piece = mine
             while piece < count:
                 second = piece >= slices_1
@@ -571,33 +695,33 @@ def output(kind: str, wide: bool, vectors: int, parts: int, early: bool) -> Any:
                 more = sums_of(signal, int32(PLANES * vectors * piece), lane, ready, vectors)
                 sums = plus_four(sums, scaled(more, scale_2 if second else scale_1))
                 piece = int32(piece + sharing)
-            if lane & 2 == 0 and sharing > 1:
+            if lane & 2 == 0 and (add or sharing > 1):
                 keep(shared, int32(kept + int32(mine * span_kept) + vectors * row), sums, vectors)
             elif lane & 2 == 0:
-                put(y, int32(first * d_out), d_out, int32(block_row + row), int32(rows - first), sums)
+                target = int32(int32(first * across_y) + start)
+                put(y, target, across_y, int32(block_row + row), d_out, int32(rows - first), sums)
             scale_1, scale_2, row, tile = following_1, following_2, int32(row + step), int32(tile + 1)
             at_1, at_2 = int32(at_1 + int32(step * stride_1)), int32(at_2 + int32(step * stride_2))
-        if sharing > 1:
+        if add or sharing > 1:
             cuda.syncthreads()
-            item = thread
+            item, square = thread, float32(0)
             while item < span_kept:
                 row, vector = int32(block_row + item // vectors), int32(first + item % vectors)
                 if row < d_out and vector < rows:
                     total = total_of(shared, int32(kept + item), span_kept, min(sharing, count))
-                    y[uint32(int32(vector * d_out) + row)] = rounded(total)
+                    place = uint32(int32(int32(vector * across_y) + start) + row)
+                    if add:
+                        total += y[place]
+                        square += total * total
+                    y[place] = rounded(total)
                 item = int32(item + threads)
+            if add:
+                put_squares(shared, squares, first, rows, lane, warp, warps, square)
 
-    arrays = (SINGLES, WORDS, WORDS, HALVES, HALVES, ELEMENTS[kind])
-    SIGNATURES[kernel] = types.void(*arrays, *[types.int32] * 7)
+    several, numbers = partial(types.UniTuple, count=2 * layers), partial(types.UniTuple, types.int32)
+    arrays = (several(WORDS), several(HALVES), numbers(2 * layers), numbers(2 * layers), *[numbers(layers)] * 3)
+    SIGNATURES[kernel] = types.void(SINGLES, *arrays, SINGLES, ELEMENTS[kind], SINGLES, *[types.int32] * 6)
     return kernel
-
-
-@cuda.jit(device=True, forceinline=True)
-def warp_sum(value):
-    """Sum over a warp, the same in every lane."""
-    for distance in (16, 8, 4, 2, 1):
-        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, distance)
-    return value
 
 
 @cache

@@ -39,6 +39,14 @@ if config.ENABLE_CUDASIM:
         """The larger of two float32; NaN if one is."""
         return np.maximum(np.float32(one), np.float32(other))
 
+    def exponential(value):
+        """E to a power."""
+        return np.exp(np.float32(value))
+
+    def reciprocal_root(value):
+        """1 over a square root."""
+        return np.float32(1) / np.sqrt(np.float32(value))
+
     def permute(low, high, selector):
         """Four of the eight bytes of two words; each hexadecimal digit of the selector names one."""
         both = np.array([low, high], np.uint32).view(np.uint8)
@@ -162,6 +170,25 @@ else:
         """The larger of two float32; NaN if one is."""
         operands = (types.float32, types.float32)
         return types.float32(*operands), instruction(types.float32, operands, "max.NaN.f32 $0, $1, $2;", "=f,f,f")
+
+    @cuda.jit(device=True, forceinline=True)
+    def exponential(value):
+        """E to a power, to about two units in the last place; infinite where it exceeds float32."""
+        return power_of_two(value * np.float32(1.4426950408889634))
+
+    @intrinsic
+    def power_of_two(typingctx, value):
+        """Two to a power."""
+        return types.float32(types.float32), instruction(
+            types.float32, (types.float32,), "ex2.approx.f32 $0, $1;", "=f,f"
+        )
+
+    @intrinsic
+    def reciprocal_root(typingctx, value):
+        """1 over a square root, to two units in the last place."""
+        return types.float32(types.float32), instruction(
+            types.float32, (types.float32,), "rsqrt.approx.f32 $0, $1;", "=f,f"
+        )
 
     @intrinsic
     def permute(typingctx, low, high, selector):

@@ -6,9 +6,10 @@ a number, a launch takes a few microseconds of Python, and it may be early (prog
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,43 @@ class Schedule(NamedTuple):
     output: Blocks
 
 
+class Sizes(NamedTuple):
+    """The sizes of a layer, or of several that share their input.
+
+    Attributes
+    ----------
+    d_in : int
+    d_outs : tuple of int
+        One for each layer.
+    ranks : tuple of tuple of int
+        Of each layer's paths, one or two.
+    """
+
+    d_in: int
+    d_outs: tuple[int, ...]
+    ranks: tuple[tuple[int, ...], ...]
+
+    @property
+    def paths(self) -> list[int]:
+        """Ranks of all layers' paths."""
+        return [rank for ranks in self.ranks for rank in ranks]
+
+    @property
+    def columns(self) -> int:
+        """Entries of a vector in `part`."""
+        return sum(map(padded, self.paths))
+
+    @property
+    def wide(self) -> bool:
+        """Whether all rows of U are whole fours of words."""
+        return all(padded(rank) % 128 == 0 for rank in self.paths)
+
+    def __str__(self) -> str:
+        """How the table of measured schedules names them: d_outs, "x", d_in, ":", ranks; "," between layers."""
+        ranks = ("+".join(map(str, ranks)) for ranks in self.ranks)
+        return f"{','.join(map(str, self.d_outs))}x{self.d_in}:{','.join(ranks)}"
+
+
 def slices_of(count: int) -> int:
     """Slices of a vector of so many entries."""
     return -(-count // SLICE)
@@ -92,23 +130,21 @@ def padded(rank: int) -> int:
     return -(-rank // 32) * 32
 
 
-def widths_of(ranks: Sequence[int]) -> tuple[list[int], bool]:
-    """Words of a row of U of each path, and whether they are whole fours."""
-    widths = [padded(rank) // 32 for rank in ranks]
-    return widths, all(width % 4 == 0 for width in widths)
-
-
 def latent_bytes(blocks: Blocks, vectors: int, d_in: int, parts: int) -> int:
     """Shared memory of a block of `latent`."""
     slices = -(-slices_of(d_in) // parts)
     return blocks.shared_bytes(vectors, slices, [8 * slices + 4 if d_in % 128 == 0 else -(-d_in // 32)])
 
 
-def output_bytes(blocks: Blocks, vectors: int, ranks: Sequence[int]) -> int:
+def output_bytes(blocks: Blocks, vectors: int, sizes: Sizes) -> int:
     """Shared memory of a block of `output`."""
-    widths, wide = widths_of(ranks)
-    slices = [slices_of(rank) for rank in ranks]
-    return blocks.shared_bytes(vectors, sum(slices), [8 * count + 4 for count in slices] if wide else widths)
+
+    def needed(ranks: Sequence[int]) -> int:
+        slices = [slices_of(rank) for rank in ranks]
+        strides = [8 * count + 4 for count in slices] if sizes.wide else [padded(rank) // 32 for rank in ranks]
+        return blocks.shared_bytes(vectors, sum(slices), strides)
+
+    return max(map(needed, sizes.ranks))
 
 
 class Device(NamedTuple):
@@ -119,28 +155,29 @@ class Device(NamedTuple):
     shared_bytes: int
 
 
-def schedule_for(d_out: int, d_in: int, ranks: Sequence[int], rows: int, device: Device) -> Schedule | None:
-    """A schedule for a layer and so many rows of x: the measured one, or one from sizes alone.
+def schedule_for(sizes: Sizes, rows: int, device: Device) -> Schedule | None:
+    """A schedule for layers and so many rows of x: the measured one, or one from sizes alone.
 
     None if no block has enough shared memory.
     """
-    known = measured().get(device.name, {}).get(f"{d_out}x{d_in}:{'+'.join(map(str, ranks))}")
+    known = measured().get(device.name, {}).get(str(sizes))
     vectors = vectors_of(rows)
-    schedule = known if known and vectors == 1 else estimated(d_out, d_in, ranks, device.multiprocessors)
+    schedule = known if known and vectors == 1 else estimated(sizes, device.multiprocessors)
     first = fitting(
-        schedule.latent, device.shared_bytes, lambda blocks: latent_bytes(blocks, vectors, d_in, schedule.parts)
+        schedule.latent, device.shared_bytes, lambda blocks: latent_bytes(blocks, vectors, sizes.d_in, schedule.parts)
     )
-    second = fitting(schedule.output, device.shared_bytes, lambda blocks: output_bytes(blocks, vectors, ranks))
+    second = fitting(schedule.output, device.shared_bytes, lambda blocks: output_bytes(blocks, vectors, sizes))
     return Schedule(schedule.parts, first, second) if first and second else None
 
 
-def estimated(d_out: int, d_in: int, ranks: Sequence[int], multiprocessors: int) -> Schedule:
+def estimated(sizes: Sizes, multiprocessors: int) -> Schedule:
     """A schedule from sizes alone: what was measured to be good, some 64 to 128 blocks for 132 multiprocessors."""
-    slices, tiles = slices_of(d_in), sum(map(padded, ranks)) // ROWS
-    parts = 1 if d_in % 128 else min(8, power_of_two(max(1, slices // 8)))
+    slices, tiles = slices_of(sizes.d_in), sizes.columns // ROWS
+    parts = 1 if sizes.d_in % 128 else min(8, power_of_two(max(1, slices // 8)))
     log = binary_log(2 * tiles * parts // multiprocessors)
     first = Blocks(min(-(-slices // parts), MOST_WARPS >> log), log, 1)
-    slices, tiles = sum(map(slices_of, ranks)), -(-d_out // ROWS)
+    slices = max(sum(map(slices_of, ranks)) for ranks in sizes.ranks)
+    tiles = sum(-(-d_out // ROWS) for d_out in sizes.d_outs)
     log = binary_log(2 * tiles // multiprocessors)
     return Schedule(parts, first, Blocks(min(power_of_two(max(1, 2 * slices // 7)), MOST_WARPS >> log), log, 1))
 
@@ -185,63 +222,128 @@ def measured() -> dict[str, dict[str, Schedule]]:
     }
 
 
+class Norm(NamedTuple):
+    """RMSNorm of the input, before it is multiplied.
+
+    Attributes
+    ----------
+    weight : (d_in,) float32 array
+    squares : (rows, count) float32 array
+        Numbers that together are the sum of squares of each vector.
+    count : int
+    eps : float
+    """
+
+    weight: Any
+    squares: Any
+    count: int
+    eps: float
+
+
 def launch(
-    x: Any, kind: str, rows: int, paths: Sequence[Any], y: Any, part: Any, schedule: Schedule, early: bool, start: Any
+    x: Any,
+    kind: str,
+    rows: int,
+    layers: Sequence[Sequence[Any]],
+    y: Any,
+    part: Any,
+    schedule: Schedule,
+    early: bool,
+    start: Any,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    bias: Any = None,
+    squares: Any = None,
 ) -> None:
-    """Start both kernels, on flat device arrays.
+    """Start both kernels for layers that share their input, on flat device arrays.
 
     Parameters
     ----------
-    x : (rows * d_in,) array; float16 and bfloat16 as uint16
+    x : (rows * d_in,) array; float16 and bfloat16 as uint16; twice as long with an activation
     kind : str
         A value of KINDS, of x and y.
     rows : int
         Vectors.
-    paths : one or two PackedFactors of arrays, words as uint32 and scales as uint16
-    y : (rows * d_out,) array to be written
+    layers : sequence of one or two PackedFactors of arrays each, words as uint32 and scales as uint16
+    y : (rows * sum of d_out,) array to be written: for each vector, the layers' outputs one after the other
     part : float32 array of at least schedule.parts * rows * sum of padded ranks elements, overwritten
     schedule : Schedule
     early : bool
     start : callable
         Launches a kernel: (kernel, grid, threads, bytes of shared memory, arguments).
+    norm : Norm, optional
+    activation : str, optional
+        One of cuda.ACTIVATIONS: v = activation(x[:d_in]) * x[d_in:].
+    bias : (sum of d_out,) float32 array, optional
+        Added to the outputs.
+    squares : (rows * output_blocks(...),) float32 array, optional
+        The only layer's output is added to y, of float32, and the sums of squares of what y then holds go here.
 
     Raises
     ------
     ValueError
         If d_in cannot be divided into schedule.parts.
     """
-    first, second = paths[0], paths[-1]
-    d_in, d_out = len(first.g), len(first.h)
+    paths = [path for layer in layers for path in layer]
+    pairs = [path for layer in layers for path in (layer[0], layer[-1])]
+    d_in, d_outs = len(paths[0].g), [len(layer[0].h) for layer in layers]
     ranks = [len(path.ell) for path in paths]
-    rank_1, rank_2 = (*ranks, 0)[:2]
+    sizes = Sizes(d_in, tuple(d_outs), tuple(tuple(len(path.ell) for path in layer) for layer in layers))
     vectors, slices, parts = vectors_of(rows), slices_of(d_in), schedule.parts
     if parts > slices or (parts > 1 and d_in % 128):
         most = 1 if d_in % 128 else slices
         raise ValueError(f"{d_in} columns cannot be divided into {parts} parts: at most {most} (Schedule.parts)")
     of_part, groups = -(-slices // parts), -(-rows // vectors)
     used = -(-slices // of_part)
-    blocks, (blocks_1, *others) = schedule.latent, [-(-padded(rank) // schedule.latent.rows) for rank in ranks]
+    begins, total = sums_before([-(-padded(rank) // schedule.latent.rows) for rank in ranks])
+    offsets, across = sums_before(map(padded, ranks))
+    entry = "norm" if norm else activation or "plain"
+    blocks = schedule.latent
     start(
-        latent(kind, d_in % 128 == 0, d_in % 8 == 0, vectors, early),
-        (blocks_1 + sum(others), used, groups),
+        latent(kind, d_in % 128 == 0, d_in % 8 == 0, vectors, early, len(paths), entry),
+        (total, used, groups),
         blocks.threads,
         latent_bytes(blocks, vectors, d_in, parts),
         (
-            x, first.g, second.g, first.v_words, second.v_words, first.ell, second.ell, part,
-            rank_1, rank_2, d_in, rows, blocks_1, of_part, blocks.tiles, blocks.sharing, blocks.log,
+            x, *columns_of(paths, "g", "v_words", "ell"), tuple(ranks), begins, offsets, part,
+            *((norm.weight, norm.squares) if norm else (part, part)),
+            d_in, rows, across, of_part, blocks.tiles, blocks.sharing, blocks.log,
+            *((norm.count, norm.eps) if norm else (0, 0.0)),
         ),
     )  # fmt: skip
     blocks = schedule.output
+    begins, total = sums_before([-(-d_out // blocks.rows) for d_out in d_outs])
+    starts, across_y = sums_before(d_outs)
+    every = iter(zip(ranks, offsets, strict=True))
+    of_pairs = [next(every) if at < len(layer) else (0, 0) for layer in layers for at in (0, 1)]
+    leave = "add" if squares is not None else "bias" if bias is not None else "plain"
     start(
-        output(kind, widths_of(ranks)[1], vectors, used, early),
-        (-(-d_out // blocks.rows), 1, groups),
+        output(kind, sizes.wide, vectors, used, early, len(layers), leave),
+        (total, 1, groups),
         blocks.threads,
-        output_bytes(blocks, vectors, ranks),
+        output_bytes(blocks, vectors, sizes),
         (
-            part, first.u_words, second.u_words, first.h, second.h, y,
-            rank_1, rank_2, d_out, rows, blocks.tiles, blocks.sharing, blocks.log,
+            part, *columns_of(pairs, "u_words", "h"), *zip(*of_pairs, strict=True), tuple(d_outs), begins, starts,
+            part if bias is None else bias, y, part if squares is None else squares,
+            rows, across, across_y, blocks.tiles, blocks.sharing, blocks.log,
         ),
     )  # fmt: skip
+
+
+def output_blocks(d_out: int, schedule: Schedule) -> int:
+    """Blocks of a layer's second kernel, each of which gives a sum of squares of a vector."""
+    return -(-d_out // schedule.output.rows)
+
+
+def sums_before(counts: Iterable[int]) -> tuple[tuple[int, ...], int]:
+    """Where each of some pieces begins, and where the last one ends."""
+    *before, total = itertools.accumulate(counts, initial=0)
+    return tuple(before), total
+
+
+def columns_of(paths: Sequence[Any], *names: str) -> list[tuple[Any, ...]]:
+    """The arrays of each name, of all paths."""
+    return [tuple(getattr(path, name) for path in paths) for name in names]
 
 
 def launch_plain(x: Any, kind: str, rows: int, paths: Sequence[Any], y: Any, part: Any, start: Any) -> None:
@@ -272,7 +374,74 @@ def array(tensor: Tensor) -> Array:
     return Array(tensor.data_ptr(), tensor.numel())
 
 
-class Plan:
+class Siblings:
+    """Layers that share their input, as the numbers that the kernels take: q, k and v, or gate and up, or one alone.
+
+    Parameters
+    ----------
+    layers : sequence of layers' tensors
+        The tensors of a layer's paths, one or two, one after the other, on a GPU, of fitting shapes and dtypes.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Tensor]]):
+        self.kept = [[readable(tensor) for tensor in tensors] for tensors in layers]
+        self.layers = [[PackedFactors(*map(array, path)) for path in plan.batched(kept)] for kept in self.kept]
+        ranks = tuple(tuple(len(path.ell) for path in layer) for layer in self.layers)
+        self.sizes = Sizes(len(self.layers[0][0].g), tuple(len(layer[0].h) for layer in self.layers), ranks)
+        self.index = self.kept[0][0].device.index
+        self.device = described(self.index)
+        self.early = torch.cuda.get_device_capability(self.index) >= EARLY
+        self.schedules: dict[int, Schedule | None] = {}
+
+    def schedule(self, rows: int) -> Schedule | None:
+        """The schedule for so many rows of x; None if no block has enough shared memory."""
+        vectors = vectors_of(rows)
+        if vectors not in self.schedules:
+            self.schedules[vectors] = schedule_for(self.sizes, rows, self.device)
+        return self.schedules[vectors]
+
+    def part_size(self, rows: int, schedule: Schedule) -> int:
+        """Elements of `part` for so many rows of x."""
+        return schedule.parts * rows * self.sizes.columns
+
+    def launch(
+        self,
+        x: Tensor,
+        y: Tensor,
+        part: Tensor,
+        schedule: Schedule | None = None,
+        early: bool | None = None,
+        norm: tuple[Tensor, Tensor, int, float] | None = None,
+        activation: str | None = None,
+        bias: Tensor | None = None,
+        squares: Tensor | None = None,
+    ) -> None:
+        """Compute y from x on torch's current stream: see `launch`, whose arrays are contiguous tensors here.
+
+        x and y are of two dimensions and of one dtype of KINDS. `norm` has the fields of `Norm`.
+        """
+        rows = len(y)
+        schedule, early = schedule or self.schedule(rows), self.early if early is None else early
+        with torch.cuda.device(self.index):
+            stream = torch.cuda.current_stream().cuda_stream
+            launch(
+                array(x),
+                KINDS[x.dtype],
+                rows,
+                self.layers,
+                array(y),
+                array(part),
+                schedule,  # type: ignore[arg-type]
+                early,
+                partial(start, stream, early),
+                Norm(array(norm[0]), array(norm[1]), *norm[2:]) if norm else None,
+                activation,
+                None if bias is None else array(bias),
+                None if squares is None else array(squares),
+            )
+
+
+class Plan(Siblings):
     """A layer's paths as the numbers that the kernels take, for as long as its tensors stay what they are.
 
     Parameters
@@ -281,27 +450,15 @@ class Plan:
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
-        self.kept = [readable(tensor) for tensor in tensors]
-        self.paths = paths = plan.batched(self.kept)
-        self.arrays = [PackedFactors(*map(array, path)) for path in paths]
-        self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
-        self.ranks = [path.rank for path in paths]
-        self.index = tensors[0].device.index
-        self.device = described(self.index)
-        self.early = torch.cuda.get_device_capability(self.index) >= EARLY
-        self.schedules: dict[int, Schedule | None] = {}
-        self.seen = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in self.kept]
+        super().__init__([tensors])
+        self.paths = plan.batched(self.kept[0])
+        self.d_out, self.d_in = self.sizes.d_outs[0], self.sizes.d_in
+        self.ranks = self.sizes.ranks[0]
+        self.seen = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in self.kept[0]]
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the plan reads just these tensors, as for a plan on a CPU."""
         return plan.Plan.fits(self, tensors)
-
-    def schedule(self, rows: int) -> Schedule | None:
-        """The schedule for so many rows of x."""
-        vectors = vectors_of(rows)
-        if vectors not in self.schedules:
-            self.schedules[vectors] = schedule_for(self.d_out, self.d_in, self.ranks, rows, self.device)
-        return self.schedules[vectors]
 
     def __call__(self, x: Tensor, version: str | None = None, schedule: Schedule | None = None) -> Tensor:
         """(..., d_out) of x's dtype from (..., d_in), on torch's current stream; nothing waits for the device.
@@ -321,16 +478,14 @@ class Plan:
         schedule = schedule or self.schedule(rows)
         if version is None and (schedule is None or rows > LARGE_BATCH):
             return self.unpacked(x)
-        size = max(schedule.parts, 1) * rows * sum(map(padded, self.ranks)) if schedule else rows * sum(self.ranks)
-        part = torch.empty(size, dtype=torch.float32, device=x.device)
-        with torch.cuda.device(self.index):
-            stream = torch.cuda.current_stream().cuda_stream
-            arguments = array(x), KINDS[x.dtype], rows, self.arrays, array(y), array(part)
-            if version == "plain":
-                launch_plain(*arguments, partial(start, stream, False))
-            else:
-                early = self.early and version != "tensor"
-                launch(*arguments, schedule, early, partial(start, stream, early))  # type: ignore[arg-type]
+        if version == "plain":
+            part = torch.empty(rows * sum(self.ranks), dtype=torch.float32, device=x.device)
+            with torch.cuda.device(self.index):
+                go = partial(start, torch.cuda.current_stream().cuda_stream, False)
+                launch_plain(array(x), KINDS[x.dtype], rows, self.layers[0], array(y), array(part), go)
+            return y
+        part = torch.empty(self.part_size(rows, schedule), dtype=torch.float32, device=x.device)  # type: ignore[arg-type]
+        self.launch(x, y.view(rows, self.d_out), part, schedule, self.early and version != "tensor")
         return y
 
     def unpacked(self, x: Tensor) -> Tensor:
@@ -347,7 +502,7 @@ class Plan:
         of float16 scales need not fit float16; this is the factor, (1,) float32. R is the sum of ranks, each rounded
         up to a multiple of eight; the rows of A and columns of B that this adds are zero.
         """
-        device = self.kept[0].device
+        device = self.kept[0][0].device
         sizes, columns = [-(-rank // 8) * 8 for rank in self.ranks], -(-self.d_in // 8) * 8
         a = torch.empty(sum(sizes), columns, dtype=dtype, device=device)
         b = torch.empty(self.d_out, sum(sizes), dtype=dtype, device=device)
@@ -449,7 +604,7 @@ def start(
     """Start a kernel on a stream of the current device."""
     from cuda.bindings import driver
 
-    values = np.array([arg.address if isinstance(arg, Array) else arg for arg in args], np.uint64)
+    values = np.array([number_of(arg) for arg in flat(args)], np.uint64)
     pointers = values.ctypes.data + 8 * np.arange(len(values), dtype=np.uint64)
     launching = driver.CUlaunchConfig()
     launching.gridDimX, launching.gridDimY, launching.gridDimZ = grid
@@ -458,6 +613,19 @@ def start(
     if early:
         launching.attrs, launching.numAttrs = [early_launch()], 1
     checked(driver.cuLaunchKernelEx(launching, loaded(kernel, torch.cuda.current_device()), pointers.ctypes.data, 0))
+
+
+def flat(args: Iterable[Any]) -> Iterator[Any]:
+    """Arguments, and the entries of those that are tuples, which is how a kernel gets them."""
+    for arg in args:
+        yield from arg if type(arg) is tuple else (arg,)
+
+
+def number_of(arg: Any) -> int:
+    """An argument's bits: an address, an integer, or a float32."""
+    if isinstance(arg, Array):
+        return arg.address
+    return int(np.float32(arg).view(np.uint32)) if isinstance(arg, float) else arg
 
 
 @cache
