@@ -15,7 +15,7 @@ from .bench import exact_path, random_path
 from .bits import layer_bits, rank_for_bits
 from .kernels.cuda import ROWS
 from .kernels.cuda_launch import (
-    LARGE_BATCH,
+    EXACT_BATCH,
     Blocks,
     Plan,
     Schedule,
@@ -84,7 +84,7 @@ def bench_case(
     schedule = tuned(x, plans) if tune else plans[0].schedule(batch)
     seconds = packed_seconds(x, plans, schedule if tune else None)
     others = {
-        f"{version}_us": packed_seconds(x, plans, schedule, version) * 1e6 if batch <= LARGE_BATCH else None
+        f"{version}_us": packed_seconds(x, plans, schedule, version) * 1e6 if batch <= EXACT_BATCH else None
         for version in ("plain", "tensor")
     }
     weights = dense_weights(d_out, d_in)
