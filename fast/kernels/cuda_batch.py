@@ -59,7 +59,7 @@ FEWEST_STAGES, MOST_STAGES = 4, 12
 
 
 class Tile(NamedTuple):
-    """What a block of `products` computes at once.
+    """What a block of `products` computes at once; it has no more rows than threads.
 
     Attributes
     ----------
@@ -107,8 +107,9 @@ class Tile(NamedTuple):
         return min(MOST_STAGES, max(FEWEST_STAGES, STAGES_BYTES // (4 * self.stage_words)))
 
     def shared_bytes(self, segments: int) -> int:
-        """Shared memory of a block: stages and scales, or later the sums in their place."""
-        return 4 * max(self.stages * self.stage_words + segments * self.rows, self.vectors * (self.rows + 4))
+        """Shared memory of a block: stages and scales, or later the sums in their place, and units of vectors."""
+        held = max(self.stages * self.stage_words + segments * self.rows, self.vectors * (self.rows + 4))
+        return 4 * (held + self.vectors)
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -216,6 +217,8 @@ def products(kind: str, tile: Tile, choices: int, segments: int, early: bool, gr
     words_x, stride_sums = WORDS_DEPTH * vectors_of_tile, rows_of_tile + 4
     held_signs = stages * words_x  # where in shared memory words of signs begin
     held_scales = held_signs + stages * 2 * rows_of_tile
+    held_units = max(held_scales + segments * rows_of_tile, vectors_of_tile * stride_sums)
+    turns_of_sums = rows_of_tile * vectors_of_tile // threads
     down, across, warps_down = tile.down, tile.across, tile.warps_down
     chunks_of_x, words_of_signs = 8 * vectors_of_tile, 2 * rows_of_tile
     turns_of_x, turns_of_signs = -(-chunks_of_x // threads), -(-words_of_signs // threads)
@@ -296,6 +299,10 @@ def products(kind: str, tile: Tile, choices: int, segments: int, early: bool, gr
         if early:
             wait()
             let_next_start()
+        item = thread
+        while item < min(vectors_of_tile, int32(vectors - vector)):
+            shared[uint32(held_units + item)] = units[uint32(int32(int32(choice * room) + vector) + item)]
+            item = int32(item + threads)
         ahead = begin
         for stage in range(stages - 1):
             if ahead < end:
@@ -347,15 +354,16 @@ def products(kind: str, tile: Tile, choices: int, segments: int, early: bool, gr
         first = int32(int32(stride_sums * int32(warp_vector + int32(int32(lane & 3) << 1))) + mine)
         put_sums(shared, uint32(first), sums)
         cuda.syncthreads()
-        item, limit = thread, int32(limits[choice])
-        target = int32(int32(int32(cuda.blockIdx.z) * vectors * across_out) + offsets[choice])
-        while item < rows_of_tile * vectors_of_tile:
-            row_out, vector_out = int32(row + item % rows_of_tile), int32(vector + item // rows_of_tile)
-            if row_out < limit and vector_out < vectors:
-                value = shared[uint32(int32(int32(item // rows_of_tile) * stride_sums) + item % rows_of_tile)]
-                value = value * units[uint32(int32(choice * room) + vector_out)] if row_out < count else float32(0)
-                out[uint32(int32(target + int32(vector_out * across_out)) + row_out)] = rounded(value)
-            item = int32(item + threads)
+        row_of_sum, one_vector = int32(thread % rows_of_tile), int32(thread // rows_of_tile)
+        row_out, limit, left = int32(row + row_of_sum), int32(limits[choice]), int32(vectors - vector)
+        target = int32(int32(int32(int32(cuda.blockIdx.z) * vectors + vector) * across_out) + offsets[choice])
+        target, at_sum = int32(target + row_out), int32(int32(one_vector * stride_sums) + row_of_sum)
+        for turn in range(turns_of_sums):
+            further = int32(one_vector + turn * (threads // rows_of_tile))
+            if row_out < limit and further < left:
+                value = shared[uint32(at_sum + turn * (threads // rows_of_tile) * stride_sums)]
+                value = value * shared[uint32(held_units + further)] if row_out < count else float32(0)
+                out[uint32(target + int32(further * across_out))] = rounded(value)
 
     each, total = partial(types.UniTuple, count=choices), partial(types.UniTuple, count=choices * segments)
     number = types.int32

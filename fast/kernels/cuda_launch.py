@@ -735,10 +735,10 @@ def loaded(kernel: Any, index: int) -> Any:
 
     library, name = library_of(kernel, torch.cuda.get_device_capability(index))
     function = checked(driver.cuLibraryGetKernel(library, name))
-    size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(
-        driver.cuKernelSetAttribute(size, described(index).shared_bytes, function, checked(driver.cuDeviceGet(index)))
-    )
+    device, names = checked(driver.cuDeviceGet(index)), driver.CUfunction_attribute
+    fixed = checked(driver.cuKernelGetAttribute(names.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function, device))
+    most = names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(driver.cuKernelSetAttribute(most, described(index).shared_bytes - fixed, function, device))
     return driver.CUfunction(int(function))
 
 
