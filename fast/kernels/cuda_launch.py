@@ -639,10 +639,13 @@ class Plan(Siblings):
         self.launch(x, y.view(rows, self.d_out), part, schedule, self.early and version != "tensor")
         return y
 
+    def batch_schedule(self, rows: int) -> BatchSchedule:
+        """The schedule of the kernels for batches."""
+        return batch_schedule(self.sizes, rows, self.device.multiprocessors, self.capability == GROUPED)
+
     def batch(self, x: Tensor, y: Tensor, rows: int, schedule: BatchSchedule | None = None) -> Tensor:
         """The same by the kernels for batches."""
-        grouped = self.capability == GROUPED
-        schedule = schedule or batch_schedule(self.sizes, rows, self.device.multiprocessors, grouped)
+        schedule = schedule or self.batch_schedule(rows)
         counts = work_sizes(self.sizes, rows, schedule)
         places, total = sums_before(-(-count // 4) * 4 for count in counts)
         memory = torch.empty(total, dtype=torch.int32, device=x.device)
@@ -650,7 +653,7 @@ class Plan(Siblings):
         with torch.cuda.device(self.index):
             go = partial(start, torch.cuda.current_stream().cuda_stream, self.early)
             arguments = array(x), KINDS[x.dtype], rows, self.layers[0], array(y), work, schedule, self.early, go
-            launch_batch(*arguments, grouped)
+            launch_batch(*arguments, self.capability == GROUPED)
         return y
 
     def unpacked(self, x: Tensor) -> Tensor:
