@@ -1,5 +1,7 @@
 """One call of every CUDA kernel, for compute-sanitizer: `make test-gpu`."""
 
+# pyright: reportArgumentType=false
+
 import itertools
 
 import torch

@@ -13,7 +13,7 @@ arithmetic is what takes the time.
 
 # What Numba makes of cuda.threadIdx and its like is not what their Python stand-ins say.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalSubscript=false
 
 from functools import cache, partial
 from typing import Any, NamedTuple
