@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from littlebit.fast.bits import rank_for_bits
-from littlebit.fast.kernels import cuda as kernels, cuda_launch
+from littlebit.fast.kernels import cuda as kernels, cuda_batch, cuda_launch
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 KINDS = ("half", "bfloat", "single")
@@ -52,6 +52,44 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
     for kernel in (kernels.plain_latent("half"), kernels.plain_output("half")):
         assert compiled(kernel, capability)[1][FRAME_SIZE] == 0
     assert compiled(kernels.unpacking("half"), capability)[1][FRAME_SIZE] == 0
+
+
+@pytest.mark.parametrize(("capability", "grouped"), [((8, 0), False), ((9, 0), False), ((9, 0), True)])
+def test_kernels_for_batches_compile_without_spills(capability, grouped, monkeypatch):
+    pytest.importorskip("cuda.core")
+    monkeypatch.setattr(
+        "numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=capability)
+    )
+    cuda_batch.scaled_vectors.cache_clear()
+    cuda_batch.products.cache_clear()
+    early = capability >= cuda_launch.EARLY
+    large, small = cuda_launch.tiles_for(100, grouped)[0], cuda_launch.tiles_for(16, grouped)[0]
+    chosen = [
+        cuda_batch.products(kind, tile, 1, 2, early, grouped) for kind, tile in (("half", large), ("bfloat", small))
+    ]
+    chosen += [cuda_batch.products("single", large, 2, 1, early, grouped)]
+    for kernel in chosen:
+        text, attributes = compiled(kernel, capability)
+        assert (b"wgmma.mma_async" if grouped else b"mma.sync.aligned.m16n8k16") in text
+        assert attributes[FRAME_SIZE] == 0
+    if not grouped:
+        for scaled in (("half", False, 2, 1), ("single", True, 0, 8)):
+            assert compiled(cuda_batch.scaled_vectors(*scaled, early), capability)[1][FRAME_SIZE] == 0
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("rows", [5, 16, 17, 33, 64, 65, 1000])
+def test_tiles_of_batches_fit_and_are_filled(rows, grouped):
+    limit = (227 if grouped else 99) << 10
+    for (d_out, d_in), ranks in itertools.product(SHAPES, ((1,), (600,), (300, 310), (6336,))):
+        sizes = cuda_launch.Sizes(d_in, (d_out,), (ranks,))
+        schedule = cuda_launch.batch_schedule(sizes, rows, 132, grouped)
+        assert 1 <= schedule.parts <= max(1, cuda_launch.steps_of(d_in))
+        for tile in (schedule.latent, schedule.output):
+            assert tile.shared_bytes(len(ranks)) <= limit
+            assert tile.threads % tile.rows == 0
+            assert tile.vectors < 2 * max(rows, 16)
+        assert schedule.latent.grouped or not grouped or rows <= 32
 
 
 def compiled(kernel, capability):
