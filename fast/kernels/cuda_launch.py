@@ -612,8 +612,8 @@ class Plan(Siblings):
     def __call__(self, x: Tensor, version: str | None = None, schedule: Schedule | None = None) -> Tensor:
         """(..., d_out) of x's dtype from (..., d_in), on torch's current stream; nothing waits for the device.
 
-        `version` is one of VERSIONS; by default the best, or for large batches products of unpacked signs. Several
-        threads and streams may call it at once. A float64 input is rounded to float32.
+        `version` is one of VERSIONS; by default the best, or the kernels for batches, or for large ones products of
+        unpacked signs. Several threads and streams may call it at once. A float64 input is rounded to float32.
         """
         if x.dtype not in KINDS:
             x = x.to(torch.float32)
