@@ -10,6 +10,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
+from littlebit.fast import writing
 from littlebit.fast.bench import random_path
 from littlebit.fast.layers import LittleBitLinear, PackedLinear, packed_shapes
 from littlebit.fast.model import packed_layers
@@ -34,7 +35,11 @@ def checkpoint(tiny_llama, tmp_path_factory):
 
 @pytest.fixture
 def copied(checkpoint, tmp_path):
-    return shutil.copytree(checkpoint, tmp_path / "copy")
+    """A copy in the format that has no checksums, which would notice any damage before other checks do."""
+    path = shutil.copytree(checkpoint, tmp_path / "copy")
+    edit_config(path, lambda config: config["quantization_config"].update(format_version=1))
+    rewrite(path, lambda tensors: None)
+    return path
 
 
 def logits(model):
@@ -222,12 +227,13 @@ def rewrite(path, change):
 
 
 LAYER = "model.layers.0.mlp.up_proj"
+PADDED = "model.layers.0.mlp.down_proj.paths.1.u_words"  # of rank 20
 NARROW = "model.layers.0.self_attn.k_proj.paths.0.u_words"  # of a rank between 1 and 16
 
 
 DAMAGES = [
     (lambda path: (path / "config.json").unlink(), "no config.json"),
-    (lambda path: (path / "config.json").write_text("{"), "not the configuration"),
+    (lambda path: (path / "config.json").write_text("{"), "config.json is damaged"),
     (lambda path: (path / "model.safetensors").unlink(), "no model.safetensors"),
     (lambda path: os.truncate(path / "model.safetensors", 5000), "damaged or incomplete"),
     (lambda path: os.truncate(path / "model.safetensors", 4), "damaged or incomplete"),
@@ -255,6 +261,8 @@ DAMAGES = [
     (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].int()})), "another version of littlebit"),
     (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].view(torch.uint8)})), " U8, but"),
     (lambda path: rewrite(path, lambda t: t.update(extra=torch.zeros(1))), "left over"),
+    (lambda path: rewrite(path, lambda t: t[PADDED].fill_(-1)), "a pad bit is set"),
+    (lambda path: rewrite(path, lambda t: t[f"{LAYER}.paths.0.ell"].fill_(torch.inf)), "NaN or infinity"),
     (lambda path: rewrite(path, lambda t: t.pop("model.norm.weight")), "missing"),
 ]
 
@@ -295,6 +303,7 @@ def test_save_leaves_nothing_when_the_disk_is_full(quantised, tmp_path, monkeypa
 def test_save_gives_back_the_old_checkpoint_if_the_new_one_cannot_take_its_place(quantised, tmp_path, monkeypatch):
     path = lb.save(quantised, tmp_path / "out")
     before = (path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(writing, "exchange", lambda one, other: False)
     rename, calls = os.rename, []
 
     def second_fails(source, target):
