@@ -112,9 +112,7 @@ class Bench:
         self.expected, self.seconds = {}, {}
         for name in ("quantize", "train"):
             out = self.folder / f"expected-{name}" / "out"
-            begin = time.monotonic()
             self.succeeds(name, out)
-            self.seconds[name] = time.monotonic() - begin
             self.expected[name] = files(out)
 
     def command(self, name, out, *more):
@@ -126,7 +124,9 @@ class Bench:
     def succeeds(self, name, out, *more):
         """Run a command that must succeed, and compare what it gives with what it gave at first."""
         self.printed.unlink(missing_ok=True)
+        begin = time.monotonic()
         code = ended(start(self.command(name, out, *more), self.printed))
+        self.seconds[name] = time.monotonic() - begin
         if code:
             raise FaultError(f"{name} ended with {code}: {self.printed.read_text()[-500:]}")
         if name in self.expected and (found := files(out)) != self.expected[name]:
