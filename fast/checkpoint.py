@@ -47,6 +47,7 @@ from .headers import (
     check_contents,
     check_embeddings,
     check_layers,
+    check_path,
     damaged,
     is_checkpoint,
     is_official,
@@ -60,7 +61,7 @@ from .headers import (
 )
 from .layers import Joined, PackedLinear
 from .model import LayerResult, is_linear, linear_shape, pack_, packed_layers, replace_module, split
-from .packing import has_pad_bits
+from .packing import PackedFactors
 from .writing import temporary_beside, written_whole
 
 SHARD_BYTES = 5_000_000_000
@@ -243,7 +244,18 @@ def write_tensors(
     for name, shard in zip(names, shards, strict=True):
         checksums = {} if config is None else make_checksums(tensor_digests(shard), config)
         save_file(shard, folder / name, metadata={"format": "pt"} | checksums)
+        order_metadata(folder / name)
         (folder / name).chmod(0o644)  # safetensors makes it readable by its owner alone
+
+
+def order_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, which are else in another order in every process."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        opened.seek(8)
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(size))
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -378,12 +390,9 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
 def check_values(layers: dict[str, dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if a scale of a packed layer is not finite, or a pad bit of its words is set."""
     for layer, entry in layers.items():
-        for order, rank in enumerate(entry["ranks"]):
-            for kind, count in {"u_words": rank, "v_words": entry["d_in"], "h": 0, "ell": 0, "g": 0}.items():
-                name = f"{layer}.paths.{order}.{kind}"
-                if has_pad_bits(tensors[name], count) if count else not torch.isfinite(tensors[name]).all():
-                    wrong = "a pad bit is set" if count else "there is NaN or infinity"
-                    raise CheckpointError(f"layer {layer}: tensor {name} is damaged ({wrong}); copy the file again")
+        for order in range(len(entry["ranks"])):
+            place = f"{layer}.paths.{order}"
+            check_path(place, {kind: tensors[f"{place}.{kind}"].numpy() for kind in PackedFactors._fields})
 
 
 def built(

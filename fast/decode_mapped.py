@@ -32,6 +32,7 @@ from .headers import (
     check_contents,
     check_embeddings,
     check_layers,
+    check_path,
     is_checkpoint,
     is_official,
     packed_headers,
@@ -220,10 +221,7 @@ class Reader:
         for order, rank in enumerate(entry["ranks"]):
             wanted = packed_headers(d_out, d_in, rank)
             arrays = [tensors.take(f"{name}.paths.{order}.{key}", *header) for key, header in wanted.items()]
-            if not all(np.isfinite(scale).all() for scale in arrays[2:]):
-                raise NotDecodableError(f"its layer {name} has scales that are not finite")
-            if has_pad_bits(arrays[0], rank) or has_pad_bits(arrays[1], d_in):
-                raise NotDecodableError(f"its layer {name} has pad bits that are set")
+            check_path(f"{name}.paths.{order}", dict(zip(wanted, arrays, strict=True)))
             paths.append([*map(widened, arrays[:2]), *arrays[2:]])
         return Linear(d_out, d_in, paths, None, tensors.take(f"{name}.bias", (d_out,)) if entry["bias"] else None)
 
@@ -243,13 +241,6 @@ class Reader:
         codes = take(f"{name}.table.codes", (rows, size * bits // 8), "I8" if bits == 8 else "U8")
         offset = take(f"{name}.table.offset", (rows, groups), "F16") if bits == 4 else None
         return Rows(codes, take(f"{name}.table.scale", (rows, groups), "F16"), offset)
-
-
-def has_pad_bits(words: np.ndarray, count: int) -> bool:
-    """Whether a bit is set behind the last of `count` signs in a row of words."""
-    unsigned = words.view(f"u{words.itemsize}")
-    used = count - (words.shape[-1] - 1) * 8 * words.itemsize  # bits of the last word
-    return used < 8 * words.itemsize and bool((unsigned[..., -1] >> unsigned.dtype.type(used)).any())
 
 
 def widened(words: np.ndarray) -> np.ndarray:

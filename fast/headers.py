@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .bits import word_width
@@ -429,6 +430,35 @@ def packed_headers(d_out: int, d_in: int, rank: int) -> dict[str, Header]:
         "v_words": words(rank, d_in),
         **{name: Header((size,), "F16") for name, size in scales.items()},
     }
+
+
+def check_path(place: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise CheckpointError if a scale of a packed path is not finite, or a pad bit of its words is set.
+
+    Parameters
+    ----------
+    place : str
+        What the names of the path's tensors begin with: LAYER.paths.K.
+    arrays : mapping
+        Those tensors, as `packed_headers` describes them.
+    """
+    signs = {"u_words": len(arrays["ell"]), "v_words": len(arrays["g"])}
+    for kind, array in arrays.items():
+        wrong = None
+        if kind in signs:
+            wrong = "a pad bit is set" if has_pad_bits(array, signs[kind]) else None
+        elif not np.isfinite(array).all():
+            wrong = "there is NaN or infinity"
+        if wrong:
+            raise CheckpointError(f"tensor {place}.{kind} is damaged ({wrong}); copy the file again")
+
+
+def has_pad_bits(words: np.ndarray, count: int) -> bool:
+    """Whether a bit is set behind the last of `count` signs in a row of words."""
+    width = 8 * words.itemsize
+    used = count - (words.shape[-1] - 1) * width  # bits of the last word
+    last = words.view(f"u{words.itemsize}")[..., -1]
+    return used < width and bool((last >> last.dtype.type(used)).any())
 
 
 def check_embeddings(described: Any, size: int, where: Path | str) -> None:

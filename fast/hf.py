@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .fetch import cache_folder, known_names, resolve
-from .headers import CheckpointError, is_official
+from .headers import CheckpointError, inside, is_checkpoint, is_official
 from .writing import made_once
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
@@ -82,10 +82,15 @@ def load_tokenizer(source: str | Path) -> Any:
     Raises
     ------
     ValueError
-        If there is none.
+        If there is none, or a packed checkpoint has a link that leads out of its directory.
     """
+    found = resolve(source)
+    folder = Path(found)
+    if is_checkpoint(folder) or is_official(folder):
+        for file in filter(Path.is_symlink, folder.iterdir()):
+            inside(folder, file.name)
     try:
-        return transformers().AutoTokenizer.from_pretrained(resolve(source), trust_remote_code=False)
+        return transformers().AutoTokenizer.from_pretrained(found, trust_remote_code=False)
     except OSError as error:
         raise unknown_model(source, error) from error
     except (ValueError, ImportError, MemoryError):

@@ -111,18 +111,10 @@ def unpack_signs(words: Tensor, count: int) -> Tensor:
     tensor([ 1., -1.,  1., -1.])
     """
     check_words(words, count)
-    if has_pad_bits(words, count):
+    bits = row_bits(words)
+    if bits[..., count:].any():
         raise ValueError("a pad bit is set: the words are damaged, or were packed with another bit order")
-    return 1 - 2 * row_bits(words)[..., :count].float()
-
-
-def has_pad_bits(words: Tensor, count: int) -> bool:
-    """Whether a bit is set behind the last of `count` signs in a row of words."""
-    width = 8 * words.itemsize
-    used = count - (words.shape[-1] - 1) * width  # bits of the last word
-    pads = ((1 << width - used) - 1) << used
-    pads -= (1 << width) if words.dtype.is_signed and pads >> (width - 1) else 0
-    return bool((words[..., -1] & pads).any())
+    return 1 - 2 * bits[..., :count].float()
 
 
 def row_bits(words: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ mutations drawn at random, half to those that atheris draws, guided by the branc
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -32,70 +34,15 @@ SECONDS = 10  # of processor time for one case; four times as many of any
 MEMORY = 256 << 20  # bytes that a case may add to what the process holds
 ADDRESSES = 4 << 30  # bytes of address space beyond those in use at the start
 WEIGHTS, INDEX, NOTE = "model.safetensors", "model.safetensors.index.json", "littlebit_config.json"
-READING = (
-    "checkpoint",
-    "headers",
-    "decode_mapped",
-    "digests",
-    "official",
-    "hf",
-    "embeddings",
-    "packing",
-    "model",
-    "layers",
-)  # what is guided
-INTEGERS = (
-    0,
-    1,
-    -1,
-    2,
-    3,
-    31,
-    33,
-    127,
-    255,
-    65536,
-    2**31 - 1,
-    2**31,
-    2**32,
-    2**40,
-    2**62,
-    2**63 - 1,
-    2**64 - 1,
-    10**30,
-)
-VALUES = (
-    *INTEGERS,
-    0.5,
-    -1e308,
-    1e999,
-    float("nan"),
-    None,
-    True,
-    False,
-    "",
-    "x",
-    "../x",
-    "/etc/passwd",
-    "\udc80",
-    "\0",
-)
-VALUES += (
-    [],
-    {},
-    [0],
-    [-1, 1],
-    [2**40, 2**40],
-    {"a": 1},
-    "F64",
-    "BF16",
-    "I32",
-    "U64",
-    "F8_E4M3",
-    "C64",
-    "llama",
-    "gpt2",
-)
+# The modules that atheris guides by
+READING = ("checkpoint", "headers", "decode_mapped", "digests", "official", "hf", "embeddings", "packing", "model")
+READING += ("layers",)
+SMALL = (0, 1, -1, 2, 3, 31, 33, 127, 255, 65536)
+LARGE = (2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**64 - 1, 10**30)
+INTEGERS = SMALL + LARGE
+TEXTS = ("", "x", "../x", "/etc/passwd", "\udc80", "\0", "F64", "BF16", "I32", "U64", "F8_E4M3", "C64", "llama", "gpt2")
+OTHERS = (0.5, -1e308, 1e999, float("nan"), None, True, False, [], {}, [0], [-1, 1], [2**40, 2**40], {"a": 1})
+VALUES = INTEGERS + TEXTS + OTHERS
 
 
 class HangError(BaseException):  # so that nothing takes it for an error of its own
@@ -134,6 +81,9 @@ class Guided(Random):
 # --- the checkpoints that are mutated
 
 
+KINDS = {"whole": "llama", "tables": "llama", "shards": "llama", "gpt2": "gpt2", "fused": "phi3"}
+
+
 def tiny_model(kind):
     import torch
     import transformers
@@ -156,13 +106,7 @@ def seeds():
 
     made = {}
     with tempfile.TemporaryDirectory() as folder:
-        for kind, family in {
-            "whole": "llama",
-            "tables": "llama",
-            "shards": "llama",
-            "gpt2": "gpt2",
-            "fused": "phi3",
-        }.items():
+        for kind, family in KINDS.items():
             model = tiny_model(family)
             lb.quantize_(model, lb.Config(bits=5, split_fused=kind == "fused"), progress=False)
             if kind == "tables":
@@ -174,21 +118,14 @@ def seeds():
         config["quantization_config"]["format_version"] = 1
         made["old"]["config.json"] = json.dumps(config).encode()
         edit_header(made["old"], WEIGHTS, lambda header: header["__metadata__"].pop("checksums"))
-        with contextlib.suppress(UserWarning):
-            import warnings
-
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                path = lb.save_official(tiny_model_packed(lb), Path(folder) / "official", bits=5)
+        model = tiny_model("llama")
+        lb.quantize_(model, lb.Config(bits=5), progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the authors' loader takes other ranks
+            path = lb.save_official(model, Path(folder) / "official", bits=5)
         made["official"] = {file.name: file.read_bytes() for file in path.iterdir()}
         made["latent"] = latents(made["official"])
     return made
-
-
-def tiny_model_packed(lb):
-    model = tiny_model("llama")
-    lb.quantize_(model, lb.Config(bits=5), progress=False)
-    return model
 
 
 def latents(files):
@@ -555,8 +492,8 @@ def guided(budget, seed, most):
     modules = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "fast").rglob("*.py"))
     others = ["littlebit." + ".".join(module.parts) for module in modules if module.name not in READING]
     with atheris.instrument_imports(include=["littlebit"], exclude=others):
-        import littlebit.fast
-        import littlebit.fast.quantizer  # noqa: F401
+        for name in READING:
+            importlib.import_module(f"littlebit.fast.{name}")
     made = seeds()
     folder = tempfile.mkdtemp(dir=MEMORY_DISK)
     tally = Tally(Judge(made, Path(folder) / "case"), made, f"guided-{seed}")
@@ -569,31 +506,16 @@ def guided(budget, seed, most):
 
     corpus = OUT / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
-    options = [
-        f"-max_total_time={int(budget)}",
-        f"-runs={most}",
-        f"-seed={seed + 1}",
-        "-max_len=400",
-        "-len_control=0",
-        "-verbosity=0",
-    ]
-    atheris.Setup([sys.argv[0], *options, "-rss_limit_mb=0", f"-artifact_prefix={OUT}/", str(corpus)], one)
+    options = [f"-max_total_time={int(budget)}", f"-runs={most}", f"-seed={seed + 1}", "-rss_limit_mb=0"]
+    options += ["-max_len=400", "-len_control=0", "-verbosity=0", f"-artifact_prefix={OUT}/"]
+    atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()
 
 
 def child(how, budget, seed, most):
-    command = [
-        sys.executable,
-        __file__,
-        "--how",
-        how,
-        "--budget",
-        str(budget),
-        "--seed",
-        str(seed),
-        "--most",
-        str(most),
-    ]
+    """A process that fuzzes in one of the two ways."""
+    options = {"--how": how, "--budget": budget, "--seed": seed, "--most": most}
+    command = [sys.executable, __file__, *(str(word) for option in options.items() for word in option)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 

@@ -19,7 +19,7 @@ import littlebit.fast as lb
 import torch
 from fuzz import held
 from littlebit.fast.bench import random_path
-from littlebit.fast.kernels import unpacked
+from littlebit.fast.kernels.dispatch import unpacked
 from littlebit.fast.layers import PackedLinear
 
 SHAPES = 10_000

@@ -15,9 +15,9 @@ from littlebit.fast.__main__ import main
 from littlebit.fast.checkpoint import tensor_digests
 from littlebit.fast.decode_mapped import NotDecodableError, map_model
 from littlebit.fast.digests import json_digest
-from littlebit.fast.headers import FORMAT_VERSION, FORMATS, INDEX, WEIGHTS, damage, inside, make_checksums
+from littlebit.fast.headers import FORMAT_VERSION, FORMATS, INDEX, WEIGHTS, damage, has_pad_bits, inside, make_checksums
 from littlebit.fast.hf import empty_model, plain_settings
-from littlebit.fast.packing import has_pad_bits, row_words
+from littlebit.fast.packing import row_words
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -225,6 +225,21 @@ def test_readers_open_ordinary_files_in_the_directory_alone(name, target, writte
                 read(path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizers_outside_the_directory_are_not_opened(name, tiny_llama, tmp_path, capsys):
+    model = lb.load_model(tiny_llama)
+    lb.quantize_(model, lb.Config(bits=2.5), progress=False)
+    path = lb.save(model, tmp_path / "out", lb.load_tokenizer(tiny_llama))
+    outside = tmp_path / "outside"
+    (path / name).rename(outside)
+    (path / name).symlink_to(outside)
+    with pytest.raises(lb.CheckpointError, match=f"{name} is a link that leads out of its directory"):
+        lb.load_tokenizer(path)
+    for command in (["generate", str(path), "--prompt", "x"], ["eval", str(path), "--text", str(outside)]):
+        assert main(command) == 2
+        assert "is a link that leads out of its directory" in capsys.readouterr().err
+
+
 def test_links_inside_a_directory_and_in_the_cache_of_the_hub_are_followed(written, tmp_path):
     path = written()
     expected = fuzz.state(lb.load(path))
@@ -321,12 +336,12 @@ def test_pad_bits_are_seen_and_others_are_not(count, seed):
     number, dtype = row_words(count)
     width = 8 * dtype.itemsize
     generator = torch.Generator().manual_seed(seed)
-    words = lb.pack_signs(torch.randn(3, count, generator=generator))
+    words = lb.pack_signs(torch.randn(3, count, generator=generator)).numpy()
     assert not has_pad_bits(words, count)
-    assert not has_pad_bits(lb.pack_signs(-torch.ones(3, count)), count)
+    assert not has_pad_bits(lb.pack_signs(-torch.ones(3, count)).numpy(), count)
     for bit in range(count % width, width) if count % width else ():
         pad = (1 << bit) - ((1 << width) if bit == width - 1 and dtype.is_signed else 0)
-        damaged = words.clone()
+        damaged = words.copy()
         damaged[1, number - 1] |= pad
         assert has_pad_bits(damaged, count)
 

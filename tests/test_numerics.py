@@ -6,7 +6,8 @@ import torch
 from compare import assert_same
 from hypothesis import given, strategies as st
 from littlebit.fast.bench import random_path
-from littlebit.fast.kernels import cpu, unpacked
+from littlebit.fast.kernels import cpu, plan as plans
+from littlebit.fast.kernels.dispatch import unpacked
 from strategies import sizes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,9 +32,9 @@ def test_nan_and_infinity_stay_in_their_row_and_reach_all_of_it(kernel, d_out, d
     """As in the dense layer: every sign is one of two, so that every output of the row depends on every input."""
     layer, x = make(d_out, d_in, rank, seed)
     with torch.inference_mode():
-        clean = cpu.packed_linear(x, layer.factors(), cpu.KERNELS[kernel])
+        clean = plans.packed_linear(x, layer.factors(), cpu.KERNELS[kernel])
         x[1, at % d_in] = value
-        y, wanted = cpu.packed_linear(x, layer.factors(), cpu.KERNELS[kernel]), dense(layer, x)
+        y, wanted = plans.packed_linear(x, layer.factors(), cpu.KERNELS[kernel]), dense(layer, x)
     assert not torch.isfinite(y[1]).any()
     assert not torch.isfinite(wanted[1]).any()
     if value != value:
@@ -91,7 +92,7 @@ def test_results_are_the_same_twice_and_for_any_number_of_threads(d_out, d_in, r
                 found.append(layer(x))
     finally:
         torch.set_num_threads(before)
-    if rows <= cpu.LARGE_BATCH:  # else torch's own products may divide their sums among the threads
+    if rows <= plans.LARGE_BATCH:  # else torch's own products may divide their sums among the threads
         for y in found[1:]:
             assert_same(y, found[0])
     assert_same(found[2], found[0])

@@ -17,7 +17,8 @@ from littlebit.fast.headers import INDEX, weight_files
 from littlebit.fast.layers import LittleBitLinear
 from littlebit.fast.model import packed_layers
 from random_checkpoint import peak_over_size, random_checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from test_model import rewrite, without_checksums
 from transformers import AutoModelForCausalLM
 
 BITS = 2.5
@@ -173,15 +174,10 @@ def test_save_pretrained_works_after_quantize_and_pack(tiny_llama, tmp_path):
 
 
 def change(path, edit):
-    """Edit the tensors of a checkpoint's first file that holds the layer; in the format that has no checksums."""
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 1
-    (path / "config.json").write_text(json.dumps(config))
-    for file in weight_files(path):
-        tensors = load_file(file)
-        if f"{LAYER}.paths.0.h" in tensors:
-            edit(tensors)
-        save_file(tensors, file, metadata={"format": "pt"})
+    """Edit the tensors of the file of a checkpoint without checksums that holds the layer."""
+    for file in weight_files(without_checksums(path)):
+        if f"{LAYER}.paths.0.h" in load_file(file):
+            rewrite(path, edit, file.name)
 
 
 @pytest.mark.parametrize(
