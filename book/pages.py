@@ -52,6 +52,7 @@ NAMES = {
     "notebook": notebook,
     "publication": sources.publication,
     "reliability": reliability.reliability,
+    "repaired": reliability.repaired,
     "results": sources.results,
     "table": table,
 }

@@ -295,8 +295,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     dtype : torch.dtype
         Of the tensors that are not packed (embeddings, norms, head).
     verify : bool
-        Whether the checksums of config.json and of all tensors are compared, where the checkpoint has any. It takes
-        0.07 s for 100 MB on a processor with instructions for SHA-256, and reads everything.
+        Whether the checksums of config.json and of all tensors are compared, where the checkpoint has any; all of the
+        files are read for it.
 
     Returns
     -------

@@ -449,9 +449,9 @@ def main():
         counts = run(folder, arguments.budget, arguments.kills, arguments.seed, arguments.only)
     print(json.dumps(counts, indent=1))
     if arguments.save:
-        from reliability import record
+        from record import record
 
-        record("faults", {"rounds": sum(counts.values()), "outcomes": counts})
+        record("faults", *({"fault": fault, "times": count} for fault, count in counts.items()))
 
 
 if __name__ == "__main__":

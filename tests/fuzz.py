@@ -542,9 +542,13 @@ def main():
         found[how] = json.loads(report.read_text())
         print(f"{how}: {found[how]['cases']:,} cases, {dict(found[how]['outcomes'])}", flush=True)
     if arguments.save:
-        from reliability import record
+        from record import record
 
-        record("fuzz", {how: {key: each[key] for key in ("cases", "outcomes")} for how, each in found.items()})
+        limits = {"seed": arguments.seed, "limit_s": SECONDS, "limit_bytes": MEMORY}
+        record(
+            "fuzz",
+            *({"drawn": how, "cases": each["cases"], **each["outcomes"]} | limits for how, each in found.items()),
+        )
     findings = [each for report in found.values() for each in report["findings"]]
     if findings:
         sys.exit(f"{len(findings)} findings: {'; '.join(findings)}")

@@ -107,7 +107,7 @@ def main():
         found = soak(folder, arguments.budget, arguments.shapes, arguments.seed)
     print(json.dumps(found, indent=1))
     if arguments.save:
-        from reliability import record
+        from record import record
 
         record("soak", found)
     if found["growth"] > FLAT:
