@@ -190,26 +190,3 @@ def test_processes_at_once_and_forked_ones_compute_the_same(checkpoint, tiny_lla
 
 def test_workers_of_data_loaders_compute_the_same(checkpoint, tmp_path):
     assert answer(started(WORKERS, tmp_path, checkpoint)) == "same"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_streams_graphs_and_devices_compute_the_same():
-    for device in range(torch.cuda.device_count()):
-        layer = make_layers()[-1].to(f"cuda:{device}")
-        x = torch.randn(16, layer.d_in, device=f"cuda:{device}")
-        with torch.cuda.device(device), torch.inference_mode():
-            expected = layer(x)
-            streams = [torch.cuda.Stream() for _ in range(4)]
-            torch.cuda.synchronize()
-            found = []
-            for stream in streams:
-                with torch.cuda.stream(stream):
-                    found.append(layer(x))
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = layer(x)
-            graph.replay()
-            torch.cuda.synchronize()
-            for y in (*found, captured):
-                assert_same(y.cpu(), expected.cpu())

@@ -201,7 +201,7 @@ def test_from_pretrained_refuses_damaged_checkpoints(edit, message, checkpoint, 
     ("damage", "message"),
     [
         (lambda path: (path / INDEX).write_text("{"), "is damaged"),
-        (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), "files beside it"),
+        (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), "not the name of a file"),
         (lambda path: (path / INDEX).write_text('{"weight_map": {}}'), "files beside it"),
         (lambda path: os.remove(weight_files(path)[1]), "there is no model-00002"),
         (lambda path: os.truncate(weight_files(path)[1], 100), "model-00002.* is damaged or incomplete"),
