@@ -218,6 +218,19 @@ def cuda_linear() -> Table:
     return Table([*head, "NanoQuant's GEMV, µs", "% of a copy's speed"], lines, ["cuda_linear", "baselines"], note)
 
 
+def cuda_batches() -> Table:
+    """How many times faster than cuBLAS the packed layer is, by batch."""
+    found = rows("cuda_batches")
+    batches = sorted({each["batch"] for each in found})
+    layers = sorted({(each["d_out"] * each["d_in"], each["d_out"], each["rank"], shape_of(each)) for each in found})
+    lines = []
+    for _, _, rank, shape in layers:
+        cells = {each["batch"]: each for each in found if shape_of(each) == shape and each["rank"] == rank}
+        bits = fixed(next(iter(cells.values()))["bits"], 2)
+        lines.append([shape, bits, *(fixed(cells[batch]["speedup"]) if batch in cells else "" for batch in batches)])
+    return Table(["layer (d_out x d_in)", "stored bits", *map(str, batches)], lines, ["cuda_batches"])
+
+
 def cpu_decode() -> Table:
     """Decoding, by engine and threads."""
     lines = []

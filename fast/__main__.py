@@ -274,7 +274,7 @@ def bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--paths", type=int, help="by default 2, on a GPU 1")
     sub.add_argument("--model-shape", default="llama2-7b", help="cache: a name that `littlebit memory` knows")
     sub.add_argument("--context", type=int, nargs="+", default=list(CONTEXTS), help="cache: tokens in it")
-    sub.add_argument("--batch", type=int, default=1)
+    sub.add_argument("--batch", type=int, nargs="+", default=[1], help="rows of the input; on a GPU one or several")
     sub.add_argument("--threads", type=int, default=1)
     add_json(sub)
     sub.add_argument("--save", type=Path, help="also write the figures, with device and commit, to this JSON file")
@@ -771,14 +771,15 @@ def run_bench(arguments: argparse.Namespace) -> None:
     else:
         device, error, other = cpu_name(), "max_error", "bf16 us"
         shapes, bits = chosen.get("shape", SHAPES), chosen.get("bits", BITS)
-        rows = bench_linear(shapes, bits, arguments.batch, arguments.threads, arguments.paths or 2)
+        rows = bench_linear(shapes, bits, arguments.batch[0], arguments.threads, arguments.paths or 2)
     if answered(arguments, rows, device):
         return
-    print(f"{'d_out x d_in':>15}{'bits':>8}{'rank':>6}{'packed us':>12}{other:>12}{'speed-up':>10}{'error':>11}")
+    columns = f"{'bits':>8}{'rank':>6}{'batch':>6}{'packed us':>12}{other:>12}{'speed-up':>10}{'error':>11}"
+    print(f"{'d_out x d_in':>15}{columns}")
     for row in rows:
         size = f"{row['d_out']} x {row['d_in']}"
         print(
-            f"{size:>15}{row['bits']:>8.3f}{row['rank']:>6}{row['time_us']:>12.1f}{row['dense_us']:>12.1f}"
+            f"{size:>15}{row['bits']:>8.3f}{row['rank']:>6}{row['batch']:>6}{row['time_us']:>12.1f}{row['dense_us']:>12.1f}"
             f"{row['speedup']:>9.1f}x{row[error]:>11.1e}"
         )
 

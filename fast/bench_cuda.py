@@ -15,7 +15,7 @@ from .bench import exact_path, random_path
 from .bits import layer_bits, rank_for_bits
 from .kernels.cuda import ROWS
 from .kernels.cuda_launch import (
-    LARGE_BATCH,
+    SMALL_BATCH,
     Blocks,
     Plan,
     Schedule,
@@ -39,7 +39,7 @@ def bench_linear_cuda(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     bits: Sequence[float] = BITS,
     paths: int = 1,
-    batch: int = 1,
+    batches: Sequence[int] = (1,),
     tune: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -53,21 +53,24 @@ def bench_linear_cuda(
     shapes : sequence of (d_out, d_in)
     bits : sequence of float
         Ceilings in stored bits per weight.
-    paths, batch : int
+    paths : int
+    batches : sequence of int
+        Rows of the input.
     tune : bool
-        Try other schedules than that of `cuda_launch.schedule_for`, and take the fastest.
+        Try other schedules than that of `cuda_launch.schedule_for`, and take the fastest; for rows that it serves.
     progress : bool
 
     Returns
     -------
-    One dict per shape and bits: d_out, d_in, bits (stored), rank (per path), paths, batch, time_us (of the version that
-    the layer uses), plain_us and tensor_us (of the other versions of the kernels; None if they are not meant for the
-    batch), dense_us, speedup, schedule, error and dense_error (root mean square of y - y64 over that of y64), bytes (of
-    weights and vectors), fraction_of_copy (bytes per second over those of a device-to-device copy, read and written).
+    One dict per shape, bits and batch: d_out, d_in, bits (stored), rank (per path), paths, batch, time_us (of what the
+    layer uses), plain_us and tensor_us (of the other versions of the kernels; None if they are not meant for
+    the batch), dense_us, speedup, schedule, error and dense_error (root mean square of y - y64 over that of y64),
+    bytes (of weights and vectors), fraction_of_copy (bytes per second over those of a device-to-device copy, read and
+    written).
     """
     copy_rate = copy_bytes_per_second()
-    cases = tqdm(list(itertools.product(shapes, bits)), desc="bench linear", disable=not progress)
-    return [bench_case(*shape, target, paths, batch, tune, copy_rate) for shape, target in cases]
+    cases = tqdm(list(itertools.product(shapes, bits, batches)), desc="bench linear", disable=not progress)
+    return [bench_case(*shape, target, paths, batch, tune, copy_rate) for shape, target, batch in cases]
 
 
 def bench_case(
@@ -81,10 +84,12 @@ def bench_case(
     layers = [[random_path(d_out, d_in, rank, generator) for _ in range(paths)] for _ in copies]
     plans = [Plan([tensor for path in layer for tensor in path]) for layer in layers]
     x = torch.randn(batch, d_in, generator=generator, device="cuda", dtype=torch.float16) / 64  # float16 ends at 65504
-    schedule = tuned(x, plans) if tune else plans[0].schedule(batch)
+    tune, schedule = tune and batch <= SMALL_BATCH, plans[0].schedule(batch)
+    if tune:
+        schedule = tuned(x, plans)
     seconds = packed_seconds(x, plans, schedule if tune else None)
     others = {
-        f"{version}_us": packed_seconds(x, plans, schedule, version) * 1e6 if batch <= LARGE_BATCH else None
+        f"{version}_us": packed_seconds(x, plans, schedule, version) * 1e6 if batch <= SMALL_BATCH else None
         for version in ("plain", "tensor")
     }
     weights = dense_weights(d_out, d_in)
@@ -101,7 +106,7 @@ def bench_case(
         **others,
         "dense_us": dense_s * 1e6,
         "speedup": dense_s / seconds,
-        "schedule": schedule,
+        "schedule": schedule if batch <= SMALL_BATCH else plans[0].batch_schedule(batch),
         "error": packed_error(x, layers[0], plans[0]),
         "dense_error": dense_error(x, weights[0]),
         "bytes": size,

@@ -16,5 +16,24 @@ for (d_in, ranks), rows, dtype in itertools.product(
         plan(x, version)
     if dtype == torch.float16:
         plan.factors(dtype)
+for grouped, rows in itertools.product((True, False), (9, 30, 60, 130)):
+    tensors = [tensor for rank in (70, 130) for tensor in random_path(150, 600, rank, generator)]
+    plan, x = cuda_launch.Plan(tensors), torch.randn(rows, 600, generator=generator, device="cuda").half()
+    if not grouped:
+        plan.capability = (8, 0)
+    for tile in cuda_launch.tiles_for(rows, grouped):
+        plan.batch(x, torch.empty(rows, 150, device="cuda").half(), rows, cuda_launch.BatchSchedule(2, tile, tile))
+layers = [[*random_path(d_out, 512, rank, generator)] for d_out, rank in ((64, 40), (32, 33), (32, 64))]
+group = cuda_launch.Siblings(layers)
+for rows in (1, 3):
+    x, weight = torch.randn(rows, 512, generator=generator, device="cuda"), torch.ones(512, device="cuda")
+    squares, y = x.square().sum(1, keepdim=True), torch.empty(rows, 128, device="cuda")
+    part = torch.empty(group.part_size(rows, group.schedule(rows)), device="cuda")
+    group.launch(x, y, part, norm=(weight, squares, 1, 1e-5), bias=torch.ones(128, device="cuda"))
+    last = cuda_launch.Siblings([[*random_path(512, 64, 40, generator)]])
+    squares = torch.empty(rows, cuda_launch.output_blocks(512, last.schedule(rows)), device="cuda")
+    last.launch(
+        y, x, torch.empty(last.part_size(rows, last.schedule(rows)), device="cuda"), activation="silu", squares=squares
+    )
 torch.cuda.synchronize()
 print("every kernel ran")

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from littlebit.fast.bench import exact_path, random_path
 from littlebit.fast.kernels.cuda import unpacking
+from littlebit.fast.kernels.cuda_batch import Tile
 from littlebit.fast.kernels.cuda_launch import Blocks, Schedule
 from littlebit.fast.packing import PackedFactors, unpack_factors
 from numba import cuda
@@ -44,8 +45,7 @@ def outputs(x, paths, schedule, kind="single", dtype=np.float32, early=False):
     arrays = [PackedFactors(*map(on_device, path)) for path in paths]
     arguments = cuda.to_device(np.ascontiguousarray(x).ravel()), kind, rows, arrays, y, part
     if schedule:
-        x_array, kind, rows, arrays, *rest = arguments
-        kernels.launch(x_array, kind, rows, [arrays], *rest, schedule, early, start)
+        kernels.launch(*arguments[:3], [arrays], y, part, schedule, early, start)
     else:
         kernels.launch_plain(*arguments, start)
     return y.copy_to_host().reshape(rows, d_out)
@@ -233,6 +233,51 @@ def test_outputs_added_to_what_was_there_and_their_squares(rows, sharing):
     assert (np.abs(after - want) <= bound(x, [path]) + np.spacing(np.abs(want))).all()
     blocks = np.pad(after, ((0, 0), (0, count * schedule.output.rows - 70))).reshape(rows, count, -1)
     assert np.allclose(squares.copy_to_host().reshape(rows, count), (blocks**2).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "ranks", "rows", "parts", "tile"),
+    [
+        (17, 70, [33], 3, 1, (1, 1, 1, 1)),
+        (40, 300, [40, 70], 9, 2, (2, 1, 1, 2)),
+        (33, 450, [17], 20, 3, (1, 2, 2, 1)),
+        (70, 64, [130, 1], 5, 1, (2, 2, 1, 1)),
+        (70, 130, [70, 33], 9, 2, (4, 1, 1, 2)),
+    ],
+)
+def test_batches_equal_the_exact_product_but_for_two_roundings(d_out, d_in, ranks, rows, parts, tile):
+    generator = torch.Generator().manual_seed(13)
+    paths = [random_path(d_out, d_in, rank, generator) for rank in ranks]
+    sizes = torch.tensor([2.0**30, 1, 2.0**-30])[torch.arange(rows) % 3, None]
+    x = torch.randn(rows, d_in, generator=generator) * sizes
+    y = batch(x.numpy(), paths, kernels.BatchSchedule(parts, Tile(*tile), Tile(*tile)))
+    assert (np.abs(y - exact(x, paths)) <= 2.0**-10 / TOLERANCE * bound(x, paths)).all()
+    relative = np.linalg.norm(y - exact(x, paths), axis=1) / np.linalg.norm(exact(x, paths), axis=1)
+    assert (relative < 2.0**-10).all()
+
+
+def test_a_batch_with_what_is_not_finite_and_zeros():
+    paths = [random_path(20, 72, 40, torch.Generator().manual_seed(14))]
+    x = np.ones((3, 72), np.float32)
+    x[1, 5], x[2] = np.inf, 0
+    tile = Tile(1, 1, 1, 1)
+    y = batch(x, paths, kernels.BatchSchedule(1, tile, tile))
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()
+    assert (y[2] == 0).all()
+
+
+def batch(x, paths, schedule):
+    sizes = kernels.Sizes(x.shape[1], (len(paths[0].h),), (tuple(path.rank for path in paths),))
+    dtypes = kernels.Work(np.uint32, np.float32, np.float32, np.uint32, np.float32)
+    counts = kernels.work_sizes(sizes, len(x), schedule)
+    nans = [np.full(4 * count, 0xFF, np.uint8).view(dtype) for count, dtype in zip(counts, dtypes, strict=True)]
+    y = cuda.to_device(np.full(len(x) * len(paths[0].h), 99, np.float32))
+    arrays = [PackedFactors(*map(on_device, path)) for path in paths]
+    work = kernels.Work(*map(cuda.to_device, nans))
+    x = cuda.to_device(np.ascontiguousarray(x)), "single", len(x)
+    kernels.launch_batch(x[0].ravel(), *x[1:], arrays, y, work, schedule, True, start, grouped=True)
+    return y.copy_to_host().reshape(x[2], -1)
 
 
 @pytest.mark.parametrize(("d_in", "most"), [(70, 1), (600, 1), (512, 2)])

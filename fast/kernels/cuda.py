@@ -385,6 +385,35 @@ EXITS = ("plain", "bias", "add")
 
 
 @cache
+def eights(aligned: bool) -> Any:
+    """A device function: eight entries of a vector, zeros beyond its end; `aligned` if vectors are whole eights.
+
+    It takes the array, how it is read (of AT, and of EIGHT), where the vector begins, the column, and the last column.
+    """
+
+    @cuda.jit(device=True, forceinline=True)
+    def one(array, at, base, column, count):
+        return at(array, int32(base + column)) if column < count else float32(0)
+
+    @cuda.jit(device=True, forceinline=True)
+    def eight(array, at, at_once, base, column, count):
+        if aligned:
+            return at_once(array, int32(base + column)) if column < count else zeros()
+        return (
+            one(array, at, base, column, count),
+            one(array, at, base, int32(column + 1), count),
+            one(array, at, base, int32(column + 2), count),
+            one(array, at, base, int32(column + 3), count),
+            one(array, at, base, int32(column + 4), count),
+            one(array, at, base, int32(column + 5), count),
+            one(array, at, base, int32(column + 6), count),
+            one(array, at, base, int32(column + 7), count),
+        )
+
+    return eight
+
+
+@cache
 def latent(
     kind: str, wide: bool, aligned: bool, vectors: int, early: bool, paths: int = 2, entry: str = "plain"
 ) -> Any:
@@ -398,28 +427,9 @@ def latent(
     - "norm": RMSNorm, v_i = weight_i x_i / sqrt(sum(squares) / d_in + eps), from `count` numbers for each vector;
     - an activation: v_i = activation(x_i) x_(d_in + i), of vectors of 2 d_in entries.
     """
-    at_place, eight_at = AT[kind], EIGHT[kind]
+    at_place, eight_at, eight = AT[kind], EIGHT[kind], eights(aligned)
     norm, gated = entry == "norm", entry in ACTIVATIONS
     activation = ACTIVATIONS.get(entry, silu)
-
-    @cuda.jit(device=True, forceinline=True)
-    def one(array, at, base, column, d_in):
-        return at(array, int32(base + column)) if column < d_in else float32(0)
-
-    @cuda.jit(device=True, forceinline=True)
-    def eight(array, at, at_once, base, column, d_in):
-        if aligned:
-            return at_once(array, int32(base + column)) if column < d_in else zeros()
-        return (
-            one(array, at, base, column, d_in),
-            one(array, at, base, int32(column + 1), d_in),
-            one(array, at, base, int32(column + 2), d_in),
-            one(array, at, base, int32(column + 3), d_in),
-            one(array, at, base, int32(column + 4), d_in),
-            one(array, at, base, int32(column + 5), d_in),
-            one(array, at, base, int32(column + 6), d_in),
-            one(array, at, base, int32(column + 7), d_in),
-        )
 
     @cuda.jit(device=True, forceinline=True)
     def weights_of(g, weight, column, d_in):

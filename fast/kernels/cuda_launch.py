@@ -23,6 +23,15 @@ from torch.nn import functional
 from ..packing import PackedFactors
 from . import plan
 from .cuda import PLANES, ROWS, SIGNATURES, SLICE, VECTORS, latent, output, plain_latent, plain_output, unpacking
+from .cuda_batch import (
+    DEPTH,
+    SCALED_AT_ONCE,
+    SCALING_THREADS,
+    WORDS_DEPTH,
+    Tile,
+    products,
+    scaled_vectors,
+)
 from .dispatch import unpacked_linear
 
 OLDEST = (8, 0)  # compute capability that has the instructions
@@ -31,7 +40,11 @@ KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "single
 VERSIONS = ("plain", "tensor", "early")  # the ladder
 WARPS = 8  # of a block of the plain kernels
 MOST_WARPS = 16  # of a block of the others
-LARGE_BATCH = 32  # rows of x above which unpacked signs are quicker
+# Rows of x up to which `launch` is quicker than `launch_batch` in 16 bits, and that than unpacked signs, on an H100
+SMALL_BATCH, LARGE_BATCH = 4, 1024
+EXACT_BATCH = 32  # rows of x in float32, of which `launch` alone keeps the precision, up to which unpacking is slower
+GROUPED = (9, 0)  # the capability that multiplies with groups of warps
+MOST_PARTS = 8  # of d_in, for batches
 SCHEDULES = Path(__file__).parent.parent / "data" / "cuda_schedules.json"
 
 
@@ -346,6 +359,141 @@ def columns_of(paths: Sequence[Any], *names: str) -> list[tuple[Any, ...]]:
     return [tuple(getattr(path, name) for path in paths) for name in names]
 
 
+class Work(NamedTuple):
+    """Memory that `launch_batch` overwrites: scaled inputs and latents with their units, and latents in parts."""
+
+    inputs: Any
+    input_units: Any
+    part: Any
+    latents: Any
+    latent_units: Any
+
+
+class BatchSchedule(NamedTuple):
+    """How the kernels for batches are launched.
+
+    Attributes
+    ----------
+    parts : int
+        That d_in is divided into.
+    latent, output : Tile
+    """
+
+    parts: int
+    latent: Tile
+    output: Tile
+
+
+def steps_of(count: int) -> int:
+    """Pieces of DEPTH entries of a vector of so many."""
+    return -(-count // DEPTH)
+
+
+def tiles_for(rows: int, grouped: bool) -> list[Tile]:
+    """Tiles for so many vectors, large ones first."""
+    if rows <= 16:
+        return [Tile(4, 1, 1, 2), Tile(2, 1, 1, 2)]
+    if rows <= 32:
+        return [Tile(4, 1, 1, 4), Tile(2, 2, 1, 2)]
+    if not grouped:
+        return [Tile(4, 2, 2, 4), Tile(2, 2, 2, 4)]
+    return ([Tile(8, 1, 1, 16)] if rows > 64 else []) + [Tile(8, 1, 1, 8), Tile(4, 1, 1, 8)]
+
+
+def batch_schedule(sizes: Sizes, rows: int, multiprocessors: int, grouped: bool) -> BatchSchedule:
+    """Large tiles in few parts, as long as there is a block for each multiprocessor: what was measured to be good."""
+    tiles = tiles_for(rows, grouped)
+
+    def blocks(tile: Tile, counts: Iterable[int]) -> int:
+        return sum(-(-count // tile.rows) for count in counts) * -(-rows // tile.vectors)
+
+    most = min(MOST_PARTS, power_of_two(max(1, steps_of(sizes.d_in) // 4)))
+    choices = [(tile, 1 << log) for tile in tiles for log in range(most.bit_length())]
+    enough = (each for each in choices if blocks(each[0], sizes.paths) * each[1] >= multiprocessors)
+    latent, parts = next(enough, (tiles[-1], most))
+    output = next((tile for tile in tiles if blocks(tile, sizes.d_outs) >= multiprocessors), tiles[-1])
+    return BatchSchedule(parts, latent, output)
+
+
+def work_sizes(sizes: Sizes, rows: int, schedule: BatchSchedule) -> Work:
+    """Elements of each piece of `Work`, for one layer; there is room for as many vectors as the last tiles have."""
+    room_1, room_2 = (-(-rows // tile.vectors) * tile.vectors for tile in (schedule.latent, schedule.output))
+    columns, count = DEPTH * sum(map(steps_of, sizes.paths)), len(sizes.paths)
+    inputs = count * room_1 * WORDS_DEPTH * steps_of(sizes.d_in)
+    return Work(inputs, count * room_1, schedule.parts * rows * columns, room_2 * columns // 2, room_2)
+
+
+def scaling_threads(columns: int) -> int:
+    """Threads of a block that scales a vector of so many entries."""
+    return min(SCALING_THREADS, 32 * -(-columns // (32 * SCALED_AT_ONCE)))
+
+
+def launch_batch(
+    x: Any,
+    kind: str,
+    rows: int,
+    paths: Sequence[Any],
+    y: Any,
+    work: Work,
+    schedule: BatchSchedule,
+    early: bool,
+    start: Any,
+    grouped: bool = False,
+) -> None:
+    """Start the four kernels for batches, likewise, for one layer; `grouped` if warps can multiply in groups."""
+    d_in, d_out, count = len(paths[0].g), len(paths[0].h), len(paths)
+    ranks = tuple(len(path.ell) for path in paths)
+    depth = steps_of(d_in)
+    per_part = -(-depth // schedule.parts)
+    parts, stride = -(-depth // per_part), WORDS_DEPTH * depth
+    tile = schedule.latent
+    groups = -(-rows // tile.vectors)
+    room, threads = groups * tile.vectors, scaling_threads(DEPTH * depth)
+    start(
+        scaled_vectors(kind, d_in % 8 == 0, count, 1, early),
+        (rows, count, 1),
+        threads,
+        threads // 8,
+        (x, *columns_of(paths, "g"), work.inputs, work.input_units, rows, room, d_in, stride),
+    )
+    steps = tuple(map(steps_of, ranks))
+    limits = tuple(DEPTH * each for each in steps)
+    offsets, across = sums_before(limits)
+    begins, blocks = sums_before([-(-limit // tile.rows) for limit in limits])
+    start(
+        products("single", tile, count, 1, early, grouped and tile.grouped),
+        (blocks, groups, parts),
+        tile.threads,
+        tile.shared_bytes(1),
+        (
+            work.inputs, work.input_units, *columns_of(paths, "v_words", "ell"), (-(-d_in // 32),) * count, ranks,
+            (depth,) * count, tuple(room * stride * which for which in range(count)), begins, offsets, limits,
+            work.part, rows, room, stride, across, per_part,
+        ),
+    )  # fmt: skip
+    tile = schedule.output
+    groups = -(-rows // tile.vectors)
+    room, threads = groups * tile.vectors, scaling_threads(across)
+    start(
+        scaled_vectors("single", True, 0, parts, early),
+        (rows, 1, 1),
+        threads,
+        threads // 8,
+        (work.part, (paths[0].g,), work.latents, work.latent_units, rows, room, across, across // 2),
+    )
+    start(
+        products(kind, tile, 1, count, early, grouped and tile.grouped),
+        (-(-d_out // tile.rows), groups, 1),
+        tile.threads,
+        tile.shared_bytes(count),
+        (
+            work.latents, work.latent_units, *columns_of(paths, "u_words", "h"),
+            tuple(-(-rank // 32) for rank in ranks), (d_out,), steps, tuple(offset // 2 for offset in offsets),
+            (0,), (0,), (d_out,), y, rows, room, across // 2, d_out, sum(steps),
+        ),
+    )  # fmt: skip
+
+
 def launch_plain(x: Any, kind: str, rows: int, paths: Sequence[Any], y: Any, part: Any, start: Any) -> None:
     """Start the plain kernels, likewise: one for each path, and one."""
     first, second = paths[0], paths[-1]
@@ -390,7 +538,8 @@ class Siblings:
         self.sizes = Sizes(len(self.layers[0][0].g), tuple(len(layer[0].h) for layer in self.layers), ranks)
         self.index = self.kept[0][0].device.index
         self.device = described(self.index)
-        self.early = torch.cuda.get_device_capability(self.index) >= EARLY
+        self.capability = torch.cuda.get_device_capability(self.index)
+        self.early = self.capability >= EARLY
         self.schedules: dict[int, Schedule | None] = {}
 
     def schedule(self, rows: int) -> Schedule | None:
@@ -475,8 +624,10 @@ class Plan(Siblings):
         y = torch.empty(*x.shape[:-1], self.d_out, dtype=x.dtype, device=x.device)
         if not rows:
             return y
+        if version is None and schedule is None and rows > SMALL_BATCH and x.dtype != torch.float32:
+            return self.unpacked(x) if rows > LARGE_BATCH else self.batch(x, y, rows)
         schedule = schedule or self.schedule(rows)
-        if version is None and (schedule is None or rows > LARGE_BATCH):
+        if version is None and (schedule is None or rows > EXACT_BATCH):
             return self.unpacked(x)
         if version == "plain":
             part = torch.empty(rows * sum(self.ranks), dtype=torch.float32, device=x.device)
@@ -486,6 +637,23 @@ class Plan(Siblings):
             return y
         part = torch.empty(self.part_size(rows, schedule), dtype=torch.float32, device=x.device)  # type: ignore[arg-type]
         self.launch(x, y.view(rows, self.d_out), part, schedule, self.early and version != "tensor")
+        return y
+
+    def batch_schedule(self, rows: int) -> BatchSchedule:
+        """The schedule of the kernels for batches."""
+        return batch_schedule(self.sizes, rows, self.device.multiprocessors, self.capability == GROUPED)
+
+    def batch(self, x: Tensor, y: Tensor, rows: int, schedule: BatchSchedule | None = None) -> Tensor:
+        """The same by the kernels for batches."""
+        schedule = schedule or self.batch_schedule(rows)
+        counts = work_sizes(self.sizes, rows, schedule)
+        places, total = sums_before(-(-count // 4) * 4 for count in counts)
+        memory = torch.empty(total, dtype=torch.int32, device=x.device)
+        work = Work(*(Array(memory.data_ptr() + 4 * at, n) for at, n in zip(places, counts, strict=True)))
+        with torch.cuda.device(self.index):
+            go = partial(start, torch.cuda.current_stream().cuda_stream, self.early)
+            arguments = array(x), KINDS[x.dtype], rows, self.layers[0], array(y), work, schedule, self.early, go
+            launch_batch(*arguments, self.capability == GROUPED)
         return y
 
     def unpacked(self, x: Tensor) -> Tensor:
@@ -556,6 +724,8 @@ def compiled(kernel: Any, capability: tuple[int, int]) -> tuple[bytes, bytes]:
     """PTX of a kernel, and the name that it has there."""
     ptx, _ = cuda.compile(kernel.py_func, SIGNATURES[kernel], cc=capability, output="ptx", device=False, abi="numba")
     text = ptx if isinstance(ptx, bytes) else ptx.encode()
+    if b"wgmma" in text:  # only for this very capability
+        text = re.sub(rb"\.target sm_(\d+)\b", rb".target sm_\1a", text)
     found = re.search(rb"\.entry\s+(\w+)\(", text)
     assert found
     return text, found[1]
@@ -568,10 +738,10 @@ def loaded(kernel: Any, index: int) -> Any:
 
     library, name = library_of(kernel, torch.cuda.get_device_capability(index))
     function = checked(driver.cuLibraryGetKernel(library, name))
-    size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(
-        driver.cuKernelSetAttribute(size, described(index).shared_bytes, function, checked(driver.cuDeviceGet(index)))
-    )
+    device, names = checked(driver.cuDeviceGet(index)), driver.CUfunction_attribute
+    fixed = checked(driver.cuKernelGetAttribute(names.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function, device))
+    most = names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(driver.cuKernelSetAttribute(most, described(index).shared_bytes - fixed, function, device))
     return driver.CUfunction(int(function))
 
 

@@ -1,0 +1,364 @@
+"""What the kernels for batches need beside cuda_lanes.py: tiles of a product in the registers of a warp.
+
+A warp has `down` times 16 rows of signs and `across` times 8 vectors: 4 * down * across sums for each lane, as one
+instruction of the tensor cores has them. Functions that take or give so many registers are made for their numbers.
+Each has a plain twin, which the simulator (NUMBA_ENABLE_CUDASIM=1) runs in its place.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportRedeclaration=false
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import config, cuda, types
+from numba.cuda.extending import intrinsic
+
+SIGNS = 0x80008000  # of two float16
+#: Rows of 128 bytes with swapped chunks, eights of them 1024 bytes apart: see "matrix descriptor" in the PTX manual.
+SWAPPED_CHUNKS = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
+
+if config.ENABLE_CUDASIM:
+
+    def copy1(array, index, source, place):
+        """Begin to copy a word to shared memory."""
+        array[int(index)] = source[int(place)]
+
+    def commit():
+        """What this thread began to copy since the last time is a group."""
+
+    @cache
+    def landed(pending: int) -> Any:
+        """A device function that waits until all but the last `pending` groups of this thread's copies are there."""
+        return lambda: None
+
+    @cache
+    def load_spaced(count: int, width: int, stride: int) -> Any:
+        """A device function: `width` words at an element of shared memory, and at the next ones `stride` apart."""
+
+        def load(array, index):
+            places = [int(index) + stride * i + j for i in range(count) for j in range(width)]
+            return tuple(array[place] for place in places)
+
+        return load
+
+    def store4(array, index, a, b, c, d):
+        """Store four words at an element of an array that is divisible by four."""
+        assert index % 4 == 0, "misaligned store"
+        for i, word in enumerate((a, b, c, d)):
+            array[int(index) + i] = word
+
+    @cache
+    def no_sums(count: int) -> Any:
+        """A device function: so many sums of nothing."""
+        return lambda: (np.float32(0),) * count
+
+    @cache
+    def tile_product(down: int, across: int, half: int, stride: int) -> Any:
+        """A device function: sums of a warp's tile plus products of 32 signs of each row with a vector's 32 entries.
+
+        It takes the sums; two words of each of the lane's 2 * down rows, of which `half` says the one; the rows'
+        scales, each as two equal float16; shared memory, and the element of it where the lane's four words of a matrix
+        begin (8 rows of 8 float16, a vector's eight in each; four matrices side by side are 8 vectors' 32 entries, and
+        lanes 8 i to 8 i + 7 have the rows of the i-th; the next 8 vectors are `stride` words further); and the lane.
+        Entries i and i + 16 of a vector's 32 are a word.
+        """
+
+        @cuda.jit(device=True)
+        def product(sums, words, scales, array, index, lane):
+            entries = []
+            for n in range(across):
+                for matrix in range(4):
+                    row = int(cuda.shfl_sync(0xFFFFFFFF, int(index), 8 * matrix + (lane >> 2)))
+                    entries.append(array[row + stride * n + (lane & 3)])
+            rows = [[] for _ in range(2 * down)]
+            columns = [[[] for _ in range(2)] for _ in range(across)]
+            for quad in range(4):
+                theirs = cuda.shfl_sync(0xFFFFFFFF, (tuple(words), tuple(scales)), (lane & 28) + quad)
+                for row in range(2 * down):
+                    word, scale = int(theirs[0][2 * row + half]), int(theirs[1][row])
+                    for chunk in range(4):
+                        at = 4 * chunk + quad
+                        pair = ((word << (15 - at)) & SIGNS) ^ scale
+                        rows[row].append(np.array([pair], np.uint32).view(np.float16).astype(np.float32))
+                for which in range(2):
+                    theirs = cuda.shfl_sync(0xFFFFFFFF, tuple(entries), 4 * (2 * (lane & 3) + which) + quad)
+                    for n in range(across):
+                        for chunk in range(4):
+                            pair = np.array([theirs[4 * n + chunk]], np.uint32).view(np.float16)
+                            columns[n][which].append(pair.astype(np.float32))
+            found = list(sums)
+            for m in range(down):
+                for n in range(across):
+                    for i in range(4):
+                        a, b = np.concatenate(rows[2 * m + (i >> 1)]), np.concatenate(columns[n][i & 1])
+                        found[4 * (m * across + n) + i] += np.float32(a @ b)
+            return tuple(found)
+
+        return product
+
+    @cache
+    def group_product(across: int) -> Any:
+        """A device function: sums of four warps' tile of 64 rows plus products of 64 signs of each with vectors.
+
+        It takes what `tile_product` takes, but two words for each of the lane's two rows, and the element of shared
+        memory where the first vector begins; vectors are 32 words apart, and their chunks of four words are swapped:
+        chunk c of vector v is at c ^ v % 8. Needs compute capability 9.0 and a multiple of 1024 bytes there.
+        """
+
+        @cuda.jit(device=True)
+        def product(sums, words, scales, array, index, lane):
+            found = list(sums)
+            for quad in range(4):
+                theirs = cuda.shfl_sync(0xFFFFFFFF, (tuple(words), tuple(scales)), (lane & 28) + quad)
+                for row in range(2):
+                    for chunk in range(8):
+                        word, at = int(theirs[0][2 * row + (chunk >> 2)]), 4 * (chunk & 3) + quad
+                        pair = np.array([((word << (15 - at)) & SIGNS) ^ int(theirs[1][row])], np.uint32)
+                        for n in range(across):
+                            for which in range(2):
+                                vector = 8 * n + 2 * (lane & 3) + which
+                                entry = array[int(index) + 32 * vector + 4 * (chunk ^ (vector & 7)) + quad]
+                                both = np.array([entry], np.uint32).view(np.float16).astype(np.float32)
+                                found[4 * n + 2 * row + which] += both @ pair.view(np.float16).astype(np.float32)
+            return tuple(found)
+
+        return product
+
+    def let_group_read():
+        """What this thread copied to shared memory can be read by `group_product`, once all have come to a barrier."""
+
+    @cache
+    def put_tile(down: int, across: int, stride: int) -> Any:
+        """A device function: puts a warp's sums into shared memory, rows side by side and vectors `stride` apart.
+
+        It takes the element where the lane's first sum goes.
+        """
+
+        def put(array, index, sums):
+            for m in range(down):
+                for n in range(across):
+                    for i in range(4):
+                        place = int(index) + stride * (8 * n + (i & 1)) + 16 * m + 8 * (i >> 1)
+                        array[place] = sums[4 * (m * across + n) + i]
+
+        return put
+
+else:
+    from llvmlite import ir
+
+    from .cuda_lanes import FLOAT, WORD, instruction, place_of
+
+    LONG = ir.IntType(64)
+
+    def shared_address(context: Any, builder: Any, kind: Any, args: Any) -> Any:
+        """Address in shared memory, 32 bits, of element args[1] of array args[0]."""
+        place = place_of(context, builder, kind, args)
+        return builder.ptrtoint(builder.addrspacecast(place, place.type.pointee.as_pointer(3)), WORD)
+
+    @intrinsic
+    def copy1(typingctx, array, index, source, place):
+        """Begin to copy a word to shared memory."""
+
+        def codegen(context, builder, signature, args):
+            target = shared_address(context, builder, signature.args[0], args[:2])
+            begin = builder.ptrtoint(place_of(context, builder, signature.args[2], args[2:]), LONG)
+            kind = ir.FunctionType(ir.VoidType(), [WORD, LONG])
+            text = "cp.async.ca.shared.global [$0], [$1], 4;"
+            builder.call(ir.InlineAsm(kind, text, "r,l,~{memory}", side_effect=True), [target, begin])
+
+        return types.void(array, types.uint32, source, types.uint32), codegen
+
+    @intrinsic
+    def commit(typingctx):
+        """What this thread began to copy since the last time is a group."""
+        return types.void(), instruction(types.void, (), "cp.async.commit_group;", "~{memory}", True)
+
+    @cache
+    def landed(pending: int) -> Any:
+        """A device function that waits until all but the last `pending` groups of this thread's copies are there."""
+
+        @intrinsic
+        def wait_for(typingctx):
+            return types.void(), instruction(types.void, (), f"cp.async.wait_group {pending};", "~{memory}", True)
+
+        return wait_for
+
+    @cache
+    def load_spaced(count: int, width: int, stride: int) -> Any:
+        """A device function: `width` words at an element of shared memory, and at the next ones `stride` apart."""
+
+        @intrinsic
+        def load(typingctx, array, index):
+            result = types.UniTuple(types.uint32, count * width)
+
+            def codegen(context, builder, signature, args):
+                begin, found = place_of(context, builder, signature.args[0], args), []
+                pointer = ir.VectorType(WORD, width).as_pointer(begin.type.addrspace)
+                for i in range(count):
+                    place = builder.gep(begin, [LONG(stride * i)])
+                    words = builder.load(builder.bitcast(place, pointer))
+                    words.align = 4 * width
+                    found += [builder.extract_element(words, WORD(j)) for j in range(width)]
+                return context.make_tuple(builder, result, found)
+
+            return result(array, types.uint32), codegen
+
+        return load
+
+    @intrinsic
+    def store4(typingctx, array, index, a, b, c, d):
+        """Store four words at an element of an array that is divisible by four."""
+
+        def codegen(context, builder, signature, args):
+            words = ir.Constant(ir.VectorType(WORD, 4), ir.Undefined)
+            for i in range(4):
+                words = builder.insert_element(words, args[2 + i], WORD(i))
+            place = place_of(context, builder, signature.args[0], args[:2])
+            builder.store(words, builder.bitcast(place, words.type.as_pointer(place.type.addrspace)), align=16)
+
+        return types.void(array, *[types.uint32] * 5), codegen
+
+    @cache
+    def no_sums(count: int) -> Any:
+        """A device function: so many sums of nothing."""
+        result = types.UniTuple(types.float32, count)
+
+        @intrinsic
+        def nothing(typingctx):
+            def codegen(context, builder, signature, args):
+                return context.make_tuple(builder, result, [FLOAT(0.0)] * count)
+
+            return result(), codegen
+
+        return nothing
+
+    @cache
+    def tile_product(down: int, across: int, half: int, stride: int) -> Any:
+        """A device function: sums of a warp's tile plus products of 32 signs of each row with a vector's 32 entries.
+
+        It takes the sums; two words of each of the lane's 2 * down rows, of which `half` says the one; the rows'
+        scales, each as two equal float16; shared memory, and the element of it where the lane's four words of a matrix
+        begin (8 rows of 8 float16, a vector's eight in each; four matrices side by side are 8 vectors' 32 entries, and
+        lanes 8 i to 8 i + 7 have the rows of the i-th; the next 8 vectors are `stride` words further); and the lane.
+        Entries i and i + 16 of a vector's 32 are a word.
+        """
+        text = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};"
+        )
+
+        @intrinsic
+        def product(typingctx, sums, words, scales, array, index, lane):
+            multiply = ir.FunctionType(ir.LiteralStructType([FLOAT] * 4), [FLOAT] * 4 + [WORD] * 6)
+            multiply = ir.InlineAsm(multiply, text, "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r")
+
+            def load(builder, begin, n):
+                kind = ir.FunctionType(ir.LiteralStructType([WORD] * 4), [WORD])
+                words = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0, $1, $2, $3}}, [$4 + {4 * stride * n}];"
+                loaded = builder.call(ir.InlineAsm(kind, words, "=r,=r,=r,=r,r,~{memory}", side_effect=True), [begin])
+                return [builder.extract_value(loaded, i) for i in range(4)]
+
+            def codegen(context, builder, signature, args):
+                found, words, scales = (
+                    [builder.extract_value(each, i) for i in range(each.type.count)] for each in args[:3]
+                )
+                begin = shared_address(context, builder, signature.args[3], args[3:5])
+                left = builder.sub(WORD(3), builder.and_(args[5], WORD(3)))
+                pairs = []  # of each row, four: of entries 4 i + lane % 4 and 16 more
+                for row in range(2 * down):
+                    word = builder.shl(words[2 * row + half], left)
+                    each = [builder.shl(word, WORD(12 - 4 * i)) for i in range(4)]
+                    pairs.append([builder.xor(builder.and_(bits, WORD(SIGNS)), scales[row]) for bits in each])
+                following = load(builder, begin, 0)
+                for n in range(across):
+                    b = following
+                    if n + 1 < across:
+                        following = load(builder, begin, n + 1)
+                    for step in range(2):
+                        for m in range(down):
+                            at = 4 * (m * across + n)
+                            a = [pairs[2 * m + i][2 * step + j] for j in range(2) for i in range(2)]
+                            new = builder.call(multiply, [*found[at : at + 4], *a, *b[2 * step : 2 * step + 2]])
+                            found[at : at + 4] = [builder.extract_value(new, i) for i in range(4)]
+                return context.make_tuple(builder, sums, found)
+
+            return sums(sums, words, scales, array, types.uint32, types.int32), codegen
+
+        return product
+
+    @cache
+    def group_product(across: int) -> Any:
+        """A device function: sums of four warps' tile of 64 rows plus products of 64 signs of each with vectors.
+
+        It takes what `tile_product` takes, but two words for each of the lane's two rows, and the element of shared
+        memory where the first vector begins; vectors are 32 words apart, and their chunks of four words are swapped:
+        chunk c of vector v is at c ^ v % 8. Needs compute capability 9.0 and a multiple of 1024 bytes there.
+        """
+        text = (
+            "{ .reg .pred p; .reg .b64 d; setp.eq.u32 p, 1, 1; mov.b64 d, $DESCRIPTOR; wgmma.fence.sync.aligned; "
+            + "add.s64 d, d, 2; ".join(
+                f"wgmma.mma_async.sync.aligned.m64n{8 * across}k16.f32.f16.f16 "
+                f"{{$SUMS}}, {{$WORDS{i}}}, d, p, 1, 1, 0; "
+                for i in range(4)
+            )
+            + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }"
+        )
+        count = 4 * across
+        named = {"$DESCRIPTOR": f"${2 * count + 16}", "$SUMS": ", ".join(f"${i}" for i in range(count))}
+        named |= {f"$WORDS{i}": ", ".join(f"${2 * count + 4 * i + j}" for j in range(4)) for i in range(4)}
+        for name, operands in named.items():
+            text = text.replace(name, operands)
+        constraints = ["=f"] * count + [str(i) for i in range(count)] + ["r"] * 16 + ["l", "~{memory}"]
+
+        @intrinsic
+        def product(typingctx, sums, words, scales, array, index, lane):
+            kind = ir.FunctionType(ir.LiteralStructType([FLOAT] * count), [FLOAT] * count + [WORD] * 16 + [LONG])
+            multiply = ir.InlineAsm(kind, text, ",".join(constraints), side_effect=True)
+
+            def codegen(context, builder, signature, args):
+                old, words, scales = (
+                    [builder.extract_value(each, i) for i in range(each.type.count)] for each in args[:3]
+                )
+                begin = builder.lshr(shared_address(context, builder, signature.args[3], args[3:5]), WORD(4))
+                place = builder.or_(builder.zext(begin, LONG), LONG(SWAPPED_CHUNKS))
+                left, pairs = builder.sub(WORD(3), builder.and_(args[5], WORD(3))), []
+                for half in range(2):
+                    rows = [builder.shl(words[2 * row + half], left) for row in range(2)]
+                    for chunk in range(4):
+                        for row in range(2):
+                            bits = builder.and_(builder.shl(rows[row], WORD(12 - 4 * chunk)), WORD(SIGNS))
+                            pairs.append(builder.xor(bits, scales[row]))
+                new = builder.call(multiply, [*old, *pairs, place])
+                return context.make_tuple(builder, sums, [builder.extract_value(new, i) for i in range(count)])
+
+            return sums(sums, words, scales, array, types.uint32, types.int32), codegen
+
+        return product
+
+    @intrinsic
+    def let_group_read(typingctx):
+        """What this thread copied to shared memory can be read by `group_product`, once all have come to a barrier."""
+        return types.void(), instruction(types.void, (), "fence.proxy.async.shared::cta;", "~{memory}", True)
+
+    @cache
+    def put_tile(down: int, across: int, stride: int) -> Any:
+        """A device function: puts a warp's sums into shared memory, rows side by side and vectors `stride` apart.
+
+        It takes the element where the lane's first sum goes.
+        """
+
+        @intrinsic
+        def put(typingctx, array, index, sums):
+            def codegen(context, builder, signature, args):
+                begin = place_of(context, builder, signature.args[0], args[:2])
+                for m in range(down):
+                    for n in range(across):
+                        for i in range(4):
+                            offset = stride * (8 * n + (i & 1)) + 16 * m + 8 * (i >> 1)
+                            value = builder.extract_value(args[2], 4 * (m * across + n) + i)
+                            builder.store(value, builder.gep(begin, [LONG(offset)]))
+
+            return types.void(array, types.uint32, sums), codegen
+
+        return put
