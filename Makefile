@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # uv does not read pip's find-links, where a machine may keep a CPU build of torch.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test test-gpu test-oldest check format mutants bench notebooks figures results book wheel clean
+.PHONY: help setup demo test test-gpu test-oldest check format mutants fuzz faults soak audit bench notebooks figures results book wheel clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,7 +34,7 @@ test: $(VENV)/.ok  ## Run the tests
 
 TRANSFORMERS_TESTS := tests/test_quantizer.py tests/test_families.py tests/test_lora.py
 # The oldest transformers that pyproject.toml allows, in a folder that Python looks into before the environment
-OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)[",].*/\1/p' pyproject.toml)
 
 build/oldest/.ok: $(VENV)/.ok
 	rm -rf build/oldest
@@ -42,7 +42,17 @@ build/oldest/.ok: $(VENV)/.ok
 	  || $(PY) -m pip install -q --disable-pip-version-check --target build/oldest 'transformers==$(OLDEST).*'
 	@touch $@
 
-test-oldest: build/oldest/.ok  ## Run the tests that touch transformers with the oldest version that is allowed
+CORE_TESTS := tests/test_packing.py tests/test_bits.py tests/test_linear.py
+
+build/oldest-core/.ok: $(VENV)/.ok pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv --clear build/oldest-core
+	$(VENV)/bin/uv pip install -q -p build/oldest-core -c constraints.txt -c constraints-oldest.txt -e . pytest hypothesis \
+	  || build/oldest-core/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	     -c constraints-oldest.txt -e . pytest hypothesis
+	@touch $@
+
+test-oldest: build/oldest/.ok build/oldest-core/.ok  ## Run tests with the oldest dependencies that are allowed
+	HYPOTHESIS_PROFILE=quick build/oldest-core/bin/python -m pytest $(CORE_TESTS)
 	PYTHONPATH=build/oldest $(PY) -c 'import transformers as t; assert t.__version__.startswith("$(OLDEST)."), t'
 	PYTHONPATH=build/oldest $(PY) -m pytest $(TRANSFORMERS_TESTS)
 
@@ -62,6 +72,28 @@ format: $(VENV)/.ok  ## Format the code
 
 mutants: $(VENV)/.ok  ## Apply small mistakes to the code and count those that the tests notice
 	$(PY) tests/mutants.py
+
+# Seconds that fuzz, faults and soak may take; SAVE=1 writes what they count to book/results/reliability.json
+BUDGET ?= 60
+TRIED := --budget $(BUDGET) $(if $(SAVE),--save)
+
+build/atheris/.ok: $(VENV)/.ok constraints.txt
+	rm -rf build/atheris
+	$(VENV)/bin/uv pip install -q -p $(VENV) -c constraints.txt --no-deps --target build/atheris atheris \
+	  || $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --target build/atheris atheris
+	@touch $@
+
+fuzz: build/atheris/.ok  ## Read checkpoints that nobody wrote for BUDGET seconds: refused, or loaded identically
+	PYTHONPATH=build/atheris $(PY) tests/fuzz.py $(TRIED)
+
+faults: $(VENV)/.ok  ## Kill, starve and interrupt commands for about BUDGET seconds: output whole or absent
+	$(PY) tests/faults.py $(TRIED)
+
+soak: $(VENV)/.ok  ## Generate text and compute random layers for BUDGET seconds: memory flat, results the same
+	$(PY) tests/soak.py $(TRIED) $(if $(SHAPES),--shapes $(SHAPES))
+
+audit: $(VENV)/.ok  ## Compare what is installed with the known vulnerabilities (asks the package index)
+	$(VENV)/bin/uv tool run --from pip-audit pip-audit --path $(VENV)/lib/python*/site-packages
 
 bench: $(VENV)/.ok  ## Time the packed linear layer beside torch's
 	$(PY) -m littlebit.fast bench linear

@@ -10,6 +10,7 @@ sys.path[:0] = [str(HERE), str(HERE / "figures")]
 
 import jinja2  # noqa: E402 (the path comes first)
 import make  # noqa: E402
+import reliability  # noqa: E402
 import sources  # noqa: E402
 import tables  # noqa: E402
 
@@ -50,6 +51,8 @@ NAMES = {
     "measured": sources.measured,
     "notebook": notebook,
     "publication": sources.publication,
+    "reliability": reliability.reliability,
+    "repaired": reliability.repaired,
     "results": sources.results,
     "table": table,
 }

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # what is exported
         rank_for_bits as rank_for_bits,
     )
     from .calibrate import Moments as Moments, calibrate as calibrate, spectral_gains as spectral_gains
-    from .checkpoint import info as info, load as load, save as save
+    from .checkpoint import info as info, load as load, save as save, verify as verify
     from .decode import generate as generate
     from .distill import (
         hidden_loss as hidden_loss,

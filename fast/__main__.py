@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .completion import SHELLS, completion
 from .fetch import fetch, known_names, resolve
-from .headers import is_checkpoint, is_official
+from .headers import damage, is_checkpoint, is_official
 from .memory import KV_CACHES, MODEL_SHAPES, model_memory
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ EXAMPLES = {
         "generate out --prompt Hi --chat --temperature 0.8",
     ],
     "info": ["info out", "info smollm2-0.55bit --json"],
+    "verify": ["verify out", "verify smollm2-0.55bit --json"],
     "export": ["export out theirs --to official --json", "export out model.gguf --to gguf --precision q8_0"],
     "memory": ["memory llama2-7b --bits 0.3 0.1 --context 4096"],
     "demo": ["demo --out build/demo"],
@@ -83,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments) or 0
     except (ValueError, OSError, ImportError) as error:
         return failed(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch's, on a CPU
+            raise
+        return failed(MemoryError("out of memory; --dry-run says how much is needed"))
 
 
 def failed(error: Exception) -> int:
@@ -209,7 +214,7 @@ def generate_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def info_arguments(sub: argparse.ArgumentParser) -> None:
-    """Arguments of `littlebit info`."""
+    """Arguments of `littlebit info` and `verify`."""
     sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
     add_json(sub)
 
@@ -485,9 +490,10 @@ def run_train(arguments: argparse.Namespace) -> int | None:
 def train(arguments: argparse.Namespace, device: str) -> None:
     """Quantise, train and save; only the first process writes and prints."""
     from .checkpoint import info, save
+    from .digests import digest
     from .hf import load_model, load_tokenizer, text_tokens
     from .model import quantize_
-    from .resume import Keeper, digest
+    from .resume import Keeper
     from .trainer import TrainConfig, process, train_
 
     tokenizer = load_tokenizer(arguments.model)
@@ -632,6 +638,21 @@ def run_generate(arguments: argparse.Namespace) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    """Run `littlebit verify`; exit with 2 if something changed since it was saved."""
+    from .checkpoint import verify
+
+    folder = Path(resolve(arguments.model))
+    found = verify(folder)
+    if arguments.json:
+        print(json.dumps(found))
+    if found["damaged"]:
+        raise damage(folder, found["damaged"])
+    if not arguments.json:
+        as_saved = "as they were saved (SHA-256)" if found["checksums"] else "consistent; it has no checksums"
+        print(f"{arguments.model}: {found['tensors']} tensors of {found['tensor_bytes']:,} bytes are {as_saved}")
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -873,6 +894,9 @@ COMMANDS = {
     ),
     "generate": Command(run_generate, generate_arguments, "Let a model continue a prompt."),
     "info": Command(run_info, info_arguments, "Say what a packed checkpoint really stores."),
+    "verify": Command(
+        run_verify, info_arguments, "Compare a packed checkpoint with the checksums that were saved with it."
+    ),
     "export": Command(run_export, export_arguments, "Write a packed checkpoint in the format of another program."),
     "completion": Command(
         run_completion, completion_arguments, "Print a script that completes the command in a shell."

@@ -2,7 +2,7 @@
 
 config.json is the model's own configuration plus a section `quantization_config`:
 
-    {"quant_method": "littlebit", "format_version": 1, "bits": 0.55,
+    {"quant_method": "littlebit", "format_version": 2, "bits": 0.55,
      "layers": {"model.layers.0.mlp.up_proj": {"d_out": 1536, "d_in": 576, "ranks": [70, 69], "bias": false}, ...}}
 
 The tensors are in model.safetensors or, where that would be too large a file, in shards that
@@ -18,24 +18,24 @@ and then the embedding and the head are tables of integers with scales (see embe
     "fused": {"model.layers.0.self_attn.qkv_proj": [["q_proj", 576], ["k_proj", 192], ["v_proj", 192]], ...}
 
 names the parts of layers that were split, with the rows of each; the parts are layers of their own, packed or dense.
+
+From format version 2 on, the metadata of each safetensors file hold SHA-256 checksums of its tensors and of
+config.json (see headers.py). Version 1 has none, and is otherwise the same; files that transformers writes
+(`save_pretrained`) are of version 1.
 """
 
-import contextlib
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .digests import contents, entry_digest
 from .embeddings import QuantizedEmbedding, Table, replace_embeddings
 from .fetch import fetch, shipped_names
 from .headers import (
@@ -44,11 +44,16 @@ from .headers import (
     WEIGHTS,
     CheckpointError,
     Header,
+    check_contents,
     check_embeddings,
     check_layers,
+    check_path,
+    damaged,
     is_checkpoint,
     is_official,
+    make_checksums,
     packed_tensors,
+    read_checksums,
     read_config,
     read_headers,
     readable,
@@ -56,8 +61,17 @@ from .headers import (
 )
 from .layers import Joined, PackedLinear
 from .model import LayerResult, is_linear, linear_shape, pack_, packed_layers, replace_module, split
+from .packing import PackedFactors
+from .writing import temporary_beside, written_whole
 
 SHARD_BYTES = 5_000_000_000
+#: Most bytes that a model may compute at its start, for masks and the frequencies of positions.
+BUFFER_BYTES = 1 << 30
+#: Names that safetensors has for torch's dtypes.
+DTYPE_NAMES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+}
 
 
 def save(
@@ -110,9 +124,9 @@ def save(
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float16"
     config["quantization_config"] = section(model, bits)
-    with written_whole(path) as folder:
+    with written_whole(path, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        write_tensors(stored_tensors(model), folder, shard_bytes)
+        write_tensors(stored_tensors(model), folder, shard_bytes, config)
         if results is not None:
             rows = {name: asdict(result) for name, result in results.items()}
             (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -201,8 +215,16 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors as model.safetensors or, if they are too many bytes, as shards with an index."""
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write tensors as model.safetensors or, if they are too many bytes, as shards with an index.
+
+    With what is in config.json, each file gets checksums of its tensors and of that.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -220,8 +242,28 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int 
         }
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        checksums = {} if config is None else make_checksums(tensor_digests(shard), config)
+        save_file(shard, folder / name, metadata={"format": "pt"} | checksums)
+        order_metadata(folder / name)
         (folder / name).chmod(0o644)  # safetensors makes it readable by its owner alone
+
+
+def order_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, which are else in another order in every process."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        opened.seek(8)
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(size))
+
+
+def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """`entry_digest` of each tensor, as `headers.file_digests` finds it in the file."""
+    return {
+        name: entry_digest(DTYPE_NAMES[tensor.dtype], tensor.shape, [contents(tensor)])
+        for name, tensor in tensors.items()
+    }
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -234,53 +276,15 @@ def check_target(path: Path, overwrite: bool) -> None:
             raise FileExistsError(f"{path} exists and is not a LittleBit checkpoint; choose another output")
         if not overwrite:
             raise FileExistsError(f"{path} already holds a checkpoint; pass overwrite=True (--overwrite) to replace it")
-    temporary_beside(path).rmdir()
+    with temporary_beside(path):
+        pass
 
 
-def temporary_beside(path: Path) -> Path:
-    """A new directory in the folder that `path` is in, or an OSError that says why there is none."""
-    path = path.absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that becomes `path` if the block succeeds and vanishes if it does not."""
-    path = path.absolute()
-    part = temporary_beside(path)
-    try:
-        part.chmod(0o755)
-        yield part
-        put_in_place(part, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}; nothing was left there") from error
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def put_in_place(part: Path, path: Path) -> None:
-    """Rename `part` to `path`; what was there goes only once its successor stands, and comes back if that fails."""
-    if not path.exists():
-        os.rename(part, path)
-        return
-    old = part.with_name(part.name + "-old")
-    os.rename(path, old)
-    try:
-        os.rename(part, path)
-    except OSError:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, verify: bool = True) -> nn.Module:
     """A model from a packed checkpoint; its quantised layers are PackedLinear, and no dense weight is ever made.
+
+    The files may come from anyone: shapes, dtypes, ranks, words and sizes are checked against each other before
+    anything is made of them, and nothing in them runs.
 
     Parameters
     ----------
@@ -290,6 +294,9 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     device : str
     dtype : torch.dtype
         Of the tensors that are not packed (embeddings, norms, head).
+    verify : bool
+        Whether the checksums of config.json and of all tensors are compared, where the checkpoint has any; all of the
+        files are read for it.
 
     Returns
     -------
@@ -298,51 +305,168 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     Raises
     ------
     CheckpointError
-        If the directory is not a complete, consistent checkpoint; the file or layer is named.
+        If the directory is not a complete, consistent checkpoint; the file, layer or tensor is named.
     """
+    from .quantizer import attach
+
     path = Path(path)
     if str(path) in shipped_names() and not path.exists():
         path = fetch(str(path))
-    from .hf import empty_model
-    from .official import read_official
-    from .quantizer import attach
-
-    if is_official(path):
-        config, layers, tensors = read_official(path)
-    else:
-        config, layers = read_config(path)
-        check_layers(layers, read_headers(weight_files(path)))
-        tensors = read_tensors(path)
-
-    try:
-        model = empty_model(config)
-    except ImportError:
-        raise
-    except Exception as error:  # model classes raise anything at all on a configuration that makes no sense
-        raise CheckpointError(f"{path / 'config.json'} does not describe a model: {error}") from error
-    put_layers(model, layers, config["quantization_config"].get("fused"), path / "config.json")
-    put_embeddings(model, config["quantization_config"].get("embeddings"), dtype, path / "config.json")
-    fill(model, tensors, path)
+    config, layers, tensors = read_checkpoint(path, verify)
+    model = built(config, layers, tensors, dtype, path)
     model.name_or_path = str(path)  # type: ignore[assignment]
     attach(model, config["quantization_config"])
     return cast_dense(model, dtype).to(device)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint."""
+def verify(path: str | Path) -> dict[str, Any]:
+    """Read a whole checkpoint and compare it with the checksums that were saved with it; no model is made.
+
+    Parameters
+    ----------
+    path : str or Path
+        Directory that `save` wrote, or a checkpoint of the authors' repository.
+
+    Returns
+    -------
+    dict with `format` (see `info`), `tensors`, `tensor_bytes`, `checksums` (whether there are any; without them only
+    headers, sizes and the values of packed layers are checked) and `damaged`, the names of the tensors that are not
+    what was saved, config.json among them if it is not.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory is not a complete, consistent checkpoint.
+    """
+    path = Path(path)
+    wrong = []
+    if is_official(path):
+        config, headers, checksums = read_checkpoint(path)[0], read_headers(weight_files(path)), None
+    else:
+        config, layers = read_config(path)
+        files = weight_files(path)
+        headers, checksums = read_headers(files), read_checksums(files)
+        check_layers(layers, headers)
+        wrong = damaged(files, headers, config["quantization_config"]["format_version"], config)
+        if not wrong:
+            check_values(layers, read_tensors(files))
+    return {
+        "format": format_name(path, config),
+        "tensors": len(headers),
+        "tensor_bytes": sum(header.nbytes for header in headers.values()),
+        "checksums": checksums is not None,
+        "damaged": wrong,
+    }
+
+
+def read_checkpoint(
+    path: Path, verify: bool = False
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Configuration, packed layers and tensors, which fit each other; and are what was saved, if that is asked."""
+    from .official import read_official
+
+    if is_official(path):
+        return read_official(path)
+    config, layers = read_config(path)
+    files = weight_files(path)
+    headers = read_headers(files)
+    check_layers(layers, headers)
+    if verify:
+        check_contents(files, headers, config["quantization_config"]["format_version"], config)
+    tensors = read_tensors(files)
+    check_values(layers, tensors)
+    return config, layers, tensors
+
+
+def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors in some safetensors files, whose headers were read before, mapped into memory."""
     tensors: dict[str, Tensor] = {}
-    for file in weight_files(path):
+    for file in files:
         with readable(file):
             tensors |= load_file(file)
     return tensors
 
 
+def check_values(layers: dict[str, dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a scale of a packed layer is not finite, or a pad bit of its words is set."""
+    for layer, entry in layers.items():
+        for order in range(len(entry["ranks"])):
+            place = f"{layer}.paths.{order}"
+            check_path(place, {kind: tensors[f"{place}.{kind}"].numpy() for kind in PackedFactors._fields})
+
+
+def built(
+    config: dict[str, Any],
+    layers: dict[str, dict[str, Any]],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    path: Path,
+) -> nn.Module:
+    """The model that the files describe; first on the meta device, where whatever does not fit costs no memory."""
+    from .hf import empty_model
+
+    where, described = path / "config.json", config["quantization_config"]
+
+    def made() -> nn.Module:
+        model = empty_model(config, 2 * len(tensors))
+        put_layers(model, layers, described.get("fused"), where)
+        put_embeddings(model, described.get("embeddings"), dtype, where)
+        return model
+
+    try:
+        with torch.device("meta"):
+            skeleton = made()
+            tie(skeleton)
+        check_state(skeleton, tensors, path)
+        model = made()
+        fill(model, tensors, path)
+    except (CheckpointError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # model classes raise anything at all on a configuration that makes no sense
+        raise CheckpointError(f"{where} does not describe a model: {error}") from error
+    return model
+
+
+def check_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError unless a model on the meta device has places for the tensors, and they fill it.
+
+    A buffer that the files do not hold is computed by the model itself, which may take so many bytes and no more.
+    """
+    places = model.state_dict(keep_vars=True)
+    unexpected = [name for name in tensors if name not in places]
+    held = {id(place) for name, place in places.items() if name in tensors}  # tied ones are one
+    missing = [name for name, place in model.named_parameters() if id(place) not in held]
+    if missing or unexpected:
+        raise misfit(path, missing, unexpected)
+    for name, tensor in tensors.items():
+        place = places[name]
+        same = place.dtype == tensor.dtype or (place.is_floating_point() and tensor.is_floating_point())
+        if place.shape != tensor.shape or not same:
+            raise CheckpointError(
+                f"{path / WEIGHTS} does not fit the model in config.json: tensor {name} is {tuple(tensor.shape)} "
+                f"{tensor.dtype}, not {tuple(place.shape)} {place.dtype}"
+            )
+    computed = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in held)
+    if computed > BUFFER_BYTES:
+        raise CheckpointError(f"{path / 'config.json'} asks for buffers of {computed:,} bytes; it is damaged")
+
+
+def misfit(path: Path, missing: Sequence[str], unexpected: Sequence[str]) -> CheckpointError:
+    """The error for tensors that are not those of the model."""
+    return CheckpointError(
+        f"{path / WEIGHTS} does not fit the model in config.json: missing {missing[:3]}, left over {unexpected[:3]}"
+    )
+
+
 def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, where: Path | str) -> None:
     """Give a model without memory the packed layers that a section describes, in the places of its linear ones."""
+    if not isinstance(fused or {}, dict):
+        raise CheckpointError(f"{where}: 'fused' is {fused!r}, which splits no layers")
     for name, parts in (fused or {}).items():
         try:
-            layer, sizes = model.get_submodule(name), {key: int(rows) for key, rows in parts}
-            fits = is_linear(layer) and sum(sizes.values()) == linear_shape(layer)[0]
+            layer, sizes = model.get_submodule(name), {key: rows for key, rows in parts}
+            fits = is_linear(layer) and sum(sizes.values()) == linear_shape(layer)[0] and len(sizes) == len(parts)
+            fits = fits and all(type(rows) is int and rows > 0 and key.isidentifier() for key, rows in sizes.items())
         except (AttributeError, TypeError, ValueError):
             fits = False
         if not fits:
@@ -365,18 +489,18 @@ def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Put the tensors into an empty model, tie what it ties, and check that nothing is missing or left over."""
-    try:
-        _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path / WEIGHTS} does not fit the model in config.json: {error}") from error
+    """Put the tensors into an empty model, tie what it ties, and check that nothing is missing."""
+    model.load_state_dict(tensors, strict=False, assign=True)
+    tie(model)
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing:
+        raise misfit(path, missing, [])
+
+
+def tie(model: nn.Module) -> None:
+    """Tie what the model's configuration ties; a quantised head refers to its table anyway."""
     if not isinstance(model.get_input_embeddings(), QuantizedEmbedding):  # type: ignore[operator]
         model.tie_weights()  # type: ignore[operator]
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{path / WEIGHTS} does not fit the model in config.json: missing {missing[:3]}, left over {unexpected[:3]}"
-        )
 
 
 def cast_dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -400,7 +524,7 @@ def info(path: str | Path) -> dict[str, Any]:
     dict with `bits_per_weight` (stored bits of the packed layers over their weights), `target_bits`, `weights`,
     `linear_bytes` (packed layers, biases excepted), `file_bytes` (all of the safetensors files), `embedding_bits`
     (16, 8 or 4), `other_bytes` (everything but packed layers), `file_bits_per_parameter` (whole file), `layers`, by
-    kind of layer `kinds`, and `format` ("official" for the authors').
+    kind of layer `kinds`, `format` ("official" for the authors') and `checksums` (whether there are any).
 
     Raises
     ------
@@ -410,12 +534,13 @@ def info(path: str | Path) -> dict[str, Any]:
     from .official import official_header
 
     path = Path(path)
-    files = weight_files(path)
     if is_official(path):
+        files = weight_files(path)
         headers = read_headers(files)
         config, layers, owners = official_header(path, headers)
     else:
         config, layers = read_config(path)
+        files = weight_files(path)
         headers = read_headers(files)
         check_layers(layers, headers)
         owners = {name: layer for layer, name, _ in packed_tensors(layers)}
@@ -431,6 +556,7 @@ def info(path: str | Path) -> dict[str, Any]:
         kind["weights"] += entry["d_out"] * entry["d_in"]
     for kind in kinds.values():
         kind["bits_per_weight"] = 8 * kind["linear_bytes"] / kind["weights"]
+    described = config["quantization_config"].get("embeddings")
     weights = sum(kind["weights"] for kind in kinds.values())
     linear_bytes = sum(kind["linear_bytes"] for kind in kinds.values())
     return {
@@ -439,14 +565,20 @@ def info(path: str | Path) -> dict[str, Any]:
         "weights": weights,
         "linear_bytes": linear_bytes,
         "file_bytes": file_bytes,
-        "embedding_bits": (config["quantization_config"].get("embeddings") or {"bits": 16})["bits"],
+        "embedding_bits": described["bits"] if isinstance(described, dict) and "bits" in described else 16,
         "other_bytes": sum(sizes.values()) - linear_bytes,
         "file_bits_per_parameter": 8 * file_bytes / (weights + other_parameters(headers, owners)),
         "layers": len(layers),
         "kinds": kinds,
         "model_type": config.get("model_type"),
-        "format": "official" if is_official(path) else f"littlebit {FORMAT_VERSION}",
+        "format": format_name(path, config),
+        "checksums": read_checksums(files) is not None,
     }
+
+
+def format_name(path: Path, config: Mapping[str, Any]) -> str:
+    """The format of a checkpoint, as `info` says it."""
+    return "official" if is_official(path) else f"littlebit {config['quantization_config']['format_version']}"
 
 
 def other_parameters(headers: Mapping[str, Header], owners: Mapping[str, str]) -> int:

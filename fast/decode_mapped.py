@@ -9,7 +9,6 @@ What is read is checked as `load` checks it. Whatever is not understood to the l
 which either can read it or says what is wrong: nothing is guessed.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,18 @@ from .decode_cpu import (
 )
 from .headers import (
     CheckpointError,
+    check_contents,
     check_embeddings,
     check_layers,
+    check_path,
     is_checkpoint,
     is_official,
     packed_headers,
+    places,
     read_config,
     read_headers,
+    read_json,
+    readable,
     weight_files,
 )
 
@@ -44,7 +48,7 @@ from .headers import (
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 
 
-def map_model(path: Path, threads: int | None = None) -> Decodable:
+def map_model(path: Path, threads: int | None = None, verify: bool = True) -> Decodable:
     """A model, packed or dense, whose weights are its files.
 
     The files must stay as they are while it is used: a process that reads behind the end of a mapped file is killed.
@@ -55,6 +59,8 @@ def map_model(path: Path, threads: int | None = None) -> Decodable:
         Directory with config.json and safetensors files.
     threads : int, optional
         That decoding may use; by default OMP_NUM_THREADS, or all.
+    verify : bool
+        Whether a packed checkpoint's checksums are compared, for which everything is read once.
 
     Raises
     ------
@@ -71,12 +77,15 @@ def map_model(path: Path, threads: int | None = None) -> Decodable:
         raise NotDecodableError("it has layers that were split")
     sizes, stop = architecture(config), stop_tokens(path, config, bool(layers))
     try:
-        tensors = Tensors(weight_files(path))
+        files = weight_files(path)
+        tensors = Tensors(files)
     except CheckpointError:
         if not layers:
             raise NotDecodableError("its files are not complete safetensors files") from None
         raise
     check_layers(layers, tensors.headers)
+    if layers and verify:
+        check_contents(files, tensors.headers, section["format_version"], config)
     weights = Reader(sizes, config, layers, tensors).weights(section.get("embeddings"), path / "config.json")
     if left := tensors.headers.keys() - tensors.taken:
         raise NotDecodableError(f"it has a tensor {min(left)}")
@@ -86,10 +95,10 @@ def map_model(path: Path, threads: int | None = None) -> Decodable:
 def read_dense_config(path: Path) -> dict[str, Any]:
     """config.json of an ordinary model."""
     try:
-        config = json.loads((path / "config.json").read_text())
-    except ValueError as error:
+        config = read_json(path, "config.json")
+    except CheckpointError as error:
         raise NotDecodableError("its config.json is damaged") from error
-    if not isinstance(config, dict) or config.get("quantization_config"):
+    if config.get("quantization_config"):
         raise NotDecodableError("it is quantised in some other way")
     return config
 
@@ -99,8 +108,8 @@ def stop_tokens(path: Path, config: Mapping[str, Any], packed: bool) -> tuple[in
     settings, file = config, path / "generation_config.json"
     if not packed and file.is_file():
         try:
-            settings = json.loads(file.read_text())
-        except ValueError as error:
+            settings = read_json(path, file.name)
+        except CheckpointError as error:
             raise NotDecodableError("its generation_config.json is damaged") from error
     if any(settings.get(name) not in neutral for name, neutral in NEUTRAL.items()):
         raise NotDecodableError("its generation_config has a setting that only transformers honours")
@@ -129,12 +138,12 @@ class Tensors:
         self.taken: set[str] = set()
         self.bytes: dict[str, np.ndarray] = {}
         for file in files:
-            data = np.memmap(file, np.uint8, mode="r")
-            start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-            header = json.loads(data[8:start].tobytes())
-            for name in header.keys() - {"__metadata__"}:
-                first, last = header[name]["data_offsets"]
-                self.bytes[name] = np.asarray(data[start + first : start + last])
+            with readable(file):
+                data = np.memmap(file, np.uint8, mode="r")
+                for name, (first, last) in places(file).items():
+                    self.bytes[name] = np.asarray(data[first:last])
+                    if len(self.bytes[name]) != self.headers[name].nbytes:
+                        raise ValueError(f"tensor {name} is in two places")
 
     def take(self, name: str, shape: tuple[int, ...], *dtypes: str) -> np.ndarray:
         """A tensor as it lies in the map; bfloat16 as float32, and whatever is not aligned, copied.
@@ -212,8 +221,7 @@ class Reader:
         for order, rank in enumerate(entry["ranks"]):
             wanted = packed_headers(d_out, d_in, rank)
             arrays = [tensors.take(f"{name}.paths.{order}.{key}", *header) for key, header in wanted.items()]
-            if not all(np.isfinite(scale).all() for scale in arrays[2:]):
-                raise NotDecodableError(f"its layer {name} has scales that are not finite")
+            check_path(f"{name}.paths.{order}", dict(zip(wanted, arrays, strict=True)))
             paths.append([*map(widened, arrays[:2]), *arrays[2:]])
         return Linear(d_out, d_in, paths, None, tensors.take(f"{name}.bias", (d_out,)) if entry["bias"] else None)
 

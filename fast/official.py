@@ -24,10 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from .bits import official_rank
-from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_tensors, written_whole
-from .headers import FORMAT_VERSION, OFFICIAL, CheckpointError, Header
+from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_tensors
+from .headers import (
+    OFFICIAL,
+    WITHOUT_CHECKSUMS,
+    CheckpointError,
+    Header,
+    check_bits,
+    read_headers,
+    read_json,
+    weight_files,
+)
 from .layers import PackedLinear
 from .packing import PackedFactors, pack_signs, row_words, to_half
+from .writing import written_whole
 
 SUFFIXES = ("", "_R")
 SIGNS = re.compile(r"(.+)\.U(_R)?(_packed(_R)?)?")
@@ -41,11 +51,21 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
     CheckpointError
         If a file is missing or damaged, or a layer's tensors do not fit each other; the layer is named.
     """
-    tensors = read_tensors(path)
+    files = weight_files(path)
+    read_headers(files)  # checks them
+    tensors = read_tensors(files)
     layers: dict[str, dict[str, Any]] = {}
     for name in official_layers(tensors):
-        paths = [one_path(name, suffix, tensors) for suffix in SUFFIXES if has_path(name, suffix, tensors)]
-        bias = tensors.get(f"{name}.bias")
+        try:
+            paths = [one_path(name, suffix, tensors) for suffix in SUFFIXES if has_path(name, suffix, tensors)]
+            bias = tensors.get(f"{name}.bias")
+            bias = None if bias is None else to_half("bias", bias)
+            if len({(len(packed.h), len(packed.g)) for packed in paths}) != 1:
+                raise ValueError("its paths are of different sizes, or there is a residual one alone")
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"layer {name}: its tensors are damaged: {error}") from error
         for key in [key for key in tensors if key.rpartition(".")[0] == name]:
             del tensors[key]
         ranks = [packed.rank for packed in paths]
@@ -53,9 +73,9 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
         for order, packed in enumerate(paths):
             tensors |= {f"{name}.paths.{order}.{kind}": tensor for kind, tensor in packed._asdict().items()}
         if bias is not None:
-            tensors[f"{name}.bias"] = to_half("bias", bias)
+            tensors[f"{name}.bias"] = bias
     config, bits = read_notes(path, layers)
-    section = {"quant_method": "littlebit", "format_version": FORMAT_VERSION, "bits": bits, "layers": layers}
+    section = {"quant_method": "littlebit", "format_version": WITHOUT_CHECKSUMS, "bits": bits, "layers": layers}
     return config | {"quantization_config": section}, layers, tensors
 
 
@@ -92,11 +112,12 @@ def one_path(layer: str, suffix: str, tensors: Mapping[str, Tensor]) -> PackedFa
         raise CheckpointError(f"layer {layer}: tensor {error.args[0]} is missing") from error
     u1, u2 = in_order(scales["u1"], scales["u2"], d_out)
     v2, v1 = in_order(scales["v2"], scales["v1"], d_in)
-    if (rank_v, len(u1), len(u2), len(v1), len(v2)) != (rank, d_out, rank, rank, d_in):
+    fit = (rank_v, len(u1), len(u2), len(v1), len(v2)) == (rank, d_out, rank, rank, d_in)
+    if not fit or not 1 <= rank <= min(d_out, d_in):
         sizes = {name: len(scale) for name, scale in scales.items()}
         raise CheckpointError(
             f"layer {layer}: U is {d_out} x {rank}, V is {rank_v} x {d_in} and the scales{suffix} are {sizes}, which "
-            "do not fit each other"
+            "do not fit each other or make no layer"
         )
     ell = u2.float() * v1.float()
     return PackedFactors(u_words, v_words, *(to_half(*each) for each in (("h", u1), ("ell", ell), ("g", v2))))
@@ -121,9 +142,10 @@ def sign_words(layer: str, factor: str, suffix: str, tensors: Mapping[str, Tenso
     if "_packed" not in name:
         rows, count = tensors[name].shape
         return pack_signs(tensors[name]), (rows, count)
-    shape = tensors[name.replace("_packed", "_shape")]
-    rows, count = (int(size) for size in shape.flatten())
-    words = tensors[name]
+    shape, words = tensors[name.replace("_packed", "_shape")], tensors[name]
+    if shape.numel() != 2 or shape.is_floating_point() or min(shape.tolist()) < 1:
+        raise CheckpointError(f"layer {layer}: the shape of {name} is {shape.tolist()[:3]}, which is none")
+    rows, count = shape.flatten().tolist()
     if words.dtype != torch.int32 or tuple(words.shape) != (rows, -(-count // 32)):
         raise CheckpointError(
             f"layer {layer}: tensor {name} is {tuple(words.shape)} {words.dtype}, but {rows} rows of {count} signs are "
@@ -178,7 +200,7 @@ def save_official(
             f"layer {other} has {layers[other].ranks}. Quantise with allocation 'official' for one that it loads",
             stacklevel=2,
         )
-    with written_whole(path) as folder:
+    with written_whole(path, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
         (folder / OFFICIAL).write_text(json.dumps(note, indent=1) + "\n")
         write_tensors(tensors, folder)
@@ -223,6 +245,8 @@ def official_header(
             d_out, d_in = max(lengths["u1"], lengths["u2"]), max(lengths["v1"], lengths["v2"])
         except KeyError as error:
             raise CheckpointError(f"layer {name}: tensor {name}.{error.args[0]} is missing") from error
+        if not d_out or not d_in:
+            raise CheckpointError(f"layer {name}: its scales are empty")
         layers[name] = {"d_out": d_out, "d_in": d_in}
         owners |= dict.fromkeys(own, name)
     config, bits = read_notes(path, layers)
@@ -231,13 +255,9 @@ def official_header(
 
 def read_notes(path: Path, layers: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
     """config.json, and the target that littlebit_config.json names, of a checkpoint with such layers."""
-    try:
-        config, note = (json.loads((path / name).read_text()) for name in ("config.json", OFFICIAL))
-        bits = note.get("eff_bit")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not a checkpoint: there is no config.json") from error
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: config.json or {OFFICIAL} is damaged ({error}); copy it again") from error
+    config, note = read_json(path, "config.json"), read_json(path, OFFICIAL)
+    bits = note.get("eff_bit")
+    check_bits(bits, "eff_bit", path / OFFICIAL)
     if not layers:
         raise CheckpointError(f"{path}: no tensor is called LAYER.U_packed or LAYER.U, so there is no quantised layer")
     return config, bits

@@ -16,8 +16,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import put_embeddings, put_layers, section
-from .headers import CheckpointError, check_layers, read_headers, read_layers
+from .checkpoint import check_values, put_embeddings, put_layers, read_tensors, section
+from .headers import (
+    WITHOUT_CHECKSUMS,
+    CheckpointError,
+    check_contents,
+    check_layers,
+    inside,
+    read_headers,
+    read_layers,
+)
 from .layers import LittleBitLinear
 from .model import Config, pack_, quantize_
 
@@ -90,7 +98,7 @@ class LittleBitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
-        """Check the headers of a packed checkpoint's files and make its layers, on the meta device.
+        """Check a packed checkpoint's files, their checksums included, and make its layers, on the meta device.
 
         transformers would fill a tensor that is missing with whatever lies in memory.
         """
@@ -102,7 +110,11 @@ class LittleBitQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"a LittleBit model is loaded from its safetensors files, not from {checkpoint_files}"
             )
-        check_layers(layers, read_headers(files))
+        files = [inside(file.parent, file.name) for file in files]
+        headers = read_headers(files)
+        check_layers(layers, headers)
+        check_contents(files, headers, self.quantization_config.format_version or WITHOUT_CHECKSUMS)
+        check_values(layers, read_tensors(files))
         put_layers(model, layers, self.quantization_config.fused, SECTION)
         put_embeddings(model, self.quantization_config.embeddings, dtype or torch.get_default_dtype(), SECTION)
 
@@ -121,8 +133,9 @@ class LittleBitQuantizer(HfQuantizer):
         return model
 
     def describe(self, model: Any) -> None:
-        """Let the configurations say what the packed model holds."""
+        """Let the configurations say what the packed model holds; transformers writes it without checksums."""
         self.quantization_config = LittleBitConfig(**section(model, self.quantization_config.bits))
+        self.quantization_config.format_version = WITHOUT_CHECKSUMS
         model.config.quantization_config = self.quantization_config
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,20 +4,20 @@ A folder holds `step-N/` for the last two saved states, each a directory with st
 under a temporary name and renamed, and log.jsonl. A state that is damaged is passed over for the one before it.
 """
 
-import hashlib
+import contextlib
 import json
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoint import written_whole
-from .fetch import file_digest
+from .digests import file_digest, json_digest
+from .writing import locked, unlock, written_whole
 
 STATE, RUN, LOG = "state.safetensors", "run.json", "log.jsonl"
 KEPT = 2  # states
@@ -53,6 +53,26 @@ class Keeper:
                     "settings to go on with it, or delete the folder to begin anew"
                 )
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While active, no other process trains with the states of this folder.
+
+        Raises
+        ------
+        OSError
+            If another does already.
+        """
+        try:
+            lock = locked(self.folder)
+        except BlockingIOError as error:
+            raise OSError(
+                f"another process is training with {self.folder}: wait for it to end, or choose another output"
+            ) from error
+        try:
+            yield
+        finally:
+            unlock(lock)
+
     def states(self) -> list[Path]:
         """Directories of the saved states, newest first."""
         found = [path for path in self.folder.glob("step-*") if path.is_dir()]
@@ -72,7 +92,7 @@ class Keeper:
             with written_whole(path) as part:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part / STATE)
                 description = {"run": self.run, "step": step, "sha256": file_digest(part / STATE)}
-                (part / RUN).write_text(json.dumps(description | {"check": text_digest(description)}, indent=1) + "\n")
+                (part / RUN).write_text(json.dumps(description | {"check": json_digest(description)}, indent=1) + "\n")
         except OSError as error:
             warnings.warn(f"the state of step {step} was not saved, the one before it stays: {error}", stacklevel=1)
             return
@@ -131,17 +151,4 @@ def described(path: Path) -> dict[str, Any]:
         check = description.pop("check")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
-    return description if check == text_digest(description) else {}
-
-
-def text_digest(value: dict[str, Any]) -> str:
-    """SHA-256 of a value as JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def digest(*tensors: Tensor) -> str:
-    """SHA-256 of the contents of tensors."""
-    value = hashlib.sha256()
-    for tensor in tensors:
-        value.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
-    return value.hexdigest()
+    return description if check == json_digest(description) else {}

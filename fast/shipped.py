@@ -12,22 +12,24 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from .fetch import DATA, cache_folder, file_digest, resolve
-from .headers import WEIGHTS, CheckpointError
+from .digests import file_digest
+from .fetch import DATA, cache_folder, resolve
+from .headers import FORMAT_VERSION, WEIGHTS, CheckpointError
+from .writing import made_once
 
 
 def shipped(name: str) -> Path:
     """Directory of a shipped checkpoint, put together from its file and its base on first use."""
     file = DATA / f"{name}.safetensors"
-    folder = cache_folder() / "shipped" / f"{name}-{file_digest(file)[:12]}"
-    if not folder.exists():
-        put_together(file, folder)
-    return folder
+    folder = cache_folder() / "shipped" / f"{name}-{file_digest(file)[:12]}-{FORMAT_VERSION}"
+    return made_once(folder, lambda part: put_together(file, part))
 
 
 def put_together(file: Path, folder: Path) -> None:
-    """Write the whole checkpoint that a shipped file and its base make."""
-    from .checkpoint import written_whole
+    """Write the whole checkpoint that a shipped file and its base make into a folder."""
+    from safetensors.torch import load_file
+
+    from .checkpoint import write_tensors
     from .hf import load_tokenizer
 
     with safe_open(file, framework="numpy") as opened:
@@ -37,12 +39,12 @@ def put_together(file: Path, folder: Path) -> None:
     quantised = tuple(f"{layer}.weight" for layer in note["quantization_config"]["layers"])
     tensors = {name: t for name, t in load_file(base / WEIGHTS).items() if name not in quantised} | trained
     config = json.loads((base / "config.json").read_text())
-    config |= {"dtype": "float16", "quantization_config": note["quantization_config"]}
-    with written_whole(folder) as part:
-        (part / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-        (part / "training.json").write_text(json.dumps(note["training"], indent=1) + "\n")
-        load_tokenizer(note["base"]).save_pretrained(part)
+    section = note["quantization_config"] | {"format_version": FORMAT_VERSION}
+    config |= {"dtype": "float16", "quantization_config": section}
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    write_tensors(tensors, folder, config=config)
+    (folder / "training.json").write_text(json.dumps(note["training"], indent=1) + "\n")
+    load_tokenizer(note["base"]).save_pretrained(folder)
 
 
 def ship(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> None:

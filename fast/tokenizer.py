@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .decode_cpu import NotDecodableError
+from .headers import inside, read_json
 
 #: Classes of transformers that add nothing of their own to tokenizer.json.
 CLASSES = ("TokenizersBackend", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer")
@@ -39,14 +40,14 @@ class Tokenizer:
         try:
             from tokenizers import Tokenizer as Backend
 
-            config = json.loads((folder / "tokenizer_config.json").read_text())
-        except (ImportError, OSError, ValueError) as error:
+            config, file = read_json(folder, "tokenizer_config.json"), inside(folder, "tokenizer.json")
+        except (ImportError, ValueError) as error:
             raise NotDecodableError(f"its tokenizer cannot be read: {error}") from error
-        harmless = isinstance(config, dict) and not {key for key, value in config.items() if value} - HARMLESS
+        harmless = not {key for key, value in config.items() if value} - HARMLESS
         if not harmless or config.get("backend") != "tokenizers" or config.get("tokenizer_class") not in CLASSES:
             raise NotDecodableError("its tokenizer_config.json has entries that only transformers knows")
         try:
-            self.backend = Backend.from_file(str(folder / "tokenizer.json"))
+            self.backend = Backend.from_file(str(file))
         except Exception as error:  # tokenizers raises nothing more special
             raise NotDecodableError(f"its tokenizer.json cannot be read: {error}") from error
         if self.backend.truncation or self.backend.padding:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from .digests import digest
 from .distill import KLLoss, hidden_loss, kl_rows
 from .hf import causal_attention, is_plainly_causal
 from .progress import tqdm
-from .resume import Keeper, digest
+from .resume import Keeper
 from .signs import named_rule
 from .student import (
     ShardedStudent,
@@ -173,6 +174,8 @@ def train_(
         If the loss is not finite or memory runs out; the last saved state stays.
     TrainingStopped
         After SIGTERM or SIGINT, once the state is saved.
+    OSError
+        If another process trains with the keeper's folder.
     """
     config = config or TrainConfig()
     texts = [tokens] if isinstance(tokens, Tensor) else list(tokens)
@@ -202,6 +205,8 @@ def train_(
         if shard:
             shard_(teacher, dtype)
         with contextlib.ExitStack() as during:
+            if keeper is not None and rank == 0:
+                during.enter_context(keeper.alone())
             during.enter_context(deterministic())
             if capture:
                 for each in (model, teacher):

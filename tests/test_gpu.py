@@ -285,6 +285,38 @@ def test_streams_and_threads_at_once():
     assert not wrong
 
 
+def test_graphs_replay_on_several_streams_at_once():
+    packed = lb.PackedLinear(layer(2048, 1024, (100, 120))).cuda()
+    batches = [inputs(1 + i % 3, 1024, seed=i) for i in range(4)]
+    want, graphs = [packed(x) for x in batches], []
+    for x in batches:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graphs.append((graph, packed(x)))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(20):
+        for _, y in graphs:
+            y.zero_()
+        torch.cuda.synchronize()
+        for stream, (graph, _) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, expected) for (_, y), expected in zip(graphs, want, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_every_device_computes_the_same_whatever_is_the_current_one():
+    packed, x = lb.PackedLinear(layer(2048, 1024, [200])), inputs(3, 1024)
+    want = copy.deepcopy(packed).cuda()(x).cpu()
+    devices = range(torch.cuda.device_count())
+    there = [(copy.deepcopy(packed).to(f"cuda:{device}"), x.to(f"cuda:{device}")) for device in devices]
+    for current in devices:
+        with torch.cuda.device(current):
+            found = [each(batch) for each, batch in there]  # none waits for the one before
+        assert all(torch.equal(y.cpu(), want) for y in found)
+
+
 def test_the_operator_is_what_torch_expects():
     paths = layer(40, 256, (33, 17))
     tensors = [tensor for path in paths for tensor in path]

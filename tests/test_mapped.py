@@ -25,9 +25,9 @@ from littlebit.fast.embeddings import quantize_embeddings_
 from littlebit.fast.headers import is_checkpoint
 from littlebit.fast.packing import pack_signs
 from littlebit.fast.tokenizer import Tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_decode import CHANGES
-from test_model import BITS, DAMAGES, edit_config
+from test_model import BITS, DAMAGES, edit_config, without_checksums
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 PROMPT = "Once upon a time"
@@ -66,7 +66,7 @@ def plain(tiny_llama, tmp_path_factory):
 
 @pytest.fixture
 def copied(checkpoint, tmp_path):
-    return shutil.copytree(checkpoint, tmp_path / "copy")
+    return without_checksums(shutil.copytree(checkpoint, tmp_path / "copy"))
 
 
 def assert_decodes_the_same(mapped, loaded):
@@ -174,15 +174,20 @@ def test_bench_decode_measures_the_mapped_model(checkpoint):
     assert len(packed_times(str(checkpoint), 1, 3)) == 3
 
 
+@pytest.mark.parametrize("checksums", [True, False])
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_generate_refuses_damaged_checkpoints_with_the_words_of_load(plain, damage, message, tmp_path, capsys):
+def test_generate_refuses_damaged_checkpoints_with_the_words_of_load(
+    plain, damage, message, checksums, tmp_path, capsys
+):
     copied = shutil.copytree(plain, tmp_path / "copy")
+    if not checksums:  # which notice most of them first
+        without_checksums(copied)
     damage(copied)
     if not is_checkpoint(copied):  # but perhaps a dense model
         with pytest.raises(NotDecodableError):
             map_model(copied)
         return
-    with pytest.raises(lb.CheckpointError, match=message) as error:
+    with pytest.raises(lb.CheckpointError, match=None if checksums else message) as error:
         lb.load(copied)
     assert main(["generate", str(copied), "--prompt", PROMPT]) == 2
     assert capsys.readouterr().err == f"littlebit: error: {error.value}\n"
@@ -213,15 +218,6 @@ def test_map_model_leaves_what_it_does_not_know_to_load(copied, change, reason):
     map_model(copied)
     change(copied)
     with pytest.raises(NotDecodableError, match=reason):
-        map_model(copied)
-
-
-def test_map_model_leaves_scales_that_are_not_finite_to_load(copied):
-    tensors = load_file(copied / "model.safetensors")
-    name = next(name for name in tensors if name.endswith(".ell"))
-    tensors[name][0] = torch.nan
-    save_file(tensors, copied / "model.safetensors")
-    with pytest.raises(NotDecodableError, match="not finite"):
         map_model(copied)
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import littlebit.fast as lb
 import numpy as np
@@ -10,7 +12,10 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
+from littlebit.fast import writing
 from littlebit.fast.bench import random_path
+from littlebit.fast.checkpoint import write_tensors
+from littlebit.fast.headers import WITHOUT_CHECKSUMS
 from littlebit.fast.layers import LittleBitLinear, PackedLinear, packed_shapes
 from littlebit.fast.model import packed_layers
 from safetensors.torch import load_file, save_file
@@ -34,7 +39,7 @@ def checkpoint(tiny_llama, tmp_path_factory):
 
 @pytest.fixture
 def copied(checkpoint, tmp_path):
-    return shutil.copytree(checkpoint, tmp_path / "copy")
+    return without_checksums(shutil.copytree(checkpoint, tmp_path / "copy"))
 
 
 def logits(model):
@@ -215,19 +220,28 @@ def edit_config(path, change):
     (path / "config.json").write_text(json.dumps(config))
 
 
-def rewrite(path, change):
-    tensors = load_file(path / "model.safetensors")
+def rewrite(path, change, name="model.safetensors"):
+    tensors = load_file(path / name)
     change(tensors)
-    save_file(tensors, path / "model.safetensors")
+    save_file(tensors, path / name, metadata={"format": "pt"})
+
+
+def without_checksums(path):
+    """A checkpoint in the format that has no checksums, which would notice any damage before other checks do."""
+    edit_config(path, lambda config: config["quantization_config"].update(format_version=WITHOUT_CHECKSUMS))
+    for file in path.glob("*.safetensors"):
+        rewrite(path, lambda tensors: None, file.name)
+    return path
 
 
 LAYER = "model.layers.0.mlp.up_proj"
+PADDED = "model.layers.0.mlp.down_proj.paths.1.u_words"  # of rank 20
 NARROW = "model.layers.0.self_attn.k_proj.paths.0.u_words"  # of a rank between 1 and 16
 
 
 DAMAGES = [
     (lambda path: (path / "config.json").unlink(), "no config.json"),
-    (lambda path: (path / "config.json").write_text("{"), "not the configuration"),
+    (lambda path: (path / "config.json").write_text("{"), "config.json is damaged"),
     (lambda path: (path / "model.safetensors").unlink(), "no model.safetensors"),
     (lambda path: os.truncate(path / "model.safetensors", 5000), "damaged or incomplete"),
     (lambda path: os.truncate(path / "model.safetensors", 4), "damaged or incomplete"),
@@ -255,6 +269,8 @@ DAMAGES = [
     (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].int()})), "another version of littlebit"),
     (lambda path: rewrite(path, lambda t: t.update({NARROW: t[NARROW].view(torch.uint8)})), " U8, but"),
     (lambda path: rewrite(path, lambda t: t.update(extra=torch.zeros(1))), "left over"),
+    (lambda path: rewrite(path, lambda t: t[PADDED].fill_(-1)), "a pad bit is set"),
+    (lambda path: rewrite(path, lambda t: t[f"{LAYER}.paths.0.ell"].fill_(torch.inf)), "NaN or infinity"),
     (lambda path: rewrite(path, lambda t: t.pop("model.norm.weight")), "missing"),
 ]
 
@@ -292,9 +308,25 @@ def test_save_leaves_nothing_when_the_disk_is_full(quantised, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=9))
+def test_the_same_tensors_are_the_same_bytes(name):
+    """The metadata are a hash map to safetensors, which writes it in any order."""
+    tensors, written = {name: torch.arange(3), "other": torch.ones(2, dtype=torch.int8)}, set()
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(9):
+            write_tensors(tensors, Path(folder), config={})
+            written.add((Path(folder) / "model.safetensors").read_bytes())
+        found = load_file(Path(folder) / "model.safetensors")
+    assert len(written) == 1
+    assert found.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert_same(found[key], tensor)
+
+
 def test_save_gives_back_the_old_checkpoint_if_the_new_one_cannot_take_its_place(quantised, tmp_path, monkeypatch):
     path = lb.save(quantised, tmp_path / "out")
     before = (path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(writing, "exchange", lambda one, other: False)
     rename, calls = os.rename, []
 
     def second_fails(source, target):

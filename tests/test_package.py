@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import mutants
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +52,25 @@ def test_wheel_holds_the_modules_and_nothing_stale(tmp_path):
         f"littlebit/{path.relative_to(ROOT)}" for top in ("reference", "fast") for path in (ROOT / top).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == packaged
+    assert {Path(name).suffix for name in names} <= {".py", ".txt", ".md", ".json", ".safetensors"}  # nothing compiled
+    assert wheel.name.endswith("-py3-none-any.whl")
     assert {"littlebit/fast/data/roosevelt_1901.txt", "littlebit/fast/data/lincoln_1862.txt"} <= names
+
+
+def test_mutants_are_mistakes_in_code_that_is_there():
+    for mutant in mutants.MUTANTS:
+        assert mutant.old in (ROOT / mutant.file).read_text(), mutant
+        assert all((ROOT / "tests" / name).exists() for name in mutants.TESTS[Path(mutant.file).stem].split()), mutant
+
+
+def test_the_oldest_dependencies_are_those_that_are_allowed():
+    """But for torch, whose wheels of another version a machine may not get."""
+    allowed = dict(re.match(r"([\w-]+)>=([\d.]+)", each).groups() for each in SETTINGS["project"]["dependencies"])
+    oldest = dict(line.split("==") for line in (ROOT / "constraints-oldest.txt").read_text().split())
+    assert oldest.keys() == allowed.keys() - {"torch"}
+    for name, version in oldest.items():
+        assert f"{version}.".startswith(f"{allowed[name]}."), name
+    assert all("<" in each for each in SETTINGS["project"]["dependencies"])
 
 
 def modules_loaded_by(statement):

@@ -17,7 +17,8 @@ from littlebit.fast.headers import INDEX, weight_files
 from littlebit.fast.layers import LittleBitLinear
 from littlebit.fast.model import packed_layers
 from random_checkpoint import peak_over_size, random_checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from test_model import rewrite, without_checksums
 from transformers import AutoModelForCausalLM
 
 BITS = 2.5
@@ -173,12 +174,10 @@ def test_save_pretrained_works_after_quantize_and_pack(tiny_llama, tmp_path):
 
 
 def change(path, edit):
-    """Edit the tensors of a checkpoint's first file that holds the layer."""
-    for file in weight_files(path):
-        tensors = load_file(file)
-        if f"{LAYER}.paths.0.h" in tensors:
-            edit(tensors)
-            save_file(tensors, file, metadata={"format": "pt"})
+    """Edit the tensors of the file of a checkpoint without checksums that holds the layer."""
+    for file in weight_files(without_checksums(path)):
+        if f"{LAYER}.paths.0.h" in load_file(file):
+            rewrite(path, edit, file.name)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +201,7 @@ def test_from_pretrained_refuses_damaged_checkpoints(edit, message, checkpoint, 
     ("damage", "message"),
     [
         (lambda path: (path / INDEX).write_text("{"), "is damaged"),
-        (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), "files beside it"),
+        (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), "not the name of a file"),
         (lambda path: (path / INDEX).write_text('{"weight_map": {}}'), "files beside it"),
         (lambda path: os.remove(weight_files(path)[1]), "there is no model-00002"),
         (lambda path: os.truncate(weight_files(path)[1], 100), "model-00002.* is damaged or incomplete"),

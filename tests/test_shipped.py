@@ -34,6 +34,7 @@ def test_ship_and_put_together_give_the_checkpoint_back(packed, tmp_path):
     file = tmp_path / "tiny-2bit.safetensors"
     ship(packed, "tiny", file, {"tokens": 7})
     assert not any("embed" in name for name in load_file(file))  # the base has it
+    (tmp_path / "whole").mkdir()
     put_together(file, tmp_path / "whole")
     before, after = load_file(packed / WEIGHTS), load_file(tmp_path / "whole" / WEIGHTS)
     assert before.keys() == after.keys()

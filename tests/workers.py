@@ -11,12 +11,17 @@ TIMEOUT_S = 240
 
 def littlebit(arguments, output=os.devnull, environment=None):
     """A process that runs the `littlebit` command; what it prints is added to a file."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["littlebit.fast.__main__", "transformers.models.llama.modeling_llama"])
     arguments = [str(argument) for argument in arguments]
-    process = context.Process(target=command, args=(arguments, Path(output), environment or {}), daemon=True)
+    process = context().Process(target=command, args=(arguments, Path(output), environment or {}), daemon=True)
     process.start()
     return process
+
+
+def context():
+    """How processes are started."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["littlebit.fast.__main__", "transformers.models.llama.modeling_llama"])
+    return server
 
 
 def command(arguments, output, environment):

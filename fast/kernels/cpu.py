@@ -540,12 +540,29 @@ def default_threads() -> int:
     return min(int(asked), MAX_THREADS) if asked.isdecimal() and int(asked) else MAX_THREADS
 
 
+def after_fork() -> None:
+    """A child that was forked from a process with OpenMP's threads has none of them, and waits or dies if it asks.
+
+    These kernels then use one, whatever is asked for; torch's own products still wait if it is told to use more.
+    """
+    global forked
+    if start_threads.cache_info().currsize:
+        forked = True
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(1)  # as torch does in the workers of a DataLoader
+
+
+forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)
+
+
 @contextlib.contextmanager
 def numba_threads(wanted: int | None = None) -> Iterator[int]:
     """How many of Numba's threads the block may use: `wanted`, or one if another Python thread uses them."""
     start_threads()
     count = default_threads() if wanted is None else min(wanted, MAX_THREADS)
-    if count == 1 or not parallel_lock.acquire(blocking=False):
+    if count == 1 or forked or not parallel_lock.acquire(blocking=False):
         yield 1
         return
     try:

@@ -1,0 +1,118 @@
+"""Generation and packed layers of random shapes for as long as it takes: memory stays flat, and no result drifts.
+
+Run as `make soak BUDGET=seconds`. Every round lets a quantised model continue a prompt, with one of the key-value
+caches and greedily or sampling, and compares with what it wrote the first time; and computes layers of random shapes,
+ranks, dtypes and batches, whose results must lie within the bound of the arithmetic and come out the same twice. The
+resident memory at the end must be that after the first tenth of the time, within one per cent.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+
+import littlebit.fast as lb
+import torch
+from fuzz import held
+from littlebit.fast.bench import random_path
+from littlebit.fast.kernels.dispatch import unpacked
+from littlebit.fast.layers import PackedLinear
+
+SHAPES = 10_000
+LARGEST = 400
+FLAT = 0.01
+PROMPTS = ("It was the best of times", "Four score and seven years ago", "x", "The whale, the whale!")
+CACHES = ("ordinary", "latent", "latent-int8")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class DriftError(AssertionError):
+    """A result that is not what it was, or what it should be."""
+
+
+def layer(generator, seed):
+    """Compute a layer of a random shape twice, and compare with float64."""
+
+    def integer(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    d_out, d_in, count = integer(1, LARGEST), integer(1, LARGEST), integer(1, 2)
+    paths = [random_path(d_out, d_in, integer(1, min(d_out, d_in)), generator) for _ in range(count)]
+    x = torch.randn(integer(1, 9), d_in, generator=generator).to(DTYPES[integer(0, len(DTYPES) - 1)])
+    packed = PackedLinear(paths)
+    with torch.inference_mode():
+        y, again = packed(x), packed(x)
+    a, b = (factor.double() for factor in unpacked(paths))
+    exact, size = x.double() @ a.T @ b.T, x.double().abs() @ a.abs().T @ b.abs().T
+    # each sum has so many terms, and each term is rounded on the way; then the result is rounded to its dtype
+    bound = 2 * (d_in + sum(path.rank for path in paths) + 8) * torch.finfo(torch.float32).eps * size
+    bound += torch.finfo(y.dtype).eps * exact.abs() + torch.finfo(y.dtype).tiny
+    if not torch.equal(y, again) or not ((y.double() - exact).abs() <= bound).all():
+        raise DriftError(f"layer {seed}: {d_out} x {d_in}, ranks {packed.ranks}, {x.dtype}")
+
+
+def texts(model, tokenizer, known, at):
+    """Let the model continue a prompt, as it did before."""
+    prompt, cache = PROMPTS[at % len(PROMPTS)], CACHES[at // len(PROMPTS) % len(CACHES)]
+    temperature = float(at // len(PROMPTS) // len(CACHES) % 2)
+    text = lb.generate(model, prompt, 32, temperature, seed=at, tokenizer=tokenizer, kv_cache=cache)
+    first = known.setdefault((prompt, cache, temperature), (at, text))
+    if temperature == 0 and text != first[1]:
+        raise DriftError(f"{prompt!r} with the {cache} cache goes on otherwise than in round {first[0]}")
+    return 32
+
+
+def soak(folder, budget, shapes, seed=0):
+    """Rounds until the budget is spent, and what was counted."""
+    model = lb.load_model("tiny")
+    lb.quantize_(model, lb.Config(bits=1.5, paths=1), progress=False)
+    tokenizer = lb.load_tokenizer("tiny")
+    model = lb.load(lb.save(model, f"{folder}/out", tokenizer))
+    generator, known, samples = torch.Generator().manual_seed(seed), {}, []
+    begin, rounds, tokens, layers = time.monotonic(), 0, 0, 0
+    while (spent := time.monotonic() - begin) < budget:
+        tokens += texts(model, tokenizer, known, rounds)
+        rounds += 1
+        while layers < shapes and layers < shapes * spent / (0.9 * budget):  # all but the last tenth has them
+            layer(generator, layers)
+            layers += 1
+        if len(samples) < 100 * spent / budget:
+            gc.collect()
+            samples.append(held("VmRSS"))
+    first, last = statistics.median(samples[10:15]), statistics.median(samples[-5:])
+    return {
+        "seconds": round(budget),
+        "rounds": rounds,
+        "tokens": tokens,
+        "shapes": layers,
+        "resident_bytes_first": int(first),
+        "resident_bytes_last": int(last),
+        "growth": last / first - 1,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=60, help="seconds")
+    parser.add_argument("--shapes", type=int, default=SHAPES, help="random shapes of layers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", action="store_true", help="record this run in book/results/reliability.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    with tempfile.TemporaryDirectory() as folder:
+        found = soak(folder, arguments.budget, arguments.shapes, arguments.seed)
+    print(json.dumps(found, indent=1))
+    if arguments.save:
+        from record import record
+
+        record("soak", found)
+    if found["growth"] > FLAT:
+        sys.exit(f"memory grew by {found['growth']:.1%} after the first tenth")
+
+
+if __name__ == "__main__":
+    main()
