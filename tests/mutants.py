@@ -164,7 +164,7 @@ MUTANTS = [
         "    shapes = linear_shapes(shape._replace(fused=False))\n    if bits",
         "fused layers counted apart",
     ),
-    Mutant("reference/memory.py", " + size // group * HALF_BYTES", "", "scales of an embedding not counted"),
+    Mutant("reference/memory.py", " + size // group * numbers * HALF_BYTES", "", "scales of an embedding not counted"),
     Mutant("reference/memory.py", '(2 if shape.biases == "all" else 1)', "1", "biases of norms not counted"),
     Mutant(
         "reference/memory.py",
@@ -465,7 +465,12 @@ MUTANTS = [
     ),
     Mutant("fast/lora.py", "def merge(", "def no_merge(", "adapters merge into a copy that is lost"),
     Mutant("fast/layers.py", "made = memo[id(self)] = type", "made = type", "shared layers are copied twice"),
-    Mutant("fast/layers.py", "copy.deepcopy(self.__dict__, memo)", "self.__dict__", "deep copies share their tensors"),
+    Mutant(
+        "fast/layers.py",
+        "copy.deepcopy(self.__getstate__(), memo)",
+        "self.__getstate__()",
+        "deep copies share their tensors",
+    ),
     Mutant("fast/layers.py", "def __reduce_ex__(", "def no_reduce(", "layers are pickled"),
     Mutant("fast/gguf.py", 'if architecture == "llama":', 'if architecture == "none":', "heads are not interleaved"),
     Mutant(
@@ -554,7 +559,10 @@ MUTANTS = [
     Mutant("fast/checkpoint.py", "size + tensor.nbytes > shard_bytes", "False", "never sharded"),
     Mutant("fast/headers.py", "file.parent != path for", "False for", "an index may name files anywhere"),
     Mutant(
-        "fast/checkpoint.py", 'not in name and not name.endswith("table.scale")', "not in name", "scales are parameters"
+        "fast/checkpoint.py",
+        ' and not name.endswith(("table.scale", "table.offset"))',
+        "",
+        "scales and offsets are parameters",
     ),
     Mutant("fast/layers.py", "new.dtype != old.dtype", "False", "packed scales are cast with the model"),
     Mutant("fast/layers.py", "old.to(new.device)", "old", "packed scales stay behind on a device"),
@@ -593,14 +601,14 @@ MUTANTS = [
     Mutant("fast/plugin.py", "if name in sys.modules:", "if False:", "transformers that came first does not learn"),
     Mutant(
         "fast/plugin.py",
-        "                register(module)",
-        "                pass",
+        "            self.then()",
+        "            pass",
         "transformers that comes later does not learn",
     ),
     Mutant(
         "fast/operators.py",
-        "((grad @ b) @ a)",
-        "((grad @ b) @ a * 1.001)",
+        "((grad.float() @ b) @ a)",
+        "((grad.float() @ b) @ a * 1.001)",
         "gradient of the packed layer is off",
     ),
     Mutant("fast/__main__.py", "return STOPPED", "return USER_ERROR", "told to stop is an error"),

@@ -298,6 +298,7 @@ def test_quantize_table_refuses_odd_sizes_and_bits():
 @pytest.mark.parametrize("tied", [True, False])
 def test_quantised_embeddings_survive_saving(bits, tied, tmp_path):
     model = lb.load_model(make_tiny_llama(tmp_path / "model", tie_word_embeddings=tied))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     lb.quantize_(model, lb.Config(bits=BITS), progress=False)
     quantize_embeddings_(model, bits)
     loaded = lb.load(lb.save(model, tmp_path / "out"))
@@ -310,6 +311,7 @@ def test_quantised_embeddings_survive_saving(bits, tied, tmp_path):
         assert_same(lb.load(tmp_path / "out")(tokens).logits, first)
     stored = lb.info(tmp_path / "out")
     assert stored["embedding_bits"] == bits
+    assert round(8 * stored["file_bytes"] / stored["file_bits_per_parameter"]) == parameters
     rows = 260 * (64 * bits // 8 + (2 if bits == 8 else 4) * tables[0].scale.shape[1])
     norms = sum(p.numel() for p in loaded.parameters()) + 2 * 2 * (64 + 32 + 32 + 64) // 2
     assert rows * (1 if tied else 2) <= stored["other_bytes"] <= rows * (1 if tied else 2) + 2 * norms
