@@ -233,7 +233,7 @@ def test_numbas_threads_leave_torchs_number_as_it_was():
 import torch, littlebit.fast as lb
 from littlebit.fast.kernels import cpu, plan as plans
 torch.set_num_threads(1)
-with cpu.numba_threads() as threads:
+with cpu.NumbaThreads() as threads:
     assert threads == 1
 assert torch.get_num_threads() == 1
 """
