@@ -264,7 +264,7 @@ class Decoder:
             raise ValueError(f"the decoder holds {capacity} tokens, not {self.position + len(tokens)}")
         if len(tokens) == 0 or tokens.min() < 0 or tokens.max() >= vocabulary:
             raise ValueError(f"tokens must be one or more numbers from 0 to {vocabulary - 1}, not {tokens}")
-        with cpu.numba_threads(self.threads) as threads:
+        with cpu.NumbaThreads(self.threads) as threads:
             for start in range(0, len(tokens), BLOCK):
                 block = np.ascontiguousarray(tokens[start : start + BLOCK], np.int64)
                 cpu_decode.step(
