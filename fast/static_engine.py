@@ -1,4 +1,4 @@
-"""Any causal language model of transformers as an engine for decode_cuda.py: its own forward, with a cache of fixed size.
+"""Any causal language model of transformers as an engine for decode_cuda.py: its forward, a cache of fixed size.
 
 transformers' StaticCache keeps the length of windows in Python, which a captured graph cannot change. Here all layers
 have room for all tokens, where the next one goes is a tensor that they share, and windows are left to the masks, which
@@ -26,6 +26,9 @@ class FixedLayer(StaticLayer):
     position : () int64 tensor
         Where the next one goes; shared.
     """
+
+    keys: Any
+    values: Any
 
     def __init__(self, capacity: int, position: Tensor):
         super().__init__(capacity)

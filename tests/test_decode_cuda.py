@@ -148,7 +148,7 @@ def test_what_cannot_be_decoded_is_named(llama, monkeypatch):
         with pytest.raises(ValueError, match="from 0 to 127"):
             decode_batch(llama, [[5, token]], 4)
     assert len(list(decode_batch(llama, [prompt(390)], 11))) == 11
-    with pytest.raises(ValueError, match="390 tokens and 12 new ones are more than the 400 .* shorten the prompt"):
+    with pytest.raises(ValueError, match=r"390 tokens and 12 new ones are more than the 400 .* shorten the prompt"):
         decode_batch(llama, [prompt(390)], 12)
     monkeypatch.setattr(type(llama), "_can_compile_fullgraph", False)
     with pytest.raises(NotDecodableError, match="LlamaForCausalLM takes no cache of fixed size"):
