@@ -1,8 +1,8 @@
 """Generation on a GPU: a step of the model and the choice of the next token, captured in one CUDA graph and replayed.
 
-What a step is, an engine says: static_engine.py for every model that transformers can run with a cache of fixed size.
-A graph reads and writes the same memory each time, so tokens, positions and the cache stay where they are; when the
-cache is full, a larger one is made and the next step captured anew.
+What a step is, an engine says: fused_engine.py for Llama-like models, static_engine.py for all others that transformers
+can run with a cache of fixed size. A graph reads and writes the same memory each time, so tokens, positions and the
+cache stay where they are; when the cache is full, a larger one is made and the next step captured anew.
 
 On a CPU everything runs as it is written, without graphs: that is how it is tested.
 """
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .decode_cpu import NotDecodableError
 from .decode_loaded import stop_tokens
 from .model import device_of
 
@@ -202,8 +203,13 @@ def engine_for(model: Any, batch: int, capacity: int) -> Engine:
     NotDecodableError
         If none does.
     """
+    from .fused_engine import fused_engine
     from .static_engine import StaticEngine
 
+    try:
+        return fused_engine(model, batch, capacity)
+    except NotDecodableError as reason:
+        log.info("littlebit: transformers' own forward runs this model's steps, not the fused kernels: %s", reason)
     return StaticEngine(model, batch, capacity)
 
 

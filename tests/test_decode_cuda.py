@@ -1,4 +1,4 @@
-"""The engines of decode_cuda.py on a CPU, without graphs: against transformers' generate; and the choice of tokens."""
+"""The engines of decode_cuda.py on a CPU, without graphs, against transformers; and the choice of tokens."""
 
 import logging
 
@@ -9,15 +9,19 @@ import transformers as hf
 from compare import assert_same
 from hypothesis import given, strategies as st
 from littlebit.fast import decode_cuda
+from littlebit.fast.agreement import logit_bound
 from littlebit.fast.decode_cpu import NotDecodableError
 from littlebit.fast.decode_cuda import Loop, Sampling, choose, decode_batch
+from littlebit.fast.embeddings import quantize_embeddings_
+from littlebit.fast.fused_engine import FUSED_TYPES, FusedEngine, fused_engine
 from littlebit.fast.static_engine import StaticEngine
-from test_families import FAMILIES, SIZES
+from test_families import FAMILIES, GROUPED, SIZES
 
 BITS = 3.0
 LONG = {"max_position_embeddings": 400}
 PHI = {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}
 KINDS = {name: FAMILIES[name] for name in FAMILIES if name != "GPT-2"}
+KINDS["Mistral, no window"] = (hf.MistralConfig, GROUPED | {"sliding_window": None}, KINDS["Mistral"][2])
 KINDS["Phi"] = (hf.PhiConfig, SIZES | PHI, {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"})
 
 
@@ -34,9 +38,17 @@ def packed_model(family, **changes):
     return lb.pack_(model)
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
-def packed(request):
-    return packed_model(request.param)
+@pytest.fixture(scope="module")
+def models():
+    """Makes each family's model once."""
+    made = {}
+
+    def model(family):
+        if family not in made:
+            made[family] = packed_model(family)
+        return made[family]
+
+    return model
 
 
 def prompt(length, seed=0):
@@ -54,9 +66,21 @@ def columns(steps):
     return [list(column) for column in zip(*steps, strict=True)]
 
 
-def test_static_cache_writes_what_transformers_writes(packed, monkeypatch):
-    """Beyond the windows of eight tokens, and through two larger caches."""
+FUSED = ("Llama", "Mistral, no window", "Qwen2.5", "Qwen3")
+ENGINES = [(StaticEngine, family) for family in KINDS] + [(fused_engine, family) for family in FUSED]
+
+
+@pytest.fixture(params=ENGINES, ids=lambda pair: f"{pair[0].__name__}-{pair[1]}")
+def packed(request, models, monkeypatch):
+    """A model of each family that each engine runs, and that engine in charge."""
+    make, family = request.param
+    monkeypatch.setattr(decode_cuda, "engine_for", make)
     monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
+    return models(family)
+
+
+def test_engines_write_what_transformers_writes(packed):
+    """Beyond the windows of eight tokens, and through three larger caches."""
     tokens = prompt(5)
     assert columns(decode_batch(packed, [tokens], 40)) == [by_transformers(packed, tokens, 40)]
 
@@ -65,6 +89,45 @@ def test_prompts_of_a_batch_do_not_touch_each_other(packed):
     prompts = [prompt(length, seed=length) for length in (3, 11, 20)]
     alone = [by_transformers(packed, tokens, 12) for tokens in prompts]
     assert columns(decode_batch(packed, prompts, 12)) == alone
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "num_hidden_layers": 3}]
+)
+def test_logits_of_the_fused_engine_are_exact_within_the_bound(changes, bits, monkeypatch):
+    """Two prompts that pass in blocks of four tokens, then steps; every row of logits."""
+    from littlebit.fast import fused_engine as module
+
+    monkeypatch.setattr(module, "PREFILL", 4)
+    model = packed_model("Llama", **changes)
+    quantize_embeddings_(model, bits)
+    texts = [torch.tensor(prompt(length)) for length in (6, 13)]
+    exact, bound = logit_bound(model, texts)
+    engine = fused_engine(model, 2, 16)
+    with torch.inference_mode():
+        rows = [engine.prefill([texts[0][:2].tolist(), texts[1][:9].tolist()])]
+        rows += [engine.step(torch.stack([texts[0][2 + at], texts[1][9 + at]])) for at in range(4)]
+    for at, logits in enumerate(rows):
+        for row, start in enumerate((1, 8)):
+            error = (logits[row].double() - exact[row][start + at]).abs().max()
+            assert error <= bound[row][start + at]
+
+
+def test_the_fused_engine_says_what_it_does_not_know(llama, monkeypatch):
+    def reason(change):
+        with pytest.MonkeyPatch.context() as patch:
+            change(patch)
+            with pytest.raises(NotDecodableError) as found:
+                fused_engine(llama, 1, 8)
+        return str(found.value)
+
+    assert set(FUSED_TYPES) == {"llama", "mistral", "qwen2", "qwen3"}
+    assert "gelu" in reason(lambda patch: patch.setattr(llama.config, "hidden_act", "gelu"))
+    mlp, head = llama.model.layers[1].mlp, torch.nn.Linear(64, 128)
+    assert "Identity" in reason(lambda patch: patch.setitem(mlp._modules, "up_proj", torch.nn.Identity()))
+    assert "head has a bias" in reason(lambda patch: patch.setitem(llama._modules, "lm_head", head))
+    assert "Identity" in reason(lambda patch: patch.setitem(llama.model._modules, "embed_tokens", torch.nn.Identity()))
 
 
 @pytest.mark.parametrize("family", list(KINDS))
@@ -116,9 +179,9 @@ def test_choose_has_the_frequencies_of_the_softmax():
     assert ((counts - 4000 * chances).abs() < 5 * (4000 * chances * (1 - chances)).sqrt()).all()
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return packed_model("Llama")
+@pytest.fixture
+def llama(models):
+    return models("Llama")
 
 
 def test_a_seed_gives_the_same_text_again(llama):
@@ -141,6 +204,7 @@ def test_a_sequence_that_has_ended_stays_so(llama, monkeypatch):
 
 
 def test_what_cannot_be_decoded_is_named(llama, monkeypatch):
+    monkeypatch.setattr(decode_cuda, "engine_for", StaticEngine)
     for prompts in ([], [[1]] * 17, [[]]):
         with pytest.raises(ValueError, match="1 to 16 prompts"):
             decode_batch(llama, prompts, 4)
@@ -167,7 +231,7 @@ def test_lack_of_memory_says_what_to_do(llama, monkeypatch):
 
     monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
     steps = decode_batch(llama, [prompt(4)], 10)
-    monkeypatch.setattr(StaticEngine, "grow", fail)
+    monkeypatch.setattr(FusedEngine, "grow", fail)
     with pytest.raises(ValueError, match="no memory left after 8 tokens of 1 sequences: give fewer"):
         list(steps)
 
