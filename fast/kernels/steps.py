@@ -243,8 +243,8 @@ class CudaSteps:
         return y
 
     def made(self, projected: Tensor, keys: Tensor, norms: HeadNorms | None) -> Any:
-        """What the kernel of `attend` is made for; sixteen warps if their registers suffice."""
-        warps = 16 if self.group == 1 and self.heads.size > 64 and not norms else 8
+        """What the kernel of `attend` is made for; sixteen warps where the registers suffice, as the tests see."""
+        warps = 16 if self.early and self.group == 1 and self.heads.size > 64 and not norms else 8
         kinds = self.kind(projected), self.kind(keys)
         return self.kernels.Attention(*kinds, self.heads.size, self.group, warps, norms is not None)
 
