@@ -406,7 +406,8 @@ def attend(made: Attention, early: bool) -> Any:
     kind, kept, size, group, warps, is_normed = made
     eight_at, rounded, round_kept = EIGHT[kind], ROUND[kind], ROUND[kept]
     decoded, again = EIGHT_WORDS[kept], AGAIN[kept]
-    lanes, unroll = size // 8, 4 if group <= 4 else 2  # lanes that share a token, tokens that they look at at once
+    lanes = size // 8  # that share a token
+    unroll = 4 if early and group <= 4 else 2  # tokens that they look at at once, for which registers suffice
     teams, half = 32 // lanes, size // 2
     team_sum = summed(lanes)
     stretch = size + 2  # numbers of a warp, or of a block, for a head

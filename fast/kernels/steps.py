@@ -184,12 +184,12 @@ class CudaSteps:
 
         self.kernels, self.launching = cuda_decode, launching
         self.heads, self.dtype, self.eps, self.index = heads, dtype, eps, index
-        group = heads.heads // heads.kv_heads
-        self.group = next(count for count in range(min(group, 8), 0, -1) if group % count == 0)
+        self.early = torch.cuda.get_device_capability(index) >= launching.EARLY
+        group, most = heads.heads // heads.kv_heads, 8 if self.early else 2  # that the registers suffice for
+        self.group = next(count for count in range(min(group, most), 0, -1) if group % count == 0)
         self.chunks = group // self.group
         self.blocks = batch * heads.kv_heads * self.chunks
         self.shortest = self.shortest_of_few if self.blocks < self.few else self.shortest_of_many
-        self.early = torch.cuda.get_device_capability(index) >= launching.EARLY
         self.tickets = torch.zeros(self.blocks, dtype=torch.int32, device=torch.device("cuda", index))
 
     def start(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **how: int) -> None:
