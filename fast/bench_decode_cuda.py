@@ -148,15 +148,15 @@ def random_model(shape: ModelShape, bits: float | None, paths: int = 1, device: 
     Dense layers that share their input are one.
     """
     generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.float16 if generator.device.type == "cuda" else torch.float32
     shapes = linear_shapes(shape)
     ranks = {} if bits is None else layer_ranks(shape, bits, paths, WORD_BITS)
 
     def linear(at: int, *names: str) -> nn.Module:
         (d_outs, (d_in, *_)) = zip(*(shapes[f"{at}.{name}"] for name in names), strict=True)
+        biased = shape.biases == "qkv" and names[0] in QKV
         if bits is None:
-            return random_linear(sum(d_outs), d_in, dtype, generator, shape.biases == "qkv" and "q_proj" in names)
-        return random_packed(d_outs[0], d_in, ranks[f"{at}.{names[0]}"], generator)
+            return random_linear(sum(d_outs), d_in, generator, biased)
+        return random_packed(d_outs[0], d_in, ranks[f"{at}.{names[0]}"], generator, biased)
 
     def linears(at: int, *names: str) -> list[nn.Module]:
         return [linear(at, *names)] if bits is None else [linear(at, name) for name in names]
@@ -169,29 +169,30 @@ def random_model(shape: ModelShape, bits: float | None, paths: int = 1, device: 
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     kinds = shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.intermediate, shape.layers
     sizes = Architecture(*kinds, shape.vocabulary, 1e-5, rope)
-    head = random_linear(shape.vocabulary, shape.hidden, dtype, generator)
-    rows = head if shape.tied else random_linear(shape.vocabulary, shape.hidden, dtype, generator)
+    head = random_linear(shape.vocabulary, shape.hidden, generator)
+    rows = head if shape.tied else random_linear(shape.vocabulary, shape.hidden, generator)
     embedding = nn.Embedding(1, 1, device="meta")
     embedding.weight = rows.weight
     return Model(sizes, blocks, one, embedding, head)
 
 
-def random_linear(
-    d_out: int, d_in: int, dtype: torch.dtype, generator: torch.Generator, bias: bool = False
-) -> nn.Linear:
-    """A dense layer whose outputs are about as large as its inputs."""
+def random_linear(d_out: int, d_in: int, generator: torch.Generator, bias: bool = False) -> nn.Linear:
+    """A dense float16 layer whose outputs are about as large as its inputs."""
     layer = nn.Linear(d_in, d_out, bias=bias, device="meta")
-    weight = torch.empty(d_out, d_in, dtype=dtype, device=generator.device)
+    weight = torch.empty(d_out, d_in, dtype=torch.float16, device=generator.device)
     layer.weight = nn.Parameter(weight.normal_(0, d_in**-0.5, generator=generator), requires_grad=False)
     if bias:
-        layer.bias = nn.Parameter(torch.zeros(d_out, dtype=dtype, device=generator.device), requires_grad=False)
+        layer.bias = nn.Parameter(torch.zeros(d_out, dtype=torch.float16, device=generator.device), requires_grad=False)
     return layer
 
 
-def random_packed(d_out: int, d_in: int, ranks: Sequence[int], generator: torch.Generator) -> PackedLinear:
+def random_packed(
+    d_out: int, d_in: int, ranks: Sequence[int], generator: torch.Generator, bias: bool = False
+) -> PackedLinear:
     """A packed layer whose outputs are about as large as its inputs."""
     paths = [random_path(d_out, d_in, rank, generator) for rank in ranks]
-    return PackedLinear([path._replace(ell=path.ell * (d_in * sum(ranks)) ** -0.5) for path in paths])
+    zeros = torch.zeros(d_out, dtype=torch.float16, device=generator.device) if bias else None
+    return PackedLinear([path._replace(ell=path.ell * (d_in * sum(ranks)) ** -0.5) for path in paths], zeros)
 
 
 def timed(
@@ -306,8 +307,8 @@ def profiled(engine: FusedEngine, loop: Loop) -> list[dict[str, Any]]:
         "gate, up": [lambda b=b, g=g: g[2].normed(stream_, b.norms[1]) for b, g in every],
         "down": [lambda g=g: g[3].added(wide, stream_, "silu") for _, g in every],
         "last norm": [lambda: steps.normed(stream_, model.norm)],
-        "head": [lambda: model.head(hidden)],
-        "choice": [lambda: loop.tokens.copy_(model.head(hidden).argmax(-1))],
+        "head": [lambda: steps.logits(hidden, model.head)],
+        "choice": [lambda: loop.tokens.copy_(steps.logits(hidden, model.head).argmax(-1))],
     }
     rows = []
     for part, calls in parts.items():

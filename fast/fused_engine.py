@@ -213,6 +213,8 @@ class FusedEngine:
     device : torch.device
     dtype : torch.dtype
         Of keys and values, and of what dense layers are multiplied with.
+    kernels : bool, optional
+        Whether Numba's kernels run the steps; by default on a GPU.
 
     Raises
     ------
@@ -220,13 +222,21 @@ class FusedEngine:
         If the kernels cannot be used, or not for such sizes.
     """
 
-    def __init__(self, model: Model, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        sizes = model.sizes
+    def __init__(
+        self,
+        model: Model,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernels: bool | None = None,
+    ):
+        sizes, self.kernels = model.sizes, device.type == "cuda" if kernels is None else kernels
         self.model, self.batch, self.capacity, self.device, self.dtype = model, batch, capacity, device, dtype
         self.heads = Heads(sizes.heads, sizes.kv_heads, sizes.head_dim)
         self.steps: Any = (
-            CudaSteps(self.heads, dtype, sizes.eps, batch, device.index or 0)
-            if device.type == "cuda"
+            CudaSteps(self.heads, dtype, sizes.eps, batch, device)
+            if self.kernels
             else TorchSteps(self.heads, dtype, sizes.eps)
         )
         self.groups = [self.groups_of(block) for block in model.blocks]
@@ -249,7 +259,7 @@ class FusedEngine:
 
     def group_of(self, modules: Sequence[Any], adds: bool) -> Modules | Packed:
         """Layers that share their input: two launches, if they can be."""
-        if self.device.type != "cuda" or len(modules) > MOST_SIBLINGS:
+        if not self.kernels or len(modules) > MOST_SIBLINGS:
             return Modules(modules, self.steps)
         if not all(isinstance(each, PackedLinear) and len(each.ranks) <= MOST_PATHS for each in modules):
             return Modules(modules, self.steps)
@@ -272,7 +282,7 @@ class FusedEngine:
             output.added(mixed, stream)
             down.added(gate_up.normed(stream, block.norms[1]), stream, "silu")
         self.positions.add_(1)
-        return model.head(steps.normed(stream, model.norm))
+        return steps.logits(steps.normed(stream, model.norm), model.head)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (batch, vocabulary) after the prompts, a block of tokens after the other, shorter ones filled up."""

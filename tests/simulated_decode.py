@@ -6,14 +6,21 @@ import os
 
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 
+import contextlib
+from types import SimpleNamespace
+
 import cuda_simulator  # noqa: F401 (before any kernel)
 import littlebit.fast.kernels.cuda_decode as kernels
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.embeddings import quantize_table
+from littlebit.fast.fused_engine import FusedEngine, Packed
+from littlebit.fast.kernels import cuda_launch, dispatch
 from littlebit.fast.kernels.cuda_decode import EIGHTS, Attention
+from littlebit.fast.memory import ModelShape
 from numba import cuda
 
 EPS = 2.0**-24
@@ -142,6 +149,25 @@ def test_embed_looks_rows_up(kind):
     assert ((fetched(squares, torch.float32, 2) - exact).abs() <= 64 * EPS * exact).all()
 
 
+@pytest.mark.parametrize(("kind", "rows"), [("8", 1), ("8", 3), ("4", 2)])
+def test_logits_are_rows_of_a_table_times_x(kind, rows):
+    size, count = 288, 19
+    table = quantize_table(numbers(count, size), int(kind))
+    x = numbers(rows, size, seed=1).half()
+    y = cuda.to_device(np.full(rows * count, 9, np.float32))
+    offset = table.scale if table.offset is None else table.offset
+    arrays = (
+        cuda.to_device(table.codes.flatten().view(torch.uint8).numpy().copy()),
+        *map(on_device, (table.scale, offset)),
+    )
+    vectors = {1: 1, 2: 2, 3: 4}[rows]
+    grid = 2, -(-rows // vectors)
+    kernels.logits("half", kind, vectors)[grid, EIGHTS](on_device(x), *arrays, y, rows, count, size, table.group)
+    entries = table.rows(slice(None)).double()
+    want, magnitude = x.double() @ entries.T, x.double().abs() @ entries.abs().T
+    assert ((fetched(y, torch.float32, rows, count) - want).abs() <= 2 * (size + 4) * EPS * magnitude).all()
+
+
 @pytest.mark.parametrize("kind", ["half", "single"])
 def test_the_residual_stream_gets_what_is_added_and_its_norm(kind):
     size, rows, dtype = 1032, 2, DTYPES[kind]
@@ -167,3 +193,55 @@ def test_gated_is_the_activation_of_one_half_times_the_other(activation):
     gate, up = x.double().chunk(2, -1)
     want = curve[activation](gate) * up
     assert ((fetched(out, torch.float32, 2, 72) - want).abs() <= 32 * EPS * (want.abs() + up.abs())).all()
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Launches go to the simulator, which takes arrays where the driver takes addresses."""
+    views = {torch.int32: np.uint32, torch.int16: np.uint16, torch.float16: np.uint16, torch.uint8: np.uint8}
+
+    def array(tensor):
+        raw = tensor.view(torch.int16) if tensor.dtype == torch.float16 else tensor
+        raw = raw.reshape(-1).detach().numpy()
+        kernel_sees = views.get(tensor.dtype)
+        return raw.view(kernel_sees) if kernel_sees else raw
+
+    def start(stream, early, kernel, grid, threads, size, arguments):
+        known = {}  # an array may be given twice, and is one
+
+        def seen(each):
+            if isinstance(each, tuple):
+                return tuple(map(seen, each))
+            if not isinstance(each, np.ndarray):
+                return np.float32(each) if isinstance(each, float) else each
+            return known.setdefault((each.ctypes.data, each.dtype), (each, cuda.to_device(each)))[1]
+
+        kernel[grid, threads, 0, size](*map(seen, arguments))
+        for host, on_gpu in known.values():
+            host[:] = on_gpu.copy_to_host()
+
+    monkeypatch.setattr(cuda_launch, "array", array)
+    monkeypatch.setattr(cuda_launch, "start", start)
+    monkeypatch.setattr(cuda_launch, "described", lambda index: cuda_launch.Device("any", 1, 227 << 10))
+    monkeypatch.setattr(dispatch, "cuda_kernels", lambda index: cuda_launch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize(("bits", "heads"), [(2.0, 1), (None, 2)])
+def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads):
+    """Packed layers as siblings, or dense ones and the kernels between them."""
+    shape = ModelShape("a small one", 64, 80, 1, heads, 1, 64, 40, 256)
+    model = random_model(shape, bits, 1, "cpu")
+    sides = [FusedEngine(model, 2, 16, torch.device("cpu"), torch.float16, kernels) for kernels in (True, False)]
+    assert all(isinstance(group, Packed) == (bits is not None) for groups in sides[0].groups for group in groups)
+    with torch.inference_mode():
+        one, two = ([each.prefill([[1, 2, 3], [4]])] for each in sides)
+        for each, rows in zip(sides, (one, two), strict=True):
+            rows.append(each.step(torch.tensor([5, 6])))
+    assert torch.equal(one[0], two[0])
+    for mine, theirs in zip(one[1:], two[1:], strict=True):
+        assert (mine - theirs).abs().max() <= 2**-7 * theirs.abs().max()
+    assert sides[0].positions.tolist() == [4, 2]

@@ -15,30 +15,20 @@ SHAPE = ModelShape("a small one", 128, 192, 2, 4, 2, 32, 96, 256)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("bits", "paths"), [(0.9, 1), (1.5, 2), (None, 1)])
 def test_random_models_have_the_bytes_of_their_shape_and_run(bits, paths, tied):
-    shape = SHAPE._replace(tied=tied)
+    shape = SHAPE._replace(tied=tied, biases="qkv" if tied else "none")
     model = bench.random_model(shape, bits, paths, "cpu")
     linear = [module for block in model.blocks for module in bench.modules_of(block)]
     assert all(isinstance(module, PackedLinear) == (bits is not None) for module in linear)
-    table = 0 if bits else 2  # a CPU's dense weights are of float32
-    counted = model_memory(shape, bits, paths)
-    heads = (1 if tied else 2) * shape.vocabulary * shape.hidden
-    assert bench.weights_bytes(model) == counted.weights + 2 * heads + table * sum(
-        module.weight.numel() for module in linear if table
-    )
+    assert bench.weights_bytes(model) == model_memory(shape, bits, paths).weights
     with torch.inference_mode():
-        engine = FusedEngine(model, 2, 32, torch.device("cpu"), torch.float32)
+        engine = FusedEngine(model, 2, 32, torch.device("cpu"), torch.float16)
         engine.prefill([[1, 2, 3], [4]])
         logits = engine.step(torch.tensor([5, 6]))
     assert logits.shape == (2, shape.vocabulary)
     assert 0.01 < logits.std() < 100
-    assert bench.kept_bytes(engine) == 2 * counted_kept(shape)
-    unread = 0 if tied else 4 * shape.hidden * (shape.vocabulary - 2)
+    assert bench.kept_bytes(engine) == model_memory(shape, None, context=1).kv_cache
+    unread = 0 if tied else 2 * shape.hidden * (shape.vocabulary - 2)
     assert bench.unread_bytes(model, 2) == unread
-
-
-def counted_kept(shape):
-    """Bytes of a token's keys and values in float16."""
-    return model_memory(shape, None, context=1).kv_cache
 
 
 def test_stored_bits_are_below_the_ceiling():

@@ -8,7 +8,7 @@ import torch
 from littlebit.fast import decode_cuda
 from littlebit.fast.agreement import logit_bound
 from littlebit.fast.decode_cuda import Loop, Sampling, decode_batch
-from littlebit.fast.embeddings import quantize_embeddings_
+from littlebit.fast.embeddings import QuantizedHead, quantize_embeddings_, quantize_table
 from littlebit.fast.fused_engine import FusedEngine, Packed, fused_engine
 from littlebit.fast.kernels import dispatch
 from littlebit.fast.kernels.steps import CudaSteps, HeadNorms, Heads, Stream, TorchSteps
@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Numba's, with a newer NumPy
 ]
+CUDA = torch.device("cuda", 0)
 HEADS64 = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPES = [Heads(32, 32, 128), Heads(64, 8, 128), Heads(9, 3, 64), Heads(14, 2, 64), Heads(8, 4, 256), Heads(40, 1, 128)]
 
@@ -46,7 +47,7 @@ def test_any_family_writes_on_the_gpu_what_it_writes_on_a_cpu(family, monkeypatc
 def test_attention_is_that_of_torch(heads, position, batch, dtype):
     """Both round keys and values to float16; a weighted mean of values is as exact as scores and values are."""
     kept = torch.float16
-    ours = CudaSteps(heads, kept, 1e-5, batch, 0)
+    ours = CudaSteps(heads, kept, 1e-5, batch, CUDA)
     positions = (position + 7 * torch.arange(batch, device="cuda")) % 1024
     projected = numbers(batch, (heads.heads + 2 * heads.kv_heads) * heads.size, dtype=dtype)
     cache = [numbers(batch, heads.kv_heads, 1024, heads.size, seed=i, dtype=kept) for i in (1, 2)]
@@ -66,7 +67,7 @@ def test_attention_is_that_of_torch(heads, position, batch, dtype):
 @pytest.mark.parametrize("size", [576, 4096, 8192])
 def test_streams_norms_and_gates_are_those_of_torch(size):
     heads = Heads(1, 1, 64)
-    ours, theirs = CudaSteps(heads, torch.float16, 1e-5, 3, 0), TorchSteps(heads, torch.float16, 1e-5)
+    ours, theirs = CudaSteps(heads, torch.float16, 1e-5, 3, CUDA), TorchSteps(heads, torch.float16, 1e-5)
     embedding = torch.nn.Embedding(100, size, device="cuda", dtype=torch.float16)
     tokens, weight = torch.tensor([3, 99, 0], device="cuda"), numbers(size)
     streams: list[Stream] = [each.embed(tokens, embedding) for each in (ours, theirs)]
@@ -79,6 +80,16 @@ def test_streams_norms_and_gates_are_those_of_torch(size):
     for activation in ("silu", "gelu_tanh"):
         mine, other = (each.gated(x, activation) for each in (ours, theirs))
         assert ((mine - other).abs() <= 2**-9 * other.abs() + 2**-20).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_logits_of_a_table_are_those_of_torch(bits, rows):
+    head = QuantizedHead(quantize_table(numbers(1003, 576).cpu(), bits)).cuda()
+    x = numbers(rows, 576, dtype=torch.float16)
+    got = CudaSteps(Heads(1, 1, 64), torch.float16, 1e-5, rows, CUDA).logits(x, head)
+    want = head(x.double())
+    assert (got - want).abs().max() <= 2**-18 * (x.double().abs() @ head.table.rows(slice(None)).double().abs().T).max()
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

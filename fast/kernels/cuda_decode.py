@@ -47,6 +47,7 @@ from .cuda_lanes import as_float, exponential, halves, larger, let_next_start, p
 
 WARPS = 4  # of a block of the element-wise kernels, whose threads have eight entries each
 EIGHTS = 32 * WARPS
+LOGIT_ROWS = 4  # of a table, that a warp multiplies at once
 LOWEST = -1e30  # score of what is not there
 INTEGERS = POINTER(types.int64)
 
@@ -322,6 +323,84 @@ def gated(kind: str, activation: str) -> Any:
             put_eight(y, row * size + column, times(a, eight_at(x, int32(place + size))), rounded)
 
     SIGNATURES[kernel] = types.void(ELEMENTS[kind], ELEMENTS[kind], types.int32)
+    return kernel
+
+
+@cache
+def logits(kind: str, table: str, vectors: int) -> Any:
+    """y[b, r] = table[r] . x[b], for x of a kind in EIGHT, a table of 8 or 4 bits, and 1, 2 or 4 vectors at once.
+
+    A warp has LOGIT_ROWS rows at once, and a lane eight neighbouring entries of each, so that what is read of x serves
+    several rows and what is read of the table several vectors.
+    """
+    eight_at = EIGHT[kind]
+    eight, entries = TABLES[table]
+
+    @cuda.jit(device=True, forceinline=True)
+    def further(item, rest):
+        """A row's number and its sums, with eight more entries."""
+        number, sums = item
+        codes, scale, offset, first, last, column, size, group, x = rest
+        v = eight(codes, scale, offset, min(int32(first + number), last), column, size, group)
+        a, b, c, d = sums
+        a += dot(v, x[0])
+        if vectors > 1:
+            b += dot(v, x[1])
+        if vectors > 2:
+            c += dot(v, x[2])
+            d += dot(v, x[3])
+        return number, (a, b, c, d)
+
+    @cuda.jit(device=True, forceinline=True)
+    def put(item, rest):
+        """Put a row's logits."""
+        number, sums = item
+        y, first, last, vector, rows, count, lane = rest
+        row = int32(first + number)
+        a = warp_sum(sums[0])
+        if lane == 0 and row <= last:
+            y[uint32(vector * count + row)] = a
+        if vectors > 1:
+            b = warp_sum(sums[1])
+            if lane == 0 and row <= last and int32(vector + 1) < rows:
+                y[uint32(int32(vector + 1) * count + row)] = b
+        if vectors > 2:
+            c, d = warp_sum(sums[2]), warp_sum(sums[3])
+            if lane == 0 and row <= last and int32(vector + 2) < rows:
+                y[uint32(int32(vector + 2) * count + row)] = c
+            if lane == 0 and row <= last and int32(vector + 3) < rows:
+                y[uint32(int32(vector + 3) * count + row)] = d
+        return number
+
+    @cuda.jit(device=True, forceinline=True)
+    def fresh(number, rest):
+        """A row that has no sums yet."""
+        return int32(number), (float32(0), float32(0), float32(0), float32(0))
+
+    numbers = tuple(range(LOGIT_ROWS))
+    begin, step, leave = over(fresh, LOGIT_ROWS), over(further, LOGIT_ROWS), over(put, LOGIT_ROWS)
+
+    @cuda.jit
+    def kernel(x, codes, scale, offset, y, rows, count, size, group):
+        """Grid (blocks of WARPS * LOGIT_ROWS rows of the table, vectors / `vectors`)."""
+        lane, warp = int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
+        first = int32(int32(int32(cuda.blockIdx.x * WARPS) + warp) * LOGIT_ROWS)
+        vector, last, column = int32(vectors * cuda.blockIdx.y), int32(count - 1), int32(8 * lane)
+        items = begin(numbers, 0)
+        while column < size:
+            a = eight_at(x, int32(vector * size + column))
+            b = c = d = a
+            if vectors > 1:
+                b = eight_at(x, int32(min(int32(vector + 1), int32(rows - 1)) * size + column))
+            if vectors > 2:
+                c = eight_at(x, int32(min(int32(vector + 2), int32(rows - 1)) * size + column))
+                d = eight_at(x, int32(min(int32(vector + 3), int32(rows - 1)) * size + column))
+            items = step(items, (codes, scale, offset, first, last, column, size, group, (a, b, c, d)))
+            column = int32(column + 256)
+        leave(items, (y, first, last, vector, rows, count, lane))
+
+    arrays = (ELEMENTS[kind], entries, HALVES, HALVES, SINGLES)
+    SIGNATURES[kernel] = types.void(*arrays, *[types.int32] * 4)
     return kernel
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..decode_cpu import NotDecodableError
-from ..embeddings import QuantizedEmbedding, Table
+from ..embeddings import QuantizedEmbedding, QuantizedHead, Table
 from ..kv_cache import rotate
 
 #: Activations of a gated MLP: as torch computes them. cuda.ACTIVATIONS has the same names.
@@ -158,8 +158,7 @@ class CudaSteps:
     heads, dtype, eps
         See TorchSteps; dtype float16 or bfloat16.
     batch : int
-    index : int
-        Of the GPU.
+    device : torch.device
 
     Raises
     ------
@@ -172,9 +171,10 @@ class CudaSteps:
     shortest_of_many, shortest_of_few = 256, 64
     few = 32  # blocks
 
-    def __init__(self, heads: Heads, dtype: torch.dtype, eps: float, batch: int, index: int):
+    def __init__(self, heads: Heads, dtype: torch.dtype, eps: float, batch: int, device: torch.device):
         from . import dispatch
 
+        index = device.index or 0
         launching = dispatch.cuda_kernels(index)
         if launching is None:
             raise NotDecodableError("the CUDA kernels cannot be used")
@@ -190,7 +190,7 @@ class CudaSteps:
         self.chunks = group // self.group
         self.blocks = batch * heads.kv_heads * self.chunks
         self.shortest = self.shortest_of_few if self.blocks < self.few else self.shortest_of_many
-        self.tickets = torch.zeros(self.blocks, dtype=torch.int32, device=torch.device("cuda", index))
+        self.tickets = torch.zeros(self.blocks, dtype=torch.int32, device=device)
 
     def start(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **how: int) -> None:
         """Start a kernel on torch's current stream; tensors become addresses."""
@@ -240,6 +240,17 @@ class CudaSteps:
         size = x.shape[1] // 2
         y = torch.empty(len(x), size, dtype=x.dtype, device=x.device)
         self.start(self.kernels.gated(self.kind(x), activation), self.grid(x, size), x, y, size)
+        return y
+
+    def logits(self, x: Tensor, head: nn.Module) -> Tensor:
+        """As that of TorchSteps; float32 for a table of 8 or 4 bits."""
+        if not isinstance(head, QuantizedHead):
+            return head(x)
+        kind, arrays, size, group = table_arrays(head.table)
+        vectors, count = self.launching.vectors_of(len(x)), len(head.table.codes)
+        y = torch.empty(len(x), count, device=x.device)
+        grid = -(-count // (self.kernels.WARPS * self.kernels.LOGIT_ROWS)), -(-len(x) // vectors), 1
+        self.start(self.kernels.logits(self.kind(x), kind, vectors), grid, x, *arrays, y, len(x), count, size, group)
         return y
 
     def made(self, projected: Tensor, keys: Tensor, norms: HeadNorms | None) -> Any:
