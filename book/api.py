@@ -35,6 +35,7 @@ GROUPS = {
         "decode_loaded",
         "decode_cuda",
         "fused_engine",
+        "latent_engine",
         "static_engine",
         "tokenizer",
         "latent_cache",

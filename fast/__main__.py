@@ -281,6 +281,7 @@ def bench_arguments(sub: argparse.ArgumentParser) -> None:
         nargs="+",
         help=f"cache: tokens in it (by default {' '.join(map(str, CONTEXTS))}); decode on a GPU: of the prompt (128)",
     )
+    sub.add_argument("--kv-cache", choices=KV_CACHES, default="ordinary", help="decode on a GPU: of packed models")
     sub.add_argument("--no-peers", action="store_true", help="decode on a GPU: the packed model alone")
     sub.add_argument("--profile", action="store_true", help="decode on a GPU: also say where a token's time goes")
     sub.add_argument("--batch", type=int, default=1)
@@ -826,11 +827,12 @@ def run_bench_decode_cuda(arguments: argparse.Namespace) -> None:
     (context, *_), tokens = arguments.context or [128], arguments.tokens or 256
     if arguments.model:
         model = load_any(str(arguments.model), "cuda", torch.float16)
-        row = bench_checkpoint_cuda(model, context, arguments.batch, tokens, arguments.profile)
+        row = bench_checkpoint_cuda(model, context, arguments.batch, tokens, arguments.profile, arguments.kv_cache)
         rows = [{"model": str(arguments.model), "bits": info(resolve(str(arguments.model)))["bits_per_weight"]} | row]
     else:
         chosen = {key: getattr(arguments, key) for key in ("bits", "paths") if getattr(arguments, key)}
         chosen |= {"peers": not arguments.no_peers, "profile": arguments.profile, "batch": arguments.batch}
+        chosen |= {"kv_cache": arguments.kv_cache}
         rows = bench_decode_cuda(arguments.model_shape, context=context, tokens=tokens, **chosen)
     if answered(arguments, rows, torch.cuda.get_device_name()):
         return

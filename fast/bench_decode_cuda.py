@@ -21,7 +21,7 @@ from .bits import WORD_BITS, layer_bits
 from .decode_cpu import Architecture
 from .decode_cuda import Loop, stream
 from .embeddings import QuantizedEmbedding, QuantizedHead
-from .fused_engine import Block, FusedEngine, Model, parts_of
+from .fused_engine import Block, FusedEngine, Model, engine_of, parts_of
 from .layers import PackedLinear
 from .memory import MODEL_SHAPES, ModelShape, layer_ranks, linear_shapes, model_memory
 
@@ -40,6 +40,7 @@ def bench_decode_cuda(
     tokens: int = 256,
     peers: bool = True,
     profile: bool = False,
+    kv_cache: str = "ordinary",
 ) -> list[dict[str, Any]]:
     """Time greedy decoding of a random model of a published shape, one token of each sequence after the other.
 
@@ -64,14 +65,16 @@ def bench_decode_cuda(
         Also time the same engine with dense float16 layers, and transformers, where they fit the GPU.
     profile : bool
         Also say where a token's time goes, see `profiled`.
+    kv_cache : str
+        Of the packed models: a kind in memory.KV_CACHES.
 
     Returns
     -------
     One dict for each model: engine ("packed", "float16" or "transformers"), shape, bits (stored, of the linear layers),
-    paths, context, batch, tokens, time_ms (of a step), tokens_per_s (of all sequences), streamed_tokens_per_s (by the
-    clock, with each token read by the host), weights_bytes, step_bytes (that a step must read, with the cache at the
-    middle of the timed steps), fraction_of_copy (step_bytes per second over those of a device-to-device copy, read and
-    written), peak_bytes (that torch had allocated), parts (of a profile).
+    paths, context, batch, tokens, kv_cache, kv_bytes_per_token, time_ms (of a step), tokens_per_s (of all sequences),
+    streamed_tokens_per_s (by the clock, with each token read by the host), weights_bytes, step_bytes (that a step must
+    read, with the cache at the middle of the timed steps), fraction_of_copy (step_bytes per second over those of a
+    device-to-device copy, read and written), peak_bytes (that torch had allocated), parts (of a profile).
 
     Raises
     ------
@@ -84,11 +87,12 @@ def bench_decode_cuda(
     rows = []
     for target in (*bits, *([None] if peers else [])):
         stored = None if target is None else stored_bits(sizes, target, paths)
-        if not fits(sizes, target, paths, context + tokens, batch):
+        if not fits(sizes, target, paths, context + tokens, batch, "ordinary" if target is None else kv_cache):
             continue
         torch.cuda.reset_peak_memory_stats()
         model = random_model(sizes, target, paths)
-        found = timed(model, context, batch, tokens, copy_rate, profile)
+        kind = "ordinary" if target is None else kv_cache
+        found = timed(model, context, batch, tokens, copy_rate, profile, kind)
         engine = {"engine": "float16" if target is None else "packed", "bits": stored or 16.0}
         rows.append(common | engine | {"paths": None if target is None else paths} | found)
         del model
@@ -100,12 +104,12 @@ def bench_decode_cuda(
 
 
 def bench_checkpoint_cuda(
-    model: Any, context: int = 128, batch: int = 1, tokens: int = 256, profile: bool = False
+    model: Any, context: int = 128, batch: int = 1, tokens: int = 256, profile: bool = False, kv_cache: str = "ordinary"
 ) -> dict[str, Any]:
     """Time greedy decoding of a loaded model on a GPU; as one row of `bench_decode_cuda`."""
     with torch.inference_mode():
         parts = parts_of(model, torch.float16)
-        found = timed(parts, context, batch, tokens, copy_bytes_per_second(), profile)
+        found = timed(parts, context, batch, tokens, copy_bytes_per_second(), profile, kv_cache)
     return {"engine": "packed", "context": context, "batch": batch, "tokens": tokens} | found
 
 
@@ -131,9 +135,11 @@ def stored_bits(shape: ModelShape, bits: float, paths: int) -> float:
     )
 
 
-def fits(shape: ModelShape, bits: float | None, paths: int, tokens: int, batch: int) -> bool:
+def fits(
+    shape: ModelShape, bits: float | None, paths: int, tokens: int, batch: int, kv_cache: str = "ordinary"
+) -> bool:
     """Whether a model and its cache fit the GPU's free memory; a warning says so if they do not."""
-    memory = model_memory(shape, bits, paths, context=tokens * batch)
+    memory = model_memory(shape, bits, paths, context=tokens * batch, kv_cache=kv_cache)
     needed, (free, _) = memory.total, torch.cuda.mem_get_info()
     if needed < 0.95 * free:
         return True
@@ -196,21 +202,29 @@ def random_packed(
 
 
 def timed(
-    model: Model, context: int, batch: int, tokens: int, copy_rate: float, profile: bool = False
+    model: Model,
+    context: int,
+    batch: int,
+    tokens: int,
+    copy_rate: float,
+    profile: bool = False,
+    kv_cache: str = "ordinary",
 ) -> dict[str, Any]:
     """What the engine takes for a step: the figures of `bench_decode_cuda`."""
     device = model.norm.device
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.sizes.vocabulary, (batch, context), generator=generator).tolist()
     with torch.inference_mode():
-        engine = FusedEngine(model, batch, context + 2 * (tokens + WARM_TOKENS), device, torch.float16)
+        engine = engine_of(model, batch, context + tokens + WARM_TOKENS, device, torch.float16, kv_cache)
         loop = Loop(engine)
         loop.start(prompts)
         seconds = step_seconds(loop.advance, tokens)
         parts = profiled(engine, loop) if profile else None
-    weights, kept = weights_bytes(model), kept_bytes(engine) * batch * (context + tokens // 2)
+    weights, kept = weights_bytes(model), engine.token_bytes * batch * (context + tokens // 2)
     step_bytes = weights + kept - unread_bytes(model, batch)
     return {
+        "kv_cache": kv_cache,
+        "kv_bytes_per_token": engine.token_bytes,
         "time_ms": 1e3 * seconds,
         "tokens_per_s": batch / seconds,
         "streamed_tokens_per_s": batch / streamed_seconds(Loop(engine), prompts, tokens),
@@ -276,11 +290,6 @@ def unread_bytes(model: Model, batch: int) -> int:
     return size - size // model.sizes.vocabulary * batch
 
 
-def kept_bytes(engine: FusedEngine) -> int:
-    """Bytes of keys and values of a token."""
-    return (engine.keys.nbytes + engine.values.nbytes) // (engine.batch * engine.capacity)
-
-
 def profiled(engine: FusedEngine, loop: Loop) -> list[dict[str, Any]]:
     """Where a step's time goes: each group of kernels for all layers, as a graph of its own.
 
@@ -294,15 +303,12 @@ def profiled(engine: FusedEngine, loop: Loop) -> list[dict[str, Any]]:
     every = list(zip(model.blocks, engine.groups, strict=True))
     (first, (qkv, _, gate_up, _)) = every[0]
     projected, wide = qkv.normed(stream_, first.norms[0]), gate_up.normed(stream_, first.norms[1])
-    mixed = steps.attend(projected, engine.keys[0], engine.values[0], engine.positions, engine.angles)
+    mixed = engine.attend(0, projected)
     hidden = steps.normed(stream_, model.norm)
     parts: dict[str, list[Callable[[], Any]]] = {
         "embedding": [lambda: steps.embed(loop.tokens, model.embedding)],
         "qkv": [lambda b=b, g=g: g[0].normed(stream_, b.norms[0]) for b, g in every],
-        "attention": [
-            lambda at=at: steps.attend(projected, engine.keys[at], engine.values[at], engine.positions, engine.angles)
-            for at in range(len(every))
-        ],
+        "attention": [lambda at=at: engine.attend(at, projected) for at in range(len(every))],
         "output": [lambda g=g: g[1].added(mixed, stream_) for _, g in every],
         "gate, up": [lambda b=b, g=g: g[2].normed(stream_, b.norms[1]) for b, g in every],
         "down": [lambda g=g: g[3].added(wide, stream_, "silu") for _, g in every],
@@ -352,6 +358,8 @@ def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: f
     embedding = 0 if shape.tied else model.get_input_embeddings().weight.nbytes
     kept = 4 * shape.layers * shape.kv_heads * shape.head_size * batch * (context + EAGER_TOKENS // 2)
     return {
+        "kv_cache": "ordinary",
+        "kv_bytes_per_token": 4 * shape.layers * shape.kv_heads * shape.head_size,
         "time_ms": 1e3 * seconds,
         "tokens_per_s": batch / seconds,
         "streamed_tokens_per_s": None,

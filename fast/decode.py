@@ -169,16 +169,17 @@ def stream_tokens(
         return decode(model, tokens, *settings)
     from .decode_loaded import check_settings, decodable, through_transformers
 
-    if kv_cache == "ordinary":
-        try:
-            check_settings(model)
-            if next(model.parameters()).device.type == "cuda":
-                from .decode_cuda import decode_batch
+    try:
+        check_settings(model)
+        if next(model.parameters()).device.type == "cuda":
+            from .decode_cuda import decode_batch
 
-                return (token for (token,) in decode_batch(model, [tokens], *settings) if token is not None)
+            steps = decode_batch(model, [tokens], *settings, kv_cache)
+            return (token for (token,) in steps if token is not None)
+        if kv_cache == "ordinary":
             return decode(decodable(model), tokens, *settings)
-        except NotDecodableError as reason:
-            log.warning("littlebit: transformers generates for this model, not its decoder: %s", reason)
+    except NotDecodableError as reason:
+        log.warning("littlebit: transformers generates for this model, not its decoder: %s", reason)
     return iter(through_transformers(model, tokens, *settings, pad, kv_cache))
 
 

@@ -36,11 +36,16 @@ class Engine(Protocol):
         Sequences.
     capacity : int
         Tokens of each sequence that the cache has room for.
+    larger : int
+        The capacity to grow to.
     """
 
     device: torch.device
     batch: int
     capacity: int
+
+    @property
+    def larger(self) -> int: ...  # noqa: D102
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (batch, vocabulary) after the prompts, which fill the empty cache."""
@@ -130,7 +135,7 @@ class Loop:
         """A step, as a graph where there can be one: the first with a cache warms up, the second is captured."""
         if self.length == self.engine.capacity:
             self.graph, self.warm = None, False  # frees what the graph kept
-            self.engine.grow(2 * self.engine.capacity)
+            self.engine.grow(self.engine.larger)
         self.draw()
         if self.captures and self.warm and self.graph is None:
             self.capture()
@@ -164,6 +169,7 @@ def decode_batch(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    kv_cache: str = "ordinary",
 ) -> Iterator[list[int | None]]:
     """New tokens after several prompts, all sequences at once; the next step runs while a token is looked at.
 
@@ -172,7 +178,7 @@ def decode_batch(
     model : transformers causal language model, on one device
     prompts : sequence of sequences of int
         1 to 16, of any lengths.
-    max_new_tokens, temperature, top_k, top_p, seed
+    max_new_tokens, temperature, top_k, top_p, seed, kv_cache
         See `decode.generate`.
 
     Returns
@@ -182,7 +188,7 @@ def decode_batch(
     Raises
     ------
     NotDecodableError
-        If the model cannot be run with a cache of fixed size.
+        If the model cannot be run with such a cache of fixed size.
     ValueError
         If there are too many prompts, or tokens are not the model's, or the context exceeds what it knows, or the
         cache does not fit the GPU, or the model is spread over several devices.
@@ -191,11 +197,11 @@ def decode_batch(
     check_prompts(model, prompts, max_new_tokens)
     longest = max(map(len, prompts))
     capacity = max(SMALLEST_CAPACITY, 1 << longest.bit_length())
-    engine = engine_for(model, len(prompts), capacity)
+    engine = engine_for(model, len(prompts), capacity, kv_cache)
     return stream(Loop(engine, Sampling(temperature, top_k, top_p), seed), prompts, max_new_tokens, stop_tokens(model))
 
 
-def engine_for(model: Any, batch: int, capacity: int) -> Engine:
+def engine_for(model: Any, batch: int, capacity: int, kv_cache: str = "ordinary") -> Engine:
     """The engine that runs a model.
 
     Raises
@@ -207,8 +213,10 @@ def engine_for(model: Any, batch: int, capacity: int) -> Engine:
     from .static_engine import StaticEngine
 
     try:
-        return fused_engine(model, batch, capacity)
+        return fused_engine(model, batch, capacity, kv_cache)
     except NotDecodableError as reason:
+        if kv_cache != "ordinary":
+            raise
         log.info("littlebit: transformers' own forward runs this model's steps, not the fused kernels: %s", reason)
     return StaticEngine(model, batch, capacity)
 

@@ -29,7 +29,18 @@ from .decode_cpu import (
     rotary_angles,
 )
 from .embeddings import QuantizedEmbedding, QuantizedHead
-from .kernels.steps import CudaSteps, HeadNorms, Heads, Stream, TorchSteps, split_heads
+from .kernels.steps import (
+    CudaSteps,
+    HeadNorms,
+    Heads,
+    Spans,
+    Stream,
+    TorchSteps,
+    kept_width,
+    split_heads,
+    stored_latents,
+)
+from .kv_cache import latents
 from .layers import PackedLinear
 from .model import device_of
 
@@ -146,8 +157,19 @@ class Modules:
 
     def normed(self, stream: Stream, weight: Tensor) -> Tensor:
         """The outputs side by side, (rows, sum of d_out), of the stream's RMSNorm."""
-        x = self.steps.normed(stream, weight)
+        self.input = x = self.steps.normed(stream, weight)
         return self.modules[0](x) if len(self.modules) == 1 else torch.cat([each(x) for each in self.modules], -1)
+
+    def latents(self) -> tuple[Tensor, list[Spans]]:
+        """What the packed layers' first stages make of the last input of `normed`: see Packed."""
+        found, spans, begin = [], [], 0
+        for each in self.modules:
+            ranks = each.ranks if isinstance(each, PackedLinear) else ()
+            spans.append(Spans.at(begin, ranks))
+            begin += kept_width(ranks)
+            if isinstance(each, PackedLinear):
+                found.append(stored_latents(latents(self.input, each.factors()), ranks))
+        return torch.cat(found, -1)[None], spans
 
     def added(self, x: Tensor, stream: Stream, activation: str | None = None) -> None:
         """Add the only layer's output to the stream; with an activation, x holds gate and up side by side."""
@@ -167,11 +189,13 @@ class Packed:
     """
 
     def __init__(self, modules: Sequence[PackedLinear], batch: int, eps: float):
-        from .kernels.cuda_launch import Siblings, output_blocks
+        from .kernels.cuda_launch import Siblings, output_blocks, slices_of
 
         self.siblings = Siblings([[tensor for path in each.factors() for tensor in path] for each in modules])
         self.schedule, self.eps = self.siblings.schedule(batch), eps
-        self.d_outs = [each.d_out for each in modules]
+        self.d_outs, self.rows = [each.d_out for each in modules], batch
+        slices = slices_of(modules[0].d_in)
+        self.parts = -(-slices // -(-slices // self.schedule.parts)) if self.schedule else 0
         self.blocks = output_blocks(self.d_outs[0], self.schedule) if self.schedule else 0
         self.bias = None
         if any(each.bias is not None for each in modules):
@@ -188,8 +212,19 @@ class Packed:
         rows, device = len(stream.x), stream.x.device
         y = torch.empty(rows, sum(self.d_outs), device=device)
         norm = weight, stream.squares, stream.squares.shape[1], self.eps
-        self.siblings.launch(stream.x, y, self.part(rows, device), self.schedule, norm=norm, bias=self.bias)
+        self.between = self.part(rows, device)
+        self.siblings.launch(stream.x, y, self.between, self.schedule, norm=norm, bias=self.bias)
         return y
+
+    def latents(self) -> tuple[Tensor, list[Spans]]:
+        """What the first kernel of the last `normed` made, (parts, rows, columns), and where each layer's is."""
+        from .kernels.cuda_launch import padded
+
+        spans, begin = [], 0
+        for ranks in self.siblings.sizes.ranks:
+            spans.append(Spans.at(begin, ranks, padded))
+            begin += sum(map(padded, ranks))
+        return self.between.view(-1, self.rows, begin)[: self.parts], spans
 
     def added(self, x: Tensor, stream: Stream, activation: str | None = None) -> None:
         """As that of Modules, in place."""
@@ -241,9 +276,23 @@ class FusedEngine:
         )
         self.groups = [self.groups_of(block) for block in model.blocks]
         self.positions = torch.zeros(batch, dtype=torch.int64, device=device)
-        shape = sizes.layers, batch, sizes.kv_heads, capacity, sizes.head_dim
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.angles = self.angles_of(capacity)
+        self.make_cache(capacity)
+
+    def make_cache(self, capacity: int) -> None:
+        """Keys and values of all layers, (layers, batch, kv_heads, capacity, size)."""
+        shape = len(self.model.blocks), self.batch, self.heads.kv_heads, capacity, self.heads.size
+        self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that are kept of a token."""
+        return (self.keys.nbytes + self.values.nbytes) // (self.batch * self.capacity)
+
+    @property
+    def larger(self) -> int:
+        """The capacity to grow to."""
+        return 2 * self.capacity
 
     def groups_of(self, block: Block) -> tuple[Modules | Packed, ...]:
         """A block's layers in the order in which they run."""
@@ -275,14 +324,15 @@ class FusedEngine:
         steps, model = self.steps, self.model
         stream = steps.embed(tokens, model.embedding)
         for at, (block, (qkv, output, gate_up, down)) in enumerate(zip(model.blocks, self.groups, strict=True)):
-            projected = qkv.normed(stream, block.norms[0])
-            mixed = steps.attend(
-                projected, self.keys[at], self.values[at], self.positions, self.angles, block.head_norms
-            )
-            output.added(mixed, stream)
+            output.added(self.attend(at, qkv.normed(stream, block.norms[0])), stream)
             down.added(gate_up.normed(stream, block.norms[1]), stream, "silu")
         self.positions.add_(1)
         return steps.logits(steps.normed(stream, model.norm), model.head)
+
+    def attend(self, at: int, projected: Tensor) -> Tensor:
+        """Attention of one new token of each sequence in layer `at`: (batch, heads * size)."""
+        norms = self.model.blocks[at].head_norms
+        return self.steps.attend(projected, self.keys[at], self.values[at], self.positions, self.angles, norms)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (batch, vocabulary) after the prompts, a block of tokens after the other, shorter ones filled up."""
@@ -306,14 +356,14 @@ class FusedEngine:
             for at, block in enumerate(self.model.blocks):
                 x = plain.normed(stream, block.norms[0])
                 projected = torch.cat([each(x) for each in block.qkv], -1)
-                plain.added(block.output(self.attend_block(at, projected, start)), stream)
+                plain.added(block.output(self.attend_block(at, x, projected, start)), stream)
                 x = plain.normed(stream, block.norms[1])
                 wide = torch.cat([each(x) for each in block.gate_up], -1)
                 plain.added(block.down(plain.gated(wide, "silu")), stream)
             yield start, stream.x
 
-    def attend_block(self, at: int, projected: Tensor, start: int) -> Tensor:
-        """Attention of a block of new tokens in layer `at`: (batch, tokens, heads * size)."""
+    def attend_block(self, at: int, x: Tensor, projected: Tensor, start: int) -> Tensor:
+        """Attention of a block of new tokens in layer `at`, projected from x: (batch, tokens, heads * size)."""
         end, norms = start + projected.shape[1], self.model.blocks[at].head_norms
         cosine, sine = self.angles[:, start:end, None]
         parts = split_heads(projected, self.heads, norms, self.model.sizes.eps, cosine, sine)
@@ -332,13 +382,17 @@ class FusedEngine:
 
     def grow(self, capacity: int) -> None:
         """Make room for more tokens."""
-        room = (0, 0, 0, capacity - self.capacity)
-        self.keys, self.values = functional.pad(self.keys, room), functional.pad(self.values, room)
+        self.grow_cache(capacity)
         self.angles, self.capacity = self.angles_of(capacity), capacity
 
+    def grow_cache(self, capacity: int) -> None:
+        """Make room for more tokens' keys and values."""
+        room = (0, 0, 0, capacity - self.capacity)
+        self.keys, self.values = functional.pad(self.keys, room), functional.pad(self.values, room)
 
-def fused_engine(model: Any, batch: int, capacity: int) -> FusedEngine:
-    """An engine for a loaded model: in float16 on a GPU, else in float32.
+
+def fused_engine(model: Any, batch: int, capacity: int, kv_cache: str = "ordinary") -> FusedEngine:
+    """An engine for a loaded model, in float16 on a GPU, else in float32, with a cache of a kind in memory.KV_CACHES.
 
     Raises
     ------
@@ -347,4 +401,15 @@ def fused_engine(model: Any, batch: int, capacity: int) -> FusedEngine:
     """
     device = device_of(model)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    return FusedEngine(parts_of(model, dtype), batch, capacity, device, dtype)
+    return engine_of(parts_of(model, dtype), batch, capacity, device, dtype, kv_cache)
+
+
+def engine_of(
+    model: Model, batch: int, capacity: int, device: torch.device, dtype: torch.dtype, kv_cache: str = "ordinary"
+) -> FusedEngine:
+    """An engine with a cache of a kind in memory.KV_CACHES."""
+    if kv_cache == "ordinary":
+        return FusedEngine(model, batch, capacity, device, dtype)
+    from .latent_engine import LatentEngine
+
+    return LatentEngine(model, batch, capacity, device, dtype, kind=kv_cache)

@@ -118,6 +118,11 @@ class StaticEngine:
         )
         return found.logits[:, -1]
 
+    @property
+    def larger(self) -> int:
+        """The capacity to grow to."""
+        return 2 * self.capacity
+
     def grow(self, capacity: int) -> None:
         """Make room for more tokens."""
         for layer in self.cache.layers:

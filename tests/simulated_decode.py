@@ -20,6 +20,7 @@ from littlebit.fast.embeddings import quantize_table
 from littlebit.fast.fused_engine import FusedEngine, Packed
 from littlebit.fast.kernels import cuda_launch, dispatch
 from littlebit.fast.kernels.cuda_decode import EIGHTS, Attention
+from littlebit.fast.latent_engine import LatentEngine
 from littlebit.fast.memory import ModelShape
 from numba import cuda
 
@@ -198,7 +199,7 @@ def test_gated_is_the_activation_of_one_half_times_the_other(activation):
 @pytest.fixture
 def simulated(monkeypatch):
     """Launches go to the simulator, which takes arrays where the driver takes addresses."""
-    views = {torch.int32: np.uint32, torch.int16: np.uint16, torch.float16: np.uint16, torch.uint8: np.uint8}
+    views = {torch.int32: np.uint32, torch.int16: np.uint16, torch.float16: np.uint16, torch.int8: np.uint8}
 
     def array(tensor):
         raw = tensor.view(torch.int16) if tensor.dtype == torch.float16 else tensor
@@ -230,12 +231,19 @@ def simulated(monkeypatch):
 
 
 @pytest.mark.usefixtures("simulated")
-@pytest.mark.parametrize(("bits", "heads"), [(2.0, 1), (None, 2)])
-def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads):
-    """Packed layers as siblings, or dense ones and the kernels between them."""
+@pytest.mark.parametrize(
+    ("bits", "heads", "paths", "kv_cache"),
+    [(2.0, 1, 1, "ordinary"), (None, 2, 1, "ordinary"), (3.0, 2, 2, "latent"), (2.0, 1, 1, "latent-int8")],
+)
+def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache):
+    """Packed layers as siblings, or dense ones and the kernels between them; keys and values, or latents."""
     shape = ModelShape("a small one", 64, 80, 1, heads, 1, 64, 40, 256)
-    model = random_model(shape, bits, 1, "cpu")
-    sides = [FusedEngine(model, 2, 16, torch.device("cpu"), torch.float16, kernels) for kernels in (True, False)]
+    model = random_model(shape, bits, paths, "cpu")
+    common = model, 2, 16, torch.device("cpu"), torch.float16
+    if kv_cache == "ordinary":
+        sides = [FusedEngine(*common, kernels) for kernels in (True, False)]
+    else:
+        sides = [LatentEngine(*common, kernels, kv_cache) for kernels in (True, False)]
     assert all(isinstance(group, Packed) == (bits is not None) for groups in sides[0].groups for group in groups)
     with torch.inference_mode():
         one, two = ([each.prefill([[1, 2, 3], [4]])] for each in sides)
@@ -245,3 +253,8 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads):
     for mine, theirs in zip(one[1:], two[1:], strict=True):
         assert (mine - theirs).abs().max() <= 2**-7 * theirs.abs().max()
     assert sides[0].positions.tolist() == [4, 2]
+    if kv_cache != "ordinary":
+        for mine, theirs in zip(*(each.codes[0] + each.scales[0] for each in sides), strict=True):
+            assert (mine.float() - theirs.float()).abs().max() <= 2**-6 * theirs.float().abs().max()
+            assert mine[0, 3].any()
+            assert mine[1, 1].any()

@@ -26,7 +26,7 @@ def test_random_models_have_the_bytes_of_their_shape_and_run(bits, paths, tied):
         logits = engine.step(torch.tensor([5, 6]))
     assert logits.shape == (2, shape.vocabulary)
     assert 0.01 < logits.std() < 100
-    assert bench.kept_bytes(engine) == model_memory(shape, None, context=1).kv_cache
+    assert engine.token_bytes == model_memory(shape, None, context=1).kv_cache
     unread = 0 if tied else 2 * shape.hidden * (shape.vocabulary - 2)
     assert bench.unread_bytes(model, 2) == unread
 

@@ -40,13 +40,16 @@ def test_kernels_compile_without_spills_and_with_the_registers_that_there_are(ca
         "numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=capability)
     )
     early, newest = capability >= cuda_launch.EARLY, capability == CAPABILITIES[-1]
-    factories = kernels.embed, kernels.added, kernels.normed, kernels.gated, kernels.logits, kernels.attend
+    factories = kernels.embed, kernels.added, kernels.normed, kernels.gated, kernels.logits
+    factories += kernels.attend, kernels.latents, kernels.scores
     for factory in factories:  # device functions keep what they were compiled for
         factory.cache_clear()
     plain = [(kernels.embed(kind), kernels.EIGHTS) for kind in (kernels.TABLES if newest else ["half"])]
     plain += [(factory("half"), kernels.EIGHTS) for factory in (kernels.added, kernels.normed)]
     plain += [(kernels.gated("half", "silu"), kernels.EIGHTS)]
     plain += [(kernels.logits("half", *of), kernels.EIGHTS) for of in (("8", 1), ("4", 4))]
+    plain += [(kernels.latents(kept), kernels.EIGHTS) for kept in kernels.LATENTS]
+    plain += [(kernels.scores("single", 128, 8), kernels.EIGHTS)]
     for made in ATTENTION if newest else [made._replace(group=min(made.group, 2), warps=8) for made in ATTENTION[::3]]:
         plain.append((kernels.attend(made, early), made.threads))
     for kernel, threads in plain:

@@ -257,3 +257,44 @@ def test_steps_go_on_without_a_graph_where_none_can_be_captured(llama, monkeypat
     assert len(caplog.records) == 1
     assert "no graph can be captured: operation not permitted" in caplog.text
     assert_same(loop.length, 10)
+
+
+@pytest.mark.parametrize("kind", ["latent", "latent-int8"])
+def test_latents_give_the_logits_of_keys_and_values(kind, monkeypatch):
+    """On a CPU latents are rounded, which is all that the engines differ in; in blocks, steps and larger caches."""
+    from littlebit.fast import fused_engine as module, latent_engine
+
+    monkeypatch.setattr(module, "PREFILL", 4)
+    monkeypatch.setattr(latent_engine, "BLOCK", 8)
+    model = packed_model("Llama", attention_bias=False, num_key_value_heads=2)
+    sides = [fused_engine(model, 2, 11, kv_cache) for kv_cache in ("ordinary", kind)]
+    assert sides[1].larger == 16
+    assert sides[1].token_bytes < sides[0].token_bytes
+    rounding = 2**-11 if kind == "latent" else 2**-8  # of the largest of a token's latents
+    with torch.inference_mode():
+        one, two = ([each.prefill([prompt(9), prompt(3)])] for each in sides)
+        for each, rows in zip(sides, (one, two), strict=True):
+            rows += [each.step(torch.tensor([5, 6])) for _ in range(2)]
+            each.grow(each.larger)
+            rows += [each.step(torch.tensor([7, 8])) for _ in range(3)]
+    for mine, theirs in zip(two, one, strict=True):
+        error = (mine - theirs).norm() / theirs.norm()
+        assert 0 < error < 40 * rounding
+
+
+def test_a_latent_cache_writes_what_an_ordinary_one_writes(monkeypatch):
+    monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
+    model = packed_model("Llama")
+    prompts = [prompt(6), prompt(13)]
+    ordinary, latent = (columns(decode_batch(model, prompts, 12, kv_cache=kind)) for kind in ("ordinary", "latent"))
+    assert ordinary == latent
+
+
+def test_a_latent_cache_refuses_what_it_cannot_keep(models):
+    with pytest.raises(NotDecodableError, match="a bias or a norm before they are rotated"):
+        fused_engine(models("Qwen3"), 1, 8, "latent")
+    model = packed_model("Llama")
+    layer = model.model.layers[0].self_attn
+    layer.k_proj = torch.nn.Linear(64, 32, bias=False)
+    with pytest.raises(NotDecodableError, match="k_proj and v_proj as packed layers"):
+        decode_batch(model, [[1]], 4, kv_cache="latent")

@@ -7,11 +7,14 @@ import pytest
 import torch
 from littlebit.fast import decode_cuda
 from littlebit.fast.agreement import logit_bound
+from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.decode_cuda import Loop, Sampling, decode_batch
 from littlebit.fast.embeddings import QuantizedHead, quantize_embeddings_, quantize_table
-from littlebit.fast.fused_engine import FusedEngine, Packed, fused_engine
+from littlebit.fast.fused_engine import FusedEngine, Packed, engine_of, fused_engine
 from littlebit.fast.kernels import dispatch
 from littlebit.fast.kernels.steps import CudaSteps, HeadNorms, Heads, Stream, TorchSteps
+from littlebit.fast.latent_engine import LatentEngine
+from littlebit.fast.memory import MODEL_SHAPES, ModelShape
 from littlebit.fast.static_engine import StaticEngine
 from test_decode_cuda import FUSED, KINDS, by_transformers, columns, packed_model, prompt
 
@@ -158,3 +161,45 @@ def test_the_shipped_model_says_the_same_on_both_devices():
     text = "Once upon a time, in a small town by the sea,"
     one, two = (lb.generate(model, text, 32) for model in (on_cpu, on_gpu))
     assert one[:40] == two[:40]
+
+
+@pytest.mark.parametrize("kind", ["latent", "latent-int8"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_latents_give_the_logits_of_keys_and_values(kind, batch):
+    model = random_model(ModelShape("a small one", 512, 640, 2, 8, 4, 64, 100, 256), 0.9)
+    text = [prompt(5 + row, seed=row) for row in range(batch)]
+    made = model, batch, 300, CUDA, torch.float16
+    engines = [FusedEngine(*made), LatentEngine(*made, kind=kind)]
+    with torch.inference_mode():
+        tokens = torch.arange(batch, device="cuda")
+        one, two = ([each.prefill(text)] + [each.step(tokens) for _ in range(20)] for each in engines)
+    for mine, theirs in zip(two, one, strict=True):
+        assert (mine - theirs).float().norm() <= (0.02 if kind == "latent" else 0.1) * theirs.float().norm()
+
+
+def test_replayed_steps_with_latents_are_those_that_run_one_kernel_at_a_time():
+    model = random_model(ModelShape("a small one", 512, 640, 2, 8, 4, 64, 100, 4096), 0.9)
+    prompts = [prompt(2040, seed=1), prompt(9, seed=2)]
+
+    def text(captures):
+        loop = Loop(LatentEngine(model, 2, 2048, CUDA, torch.float16))
+        loop.captures = captures
+        return columns(decode_cuda.stream(loop, [[token % 100 for token in each] for each in prompts], 30, ()))
+
+    assert text(True) == text(False)
+
+
+def test_ten_times_the_context_on_the_same_memory():
+    """Of a model in the shape of Llama-2-7B's blocks, of which there are two, at 0.1 bits, on 1 GB for the cache."""
+    shape = MODEL_SHAPES["llama2-7b"]._replace(layers=2, vocabulary=1000)
+    model, budget = random_model(shape, 0.1), 1 << 30
+    lengths = []
+    for kind in ("ordinary", "latent-int8"):
+        one = engine_of(model, 1, 1, CUDA, torch.float16, kind).token_bytes
+        lengths.append(budget // one)
+    assert lengths[1] >= 10 * lengths[0]
+    engine = engine_of(model, 1, 10 * lengths[0] + 64, CUDA, torch.float16, "latent-int8")
+    assert engine.token_bytes * engine.capacity <= budget
+    engine.positions.fill_(10 * lengths[0])
+    with torch.inference_mode():
+        assert engine.step(torch.tensor([7], device="cuda")).isfinite().all()

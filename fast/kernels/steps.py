@@ -3,6 +3,8 @@
 Both are used in the same way, and the tests compare them: embedding, norms, gates, and attention with its cache.
 """
 
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ from torch.nn import functional
 
 from ..decode_cpu import NotDecodableError
 from ..embeddings import QuantizedEmbedding, QuantizedHead, Table
-from ..kv_cache import rotate
+from ..kv_cache import rotate, round_latents
 
 #: Activations of a gated MLP: as torch computes them. cuda.ACTIVATIONS has the same names.
 ACTIVATIONS = {"silu": functional.silu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}
@@ -43,6 +45,41 @@ class Heads(NamedTuple):
     heads: int
     kv_heads: int
     size: int
+
+    @property
+    def group(self) -> int:
+        """Heads that have the same key and value."""
+        return self.heads // self.kv_heads
+
+
+class Spans(NamedTuple):
+    """Where the latents of a layer's one or two paths lie in a row.
+
+    Attributes
+    ----------
+    begins, counts : tuple of int
+        As they are kept: each path's filled up to a multiple of eight.
+    """
+
+    begins: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def at(cls, begin: int, ranks: Sequence[int], width: Callable[[int], int] = lambda rank: kept_width([rank])) -> Any:
+        """Paths of such ranks one after the other from `begin` on, `width` of a rank apart."""
+        begins = itertools.accumulate(map(width, ranks), initial=begin)
+        return cls(tuple(begins)[:-1], tuple(kept_width([rank]) for rank in ranks))
+
+
+def kept_width(ranks: Sequence[int]) -> int:
+    """Latents of a token as they are kept: each path's are filled up to a multiple of eight, as tensor cores want."""
+    return sum(-(-rank // 8) * 8 for rank in ranks)
+
+
+def stored_latents(x: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Latents of all paths side by side, (..., R), as they are kept, filled up with zeros."""
+    parts = x.split(list(ranks), -1)
+    return torch.cat([functional.pad(part, (0, -part.shape[-1] % 8)) for part in parts], -1)
 
 
 class HeadNorms(NamedTuple):
@@ -92,6 +129,10 @@ class TorchSteps:
         gate, up = x.float().chunk(2, -1)
         return (ACTIVATIONS[activation](gate) * up).to(x.dtype)
 
+    def logits(self, x: Tensor, head: nn.Module) -> Tensor:
+        """Logits (rows, vocabulary) of a head, for (rows, hidden)."""
+        return head(x)
+
     def attend(
         self,
         projected: Tensor,
@@ -127,6 +168,59 @@ class TorchSteps:
             query[:, :, None].to(keys.dtype), keys, values, attn_mask=seen[:, None, None], enable_gqa=True
         )
         return mixed.flatten(1).to(projected.dtype)
+
+    def keep(self, part: Tensor, spans: Spans, codes: Tensor, scales: Tensor, positions: Tensor) -> None:
+        """Keep latents of one new token of each sequence.
+
+        Parameters
+        ----------
+        part : (parts, rows, columns) float32 tensor
+            What is to be summed over parts.
+        spans : Spans
+            The columns.
+        codes : (rows, capacity, kept width) float16 or int8 tensor
+            Changed.
+        scales : (rows, capacity) float32 tensor
+            Changed.
+        positions : (rows,) int64 tensor
+        """
+        pieces = [part[..., at : at + count] for at, count in zip(*spans, strict=True)]
+        new = round_latents(torch.cat(pieces, -1).sum(0), codes.dtype)
+        rows = torch.arange(len(codes), device=codes.device)
+        codes[rows, positions], scales[rows, positions] = new.codes, new.scale[..., 0]
+
+    def scores(
+        self,
+        projected: Tensor,
+        expanded: Tensor,
+        scales: Tensor,
+        angles: Tensor,
+        positions: Tensor,
+        y: Tensor,
+        start: int,
+    ) -> None:
+        """Scores of the queries in `projected` with a block of tokens, the lowest for those that are not there.
+
+        Parameters
+        ----------
+        projected, angles, positions
+            See `attend`.
+        expanded : (rows, tokens, kv_heads * size) tensor
+            Their keys without scale and rotation.
+        scales : (rows, capacity) float32 tensor
+        y : (rows, heads, capacity) float32 tensor
+            Changed.
+        start : int
+            Place of the first token.
+        """
+        end, heads = start + expanded.shape[1], self.heads
+        query, _, _ = split_heads(projected, heads, None, self.eps, *angles[:, positions, None])
+        keys = expanded.float().unflatten(-1, (heads.kv_heads, -1)) * scales[:, start:end, None, None]
+        keys = rotate(keys, *angles[:, None, start:end, None])  # (rows, tokens, kv_heads, size)
+        query = query.unflatten(1, (heads.kv_heads, -1)) * heads.size**-0.5
+        found = torch.einsum("bkgd,btkd->bkgt", query, keys).flatten(1, 2)
+        known = torch.arange(start, end, device=y.device) <= positions[:, None]
+        y[..., start:end] = torch.where(known[:, None], found, -1e30)
 
 
 def squares_of(x: Tensor) -> Tensor:
@@ -288,6 +382,34 @@ class CudaSteps:
             early=self.early,
         )
         return y
+
+    def keep(self, part: Tensor, spans: Spans, codes: Tensor, scales: Tensor, positions: Tensor) -> None:
+        """As that of TorchSteps."""
+        (begin_1, *begin_2), (count_1, *count_2) = spans
+        kernel = self.kernels.latents("byte" if codes.dtype == torch.int8 else "half")
+        places = begin_1, count_1, sum(begin_2), sum(count_2)
+        self.start(kernel, (len(codes), 1, 1), part, codes, scales, positions, *part.shape, *places, codes.shape[1])
+
+    def scores(
+        self,
+        projected: Tensor,
+        expanded: Tensor,
+        scales: Tensor,
+        angles: Tensor,
+        positions: Tensor,
+        y: Tensor,
+        start: int,
+    ) -> None:
+        """As that of TorchSteps."""
+        heads, (rows, count, _) = self.heads, expanded.shape
+        tokens = self.kernels.WARPS * 32 * 16 // heads.size  # of a block
+        self.start(
+            self.kernels.scores(self.kind(projected), heads.size, heads.group),
+            (-(-count // tokens), rows, 1),
+            *(projected, expanded, scales, *angles, positions, y),
+            *(heads.kv_heads, start, count, y.shape[-1], heads.size**-0.5),
+            size=4 * heads.heads * heads.size,
+        )
 
 
 def table_arrays(table: Table) -> tuple[str, tuple[Tensor, Tensor, Tensor], int, int]:
