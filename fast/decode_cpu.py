@@ -129,7 +129,7 @@ class Decodable(NamedTuple):
     threads: int | None = None
 
 
-def architecture(config: Mapping[str, Any]) -> Architecture:
+def architecture(config: Mapping[str, Any], kinds: Sequence[str] = MODEL_TYPES) -> Architecture:
     """What a model's configuration, as config.json holds it, says; nothing is taken for granted.
 
     Raises
@@ -138,8 +138,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         If the decoder cannot run such a model, or the configuration leaves something out.
     """
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise NotDecodableError(f"model type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
+    if kind not in kinds:
+        raise NotDecodableError(f"model type {kind!r} is not one of {', '.join(kinds)}")
     if config.get("hidden_act") != "silu":
         raise NotDecodableError(f"its activation is {config.get('hidden_act')}, not silu")
     if config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window"):
