@@ -8,7 +8,6 @@ tokens instead of by its size.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,22 +49,20 @@ class LatentEngine(FusedEngine):
         kernels: bool | None = None,
         kind: str = "latent",
     ):
-        for block in model.blocks:
-            check_block(block)
+        self.pairs = [packed_pair(block) for block in model.blocks]
         self.type = LATENT_TYPES[kind]
         super().__init__(model, batch, capacity, device, dtype, kernels)
-        self.expansions = [[self.expansion_of(each) for each in block.qkv[1:]] for block in model.blocks]
+        self.expansions = [[self.expansion_of(each) for each in pair] for pair in self.pairs]
 
-    def expansion_of(self, layer: Any) -> Tensor:
+    def expansion_of(self, layer: PackedLinear) -> Tensor:
         """The matrix h * U_sign that expands a layer's latents as they are kept, (d_out, kept width)."""
         return stored_latents(expansion(layer.factors()), layer.ranks).to(self.dtype)
 
     def make_cache(self, capacity: int) -> None:
         """Codes of keys and values, (batch, capacity, kept width), and their scales, of each layer."""
         self.codes, self.scales = [], []
-        for block in self.model.blocks:
-            widths = [kept_width(each.ranks) for each in block.qkv[1:]]  # type: ignore[arg-type]
-            shapes = [(self.batch, capacity, width) for width in widths]
+        for pair in self.pairs:
+            shapes = [(self.batch, capacity, kept_width(each.ranks)) for each in pair]
             self.codes.append([torch.zeros(shape, dtype=self.type, device=self.device) for shape in shapes])
             self.scales.append([torch.ones(shape[:2], device=self.device) for shape in shapes])
 
@@ -83,7 +80,7 @@ class LatentEngine(FusedEngine):
     def attend(self, at: int, projected: Tensor) -> Tensor:
         """Attention of one new token of each sequence in layer `at`: (batch, heads * size)."""
         steps, (keys, values), (key_scale, value_scale) = self.steps, self.codes[at], self.scales[at]
-        part, spans = self.groups[at][0].latents()  # type: ignore[union-attr]
+        part, spans = self.groups[at][0].latents()
         for span, codes, scale in zip(spans[1:], self.codes[at], self.scales[at], strict=True):
             steps.keep(part, span, codes, scale, self.positions)
         expand_keys, expand_values = self.expansions[at]
@@ -94,31 +91,25 @@ class LatentEngine(FusedEngine):
         weights = (scores.softmax(-1) * value_scale[:, None]).to(self.dtype)
         mean = (weights @ values.to(self.dtype)).unflatten(1, (self.heads.kv_heads, -1))  # (batch, kv, group, width)
         mixed = (mean @ expand_values.unflatten(0, (self.heads.kv_heads, -1)).mT).flatten(1, 2)
-        bias: Any = self.model.blocks[at].qkv[2].bias
+        bias = self.pairs[at][1].bias
         if bias is not None:
             mixed = mixed + bias.unflatten(0, (self.heads.kv_heads, -1)).repeat_interleave(self.heads.group, 0)
         return mixed.flatten(1).to(projected.dtype)
 
     def attend_block(self, at: int, x: Tensor, projected: Tensor, start: int) -> Tensor:
         """Attention of a block of new tokens in layer `at`, whose latents are kept: (batch, tokens, heads * size)."""
-        end, layers = start + projected.shape[1], self.model.blocks[at].qkv[1:]
-        kept = []
+        end, kept = start + projected.shape[1], []
+        key, value = layers = self.pairs[at]
         for layer, codes, scale in zip(layers, self.codes[at], self.scales[at], strict=True):
-            new = round_latents(stored_latents(latents(x, layer.factors()), layer.ranks), self.type)  # type: ignore[arg-type, operator]
+            new = round_latents(stored_latents(latents(x, layer.factors()), layer.ranks), self.type)
             codes[:, start:end], scale[:, start:end] = new.codes, new.scale[..., 0]
-            kept.append(Latents(codes[:, :end, stored_columns(layer.ranks)], scale[:, :end, None]))  # type: ignore[arg-type]
-        cosine, sine = self.angles[:, :end]
+            kept.append(Latents(codes[:, :end, stored_columns(layer.ranks)], scale[:, :end, None]))
         turned = self.angles[:, start:end, None]
         query, _, _ = split_heads(projected, self.heads, None, self.model.sizes.eps, *turned)
-        mixed = latent_attention(
-            query.transpose(1, 2),
-            *kept,
-            *(layer.factors() for layer in layers),  # type: ignore[operator]
-            cosine,
-            sine,
-            torch.ones(1, end - start, end, dtype=torch.bool, device=self.device).tril(start),
-            value_bias=layers[1].bias,  # type: ignore[arg-type]
-        )
+        seen = torch.ones(1, end - start, end, dtype=torch.bool, device=self.device).tril(start)
+        paths, (cosine, sine) = (key.factors(), value.factors()), self.angles[:, :end]
+        query = query.transpose(1, 2)
+        mixed = latent_attention(query, kept[0], kept[1], *paths, cosine, sine, seen, value_bias=value.bias)
         return mixed.transpose(1, 2).flatten(2).to(projected.dtype)
 
     def grow_cache(self, capacity: int) -> None:
@@ -128,13 +119,20 @@ class LatentEngine(FusedEngine):
         self.scales = [[functional.pad(each, (0, more), value=1.0) for each in pair] for pair in self.scales]
 
 
-def check_block(block: Block) -> None:
-    """Raise NotDecodableError unless a block's keys and values can be kept as latents."""
+def packed_pair(block: Block) -> tuple[PackedLinear, PackedLinear]:
+    """A block's k_proj and v_proj.
+
+    Raises
+    ------
+    NotDecodableError
+        If what they give cannot be kept as latents.
+    """
     _, key, value = block.qkv if len(block.qkv) == 3 else (None, None, None)
     if not isinstance(key, PackedLinear) or not isinstance(value, PackedLinear):
         raise NotDecodableError("a latent cache needs k_proj and v_proj as packed layers of their own")
     if key.bias is not None or block.head_norms is not None:
         raise NotDecodableError("its keys get a bias or a norm before they are rotated, which latents are not made for")
+    return key, value
 
 
 def stored_columns(ranks: Sequence[int]) -> list[int]:

@@ -51,6 +51,13 @@ def models():
     return model
 
 
+def put_in_charge(monkeypatch, engine):
+    """Let an engine run every model."""
+    monkeypatch.setattr(
+        decode_cuda, "engine_for", lambda model, batch, capacity, kv_cache: engine(model, batch, capacity)
+    )
+
+
 def prompt(length, seed=0):
     return torch.randint(3, 128, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -74,7 +81,7 @@ ENGINES = [(StaticEngine, family) for family in KINDS] + [(fused_engine, family)
 def packed(request, models, monkeypatch):
     """A model of each family that each engine runs, and that engine in charge."""
     make, family = request.param
-    monkeypatch.setattr(decode_cuda, "engine_for", make)
+    put_in_charge(monkeypatch, make)
     monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
     return models(family)
 
@@ -204,7 +211,7 @@ def test_a_sequence_that_has_ended_stays_so(llama, monkeypatch):
 
 
 def test_what_cannot_be_decoded_is_named(llama, monkeypatch):
-    monkeypatch.setattr(decode_cuda, "engine_for", StaticEngine)
+    put_in_charge(monkeypatch, StaticEngine)
     for prompts in ([], [[1]] * 17, [[]]):
         with pytest.raises(ValueError, match="1 to 16 prompts"):
             decode_batch(llama, prompts, 4)

@@ -16,7 +16,7 @@ from littlebit.fast.kernels.steps import CudaSteps, HeadNorms, Heads, Stream, To
 from littlebit.fast.latent_engine import LatentEngine
 from littlebit.fast.memory import MODEL_SHAPES, ModelShape
 from littlebit.fast.static_engine import StaticEngine
-from test_decode_cuda import FUSED, KINDS, by_transformers, columns, packed_model, prompt
+from test_decode_cuda import FUSED, KINDS, by_transformers, columns, packed_model, prompt, put_in_charge
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -35,7 +35,7 @@ def numbers(*shape, seed=0, dtype=torch.float32):
 def test_any_family_writes_on_the_gpu_what_it_writes_on_a_cpu(family, monkeypatch, caplog):
     """Prompts of several lengths, graphs, and two larger caches; float32 on both sides."""
     monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
-    monkeypatch.setattr(decode_cuda, "engine_for", StaticEngine)
+    put_in_charge(monkeypatch, StaticEngine)
     model, prompts = packed_model(family), [prompt(length, seed=length) for length in (3, 11)]
     expected = [by_transformers(model, tokens, 30) for tokens in prompts]
     with caplog.at_level(logging.WARNING):

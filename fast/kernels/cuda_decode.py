@@ -22,6 +22,7 @@ and values that earlier steps kept are fetched before the kernel waits for the o
 # What Numba makes of cuda.threadIdx and its like is not what their Python stand-ins say.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportRedeclaration=false
+# pyright: reportOptionalSubscript=false
 
 from functools import cache
 from typing import Any, NamedTuple
