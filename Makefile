@@ -57,7 +57,7 @@ test-oldest: build/oldest/.ok build/oldest-core/.ok  ## Run tests with the oldes
 	PYTHONPATH=build/oldest $(PY) -m pytest $(TRANSFORMERS_TESTS)
 
 test-gpu: $(VENV)/.ok  ## Run the CUDA kernels' tests on a GPU, and each kernel under compute-sanitizer
-	$(PY) -m pytest tests/test_gpu.py
+	$(PY) -m pytest tests/test_gpu.py tests/test_gpu_decode.py
 	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(PY) tests/gpu_pass.py
 	compute-sanitizer --tool racecheck --kernel-name kns=littlebit --error-exitcode 1 $(PY) tests/gpu_pass.py
 

@@ -33,13 +33,17 @@ GROUPS = {
         "decode_cpu",
         "decode_mapped",
         "decode_loaded",
+        "decode_cuda",
+        "fused_engine",
+        "latent_engine",
+        "static_engine",
         "tokenizer",
         "latent_cache",
         "hf_cache",
         "kernels",
     ],
     "With torch, transformers and PEFT": ["operators", "hf", "quantizer", "plugin", "lora"],
-    "Measuring": ["agreement", "bench", "bench_cuda", "bench_cache", "bench_decode"],
+    "Measuring": ["agreement", "bench", "bench_cuda", "bench_cache", "bench_decode", "bench_decode_cuda"],
     "The command": ["lazy", "demo", "estimate", "report", "progress", "completion"],
 }
 

@@ -58,6 +58,7 @@ EXAMPLES = {
     "bench": [
         "bench linear --shape 4096x11008 --bits 0.1",
         "bench decode --model out --threads 2",
+        "bench decode --device cuda --model-shape llama2-7b --bits 0.1 0.55 1",
         "bench cache --bits 0.1",
     ],
     "completion": ["completion bash > ~/.local/share/bash-completion/completions/littlebit"],
@@ -265,16 +266,36 @@ def bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dense", default="smollm2", help="decode: what transformers runs in float32")
     sub.add_argument("--gguf", type=Path, help="decode: what llama.cpp runs, if llama_cpp can be imported")
     sub.add_argument("--llama-python", default=sys.executable, help="decode: a Python that can import llama_cpp")
-    sub.add_argument("--tokens", type=int, default=64, help="decode: tokens in a round; agreement: tokens of each text")
+    sub.add_argument(
+        "--tokens",
+        type=int,
+        help="decode: that are timed (by default 64 in a round, on a GPU 256); agreement: of a text",
+    )
     sub.add_argument("--rounds", type=int, default=3, help="decode: rounds")
-    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="linear: cuda for a GPU")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="linear, decode: cuda for a GPU")
     sub.add_argument("--tune", action="store_true", help="linear on a GPU: try several launch plans, take the fastest")
     sub.add_argument("--shape", type=shape, nargs="+", help="D_OUTxD_IN; by default those of Llama-2's layers")
     sub.add_argument("--bits", type=float, nargs="+", help="by default several from 0.1 up")
     sub.add_argument("--paths", type=int, help="by default 2, on a GPU 1")
-    sub.add_argument("--model-shape", default="llama2-7b", help="cache: a name that `littlebit memory` knows")
-    sub.add_argument("--context", type=int, nargs="+", default=list(CONTEXTS), help="cache: tokens in it")
-    sub.add_argument("--batch", type=int, nargs="+", default=[1], help="rows of the input; on a GPU one or several")
+    sub.add_argument(
+        "--model-shape", default="llama2-7b", help="cache, decode on a GPU: a name that `littlebit memory` knows"
+    )
+    sub.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        help=f"cache: tokens in it (by default {' '.join(map(str, CONTEXTS))}); decode on a GPU: of the prompt (128)",
+    )
+    sub.add_argument("--kv-cache", choices=KV_CACHES, default="ordinary", help="decode on a GPU: of packed models")
+    sub.add_argument("--no-peers", action="store_true", help="decode on a GPU: the packed model alone")
+    sub.add_argument("--profile", action="store_true", help="decode on a GPU: also say where a token's time goes")
+    sub.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="linear: rows of the input, on a GPU one or several; decode: sequences",
+    )
     sub.add_argument("--threads", type=int, default=1)
     add_json(sub)
     sub.add_argument("--save", type=Path, help="also write the figures, with device and commit, to this JSON file")
@@ -542,14 +563,14 @@ def summary(stored: dict[str, Any]) -> str:
     )
 
 
-def load_any(source: str, device: str) -> "torch.nn.Module":
-    """A packed checkpoint or a dense model."""
+def load_any(source: str, device: str, dtype: "torch.dtype | None" = None) -> "torch.nn.Module":
+    """A packed checkpoint or a dense model, by default in float32."""
     from .checkpoint import load
     from .hf import load_model
 
     folder = resolve(source)
     packed = is_checkpoint(Path(folder)) or is_official(Path(folder))
-    return load(folder, device) if packed else load_model(folder, device)
+    return (load if packed else load_model)(folder, device, **({"dtype": dtype} if dtype else {}))
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -751,6 +772,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
 
     from .bench import BITS, SHAPES, bench_linear, cpu_name
 
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
+    if arguments.what == "decode" and arguments.device == "cuda":
+        return run_bench_decode_cuda(arguments)
     if arguments.what in ("decode", "agreement") and arguments.model is None:
         raise ValueError(f"bench {arguments.what} needs a packed checkpoint: name one with --model")
     if arguments.what == "decode":
@@ -761,8 +786,6 @@ def run_bench(arguments: argparse.Namespace) -> None:
         return run_bench_agreement(arguments)
     chosen = {key: tuple(getattr(arguments, key)) for key in ("shape", "bits") if getattr(arguments, key)}
     if arguments.device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
         from .bench_cuda import BITS as CUDA_BITS, SHAPES as CUDA_SHAPES, bench_linear_cuda
 
         device, error, other = torch.cuda.get_device_name(), "error", "fp16 us"
@@ -806,7 +829,7 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.dense,
         tuple(range(1, arguments.threads + 1)),
-        arguments.tokens,
+        arguments.tokens or 64,
         arguments.rounds,
         arguments.llama_python,
         arguments.gguf,
@@ -822,6 +845,39 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
         )
 
 
+def run_bench_decode_cuda(arguments: argparse.Namespace) -> None:
+    """Run `littlebit bench decode --device cuda`."""
+    import torch
+
+    from .bench_decode_cuda import bench_checkpoint_cuda, bench_decode_cuda
+    from .checkpoint import info
+
+    (context, *_), tokens = arguments.context or [128], arguments.tokens or 256
+    (batch, *_) = arguments.batch
+    if arguments.model:
+        model = load_any(str(arguments.model), "cuda", torch.float16)
+        row = bench_checkpoint_cuda(model, context, batch, tokens, arguments.profile, arguments.kv_cache)
+        rows = [{"model": str(arguments.model), "bits": info(resolve(str(arguments.model)))["bits_per_weight"]} | row]
+    else:
+        chosen = {key: getattr(arguments, key) for key in ("bits", "paths") if getattr(arguments, key)}
+        chosen |= {"peers": not arguments.no_peers, "profile": arguments.profile, "batch": batch}
+        chosen |= {"kv_cache": arguments.kv_cache}
+        rows = bench_decode_cuda(arguments.model_shape, context=context, tokens=tokens, **chosen)
+    if answered(arguments, rows, torch.cuda.get_device_name()):
+        return
+    print(
+        f"{'engine':<14}{'bits':>7}{'batch':>6}{'ms a step':>11}{'tokens/s':>10}{'GB':>9}{'of copy':>9}{'peak GB':>9}"
+    )
+    for row in rows:
+        print(
+            f"{row['engine']:<14}{row['bits']:>7.3f}{row['batch']:>6}{row['time_ms']:>11.3f}"
+            f"{row['tokens_per_s']:>10.1f}{row['weights_bytes'] / 1e9:>9.3f}{row['fraction_of_copy']:>8.1%}"
+            f"{row['peak_bytes'] / 1e9:>9.2f}"
+        )
+        for part in row.get("parts", []):
+            print(f"    {part['part']:<14}{part['calls']:>4} x {part['time_us']:>8.2f} us = {part['step_us']:>9.1f} us")
+
+
 def run_bench_agreement(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench agreement`."""
     from .agreement import agreement
@@ -829,7 +885,7 @@ def run_bench_agreement(arguments: argparse.Namespace) -> None:
     from .checkpoint import load
     from .hf import load_tokenizer
 
-    rows = agreement(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens)
+    rows = agreement(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens or 64)
     if answered(arguments, rows, cpu_name()):
         return
     print(f"{'prompt':<48}{'equal tokens':>14}{'least gap':>11}{'error':>9}{'of transformers':>17}{'of bound':>10}")
@@ -843,12 +899,12 @@ def run_bench_agreement(arguments: argparse.Namespace) -> None:
 def run_bench_cache(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench cache`."""
     from .bench import BITS, cpu_name
-    from .bench_cache import bench_cache, crossover
+    from .bench_cache import CONTEXTS, bench_cache, crossover
 
     rows = [
         row
         for bits in arguments.bits or BITS
-        for row in bench_cache(arguments.model_shape, bits, tuple(arguments.context))
+        for row in bench_cache(arguments.model_shape, bits, tuple(arguments.context or CONTEXTS))
     ]
     if answered(arguments, rows, cpu_name()):
         return

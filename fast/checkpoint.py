@@ -587,5 +587,5 @@ def other_parameters(headers: Mapping[str, Header], owners: Mapping[str, str]) -
     return sum(
         8 * math.prod(header.shape) // bits.get(header.dtype, 8)
         for name, header in headers.items()
-        if name not in owners and not name.endswith("table.scale")
+        if name not in owners and not name.endswith(("table.scale", "table.offset"))
     )

@@ -1,6 +1,7 @@
 """Generation: text in, text out, as it is written.
 
-Llama-like models on a CPU go through compiled code (decode_cpu.py), all others through transformers' generate.
+Llama-like models on a CPU go through compiled code (decode_cpu.py); on a GPU a step is one CUDA graph (decode_cuda.py);
+all else goes through transformers' generate.
 """
 
 import logging
@@ -40,8 +41,8 @@ def generate(
     top_k, top_p : optional
         Sample among the k likeliest tokens, or the likeliest that hold probability p.
     seed : int
-        Of the sampling (NumPy's generator in the compiled decoder, torch's in transformers); global ones stay as they
-        were.
+        Of the sampling (NumPy's generator in the compiled decoder, torch's on a GPU and in transformers); global ones
+        stay as they were.
     chat : bool
         Put the prompt into the tokenizer's chat template, as the user's turn.
     tokenizer : transformers tokenizer, optional
@@ -168,12 +169,17 @@ def stream_tokens(
         return decode(model, tokens, *settings)
     from .decode_loaded import check_settings, decodable, through_transformers
 
-    if kv_cache == "ordinary":
-        try:
-            check_settings(model)
+    try:
+        check_settings(model)
+        if next(model.parameters()).device.type == "cuda":
+            from .decode_cuda import decode_batch
+
+            steps = decode_batch(model, [tokens], *settings, kv_cache)
+            return (token for (token,) in steps if token is not None)
+        if kv_cache == "ordinary":
             return decode(decodable(model), tokens, *settings)
-        except NotDecodableError as reason:
-            log.warning("littlebit: transformers generates for this model, not the compiled decoder: %s", reason)
+    except NotDecodableError as reason:
+        log.warning("littlebit: transformers generates for this model, not its decoder: %s", reason)
     return iter(through_transformers(model, tokens, *settings, pad, kv_cache))
 
 

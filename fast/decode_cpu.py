@@ -129,7 +129,7 @@ class Decodable(NamedTuple):
     threads: int | None = None
 
 
-def architecture(config: Mapping[str, Any]) -> Architecture:
+def architecture(config: Mapping[str, Any], kinds: Sequence[str] = MODEL_TYPES) -> Architecture:
     """What a model's configuration, as config.json holds it, says; nothing is taken for granted.
 
     Raises
@@ -138,8 +138,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         If the decoder cannot run such a model, or the configuration leaves something out.
     """
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise NotDecodableError(f"model type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
+    if kind not in kinds:
+        raise NotDecodableError(f"model type {kind!r} is not one of {', '.join(kinds)}")
     if config.get("hidden_act") != "silu":
         raise NotDecodableError(f"its activation is {config.get('hidden_act')}, not silu")
     if config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window"):
@@ -264,7 +264,7 @@ class Decoder:
             raise ValueError(f"the decoder holds {capacity} tokens, not {self.position + len(tokens)}")
         if len(tokens) == 0 or tokens.min() < 0 or tokens.max() >= vocabulary:
             raise ValueError(f"tokens must be one or more numbers from 0 to {vocabulary - 1}, not {tokens}")
-        with cpu.numba_threads(self.threads) as threads:
+        with cpu.NumbaThreads(self.threads) as threads:
             for start in range(0, len(tokens), BLOCK):
                 block = np.ascontiguousarray(tokens[start : start + BLOCK], np.int64)
                 cpu_decode.step(

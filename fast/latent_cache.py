@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .decode_cpu import MODEL_TYPES, STATIC_ROPE
 from .kv_cache import LARGEST_CODE, latent_attention, latents, rotate
 from .layers import PackedLinear
+from .model import device_of
 
 #: In what the kinds of latent cache in `memory.KV_CACHES` keep a latent.
 LATENT_TYPES = {"latent": torch.float16, "latent-int8": torch.int8}
@@ -84,9 +85,7 @@ def check_latent(model: Any, dtype: torch.dtype) -> None:
                 f"layer {name} is a {type(module).__name__}, not packed: quantise it (quantize_) and pack the model "
                 "(pack_), or use the ordinary cache"
             )
-    places = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
-    if len(places) > 1:
-        raise ValueError(f"the model is spread over {', '.join(places)}: move it to one device with .to(device)")
+    device_of(model)
 
 
 def attend(

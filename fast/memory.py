@@ -5,5 +5,7 @@ from ..reference.memory import (
     MODEL_SHAPES as MODEL_SHAPES,
     ModelMemory as ModelMemory,
     ModelShape as ModelShape,
+    layer_ranks as layer_ranks,
+    linear_shapes as linear_shapes,
     model_memory as model_memory,
 )

@@ -369,6 +369,21 @@ def pack_(model: nn.Module) -> nn.Module:
     return model
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of all of a model's tensors.
+
+    Raises
+    ------
+    ValueError
+        If there are several.
+    """
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(places) > 1:
+        names = ", ".join(sorted(map(str, places)))
+        raise ValueError(f"the model is spread over {names}: move it to one device with .to(device)")
+    return places.pop()
+
+
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """A model's PackedLinear layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -6,7 +6,11 @@ import itertools
 
 import torch
 from littlebit.fast.bench import random_path
+from littlebit.fast.bench_decode_cuda import random_model
+from littlebit.fast.embeddings import QuantizedEmbedding, QuantizedHead, quantize_table
+from littlebit.fast.fused_engine import FusedEngine
 from littlebit.fast.kernels import cuda_launch
+from littlebit.fast.memory import ModelShape
 
 generator = torch.Generator("cuda").manual_seed(0)
 for (d_in, ranks), rows, dtype in itertools.product(
@@ -37,5 +41,17 @@ for rows in (1, 3):
     last.launch(
         y, x, torch.empty(last.part_size(rows, last.schedule(rows)), device="cuda"), activation="silu", squares=squares
     )
+
+shape = ModelShape("a small one", 256, 320, 1, 4, 2, 64, 100, 256)
+for bits, batch in ((1.0, 3), (None, 1)):
+    model = random_model(shape, bits)
+    engine = FusedEngine(model, batch, 200, torch.device("cuda", 0), torch.float16)
+    with torch.inference_mode():
+        engine.prefill([[7] * 150] * batch)
+        engine.step(torch.arange(batch, device="cuda"))
+        for table_bits in (8, 4):
+            table = quantize_table(model.head.weight.float().cpu(), table_bits).cuda()
+            stream = engine.steps.embed(torch.arange(batch, device="cuda"), QuantizedEmbedding(table))
+            engine.steps.logits(engine.steps.normed(stream, model.norm), QuantizedHead(table))
 torch.cuda.synchronize()
 print("every kernel ran")

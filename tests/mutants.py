@@ -562,9 +562,9 @@ MUTANTS = [
     Mutant("fast/headers.py", "or Path(name).name != name", "", "an index may name files anywhere"),
     Mutant(
         "fast/checkpoint.py",
-        'not in owners and not name.endswith("table.scale")',
-        "not in owners",
-        "scales are parameters",
+        ' and not name.endswith(("table.scale", "table.offset"))',
+        "",
+        "scales and offsets are parameters",
     ),
     Mutant("fast/layers.py", "new.dtype != old.dtype", "False", "packed scales are cast with the model"),
     Mutant("fast/layers.py", "old.to(new.device)", "old", "packed scales stay behind on a device"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import littlebit.fast as fast
 import littlebit.reference as ref
+import numba
 import numpy as np
 import pytest
 import torch
@@ -186,6 +187,23 @@ def test_packed_linear_is_the_same_for_any_threads_and_batch(any_threads, kernel
     assert_within(serial, exact, 3 * magnitude, terms=8 + len(paths) * (d_in + rank))
 
 
+@given(shares=st.integers(1, 7), running=st.integers(1, cpu.MAX_THREADS), paths=st.integers(1, 3), rank=sizes(100))
+def test_a_layer_needs_no_more_threads_than_run(shares, running, paths, rank):
+    """Threads wait for each other between the stages, but never for one that Numba has not started."""
+    plan = plans.Plan([each for _ in range(paths) for each in random_path(90, 70, rank, torch.Generator())])
+    x = torch.randn(5, 70)
+    y, serial = torch.empty(5, 90), torch.empty(5, 90)
+    arguments = cpu.BEST, plan.numbers, 90, 70, x.data_ptr()
+    cpu.layer(*arguments, serial.data_ptr(), 5)
+    with cpu.NumbaThreads(cpu.MAX_THREADS):
+        numba.set_num_threads(running)
+        try:
+            cpu.layer_parallel(*arguments, y.data_ptr(), 5, shares)
+        finally:
+            numba.set_num_threads(cpu.MAX_THREADS)
+    assert_same(y, serial)
+
+
 @given(data=st.data(), d_out=sizes(100), d_in=sizes(300), rank=sizes(100), batch=st.integers(33, 70))
 def test_packed_linear_of_a_large_batch_agrees_by_lookups_and_unpacked(data, d_out, d_in, rank, batch):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
@@ -233,7 +251,7 @@ def test_numbas_threads_leave_torchs_number_as_it_was():
 import torch, littlebit.fast as lb
 from littlebit.fast.kernels import cpu, plan as plans
 torch.set_num_threads(1)
-with cpu.numba_threads() as threads:
+with cpu.NumbaThreads() as threads:
     assert threads == 1
 assert torch.get_num_threads() == 1
 """

@@ -24,13 +24,11 @@ Nothing here needs torch: plan.py brings tensors to the kernels, and fast/decode
 """
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
-import contextlib
 import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import numba
 import numpy as np
@@ -41,6 +39,8 @@ from .lanes import (
     add_lookups,
     add_where,
     address_of,
+    atomic_add,
+    atomic_load,
     broadcast,
     each_add,
     each_load,
@@ -55,6 +55,7 @@ from .lanes import (
     load_words,
     multiply,
     next_nibble,
+    pause,
     pointer,
     prefetch,
     store,
@@ -69,7 +70,6 @@ BEST = NIBBLES
 CHUNK = 16  # words of a row that are taken at once: the tables of 512 columns, 8 KB
 TABLE_BYTES = 4 * LANES
 GROUP = 64  # rows of signs that share a chunk's tables before the next chunk; the next group's words are asked for
-GROUP_BYTES = 1 << 18  # of words that are one group: the second-level cache holds them from chunk to chunk
 ASKED = 1 << 14  # bytes of the next stage's words that are asked for at most, before this one
 LINE = 64  # bytes of a cache line
 PARALLEL_WORK = 1 << 20  # sign additions below which a second thread costs more than it brings
@@ -248,7 +248,7 @@ def add_nibbles(words, x, x_step, scale, sums, sums_step, start, stop, each):
     for i in range(whole, stop):
         for k in range(width):
             copy[(i - whole) * padded + k] = words[i * width + k]
-    alone = width <= CHUNK or 4 * width * (stop - start) <= GROUP_BYTES  # one group
+    alone = width <= CHUNK or stop - start <= 2 * GROUP  # one group: tables are not worth keeping for few rows
     group_rows, kept = (max(stop - start, 1), min(width, CHUNK)) if alone else (GROUP, width)  # a share may be empty
     columns, tables = aligned(rows * 32 * CHUNK), aligned(rows * 128 * kept)
     for group in range(start, stop, group_rows):
@@ -305,6 +305,8 @@ def sign_products(kernel, words, x, x_step, scale, sums, sums_step, start, stop,
 # its five arrays, and its rank.
 U, V, H, ELL, G, RANK = range(6)
 PATH_NUMBERS = 6
+
+CLAIMED, DONE = range(2)  # shares of the first stage
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -386,28 +388,66 @@ def share(size, part, parts):
     return min(size, blocks * part // parts * LANES)
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
-def layer_rows_parallel(kernel, paths, d_out, d_in, x, y, each, threads):
-    """`layer_rows` with the rows of signs divided among Numba's threads."""
-    rows, count = len(each), len(paths)
-    starts = np.zeros(count + 1, np.int64)
-    for order in range(count):
+@numba.njit(nogil=True, cache=True)
+def path_starts(paths):
+    """Where each path's rows of signs begin when those of all paths, padded to sixteen, follow each other; and the end.
+
+    Not in `layer_rows_parallel`, where Numba would divide the filling of such an array among threads.
+    """
+    starts = np.zeros(len(paths) + 1, np.int64)
+    for order in range(len(paths)):
         starts[order + 1] = starts[order] + (paths[order, RANK] + LANES - 1 & -LANES)
-    t = aligned(rows * starts[count])
-    for part in numba.prange(threads):  # shares of all paths' rows one after the other: few paths each, few tables
-        first, last = share(starts[count], part, threads), share(starts[count], part + 1, threads)
-        for order in range(count):
+    return starts
+
+
+@numba.njit(nogil=True, cache=True)
+def unclaimed():
+    """CLAIMED and DONE, both zero."""
+    return np.zeros(2, np.int64)
+
+
+@numba.njit(nogil=True, cache=True)
+def first_stage_shares(kernel, paths, starts, d_in, x, t, state, threads, each):
+    """One thread's part of the first stage: the shares that no other one has claimed. Returns when all are done.
+
+    It waits only for threads that have claimed a share, hence run; so no number of threads can block each other.
+    Shares go through the rows of all paths one after the other: few paths each, few tables.
+    """
+    share_at = atomic_add(state, CLAIMED, 1)
+    while share_at < threads:
+        first, last = share(starts[-1], share_at, threads), share(starts[-1], share_at + 1, threads)
+        for order in range(len(paths)):
             rank, step = paths[order, RANK], starts[order + 1] - starts[order]
             start, stop = max(first - starts[order], 0), min(last - starts[order], rank)
             if start < stop:
-                mine = t[rows * starts[order] :]
+                mine = t[len(each) * starts[order] :]
                 first_stage(kernel, paths[order], d_in, x, start, stop, mine, step, each)
+        atomic_add(state, DONE, 1)
+        share_at = atomic_add(state, CLAIMED, 1)
+    while atomic_load(state, DONE) < threads:
+        pause()
+
+
+@numba.njit(nogil=True, cache=True)
+def second_stage_share(kernel, paths, starts, d_out, t, y, start, stop, each):
+    """The second stage of all paths for outputs start <= i < stop."""
+    for order in range(len(paths)):
+        step = starts[order + 1] - starts[order]
+        second_stage(kernel, paths[order], d_out, t[len(each) * starts[order] :], step, start, stop, y, order > 0, each)
+
+
+@numba.njit(nogil=True, cache=True, parallel=True)
+def layer_rows_parallel(kernel, paths, d_out, d_in, x, y, each, threads):
+    """`layer_rows` with the rows of signs divided among Numba's threads, which are started once for both stages."""
+    starts, state = path_starts(paths), unclaimed()
+    t = aligned(len(each) * starts[-1])
     for part in numba.prange(threads):
         start, stop = share(d_out, part, threads), share(d_out, part + 1, threads)
-        for order in range(count):
-            step = starts[order + 1] - starts[order]
-            mine = t[rows * starts[order] :]
-            second_stage(kernel, paths[order], d_out, mine, step, start, stop, y, order > 0, each)
+        for order in range(len(paths)):
+            width = (paths[order, RANK] + 31) // 32
+            ask_for(paths[order, U] + 4 * width * start, 4 * width * (stop - start))
+        first_stage_shares(kernel, paths, starts, d_in, x, t, state, threads, each)
+        second_stage_share(kernel, paths, starts, d_out, t, y, start, stop, each)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -557,18 +597,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=after_fork)
 
 
-@contextlib.contextmanager
-def numba_threads(wanted: int | None = None) -> Iterator[int]:
-    """How many of Numba's threads the block may use: `wanted`, or one if another Python thread uses them."""
-    start_threads()
-    count = default_threads() if wanted is None else min(wanted, MAX_THREADS)
-    if count == 1 or forked or not parallel_lock.acquire(blocking=False):
-        yield 1
-        return
-    try:
-        if getattr(local, "count", None) != count:  # setting it costs more than a small layer
-            numba.set_num_threads(count)
-            local.count = count
-        yield count
-    finally:
-        parallel_lock.release()
+class NumbaThreads:
+    """Use so many of Numba's threads in a `with` block, all by default; one if another Python thread uses them.
+
+    Entering gives the number. (A generator as the context manager would take as long as a small layer.)
+    """
+
+    def __init__(self, wanted: int | None = None):
+        start_threads()
+        self.count = default_threads() if wanted is None else min(wanted, MAX_THREADS)
+
+    def __enter__(self) -> int:
+        """How many threads the block may use."""
+        if self.count > 1 and (forked or not parallel_lock.acquire(blocking=False)):
+            self.count = 1
+        if self.count > 1 and getattr(local, "count", None) != self.count:  # setting it takes longer than a small layer
+            numba.set_num_threads(self.count)
+            local.count = self.count
+        return self.count
+
+    def __exit__(self, *error: object) -> None:
+        """Leave them to others."""
+        if self.count > 1:
+            parallel_lock.release()

@@ -477,6 +477,44 @@ def prefetch(typingctx, address):
 
 
 @intrinsic
+def atomic_add(typingctx, array, index, value):
+    """Add a value to array[index] (int64), and give what it was: one step for all threads that look.
+
+    Whoever reads the new value by `atomic_load`, or adds to it, also sees what this thread wrote before.
+    """
+
+    def codegen(context, builder, signature, args):
+        place = element_pointer(context, builder, signature.args[0], args[0], args[1])
+        return builder.atomic_rmw("add", place, args[2], "acq_rel")
+
+    return types.int64(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typingctx, array, index):
+    """array[index] (int64) as it is now, read anew each time; see `atomic_add`."""
+
+    def codegen(context, builder, signature, args):
+        place = element_pointer(context, builder, signature.args[0], *args)
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(array, types.intp), codegen
+
+
+@intrinsic
+def pause(typingctx):
+    """Tell the processor that this thread waits for another one's write."""
+
+    def codegen(context, builder, signature, args):
+        if LEVEL in ("avx512", "avx2"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(named_function(builder, "llvm.x86.sse2.pause", kind), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def address_of(typingctx, array):
     """The address of an array's first entry, as int64.
 

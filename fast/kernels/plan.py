@@ -57,12 +57,12 @@ class Plan:
             if rows > LARGE_BATCH and self.is_quicker_unpacked(rows):
                 return self.unpacked(x)
             kernel = cpu.BEST
-        y = torch.empty(*x.shape[:-1], self.d_out)
+        y = x.new_empty(*x.shape[:-1], self.d_out)
         arguments = kernel, self.numbers, self.d_out, self.d_in, x.data_ptr(), y.data_ptr(), rows
         if rows * self.work < cpu.PARALLEL_WORK or torch.get_num_threads() == 1:
             cpu.layer(*arguments)
             return y
-        with cpu.numba_threads() as threads:
+        with cpu.NumbaThreads() as threads:
             if threads == 1:
                 cpu.layer(*arguments)
             else:

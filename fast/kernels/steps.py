@@ -1,0 +1,418 @@
+"""What a decoded token needs beside its linear layers, for fused_engine.py: in torch, or by the kernels of cuda_decode.
+
+Both are used in the same way, and the tests compare them: embedding, norms, gates, and attention with its cache.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..decode_cpu import NotDecodableError
+from ..embeddings import QuantizedEmbedding, QuantizedHead, Table
+from ..kv_cache import rotate, round_latents
+
+#: Activations of a gated MLP: as torch computes them. cuda.ACTIVATIONS has the same names.
+ACTIVATIONS = {"silu": functional.silu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}
+
+
+class Stream:
+    """The residual stream of some sequences, and numbers that together are the sum of squares of each.
+
+    Attributes
+    ----------
+    x : (rows, hidden) float32 tensor
+    squares : (rows, count) float32 tensor
+        Whoever writes x puts new ones here.
+    """
+
+    def __init__(self, x: Tensor, squares: Tensor):
+        self.x, self.squares = x, squares
+
+
+class Heads(NamedTuple):
+    """The sizes of attention.
+
+    Attributes
+    ----------
+    heads, kv_heads, size : int
+    """
+
+    heads: int
+    kv_heads: int
+    size: int
+
+    @property
+    def group(self) -> int:
+        """Heads that have the same key and value."""
+        return self.heads // self.kv_heads
+
+
+class Spans(NamedTuple):
+    """Where the latents of a layer's one or two paths lie in a row.
+
+    Attributes
+    ----------
+    begins, counts : tuple of int
+        As they are kept: each path's filled up to a multiple of eight.
+    """
+
+    begins: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def at(cls, begin: int, ranks: Sequence[int], width: Callable[[int], int] = lambda rank: kept_width([rank])) -> Any:
+        """Paths of such ranks one after the other from `begin` on, `width` of a rank apart."""
+        begins = itertools.accumulate(map(width, ranks), initial=begin)
+        return cls(tuple(begins)[:-1], tuple(kept_width([rank]) for rank in ranks))
+
+
+def kept_width(ranks: Sequence[int]) -> int:
+    """Latents of a token as they are kept: each path's are filled up to a multiple of eight, as tensor cores want."""
+    return sum(-(-rank // 8) * 8 for rank in ranks)
+
+
+def stored_latents(x: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Latents of all paths side by side, (..., R), as they are kept, filled up with zeros."""
+    parts = x.split(list(ranks), -1)
+    return torch.cat([functional.pad(part, (0, -part.shape[-1] % 8)) for part in parts], -1)
+
+
+class HeadNorms(NamedTuple):
+    """RMSNorms of each query and key.
+
+    Attributes
+    ----------
+    query, key : (size,) float32 tensor
+    """
+
+    query: Tensor
+    key: Tensor
+
+
+class TorchSteps:
+    """All steps in torch, on any device.
+
+    Parameters
+    ----------
+    heads : Heads
+    dtype : torch.dtype
+        Of what is between the layers, and of the cache.
+    eps : float
+        Of every RMSNorm.
+    """
+
+    def __init__(self, heads: Heads, dtype: torch.dtype, eps: float):
+        self.heads, self.dtype, self.eps = heads, dtype, eps
+
+    def embed(self, tokens: Tensor, embedding: nn.Module) -> Stream:
+        """A stream that begins with the rows of `tokens`, (rows,) int64."""
+        x = embedding(tokens).float()
+        return Stream(x, squares_of(x))
+
+    def added(self, y: Tensor, stream: Stream) -> None:
+        """Add to the stream."""
+        stream.x = stream.x + y
+        stream.squares = squares_of(stream.x)
+
+    def normed(self, stream: Stream, weight: Tensor) -> Tensor:
+        """RMSNorm of the stream, (rows, hidden), for `weight` (hidden,) float32."""
+        mean = stream.squares.sum(-1, keepdim=True) / stream.x.shape[-1]
+        return (stream.x * torch.rsqrt(mean + self.eps) * weight).to(self.dtype)
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """The activation of the first half of each row times the second half."""
+        gate, up = x.float().chunk(2, -1)
+        return (ACTIVATIONS[activation](gate) * up).to(x.dtype)
+
+    def logits(self, x: Tensor, head: nn.Module) -> Tensor:
+        """Logits (rows, vocabulary) of a head, for (rows, hidden)."""
+        return head(x)
+
+    def attend(
+        self,
+        projected: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        angles: Tensor,
+        norms: HeadNorms | None,
+    ) -> Tensor:
+        """Attention of one new token of each sequence, whose key and value are kept.
+
+        Parameters
+        ----------
+        projected : (rows, (heads + 2 kv_heads) * size) tensor
+            Query, key and value, with no rotation yet.
+        keys, values : (rows, kv_heads, capacity, size) tensor
+            Changed.
+        positions : (rows,) int64 tensor
+            How many are there.
+        angles : (2, capacity, size / 2) float32 tensor
+            Cosines and sines of each position.
+        norms : HeadNorms, optional
+
+        Returns
+        -------
+        (rows, heads * size) tensor of projected's dtype.
+        """
+        rows = torch.arange(len(projected), device=projected.device)
+        query, key, value = split_heads(projected, self.heads, norms, self.eps, *angles[:, positions, None])
+        keys[rows, :, positions], values[rows, :, positions] = key.to(keys.dtype), value.to(values.dtype)
+        seen = torch.arange(keys.shape[2], device=keys.device) <= positions[:, None]
+        mixed = functional.scaled_dot_product_attention(
+            query[:, :, None].to(keys.dtype), keys, values, attn_mask=seen[:, None, None], enable_gqa=True
+        )
+        return mixed.flatten(1).to(projected.dtype)
+
+    def keep(self, part: Tensor, spans: Spans, codes: Tensor, scales: Tensor, positions: Tensor) -> None:
+        """Keep latents of one new token of each sequence.
+
+        Parameters
+        ----------
+        part : (parts, rows, columns) float32 tensor
+            What is to be summed over parts.
+        spans : Spans
+            The columns.
+        codes : (rows, capacity, kept width) float16 or int8 tensor
+            Changed.
+        scales : (rows, capacity) float32 tensor
+            Changed.
+        positions : (rows,) int64 tensor
+        """
+        pieces = [part[..., at : at + count] for at, count in zip(*spans, strict=True)]
+        new = round_latents(torch.cat(pieces, -1).sum(0), codes.dtype)
+        rows = torch.arange(len(codes), device=codes.device)
+        codes[rows, positions], scales[rows, positions] = new.codes, new.scale[..., 0]
+
+    def scores(
+        self,
+        projected: Tensor,
+        expanded: Tensor,
+        scales: Tensor,
+        angles: Tensor,
+        positions: Tensor,
+        y: Tensor,
+        start: int,
+    ) -> None:
+        """Scores of the queries in `projected` with a block of tokens, the lowest for those that are not there.
+
+        Parameters
+        ----------
+        projected, angles, positions
+            See `attend`.
+        expanded : (rows, tokens, kv_heads * size) tensor
+            Their keys without scale and rotation.
+        scales : (rows, capacity) float32 tensor
+        y : (rows, heads, capacity) float32 tensor
+            Changed.
+        start : int
+            Place of the first token.
+        """
+        end, heads = start + expanded.shape[1], self.heads
+        query, _, _ = split_heads(projected, heads, None, self.eps, *angles[:, positions, None])
+        keys = expanded.float().unflatten(-1, (heads.kv_heads, -1)) * scales[:, start:end, None, None]
+        keys = rotate(keys, *angles[:, None, start:end, None])  # (rows, tokens, kv_heads, size)
+        query = query.unflatten(1, (heads.kv_heads, -1)) * heads.size**-0.5
+        found = torch.einsum("bkgd,btkd->bkgt", query, keys).flatten(1, 2)
+        known = torch.arange(start, end, device=y.device) <= positions[:, None]
+        y[..., start:end] = torch.where(known[:, None], found, -1e30)
+
+
+def squares_of(x: Tensor) -> Tensor:
+    """Sum of squares of each row, (rows, 1)."""
+    return x.square().sum(-1, keepdim=True)
+
+
+def split_heads(
+    projected: Tensor, heads: Heads, norms: HeadNorms | None, eps: float, cosine: Tensor, sine: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key, normed and rotated, and value: (..., heads, size) float32 each."""
+    parts = projected.float().unflatten(-1, (-1, heads.size))
+    query, key, value = parts.split([heads.heads, heads.kv_heads, heads.kv_heads], -2)
+    if norms:
+        query, key = (rms_norm(x, weight, eps) for x, weight in zip((query, key), norms, strict=True))
+    return rotate(query, cosine, sine), rotate(key, cosine, sine), value
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of float32 rows."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+class CudaSteps:
+    """The same by CUDA kernels of Numba's.
+
+    Parameters
+    ----------
+    heads, dtype, eps
+        See TorchSteps; dtype float16 or bfloat16.
+    batch : int
+    device : torch.device
+
+    Raises
+    ------
+    NotDecodableError
+        If the kernels cannot be used, or are not made for heads of such a size.
+    """
+
+    # Tokens of a context that a block takes at least: shared by several blocks it has to be put together again, which
+    # pays sooner where there are few blocks
+    shortest_of_many, shortest_of_few = 256, 64
+    few = 32  # blocks
+
+    def __init__(self, heads: Heads, dtype: torch.dtype, eps: float, batch: int, device: torch.device):
+        from . import dispatch
+
+        index = device.index or 0
+        launching = dispatch.cuda_kernels(index)
+        if launching is None:
+            raise NotDecodableError("the CUDA kernels cannot be used")
+        if heads.size not in (64, 128, 256):
+            raise NotDecodableError(f"its heads have {heads.size} entries, not 64, 128 or 256")
+        from . import cuda_decode
+
+        self.kernels, self.launching = cuda_decode, launching
+        self.heads, self.dtype, self.eps, self.index = heads, dtype, eps, index
+        self.early = torch.cuda.get_device_capability(index) >= launching.EARLY
+        group, most = heads.heads // heads.kv_heads, 8 if self.early else 2  # that the registers suffice for
+        self.group = next(count for count in range(min(group, most), 0, -1) if group % count == 0)
+        self.chunks = group // self.group
+        self.blocks = batch * heads.kv_heads * self.chunks
+        self.shortest = self.shortest_of_few if self.blocks < self.few else self.shortest_of_many
+        self.tickets = torch.zeros(self.blocks, dtype=torch.int32, device=device)
+
+    def start(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **how: int) -> None:
+        """Start a kernel on torch's current stream; tensors become addresses."""
+        arrays = [self.launching.array(each) if isinstance(each, Tensor) else each for each in arguments]
+        threads, size, early = how.get("threads", self.kernels.EIGHTS), how.get("size", 0), bool(how.get("early"))
+        with torch.cuda.device(self.index):
+            stream = torch.cuda.current_stream().cuda_stream
+            self.launching.start(stream, early, kernel, grid, threads, size, arrays)
+
+    def kind(self, tensor: Tensor) -> str:
+        """What the kernels call a tensor's dtype."""
+        return self.launching.KINDS[tensor.dtype]
+
+    def grid(self, x: Tensor, size: int) -> tuple[int, int, int]:
+        """Of a kernel with eight of `size` columns for each thread."""
+        return -(-size // (8 * self.kernels.EIGHTS)), len(x), 1
+
+    def embed(self, tokens: Tensor, embedding: Any) -> Stream:
+        """As that of TorchSteps."""
+        if isinstance(embedding, QuantizedEmbedding):
+            kind, arrays, size, group = table_arrays(embedding.table)
+        else:
+            table = embedding.weight
+            kind, arrays, size, group = self.kind(table), (table, tokens, tokens), table.shape[1], table.shape[1]
+        grid = self.grid(tokens, size)
+        x = torch.empty(len(tokens), size, device=tokens.device)
+        stream = Stream(x, torch.empty(len(tokens), grid[0], device=tokens.device))
+        self.start(self.kernels.embed(kind), grid, tokens, *arrays, stream.x, stream.squares, size, group)
+        return stream
+
+    def added(self, y: Tensor, stream: Stream) -> None:
+        """As that of TorchSteps, in place."""
+        grid = self.grid(y, y.shape[1])
+        stream.squares = torch.empty(len(y), grid[0], device=y.device)
+        self.start(self.kernels.added(self.kind(y)), grid, y, stream.x, stream.squares, y.shape[1])
+
+    def normed(self, stream: Stream, weight: Tensor) -> Tensor:
+        """As that of TorchSteps."""
+        y = torch.empty(stream.x.shape, dtype=self.dtype, device=weight.device)
+        numbers = stream.x.shape[1], stream.squares.shape[1], self.eps
+        grid = self.grid(y, y.shape[1])
+        self.start(self.kernels.normed(self.kind(y)), grid, stream.x, weight, stream.squares, y, *numbers)
+        return y
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """As that of TorchSteps."""
+        size = x.shape[1] // 2
+        y = torch.empty(len(x), size, dtype=x.dtype, device=x.device)
+        self.start(self.kernels.gated(self.kind(x), activation), self.grid(x, size), x, y, size)
+        return y
+
+    def logits(self, x: Tensor, head: nn.Module) -> Tensor:
+        """As that of TorchSteps; float32 for a table of 8 or 4 bits."""
+        if not isinstance(head, QuantizedHead):
+            return head(x)
+        kind, arrays, size, group = table_arrays(head.table)
+        vectors, count = self.launching.vectors_of(len(x)), len(head.table.codes)
+        y = torch.empty(len(x), count, device=x.device)
+        grid = -(-count // (self.kernels.WARPS * self.kernels.LOGIT_ROWS)), -(-len(x) // vectors), 1
+        self.start(self.kernels.logits(self.kind(x), kind, vectors), grid, x, *arrays, y, len(x), count, size, group)
+        return y
+
+    def made(self, projected: Tensor, keys: Tensor, norms: HeadNorms | None) -> Any:
+        """What the kernel of `attend` is made for; sixteen warps where the registers suffice, as the tests see."""
+        warps = 16 if self.early and self.group == 1 and self.heads.size > 64 and not norms else 8
+        kinds = self.kind(projected), self.kind(keys)
+        return self.kernels.Attention(*kinds, self.heads.size, self.group, warps, norms is not None)
+
+    def attend(
+        self,
+        projected: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        angles: Tensor,
+        norms: HeadNorms | None,
+    ) -> Tensor:
+        """As that of TorchSteps."""
+        rows, kv_heads, capacity, size = keys.shape
+        made = self.made(projected, keys, norms)
+        enough = -(-2 * self.launching.described(self.index).multiprocessors // self.blocks)
+        splits = max(1, min(enough, -(-capacity // self.shortest)))
+        partial_sums = torch.empty(self.blocks * splits * made.partial, device=keys.device)
+        y = torch.empty(rows, self.heads.heads * size, dtype=projected.dtype, device=keys.device)
+        cosine, sine = angles
+        self.start(
+            self.kernels.attend(made, self.early),
+            (splits, kv_heads * self.chunks, rows),
+            *(projected, keys, values, cosine, sine),
+            *(norms or (cosine, cosine)),
+            *(positions, y, partial_sums, self.tickets, kv_heads, self.chunks, capacity, self.shortest),
+            *(size**-0.5, self.eps),
+            threads=made.threads,
+            size=made.shared_bytes,
+            early=self.early,
+        )
+        return y
+
+    def keep(self, part: Tensor, spans: Spans, codes: Tensor, scales: Tensor, positions: Tensor) -> None:
+        """As that of TorchSteps."""
+        (begin_1, *begin_2), (count_1, *count_2) = spans
+        kernel = self.kernels.latents("byte" if codes.dtype == torch.int8 else "half")
+        places = begin_1, count_1, sum(begin_2), sum(count_2)
+        self.start(kernel, (len(codes), 1, 1), part, codes, scales, positions, *part.shape, *places, codes.shape[1])
+
+    def scores(
+        self,
+        projected: Tensor,
+        expanded: Tensor,
+        scales: Tensor,
+        angles: Tensor,
+        positions: Tensor,
+        y: Tensor,
+        start: int,
+    ) -> None:
+        """As that of TorchSteps."""
+        heads, (rows, count, _) = self.heads, expanded.shape
+        tokens = self.kernels.WARPS * 32 * 16 // heads.size  # of a block
+        self.start(
+            self.kernels.scores(self.kind(projected), heads.size, heads.group),
+            (-(-count // tokens), rows, 1),
+            *(projected, expanded, scales, *angles, positions, y),
+            *(heads.kv_heads, start, count, y.shape[-1], heads.size**-0.5),
+            size=4 * heads.heads * heads.size,
+        )
+
+
+def table_arrays(table: Table) -> tuple[str, tuple[Tensor, Tensor, Tensor], int, int]:
+    """A table's kind for the kernels, its arrays, the size of a row, and of a group."""
+    offset = table.scale if table.offset is None else table.offset
+    return str(table.bits), (table.codes, table.scale, offset), table.size, table.group

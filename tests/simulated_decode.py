@@ -1,0 +1,260 @@
+"""The decoder's CUDA kernels in numba-cuda's simulator; test_cuda_decode.py runs them in a process of their own."""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
+import os
+
+os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+
+import contextlib
+from types import SimpleNamespace
+
+import cuda_simulator  # noqa: F401 (before any kernel)
+import littlebit.fast.kernels.cuda_decode as kernels
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from littlebit.fast.bench_decode_cuda import random_model
+from littlebit.fast.embeddings import quantize_table
+from littlebit.fast.fused_engine import FusedEngine, Packed
+from littlebit.fast.kernels import cuda_launch, dispatch
+from littlebit.fast.kernels.cuda_decode import EIGHTS, Attention
+from littlebit.fast.latent_engine import LatentEngine
+from littlebit.fast.memory import ModelShape
+from numba import cuda
+
+EPS = 2.0**-24
+DTYPES = {"half": torch.float16, "bfloat": torch.bfloat16, "single": torch.float32}
+
+
+def on_device(tensor):
+    tensor = tensor.contiguous().flatten()
+    raw = tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype.itemsize == 2 else tensor.numpy()
+    return cuda.to_device(raw.copy())
+
+
+def fetched(array, dtype, *shape):
+    raw = array.copy_to_host()
+    tensor = torch.from_numpy(raw.view(np.int16) if raw.dtype == np.uint16 else raw)
+    return (tensor.view(dtype) if dtype.itemsize == 2 else tensor).reshape(shape)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def turned(x, positions, theta=100.0):
+    """Rotated queries or keys, (sequences, heads, size), and tables of angles up to the largest position."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(64.0)[:, None] * theta ** (-torch.arange(half) / half)
+    cosine, sine = angles.cos(), angles.sin()
+    c, s = (each[positions][:, None].double() for each in (cosine, sine))
+    low, high = x.double().chunk(2, -1)
+    return torch.cat([low * c - high * s, high * c + low * s], -1), cosine, sine
+
+
+def norm(x, weight, eps):
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+@st.composite
+def cases(draw):
+    """Sizes for one launch, few enough for a simulator."""
+    size = draw(st.sampled_from([64, 128]))
+    group, chunks, kv_heads = draw(st.sampled_from([(1, 1, 2), (1, 1, 1), (3, 1, 1), (2, 2, 1), (5, 1, 1)]))
+    made = Attention(
+        draw(st.sampled_from(["single", "half", "bfloat"])), draw(st.sampled_from(["half", "bfloat"])), size, group,
+        draw(st.sampled_from([1, 2])), draw(st.booleans()),
+    )  # fmt: skip
+    positions = draw(st.lists(st.integers(0, 40), min_size=1, max_size=2))
+    return (
+        made,
+        chunks,
+        kv_heads,
+        positions,
+        draw(st.sampled_from([3, 16, 64])),
+        draw(st.integers(1, 3)),
+        draw(st.booleans()),
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(cases())
+def test_attend_is_attention_over_what_is_kept_and_the_new_token(case):
+    """Weights sum to one, so the output's error is that of the scores, and of the values' rounding in the cache."""
+    made, chunks, kv_heads, positions, shortest, splits, early = case
+    kind, kept, size = DTYPES[made.kind], DTYPES[made.kept], made.size
+    rows, heads, capacity, eps = len(positions), kv_heads * chunks * made.group, 48, 1e-5
+    projected = numbers(rows, heads + 2 * kv_heads, size).to(kind)
+    keys, values = (numbers(rows, kv_heads, capacity, size, seed=i).to(kept) for i in (1, 2))
+    weights = 1 + numbers(2, size, seed=3) / 10
+    scale = size**-0.5
+
+    query, key, value = projected.double().split([heads, kv_heads, kv_heads], 1)
+    if made.normed:
+        query, key = norm(query, weights[0].double(), eps), norm(key, weights[1].double(), eps)
+    places = torch.tensor(positions)
+    query, cosine, sine = turned(query, places)
+    key = turned(key, places)[0]
+
+    on_gpu = [on_device(tensor) for tensor in (keys, values)]
+    blocks = rows * kv_heads * chunks
+    y = cuda.to_device(on_device(torch.full((rows * heads * size,), 7.0, dtype=kind)).copy_to_host())
+    partial = cuda.to_device(np.full(blocks * splits * made.partial, np.nan, np.float32))
+    tickets = cuda.to_device(np.zeros(blocks, np.int32))
+    kernels.attend(made, early)[(splits, kv_heads * chunks, rows), made.threads, 0, made.shared_bytes](
+        on_device(projected), *on_gpu, on_device(cosine), on_device(sine), on_device(weights[0]), on_device(weights[1]),
+        on_device(places), y, partial, tickets, kv_heads, chunks, capacity, shortest,
+        np.float32(scale), np.float32(eps),
+    )  # fmt: skip
+    assert (tickets.copy_to_host() == 0).all()
+
+    new_keys, new_values = (fetched(each, kept, rows, kv_heads, capacity, size) for each in on_gpu)
+    got = fetched(y, kind, rows, heads, size).double()
+    for row, position in enumerate(positions):
+        for new, old, fresh in ((new_keys, keys, key), (new_values, values, value)):
+            error = (new[row, :, position].double() - fresh[row]).abs()
+            assert (error <= torch.finfo(kept).eps / 2 * fresh[row].abs() + 64 * EPS * fresh[row].abs().max()).all()
+            rest = torch.arange(capacity) != position
+            assert torch.equal(new[row, :, rest], old[row, :, rest])
+        seen = slice(0, position + 1)
+        every_key, every_value = (
+            each[row, :, seen].double().repeat_interleave(heads // kv_heads, 0) for each in (new_keys, new_values)
+        )
+        scores = torch.einsum("hd,htd->ht", query[row], every_key) * scale
+        want = torch.einsum("ht,htd->hd", scores.softmax(-1), every_value)
+        # scores are off by their size times a few hundred roundings, and a weight's relative error is its score's
+        bound = 2 * (scores.abs().amax() + 1) * 2 * (size + position + 64) * EPS * every_value.abs().amax()
+        assert ((got[row] - want).abs() <= bound + torch.finfo(kind).eps * want.abs()).all()
+
+
+@pytest.mark.parametrize("kind", ["half", "bfloat", "single", "8", "4"])
+def test_embed_looks_rows_up(kind):
+    size, tokens = 96, torch.tensor([5, 0])
+    table = numbers(7, size)
+    if kind in DTYPES:
+        rows = table.to(DTYPES[kind])
+        want, arrays, group = rows.float(), (on_device(rows), *[cuda.to_device(np.zeros(1, np.uint16))] * 2), size
+    else:
+        quantised = quantize_table(table, int(kind))
+        want, group = quantised.rows(slice(None)), quantised.group
+        offset = quantised.scale if quantised.offset is None else quantised.offset
+        codes = quantised.codes.flatten().view(torch.uint8).numpy()
+        arrays = cuda.to_device(codes.copy()), on_device(quantised.scale), on_device(offset)
+    x, squares = cuda.to_device(np.full(2 * size, 9, np.float32)), cuda.to_device(np.full(2, 9, np.float32))
+    kernels.embed(kind)[(1, 2), EIGHTS](on_device(tokens), *arrays, x, squares, size, group)
+    got = fetched(x, torch.float32, 2, size)
+    assert ((got - want[tokens]).abs() <= 2 * EPS * (want[tokens].abs() + want.abs().max())).all()
+    exact = got.double().square().sum(-1)
+    assert ((fetched(squares, torch.float32, 2) - exact).abs() <= 64 * EPS * exact).all()
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("8", 1), ("8", 3), ("4", 2)])
+def test_logits_are_rows_of_a_table_times_x(kind, rows):
+    size, count = 288, 19
+    table = quantize_table(numbers(count, size), int(kind))
+    x = numbers(rows, size, seed=1).half()
+    y = cuda.to_device(np.full(rows * count, 9, np.float32))
+    offset = table.scale if table.offset is None else table.offset
+    arrays = (
+        cuda.to_device(table.codes.flatten().view(torch.uint8).numpy().copy()),
+        *map(on_device, (table.scale, offset)),
+    )
+    vectors = {1: 1, 2: 2, 3: 4}[rows]
+    grid = 2, -(-rows // vectors)
+    kernels.logits("half", kind, vectors)[grid, EIGHTS](on_device(x), *arrays, y, rows, count, size, table.group)
+    entries = table.rows(slice(None)).double()
+    want, magnitude = x.double() @ entries.T, x.double().abs() @ entries.abs().T
+    assert ((fetched(y, torch.float32, rows, count) - want).abs() <= 2 * (size + 4) * EPS * magnitude).all()
+
+
+@pytest.mark.parametrize("kind", ["half", "single"])
+def test_the_residual_stream_gets_what_is_added_and_its_norm(kind):
+    size, rows, dtype = 1032, 2, DTYPES[kind]
+    x, y, weight = numbers(rows, size), numbers(rows, size, seed=1).to(dtype), numbers(size, seed=2)
+    stream, squares = on_device(x), cuda.to_device(np.full(2 * rows, 9, np.float32))
+    kernels.added(kind)[(2, rows), EIGHTS](on_device(y), stream, squares, size)
+    got = fetched(stream, torch.float32, rows, size)
+    assert torch.equal(got, x + y.float())
+    out = on_device(torch.full((rows * size,), 9.0, dtype=dtype))
+    kernels.normed(kind)[(2, rows), EIGHTS](stream, on_device(weight), squares, out, size, 2, np.float32(1e-5))
+    want = norm(got.double(), weight.double(), 1e-5)
+    error = (fetched(out, dtype, rows, size).double() - want).abs()
+    limits = torch.finfo(dtype)
+    assert (error <= (limits.eps / 2 + 64 * EPS) * want.abs() + limits.eps * limits.tiny).all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_is_the_activation_of_one_half_times_the_other(activation):
+    curve = {"silu": torch.nn.functional.silu, "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh")}
+    x = numbers(2, 2 * 72)
+    out = cuda.to_device(np.full(2 * 72, 9, np.float32))
+    kernels.gated("single", activation)[(1, 2), EIGHTS](on_device(x), out, 72)
+    gate, up = x.double().chunk(2, -1)
+    want = curve[activation](gate) * up
+    assert ((fetched(out, torch.float32, 2, 72) - want).abs() <= 32 * EPS * (want.abs() + up.abs())).all()
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Launches go to the simulator, which takes arrays where the driver takes addresses."""
+    views = {torch.int32: np.uint32, torch.int16: np.uint16, torch.float16: np.uint16, torch.int8: np.uint8}
+
+    def array(tensor):
+        raw = tensor.view(torch.int16) if tensor.dtype == torch.float16 else tensor
+        raw = raw.reshape(-1).detach().numpy()
+        kernel_sees = views.get(tensor.dtype)
+        return raw.view(kernel_sees) if kernel_sees else raw
+
+    def start(stream, early, kernel, grid, threads, size, arguments):
+        known = {}  # an array may be given twice, and is one
+
+        def seen(each):
+            if isinstance(each, tuple):
+                return tuple(map(seen, each))
+            if not isinstance(each, np.ndarray):
+                return np.float32(each) if isinstance(each, float) else each
+            return known.setdefault((each.ctypes.data, each.dtype), (each, cuda.to_device(each)))[1]
+
+        kernel[grid, threads, 0, size](*map(seen, arguments))
+        for host, on_gpu in known.values():
+            host[:] = on_gpu.copy_to_host()
+
+    monkeypatch.setattr(cuda_launch, "array", array)
+    monkeypatch.setattr(cuda_launch, "start", start)
+    monkeypatch.setattr(cuda_launch, "described", lambda index: cuda_launch.Device("any", 1, 227 << 10))
+    monkeypatch.setattr(dispatch, "cuda_kernels", lambda index: cuda_launch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize(
+    ("bits", "heads", "paths", "kv_cache"),
+    [(2.0, 1, 1, "ordinary"), (None, 2, 1, "ordinary"), (3.0, 2, 2, "latent"), (2.0, 1, 1, "latent-int8")],
+)
+def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache):
+    """Packed layers as siblings, or dense ones and the kernels between them; keys and values, or latents."""
+    shape = ModelShape("a small one", 64, 80, 1, heads, 1, 64, 40, 256)
+    model = random_model(shape, bits, paths, "cpu")
+    common = model, 2, 16, torch.device("cpu"), torch.float16
+    if kv_cache == "ordinary":
+        sides = [FusedEngine(*common, kernels) for kernels in (True, False)]
+    else:
+        sides = [LatentEngine(*common, kernels, kv_cache) for kernels in (True, False)]
+    assert all(isinstance(group, Packed) == (bits is not None) for groups in sides[0].groups for group in groups)
+    with torch.inference_mode():
+        one, two = ([each.prefill([[1, 2, 3], [4]])] for each in sides)
+        for each, rows in zip(sides, (one, two), strict=True):
+            rows.append(each.step(torch.tensor([5, 6])))
+    assert torch.equal(one[0], two[0])
+    for mine, theirs in zip(one[1:], two[1:], strict=True):
+        assert (mine - theirs).abs().max() <= 2**-7 * theirs.abs().max()
+    assert sides[0].positions.tolist() == [4, 2]
+    if kv_cache != "ordinary":
+        for mine, theirs in zip(*(each.codes[0] + each.scales[0] for each in sides), strict=True):
+            assert (mine.float() - theirs.float()).abs().max() <= 2**-6 * theirs.float().abs().max()
+            assert mine[0, 3].any()
+            assert mine[1, 1].any()

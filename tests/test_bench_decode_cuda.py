@@ -1,0 +1,56 @@
+"""The benchmark of decoding on a GPU, as far as a CPU can run it: the models that it makes, and what it counts."""
+
+import pytest
+import torch
+from littlebit.fast import bench_decode_cuda as bench
+from littlebit.fast.__main__ import main
+from littlebit.fast.fused_engine import FusedEngine, parts_of
+from littlebit.fast.layers import PackedLinear
+from littlebit.fast.memory import ModelShape, model_memory
+from test_decode_cuda import packed_model
+
+SHAPE = ModelShape("a small one", 128, 192, 2, 4, 2, 32, 96, 256)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("bits", "paths"), [(0.9, 1), (1.5, 2), (None, 1)])
+def test_random_models_have_the_bytes_of_their_shape_and_run(bits, paths, tied):
+    shape = SHAPE._replace(tied=tied, biases="qkv" if tied else "none")
+    model = bench.random_model(shape, bits, paths, "cpu")
+    linear = [module for block in model.blocks for module in bench.modules_of(block)]
+    assert all(isinstance(module, PackedLinear) == (bits is not None) for module in linear)
+    assert bench.weights_bytes(model) == model_memory(shape, bits, paths).weights
+    with torch.inference_mode():
+        engine = FusedEngine(model, 2, 32, torch.device("cpu"), torch.float16)
+        engine.prefill([[1, 2, 3], [4]])
+        logits = engine.step(torch.tensor([5, 6]))
+    assert logits.shape == (2, shape.vocabulary)
+    assert 0.01 < logits.std() < 100
+    assert engine.token_bytes == model_memory(shape, None, context=1).kv_cache
+    unread = 0 if tied else 2 * shape.hidden * (shape.vocabulary - 2)
+    assert bench.unread_bytes(model, 2) == unread
+
+
+def test_stored_bits_are_below_the_ceiling():
+    assert 0.85 < bench.stored_bits(SHAPE, 0.9, 1) <= 0.9
+
+
+def test_a_loaded_models_bytes_are_counted():
+    model = packed_model("Llama")
+    parts = parts_of(model, torch.float32)
+    linear = sum(bench.module_bytes(module) for block in parts.blocks for module in bench.modules_of(block))
+    packed = sum(t.nbytes for m in model.modules() if isinstance(m, PackedLinear) for t in m.buffers())
+    assert linear == packed
+    assert bench.weights_bytes(parts) == packed + 2 * 4 * 128 * 64 + 2 * 64 * 5
+
+
+def test_shapes_that_no_engine_runs_are_refused():
+    for name in ("opt-1.3b", "phi4-14b", "llama9"):
+        with pytest.raises(ValueError, match="only llama-7b, llama2-7b"):
+            bench.llama_shape(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_says_that_there_is_no_gpu(capsys):
+    assert main(["bench", "decode", "--device", "cuda"]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err

@@ -1,0 +1,300 @@
+"""The engines of decode_cuda.py on a CPU, without graphs, against transformers; and the choice of tokens."""
+
+import logging
+
+import littlebit.fast as lb
+import pytest
+import torch
+import transformers as hf
+from compare import assert_same
+from hypothesis import given, strategies as st
+from littlebit.fast import decode_cuda
+from littlebit.fast.agreement import logit_bound
+from littlebit.fast.decode_cpu import NotDecodableError
+from littlebit.fast.decode_cuda import Loop, Sampling, choose, decode_batch
+from littlebit.fast.embeddings import quantize_embeddings_
+from littlebit.fast.fused_engine import FUSED_TYPES, FusedEngine, fused_engine
+from littlebit.fast.static_engine import StaticEngine
+from test_families import FAMILIES, GROUPED, SIZES
+
+BITS = 3.0
+LONG = {"max_position_embeddings": 400}
+PHI = {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}
+KINDS = {name: FAMILIES[name] for name in FAMILIES if name != "GPT-2"}
+KINDS["Mistral, no window"] = (hf.MistralConfig, GROUPED | {"sliding_window": None}, KINDS["Mistral"][2])
+KINDS["Phi"] = (hf.PhiConfig, SIZES | PHI, {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"})
+
+
+def packed_model(family, **changes):
+    """A random packed model whose greedy texts do not repeat themselves at once."""
+    config, sizes, _ = KINDS[family]
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config(**(sizes | LONG | changes))).eval()
+    for name, parameter in model.named_parameters():
+        loud = 1.0 if "embed" in name else 0.25
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.2 if parameter.ndim == 1 else loud)
+    model.generation_config.eos_token_id = None
+    lb.quantize_(model, lb.Config(bits=BITS), progress=False)
+    return lb.pack_(model)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Makes each family's model once."""
+    made = {}
+
+    def model(family):
+        if family not in made:
+            made[family] = packed_model(family)
+        return made[family]
+
+    return model
+
+
+def prompt(length, seed=0):
+    return torch.randint(3, 128, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def by_transformers(model, tokens, count):
+    ids = torch.tensor([tokens])
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    return out[0, len(tokens) :].tolist()
+
+
+def columns(steps):
+    return [list(column) for column in zip(*steps, strict=True)]
+
+
+FUSED = ("Llama", "Mistral, no window", "Qwen2.5", "Qwen3")
+ENGINES = [(StaticEngine, family) for family in KINDS] + [(fused_engine, family) for family in FUSED]
+
+
+@pytest.fixture(params=ENGINES, ids=lambda pair: f"{pair[0].__name__}-{pair[1]}")
+def packed(request, models, monkeypatch):
+    """A model of each family that each engine runs, and that engine in charge."""
+    make, family = request.param
+    monkeypatch.setattr(decode_cuda, "engine_for", make)
+    monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
+    return models(family)
+
+
+def test_engines_write_what_transformers_writes(packed):
+    """Beyond the windows of eight tokens, and through three larger caches."""
+    tokens = prompt(5)
+    assert columns(decode_batch(packed, [tokens], 40)) == [by_transformers(packed, tokens, 40)]
+
+
+def test_prompts_of_a_batch_do_not_touch_each_other(packed):
+    prompts = [prompt(length, seed=length) for length in (3, 11, 20)]
+    alone = [by_transformers(packed, tokens, 12) for tokens in prompts]
+    assert columns(decode_batch(packed, prompts, 12)) == alone
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "num_hidden_layers": 3}]
+)
+def test_logits_of_the_fused_engine_are_exact_within_the_bound(changes, bits, monkeypatch):
+    """Two prompts that pass in blocks of four tokens, then steps; every row of logits."""
+    from littlebit.fast import fused_engine as module
+
+    monkeypatch.setattr(module, "PREFILL", 4)
+    model = packed_model("Llama", **changes)
+    quantize_embeddings_(model, bits)
+    texts = [torch.tensor(prompt(length)) for length in (6, 13)]
+    exact, bound = logit_bound(model, texts)
+    engine = fused_engine(model, 2, 16)
+    with torch.inference_mode():
+        rows = [engine.prefill([texts[0][:2].tolist(), texts[1][:9].tolist()])]
+        rows += [engine.step(torch.stack([texts[0][2 + at], texts[1][9 + at]])) for at in range(4)]
+    for at, logits in enumerate(rows):
+        for row, start in enumerate((1, 8)):
+            error = (logits[row].double() - exact[row][start + at]).abs().max()
+            assert error <= bound[row][start + at]
+
+
+def test_the_fused_engine_says_what_it_does_not_know(llama, monkeypatch):
+    def reason(change):
+        with pytest.MonkeyPatch.context() as patch:
+            change(patch)
+            with pytest.raises(NotDecodableError) as found:
+                fused_engine(llama, 1, 8)
+        return str(found.value)
+
+    assert set(FUSED_TYPES) == {"llama", "mistral", "qwen2", "qwen3"}
+    assert "gelu" in reason(lambda patch: patch.setattr(llama.config, "hidden_act", "gelu"))
+    mlp, head = llama.model.layers[1].mlp, torch.nn.Linear(64, 128)
+    assert "Identity" in reason(lambda patch: patch.setitem(mlp._modules, "up_proj", torch.nn.Identity()))
+    assert "head has a bias" in reason(lambda patch: patch.setitem(llama._modules, "lm_head", head))
+    assert "Identity" in reason(lambda patch: patch.setitem(llama.model._modules, "embed_tokens", torch.nn.Identity()))
+
+
+@pytest.mark.parametrize("family", list(KINDS))
+def test_a_step_asks_for_no_number_that_the_device_holds(family):
+    """So that it can be captured: tensors without values refuse to tell any."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config, sizes, _ = KINDS[family]
+    with FakeTensorMode(), torch.inference_mode():
+        model = hf.AutoModelForCausalLM.from_config(config(**(sizes | LONG))).eval()
+        engine = StaticEngine(model, 2, 16)
+        for layer in engine.cache.layers:
+            heads = model.config.num_attention_heads
+            states = torch.zeros(2, getattr(model.config, "num_key_value_heads", heads), 1, 16)
+            layer.lazy_initialization(states, states)
+        assert choose(engine.step(torch.ones(2, dtype=torch.int64)), Sampling(1.0, 5, 0.9), torch.rand(2)).shape == (2,)
+
+
+@given(st.data())
+def test_choose_takes_what_sample_may_take(data):
+    """The token of a uniform number: tokens in order, each as wide as its chance."""
+    size = data.draw(st.integers(2, 30))
+    logits = torch.tensor(data.draw(st.permutations(range(size))), dtype=torch.float32) / 3
+    sampling = Sampling(
+        data.draw(st.floats(0.2, 2.0)),
+        data.draw(st.none() | st.integers(1, 40)),
+        data.draw(st.none() | st.floats(0.05, 1)),
+    )
+    uniform = data.draw(st.floats(0, 1, exclude_max=True, width=32))
+    order = logits.argsort(descending=True)[: sampling.top_k]
+    chances = (logits[order].double() / sampling.temperature).softmax(0)
+    if sampling.top_p is not None:
+        chances = chances[: max(1, int((chances.cumsum(0) - chances < sampling.top_p).sum()))]
+    reached = (chances.cumsum(0) / chances.sum()).tolist()
+    (token,) = choose(logits[None], sampling, torch.tensor([uniform])).tolist()
+    place = order.tolist().index(token)
+    assert place < len(chances)
+    slack = 1e-12  # two ways to round the same sums
+    assert (reached[place - 1] if place else 0) - slack <= uniform <= reached[place] + slack
+    assert choose(logits[None], Sampling(), torch.zeros(1)).tolist() == [int(logits.argmax())]
+
+
+def test_choose_has_the_frequencies_of_the_softmax():
+    """Each count of 4000 draws lies within five standard deviations of its mean."""
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(choose(logits.expand(4000, 4), Sampling(0.7), uniform), minlength=4)
+    chances = (logits / 0.7).softmax(0)
+    assert ((counts - 4000 * chances).abs() < 5 * (4000 * chances * (1 - chances)).sqrt()).all()
+
+
+@pytest.fixture
+def llama(models):
+    return models("Llama")
+
+
+def test_a_seed_gives_the_same_text_again(llama):
+    def text(seed):
+        return columns(decode_batch(llama, [prompt(4), prompt(9)], 20, 1.5, 40, 0.95, seed))
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_a_sequence_that_has_ended_stays_so(llama, monkeypatch):
+    prompts = [prompt(6), prompt(8)]
+    one, two = columns(decode_batch(llama, prompts, 20))
+    stop = next(token for token in one if token not in two[: one.index(token) + 3])
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", stop)
+    steps = list(decode_batch(llama, prompts, 20))
+    length = one.index(stop) + 1
+    assert [row[0] for row in steps] == one[:length] + [None] * (len(steps) - length)
+    assert [row[1] for row in steps][: length + 2] == two[: length + 2]
+
+
+def test_what_cannot_be_decoded_is_named(llama, monkeypatch):
+    monkeypatch.setattr(decode_cuda, "engine_for", StaticEngine)
+    for prompts in ([], [[1]] * 17, [[]]):
+        with pytest.raises(ValueError, match="1 to 16 prompts"):
+            decode_batch(llama, prompts, 4)
+    for token in (-1, 128):
+        with pytest.raises(ValueError, match="from 0 to 127"):
+            decode_batch(llama, [[5, token]], 4)
+    assert len(list(decode_batch(llama, [prompt(390)], 11))) == 11
+    with pytest.raises(ValueError, match=r"390 tokens and 12 new ones are more than the 400 .* shorten the prompt"):
+        decode_batch(llama, [prompt(390)], 12)
+    monkeypatch.setattr(type(llama), "_can_compile_fullgraph", False)
+    with pytest.raises(NotDecodableError, match="LlamaForCausalLM takes no cache of fixed size"):
+        decode_batch(llama, [[1]], 4)
+
+
+def test_a_model_on_several_devices_is_refused(llama):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match="spread over cpu, meta: move it to one device"):
+        decode_batch(model, [[1]], 4)
+
+
+def test_lack_of_memory_says_what_to_do(llama, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
+    steps = decode_batch(llama, [prompt(4)], 10)
+    monkeypatch.setattr(FusedEngine, "grow", fail)
+    with pytest.raises(ValueError, match="no memory left after 8 tokens of 1 sequences: give fewer"):
+        list(steps)
+
+
+def test_steps_go_on_without_a_graph_where_none_can_be_captured(llama, monkeypatch, caplog):
+    """A GPU's loop on a CPU, where torch cannot capture: it says so once."""
+    loop = Loop(StaticEngine(llama, 1, 64))
+    loop.captures = True
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+
+    def refuse(graph):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    tokens = prompt(5)
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        loop.start([tokens])
+        found = [loop.tokens.item()]
+        for _ in range(5):
+            loop.advance()
+            found.append(loop.tokens.item())
+    assert found == by_transformers(llama, tokens, 6)
+    assert len(caplog.records) == 1
+    assert "no graph can be captured: operation not permitted" in caplog.text
+    assert_same(loop.length, 10)
+
+
+@pytest.mark.parametrize("kind", ["latent", "latent-int8"])
+def test_latents_give_the_logits_of_keys_and_values(kind, monkeypatch):
+    """On a CPU latents are rounded, which is all that the engines differ in; in blocks, steps and larger caches."""
+    from littlebit.fast import fused_engine as module, latent_engine
+
+    monkeypatch.setattr(module, "PREFILL", 4)
+    monkeypatch.setattr(latent_engine, "BLOCK", 8)
+    model = packed_model("Llama", attention_bias=False, num_key_value_heads=2)
+    sides = [fused_engine(model, 2, 11, kv_cache) for kv_cache in ("ordinary", kind)]
+    assert sides[1].larger == 16
+    assert sides[1].token_bytes < sides[0].token_bytes
+    rounding = 2**-11 if kind == "latent" else 2**-8  # of the largest of a token's latents
+    with torch.inference_mode():
+        one, two = ([each.prefill([prompt(9), prompt(3)])] for each in sides)
+        for each, rows in zip(sides, (one, two), strict=True):
+            rows += [each.step(torch.tensor([5, 6])) for _ in range(2)]
+            each.grow(each.larger)
+            rows += [each.step(torch.tensor([7, 8])) for _ in range(3)]
+    for mine, theirs in zip(two, one, strict=True):
+        error = (mine - theirs).norm() / theirs.norm()
+        assert 0 < error < 40 * rounding
+
+
+def test_a_latent_cache_writes_what_an_ordinary_one_writes(monkeypatch):
+    monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
+    model = packed_model("Llama")
+    prompts = [prompt(6), prompt(13)]
+    ordinary, latent = (columns(decode_batch(model, prompts, 12, kv_cache=kind)) for kind in ("ordinary", "latent"))
+    assert ordinary == latent
+
+
+def test_a_latent_cache_refuses_what_it_cannot_keep(models):
+    with pytest.raises(NotDecodableError, match="a bias or a norm before they are rotated"):
+        fused_engine(models("Qwen3"), 1, 8, "latent")
+    model = packed_model("Llama")
+    layer = model.model.layers[0].self_attn
+    layer.k_proj = torch.nn.Linear(64, 32, bias=False)
+    with pytest.raises(NotDecodableError, match="k_proj and v_proj as packed layers"):
+        decode_batch(model, [[1]], 4, kv_cache="latent")
