@@ -570,7 +570,7 @@ def load_any(source: str, device: str, dtype: "torch.dtype | None" = None) -> "t
 
     folder = resolve(source)
     packed = is_checkpoint(Path(folder)) or is_official(Path(folder))
-    reader: Callable[..., "torch.nn.Module"] = load if packed else load_model
+    reader: Callable[..., torch.nn.Module] = load if packed else load_model
     return reader(folder, device, **({"dtype": dtype} if dtype else {}))
 
 
