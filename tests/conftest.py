@@ -7,11 +7,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 
-settings.register_profile("default", max_examples=200, deadline=None, derandomize=True, print_blob=True)
-settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
+# A busy machine is no reason to fail: neither a deadline nor the speed of drawing examples is tested
+COMMON = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=200, print_blob=True, **COMMON)
+settings.register_profile("quick", max_examples=20, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
