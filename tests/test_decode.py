@@ -25,6 +25,7 @@ from littlebit.fast.embeddings import (
     head_moments,
     quantize_embeddings_,
     quantize_table,
+    random_tokens,
 )
 from littlebit.fast.kernels import cpu
 from littlebit.fast.layers import PackedLinear
@@ -395,7 +396,13 @@ def test_head_moments_are_those_of_the_heads_input(tiny_llama):
     plain, measured = copy.deepcopy(model), copy.deepcopy(model)
     quantize_embeddings_(plain, 4)
     quantize_embeddings_(measured, 4, tokens)
-    assert not torch.equal(plain.get_output_embeddings().table.codes, measured.get_output_embeddings().table.codes)
+    table = measured.get_output_embeddings().table
+    assert not torch.equal(plain.get_output_embeddings().table.codes, table.codes)
+    unlike = random_tokens(260)
+    assert unlike.unique().tolist() == list(range(260))
+    moments = (head_moments(model, tokens) + head_moments(model, unlike)) / 2
+    for mine, wanted in zip(table.buffers(), quantize_table(model.lm_head.weight, 4, moments).buffers(), strict=True):
+        assert_same(mine, wanted)
 
 
 def test_greedy_texts_are_those_of_transformers(tiny_llama):

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from littlebit.fast.bench import exact_path, random_path
 from littlebit.fast.kernels import cpu, plan as plans
 from littlebit.fast.kernels.dispatch import unpacked_linear
-from littlebit.fast.kernels.lanes import LEVEL, LEVELS
+from littlebit.fast.kernels.lanes import FLOATS, LEVEL, LEVELS, WORDS, half_bits_to_float, levels_of, lookup_neon
+from llvmlite import binding as llvm, ir
 from strategies import factor_arrays, inputs, sizes
 
 
@@ -170,7 +171,7 @@ def any_threads(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", list(cpu.KERNELS))
-@given(data=st.data(), d_out=sizes(100), d_in=sizes(1200), rank=sizes(100), batch=st.integers(1, 9))
+@given(data=st.data(), d_out=sizes(100), d_in=sizes(1200), rank=sizes(300), batch=st.integers(1, 9))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_packed_linear_is_the_same_for_any_threads_and_batch(any_threads, kernel, data, d_out, d_in, rank, batch):
     """Bit for bit: neither the threads nor the other rows of x touch the order of a row's additions."""
@@ -269,35 +270,77 @@ def test_packed_linear_is_an_operator_that_torch_can_compile():
             assert_same(compiled(x).float(), layer(x).float())
 
 
+REACHED = levels_of(LEVELS[LEVEL][1])
+
 LEVEL_CHECK = """
 import sys, numpy as np, torch
 sys.path.insert(0, {tests!r})
-from compare import assert_within
+from compare import assert_same, assert_within
 from littlebit.fast.bench import exact_path, random_path
 from littlebit.fast.kernels import cpu, plan as plans
 from littlebit.fast.kernels.lanes import LEVEL
 from test_linear import in_magnitude
 assert LEVEL == {level!r}
-torch.set_num_threads(1)
-for seed, (d_out, d_in, rank, batch) in enumerate([(1, 1, 1, 1), (17, 33, 31, 7), (130, 600, 70, 3), (16, 64, 32, 4)]):
+cpu.PARALLEL_WORK = 0
+shapes = [(1, 1, 1, 1), (17, 33, 31, 7), (130, 600, 70, 3), (16, 64, 32, 4), (300, 700, 530, 32)]
+for seed, (d_out, d_in, rank, batch) in enumerate(shapes):
     generator = torch.Generator().manual_seed(seed)
     paths = [random_path(d_out, d_in, rank, generator) for _ in range(2)]
     x = torch.randn(batch, d_in, generator=generator)
     exact = sum(exact_path(x, path) for path in paths)
     magnitude = sum(exact_path(x.abs(), in_magnitude(path)) for path in paths)
     for kernel in cpu.KERNELS.values():
-        assert_within(plans.packed_linear(x, paths, kernel), exact, 3 * magnitude, 8 + 2 * (d_in + rank))
+        torch.set_num_threads(1)
+        y = plans.packed_linear(x, paths, kernel)
+        assert_within(y, exact, 3 * magnitude, 8 + 2 * (d_in + rank))
+        torch.set_num_threads(2)
+        assert_same(plans.packed_linear(x, paths, kernel), y)
     unpacked = plans.Plan([tensor for path in paths for tensor in path]).unpacked(x)
     assert_within(unpacked, exact, magnitude, 8 + 2 * (d_in + rank))
 """
 
 
-@pytest.mark.parametrize("level", [level for level in LEVELS if list(LEVELS).index(level) >= list(LEVELS).index(LEVEL)])
+@pytest.mark.parametrize("level", REACHED)
 def test_packed_linear_agrees_on_every_kind_of_processor(level):
     code = LEVEL_CHECK.format(tests=str(Path(__file__).parent), level=level)
     environment = os.environ | {"LITTLEBIT_CPU": level}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_levels_are_those_of_the_features():
+    assert levels_of("+sse2,+avx,-avx512f,+avx2") == ["avx2", "plain"]
+    assert levels_of("+fp-armv8,+neon,+outline-atomics") == ["neon", "plain"]
+    assert levels_of("") == ["plain"]
+    for level, (_, features) in LEVELS.items():
+        assert levels_of(features)[0] == level
+
+
+def lanes_function(name, body):
+    """LLVM code of a function (address of floats, address of words) that stores what `body` makes of them there."""
+    module = ir.Module(name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [FLOATS.as_pointer(), WORDS.as_pointer()]), name)
+    builder = ir.IRBuilder(function.append_basic_block())
+    table, words = function.args
+    builder.store(body(builder, builder.load(table, align=4), builder.load(words, align=4)), table, align=4)
+    builder.ret_void()
+    return str(module)
+
+
+def test_lookups_are_four_instructions_of_neon():
+    """What LLVM makes of a lookup and of float16 for 64-bit ARM: vectors throughout, and no call."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(
+        cpu=LEVELS["neon"][0], features=LEVELS["neon"][1], opt=3
+    )
+    bodies = {"lookup": lookup_neon, "half": lambda builder, table, words: half_bits_to_float(builder, words, WORDS)}
+    for name, body in bodies.items():
+        lines = machine.emit_assembly(llvm.parse_assembly(lanes_function(name, body))).splitlines()
+        instructions = [line.split()[0] for line in lines if line.startswith("\t") and not line.startswith("\t.")]
+        assert instructions.count("tbl") == (4 if name == "lookup" else 0)
+        assert not {"bl", "blr", "umov", "fmov"} & set(instructions)  # calls, and lanes taken one at a time
+        assert len(instructions) < 64
 
 
 def test_an_unknown_kind_of_processor_is_refused():

@@ -7,8 +7,8 @@ which processor it is compiled for, because LLVM has no general instruction for 
 An array argument is one-dimensional and contiguous; an index counts its elements and is not checked. What the innermost
 loops use takes addresses (int64, in bytes) instead: an array costs seven arguments a call.
 
-LITTLEBIT_CPU=avx512, avx2 or plain in the environment, before the first import, makes Numba compile everything for such
-a processor instead of this one. Its cache keeps the compiled code of different processors apart.
+LITTLEBIT_CPU=avx512, avx2, neon or plain in the environment, before the first import, makes Numba compile everything
+for such a processor instead of this one. Its cache keeps the compiled code of different processors apart.
 """
 # pyright: reportCallIssue=false
 
@@ -22,18 +22,20 @@ from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 
-# Processors to compile for: a name that LLVM knows and the features that `level_of` and LLVM may count on.
+# Processors to compile for: a name that LLVM knows and the features that `levels_of` and LLVM may count on.
 LEVELS = {
     "avx512": ("skylake-avx512", "+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx2,+fma"),
     "avx2": ("haswell", "+avx2,+fma"),
+    "neon": ("generic", "+neon"),
     "plain": ("generic", ""),
 }
+NEEDED = {"avx512": "+avx512f", "avx2": "+avx2", "neon": "+neon"}  # of a processor's LLVM features
 
 
-def level_of(features: str) -> str:
-    """The best of LEVELS that a processor with these LLVM features reaches."""
-    names = features.split(",")
-    return next((level for level in ("avx512", "avx2") if f"+{level.replace('512', '512f')}" in names), "plain")
+def levels_of(features: str) -> list[str]:
+    """Those of LEVELS that a processor with these LLVM features reaches, the best first."""
+    names = ["", *features.split(",")]
+    return [level for level in LEVELS if NEEDED.get(level, "") in names]
 
 
 def chosen_level() -> str:
@@ -44,13 +46,11 @@ def chosen_level() -> str:
     ValueError
         If LITTLEBIT_CPU is not a level, or one that this processor lacks.
     """
-    best = level_of(numba.config.CPU_FEATURES or binding.get_host_cpu_features().flatten())  # type: ignore[attr-defined]
-    asked = os.environ.get("LITTLEBIT_CPU") or best
-    order = list(LEVELS)
-    if asked not in order or order.index(asked) < order.index(best):
-        raise ValueError(
-            f"LITTLEBIT_CPU must be one of {', '.join(order[order.index(best) :])} on this machine, not {asked!r}"
-        )
+    features = numba.config.CPU_FEATURES or binding.get_host_cpu_features().flatten()  # type: ignore[attr-defined]
+    levels = levels_of(features)
+    asked = os.environ.get("LITTLEBIT_CPU") or levels[0]
+    if asked not in levels:
+        raise ValueError(f"LITTLEBIT_CPU must be one of {', '.join(levels)} on this machine, not {asked!r}")
     if os.environ.get("LITTLEBIT_CPU"):
         numba.config.CPU_NAME, numba.config.CPU_FEATURES = LEVELS[asked]  # type: ignore[attr-defined]
     return asked
@@ -405,9 +405,9 @@ def each_add(typingctx, first, second):
 def add_lookups(typingctx, totals, address, step, lanes):
     """totals[b] + table_b[lane & 15] for each lane, table_b the sixteen float32 at address + b * step.
 
-    The lookup is one instruction with AVX-512, six with AVX2, and sixteen loads elsewhere.
+    The lookup is one instruction with AVX-512, six with AVX2, sixteen with NEON, and sixteen loads elsewhere.
     """
-    find = {"avx512": lookup_avx512, "avx2": lookup_avx2}.get(LEVEL, lookup_in_memory)
+    find = {"avx512": lookup_avx512, "avx2": lookup_avx2, "neon": lookup_neon}.get(LEVEL, lookup_in_memory)
 
     def codegen(context, builder, signature, args):
         values, address, step, lanes = args
@@ -439,6 +439,27 @@ def lookup_avx2(builder, table, lanes):
         chosen = shuffle(builder, upper, upper, range(start, start + 8))
         found.append(builder.select(chosen, builder.call(function, [high, at]), builder.call(function, [low, at])))
     return shuffle(builder, *found, range(16))
+
+
+def lookup_neon(builder, table, lanes):
+    """`lookup_avx512` by TBL, which finds sixteen bytes in a table of 64, once for each four lanes.
+
+    The bytes of entry k are those at 4 k, 4 k + 1, 4 k + 2 and 4 k + 3.
+    """
+    some_bytes = ir.VectorType(ir.IntType(8), 16)
+    entries = builder.and_(lanes, ir.Constant(WORDS, [15] * LANES))
+    places = builder.mul(entries, ir.Constant(WORDS, [0x04040404] * LANES))
+    places = builder.add(places, ir.Constant(WORDS, [0x03020100] * LANES))
+
+    def quarters(vector):
+        parts = [shuffle(builder, vector, vector, range(start, start + 4)) for start in range(0, LANES, 4)]
+        return [builder.bitcast(part, some_bytes) for part in parts]
+
+    kind = ir.FunctionType(some_bytes, [some_bytes] * 5)
+    function, parts = named_function(builder, "llvm.aarch64.neon.tbl4.v16i8", kind), quarters(table)
+    found = [builder.call(function, [*parts, at]) for at in quarters(places)]
+    first, last = (shuffle(builder, *found[start : start + 2], range(32)) for start in (0, 2))
+    return builder.bitcast(shuffle(builder, first, last, range(64)), FLOATS)
 
 
 def lookup_in_memory(builder, table, lanes):

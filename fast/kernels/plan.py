@@ -11,12 +11,14 @@ from ..packing import PackedFactors, to_half
 from . import cpu
 from .lanes import LANES, LEVEL
 
-# What large batches cost, in the time of a sign addition of `nibbles`, as measured with 1 to 544 signs a row
+# What large batches cost, in the time of a sign addition of `nibbles`, as measured with 1 to 544 signs a row; not
+# measured with NEON, which is taken to be like AVX2
 LARGE_BATCH = 32  # rows of x above which unpacking is thought of
 TABLE_COST = 20  # of a column of x: its share of making the tables
 PATH_COST = 60_000  # of a path, for each row of x
-PRODUCT_COST = {"avx512": 1.3, "avx2": 0.8, "plain": 0.9}[LEVEL]  # of a multiplication and addition in torch's BLAS
-UNPACK_COST = {"avx512": 30, "avx2": 25, "plain": 20}[LEVEL]  # of unpacking one sign
+# of a multiplication and addition in torch's BLAS
+PRODUCT_COST = {"avx512": 1.3, "avx2": 0.8, "neon": 0.8, "plain": 0.9}[LEVEL]
+UNPACK_COST = {"avx512": 30, "avx2": 25, "neon": 25, "plain": 20}[LEVEL]  # of unpacking one sign
 
 
 class Plan:
