@@ -570,7 +570,8 @@ def load_any(source: str, device: str, dtype: "torch.dtype | None" = None) -> "t
 
     folder = resolve(source)
     packed = is_checkpoint(Path(folder)) or is_official(Path(folder))
-    return (load if packed else load_model)(folder, device, **({"dtype": dtype} if dtype else {}))
+    reader: Callable[..., torch.nn.Module] = load if packed else load_model
+    return reader(folder, device, **({"dtype": dtype} if dtype else {}))
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
