@@ -544,7 +544,7 @@ def main():
     if arguments.save:
         from record import record
 
-        limits = {"seed": arguments.seed, "limit_s": SECONDS, "limit_bytes": MEMORY}
+        limits = {"seeds": [arguments.seed], "limit_s": SECONDS, "limit_bytes": MEMORY}
         record(
             "fuzz",
             *({"drawn": how, "cases": each["cases"], **each["outcomes"]} | limits for how, each in found.items()),
