@@ -92,7 +92,7 @@ def bench_decode_cuda(
         torch.cuda.reset_peak_memory_stats()
         model = random_model(sizes, target, paths)
         kind = "ordinary" if target is None else kv_cache
-        found = timed(model, context, batch, tokens, copy_rate, profile, kind)
+        found = timed_engine(model, context, batch, tokens, copy_rate, profile, kind)
         engine = {"engine": "float16" if target is None else "packed", "bits": stored or 16.0}
         rows.append(common | engine | {"paths": None if target is None else paths} | found)
         del model
@@ -109,7 +109,7 @@ def bench_checkpoint_cuda(
     """Time greedy decoding of a loaded model on a GPU; as one row of `bench_decode_cuda`."""
     with torch.inference_mode():
         parts = parts_of(model, torch.float16)
-        found = timed(parts, context, batch, tokens, copy_bytes_per_second(), profile, kv_cache)
+        found = timed_engine(parts, context, batch, tokens, copy_bytes_per_second(), profile, kv_cache)
     return {"engine": "packed", "context": context, "batch": batch, "tokens": tokens} | found
 
 
@@ -201,7 +201,7 @@ def random_packed(
     return PackedLinear([path._replace(ell=path.ell * (d_in * sum(ranks)) ** -0.5) for path in paths], zeros)
 
 
-def timed(
+def timed_engine(
     model: Model,
     context: int,
     batch: int,
