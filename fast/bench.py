@@ -77,7 +77,9 @@ def bench_linear(
     -------
     One dict per shape and bits: d_out, d_in, bits (stored), rank (per path), paths, batch, threads, time_us,
     dense_us, speedup, max_error (largest |y - y64| over the largest |y64|), sign_adds_per_s,
-    peak_sign_adds_per_s (`kernels.cpu.lookups_per_second` times threads), fraction_of_peak.
+    peak_sign_adds_per_s (`kernels.cpu.lookups_per_second` of so many threads), fraction_of_peak; with several threads
+    also one_thread_us, times_one_thread (how many times faster than one) and times_one_thread_of_lookups (the same of
+    the innermost loop, whose threads share nothing: what this machine's cores allow).
     """
     cases = [(shape, rank_for_bits(*shape, target, paths)) for shape in shapes for target in bits]
     before = torch.get_num_threads()
@@ -100,17 +102,35 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
     dense = torch.randn(dense_copies, d_out, d_in, generator=generator, dtype=torch.bfloat16)
     x = torch.randn(batch, d_in, generator=generator)
     dense_x = x.bfloat16()
-    peaks: list[float] = []
-    time_s, dense_s = alternate(
-        [partial(layer, x) for layer in packed],
+    calls = [partial(layer, x) for layer in packed]
+    peaks: dict[int, list[float]] = {threads: [], 1: []}
+
+    def before(order: int) -> None:
+        """The lists are: packed on all threads, dense on all threads, packed on one thread."""
+        torch.set_num_threads(threads if order < 2 else 1)
+        if order != 1:
+            peaks[torch.get_num_threads()].append(lookups_per_second(torch.get_num_threads()))
+
+    time_s, dense_s, *single_s = alternate(
+        calls,
         [partial(functional.linear, dense_x, weight) for weight in dense],
-        repeats,
-        lambda: peaks.append(lookups_per_second()),
-        time.thread_time if threads == 1 else time.perf_counter,
+        *([calls] if threads > 1 else []),
+        repeats=repeats,
+        before=before,
+        clock=time.thread_time if threads == 1 else time.perf_counter,
     )
     exact = torch.stack([exact_path(x, path) for path in packed[0].factors()]).sum(0)
     error = (packed[0](x).double() - exact).abs().max() / exact.abs().max()
-    rate, peak = batch * paths * rank * (d_out + d_in) / time_s, threads * statistics.median(peaks)
+    rate, peak = batch * paths * rank * (d_out + d_in) / time_s, statistics.median(peaks[threads])
+    scaling = (
+        {
+            "one_thread_us": single_s[0] * 1e6,
+            "times_one_thread": single_s[0] / time_s,
+            "times_one_thread_of_lookups": peak / statistics.median(peaks[1]),
+        }
+        if single_s
+        else {}
+    )
     return {
         "d_out": d_out,
         "d_in": d_in,
@@ -126,6 +146,7 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
         "sign_adds_per_s": rate,
         "peak_sign_adds_per_s": peak,
         "fraction_of_peak": rate / peak,
+        **scaling,
     }
 
 
@@ -135,23 +156,25 @@ def copies_beyond_cache(size: int) -> int:
 
 
 def alternate(
-    first: Sequence[Callable[[], Any]],
-    second: Sequence[Callable[[], Any]],
+    *lists: Sequence[Callable[[], Any]],
     repeats: int,
-    between: Callable[[], Any] = lambda: None,
+    before: Callable[[int], Any] = lambda order: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[float, float]:
-    """Median seconds of a call of two lists of calls that take turns, after one warm-up each."""
-    samples: tuple[list[float], list[float]] = ([], [])
+) -> list[float]:
+    """Median seconds of a call of each of several lists of calls that take turns, after one warm-up each.
+
+    `before` is called with a list's number before each of its turns.
+    """
+    samples: list[list[float]] = [[] for _ in lists]
     for turn in range(repeats + 1):
-        for calls, kept in zip((first, second), samples, strict=True):
+        for order, calls in enumerate(lists):
+            before(order)
             for call in calls:
                 start = clock()
                 call()
                 if turn:
-                    kept.append(clock() - start)
-        between()
-    return statistics.median(samples[0]), statistics.median(samples[1])
+                    samples[order].append(clock() - start)
+    return [statistics.median(each) for each in samples]
 
 
 def exact_path(x: Tensor, packed: PackedFactors) -> Tensor:

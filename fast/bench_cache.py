@@ -94,7 +94,7 @@ def bench_case(
     dtype: torch.dtype,
     device: torch.device,
     repeats: int,
-) -> tuple[float, float]:
+) -> list[float]:
     """Median seconds of one token in one layer, from latents and from keys and values."""
     generator = torch.Generator(device).manual_seed(0)
     width = shape.kv_heads * shape.head_size
@@ -129,7 +129,7 @@ def bench_case(
         values[:, :, -1:] = heads_of(value_paths).to(kind)
         return functional.scaled_dot_product_attention(query.to(kind), keys, values, enable_gqa=True)
 
-    return alternate([from_latents], [from_keys_and_values], repeats, clock=clock_of(device))
+    return alternate([from_latents], [from_keys_and_values], repeats=repeats, clock=clock_of(device))
 
 
 def clock_of(device: torch.device) -> Any:

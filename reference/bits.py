@@ -388,8 +388,10 @@ def largest_rank(shape: Shape, budget: int, paths: int, scale_bits: int, word_bi
 
 
 def bits_budget(bits: float, weights: int) -> int:
-    """Whole bits that `weights` weights may use; exact, so that the ratio never exceeds the target by rounding."""
-    return math.floor(Fraction(bits) * weights)
+    """Whole bits that `weights` weights may use: the most whose ratio, as a float, is within `bits`."""
+    exact = math.floor(Fraction(bits) * weights)
+    # A float below the decimal that was typed, as 1.2 is, does not cost the bit with which the ratio is 1.2 again.
+    return exact + ((exact + 1) / weights <= bits)
 
 
 def check_bits(bits: float, paths: int) -> None:

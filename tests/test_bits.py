@@ -5,7 +5,7 @@ import littlebit.reference as ref
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, strategies as st
+from hypothesis import assume, example, given, strategies as st
 from littlebit.reference.bits import SECOND_PATH_SHARE, best_ranks, next_ranks, padded, word_width
 
 dims = st.integers(1, 300)
@@ -57,6 +57,7 @@ def test_rank_for_bits_never_rounds_the_ceiling_up(d_out, d_in, rank):
 
 
 @given(dims, dims, targets, st.integers(1, 3))
+@example(220, 220, 1.2, 2)  # exactly 1.2 bits at rank 33, while the float 1.2 is a little less
 def test_rank_for_bits_is_the_largest_within_the_ceiling(d_out, d_in, bits, count):
     smallest = ref.layer_bits(d_out, d_in, (1,) * count) / (d_out * d_in)
     if smallest > bits:

@@ -29,6 +29,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -546,15 +547,24 @@ def lookup_rounds(words, tables, sums, rounds):
     each_store(into, 0, each_add(each_add(a0, a1), each_add(a2, a3)))
 
 
-def lookups_per_second(rounds: int = 20000) -> float:
-    """Sign additions a second that one core reaches when only looking up: the limit of `nibbles` on this machine."""
-    words, tables = np.arange(4 * LANES, dtype=np.uint32) * 2654435769, aligned(32 * LANES)
-    words, sums = words.astype(np.uint32), aligned(4 * LANES)
-    tables[:] = 1
-    lookup_rounds(words, tables, sums, 1)
-    start = time.perf_counter()
-    lookup_rounds(words, tables, sums, rounds)
-    return 4 * 512 * rounds / (time.perf_counter() - start)
+def lookups_per_second(threads: int = 1, rounds: int = 20000) -> float:
+    """Sign additions a second that cores reach when only looking up: the limit of `nibbles` on this machine."""
+    start_together = threading.Barrier(threads)
+
+    def rate() -> float:
+        words, tables = np.arange(4 * LANES, dtype=np.uint32) * 2654435769, aligned(32 * LANES)
+        words, sums = words.astype(np.uint32), aligned(4 * LANES)
+        tables[:] = 1
+        lookup_rounds(words, tables, sums, 1)
+        start_together.wait()
+        start = time.perf_counter()
+        lookup_rounds(words, tables, sums, rounds)
+        return 4 * 512 * rounds / (time.perf_counter() - start)
+
+    if threads == 1:
+        return rate()
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(each.result() for each in [pool.submit(rate) for _ in range(threads)])
 
 
 local = threading.local()
