@@ -176,6 +176,18 @@ def cpu_linear() -> Table:
     return Table([*head, "billion sign additions a second", "% of lookups alone"], lines, ["cpu_linear"])
 
 
+def cpu_linear_threads() -> Table:
+    """The packed layer on two threads beside one."""
+    lines = []
+    for each in rows("cpu_linear_threads"):
+        times = [fixed(each[name] / 1000, 2) for name in ("one_thread_us", "time_us")]
+        factors = [fixed(each[name], 2) for name in ("times_one_thread", "times_one_thread_of_lookups", "speedup")]
+        lines.append([shape_of(each), fixed(each["bits"], 3), *times, *factors])
+    head = ["layer (d_out x d_in)", "stored bits", "one thread, ms", "two threads, ms", "times faster"]
+    head += ["the same of lookups alone", "times bfloat16 on two threads"]
+    return Table(head, lines, ["cpu_linear_threads"])
+
+
 KERNELS = {
     "loops": "one sign, one addition",
     "bytes": "eight signs choose one of 256 partial sums, made once for all rows",
