@@ -64,7 +64,8 @@ def bench_linear_cuda(
     -------
     One dict per shape, bits and batch: d_out, d_in, bits (stored), rank (per path), paths, batch, time_us (of what the
     layer uses), plain_us and tensor_us (of the other versions of the kernels; None if they are not meant for
-    the batch), dense_us, speedup, schedule, error and dense_error (root mean square of y - y64 over that of y64),
+    the batch), dense_us, gemlite_us (of its layer of one bit a weight, `gemlite_seconds`; None if it is not installed),
+    speedup, schedule, error and dense_error (root mean square of y - y64 over that of y64),
     bytes (of weights and vectors), fraction_of_copy (bytes per second over those of a device-to-device copy, read and
     written).
     """
@@ -94,6 +95,7 @@ def bench_case(
     }
     weights = dense_weights(d_out, d_in)
     dense_s = replay_seconds([lambda weight=weight: functional.linear(x, weight) for weight in weights])
+    gemlite_s = gemlite_seconds(d_out, d_in, batch)
     size = stored // 8 + batch * (2 * (d_in + d_out) + 8 * paths * rank)
     return {
         "d_out": d_out,
@@ -105,6 +107,7 @@ def bench_case(
         "time_us": seconds * 1e6,
         **others,
         "dense_us": dense_s * 1e6,
+        "gemlite_us": None if gemlite_s is None else gemlite_s * 1e6,
         "speedup": dense_s / seconds,
         "schedule": schedule if batch <= SMALL_BATCH else plans[0].batch_schedule(batch),
         "error": packed_error(x, layers[0], plans[0]),
@@ -209,6 +212,35 @@ def dense_weights(d_out: int, d_in: int) -> list[Tensor]:
     """Copies of a random float16 weight."""
     copies = ROTATED_BYTES // (2 * d_out * d_in) + 2
     return list(torch.randn(copies, d_out, d_in, device="cuda", dtype=torch.float16).unbind())
+
+
+@cache
+def gemlite_seconds(d_out: int, d_in: int, batch: int) -> float | None:
+    """Seconds of gemlite's layer of such sizes, one bit a weight and a scale for each output; None without gemlite.
+
+    It is the same for all bits: no low rank, so d_out * d_in bits of signs. Its first call tunes it.
+    """
+    try:
+        from gemlite import DType, GemLiteLinear  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    scales, zeros = (torch.full((d_out, 1), value, device="cuda", dtype=torch.float16) for value in (2.0, 0.5))
+    x, layers = torch.randn(batch, d_in, device="cuda", dtype=torch.float16) / 64, []
+    for _ in range(ROTATED_BYTES // (d_out * d_in // 8) + 1):
+        layer = GemLiteLinear(1, d_in, d_in, d_out, input_dtype=DType.FP16, output_dtype=DType.FP16)
+        codes = torch.randint(0, 2, (d_out, d_in), dtype=torch.uint8, device="cuda")
+        layer.pack(codes, scales, zeros)
+        layers.append(layer)
+        if len(layers) == 1:
+            check_gemlite(layer, codes, x)
+    return replay_seconds([lambda layer=layer: layer(x) for layer in layers])
+
+
+def check_gemlite(layer: Any, codes: Tensor, x: Tensor) -> None:
+    """Raise RuntimeError unless the layer multiplies with the signs that its codes stand for."""
+    exact = x.double() @ (2.0 * codes.double() - 1).T
+    if (layer(x).double() - exact).norm() > 0.01 * exact.norm():
+        raise RuntimeError("gemlite's layer does not give the product of its signs; measure without it (uninstall it)")
 
 
 def packed_error(x: Tensor, paths: Sequence[PackedFactors], plan: Plan) -> float:

@@ -227,11 +227,20 @@ class Packed:
         return self.between.view(-1, self.rows, begin)[: self.parts], spans
 
     def added(self, x: Tensor, stream: Stream, activation: str | None = None) -> None:
-        """As that of Modules, in place."""
+        """As that of Modules, in place; x may also be the shares that `CudaSteps.attend` leaves."""
+        from .kernels.cuda import SUMMARY, Shares
+
         rows, device = len(stream.x), stream.x.device
         squares = torch.empty(rows, self.blocks, device=device)
+        shares = Shares(x.shape[2], x.shape[3] - SUMMARY) if x.ndim == 4 else None
         self.siblings.launch(
-            x, stream.x, self.part(rows, device), self.schedule, activation=activation, squares=squares
+            x.float(),  # dense layers before this one give their own dtype
+            stream.x,
+            self.part(rows, device),
+            self.schedule,
+            activation=activation,
+            squares=squares,
+            shares=shares,
         )
         stream.squares = squares
 
@@ -330,9 +339,9 @@ class FusedEngine:
         return steps.logits(steps.normed(stream, model.norm), model.head)
 
     def attend(self, at: int, projected: Tensor) -> Tensor:
-        """Attention of one new token of each sequence in layer `at`: (batch, heads * size)."""
-        norms = self.model.blocks[at].head_norms
-        return self.steps.attend(projected, self.keys[at], self.values[at], self.positions, self.angles, norms)
+        """Attention of one new token of each sequence in layer `at`: (batch, heads * size), or its shares."""
+        norms, whole = self.model.blocks[at].head_norms, not isinstance(self.groups[at][1], Packed)
+        return self.steps.attend(projected, self.keys[at], self.values[at], self.positions, self.angles, norms, whole)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (batch, vocabulary) after the prompts, a block of tokens after the other, shorter ones filled up."""

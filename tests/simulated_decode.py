@@ -20,9 +20,11 @@ from littlebit.fast.embeddings import quantize_table
 from littlebit.fast.fused_engine import FusedEngine, Packed
 from littlebit.fast.kernels import cuda_launch, dispatch
 from littlebit.fast.kernels.cuda_decode import EIGHTS, Attention
+from littlebit.fast.kernels.steps import CudaSteps
 from littlebit.fast.latent_engine import LatentEngine
 from littlebit.fast.memory import ModelShape
 from numba import cuda
+from shares import put_together
 
 EPS = 2.0**-24
 DTYPES = {"half": torch.float16, "bfloat": torch.bfloat16, "single": torch.float32}
@@ -65,7 +67,7 @@ def cases(draw):
     group, chunks, kv_heads = draw(st.sampled_from([(1, 1, 2), (1, 1, 1), (3, 1, 1), (2, 2, 1), (5, 1, 1)]))
     made = Attention(
         draw(st.sampled_from(["single", "half", "bfloat"])), draw(st.sampled_from(["half", "bfloat"])), size, group,
-        draw(st.sampled_from([1, 2])), draw(st.booleans()),
+        draw(st.sampled_from([1, 2])), draw(st.booleans()), draw(st.booleans()),
     )  # fmt: skip
     positions = draw(st.lists(st.integers(0, 40), min_size=1, max_size=2))
     return (
@@ -79,7 +81,7 @@ def cases(draw):
     )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(cases())
 def test_attend_is_attention_over_what_is_kept_and_the_new_token(case):
     """Weights sum to one, so the output's error is that of the scores, and of the values' rounding in the cache."""
@@ -101,17 +103,19 @@ def test_attend_is_attention_over_what_is_kept_and_the_new_token(case):
     on_gpu = [on_device(tensor) for tensor in (keys, values)]
     blocks = rows * kv_heads * chunks
     y = cuda.to_device(on_device(torch.full((rows * heads * size,), 7.0, dtype=kind)).copy_to_host())
-    partial = cuda.to_device(np.full(blocks * splits * made.partial, np.nan, np.float32))
+    left = cuda.to_device(np.full(blocks * splits * made.partial, np.nan, np.float32))
     tickets = cuda.to_device(np.zeros(blocks, np.int32))
     kernels.attend(made, early)[(splits, kv_heads * chunks, rows), made.threads, 0, made.shared_bytes](
         on_device(projected), *on_gpu, on_device(cosine), on_device(sine), on_device(weights[0]), on_device(weights[1]),
-        on_device(places), y, partial, tickets, kv_heads, chunks, capacity, shortest,
+        on_device(places), y, left, tickets, kv_heads, chunks, capacity, shortest,
         np.float32(scale), np.float32(eps),
     )  # fmt: skip
     assert (tickets.copy_to_host() == 0).all()
 
     new_keys, new_values = (fetched(each, kept, rows, kv_heads, capacity, size) for each in on_gpu)
     got = fetched(y, kind, rows, heads, size).double()
+    if not made.whole:
+        got = put_together(fetched(left, torch.float32, rows, heads, splits, -1))
     for row, position in enumerate(positions):
         for new, old, fresh in ((new_keys, keys, key), (new_values, values, value)):
             error = (new[row, :, position].double() - fresh[row]).abs()
@@ -224,10 +228,47 @@ def simulated(monkeypatch):
     monkeypatch.setattr(cuda_launch, "array", array)
     monkeypatch.setattr(cuda_launch, "start", start)
     monkeypatch.setattr(cuda_launch, "described", lambda index: cuda_launch.Device("any", 1, 227 << 10))
+    one_warp = cuda_launch.Blocks(1, 0, 2)  # a simulator runs idle warps too; simulated_cuda.py has other schedules
+    schedule = cuda_launch.Schedule(1, one_warp, one_warp)
+    monkeypatch.setattr(cuda_launch, "schedule_for", lambda *sizes: schedule)
     monkeypatch.setattr(dispatch, "cuda_kernels", lambda index: cuda_launch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+
+
+@pytest.mark.usefixtures("simulated")
+def test_shares_of_a_context_are_put_together_by_the_output_layer(monkeypatch):
+    """Contexts of which some blocks have no token, next to torch."""
+    monkeypatch.setattr(cuda_launch, "described", lambda index: cuda_launch.Device("any", 3, 227 << 10))
+    monkeypatch.setattr(Attention, "unroll", lambda self, early: 1)
+    monkeypatch.setattr(CudaSteps, "made", lambda self, *tensors: Attention("single", "half", 64, 1, 1, False))
+    model = random_model(ModelShape("a small one", 64, 80, 1, 1, 1, 64, 40, 256), 2.0, 1, "cpu")
+    sides = [FusedEngine(model, 2, 16, torch.device("cpu"), torch.float16, kernels) for kernels in (True, False)]
+    shapes = []
+    attend = CudaSteps.attend
+    monkeypatch.setattr(CudaSteps, "attend", lambda *all_: shapes.append(attend(*all_)) or shapes[-1])
+    with torch.inference_mode():
+        for each in sides:
+            each.prefill([list(range(9)), [4, 5]])
+        mine, theirs = (each.step(torch.tensor([5, 6])) for each in sides)
+    assert shapes[0].shape == (2, 1, 3, 64 + kernels.SUMMARY)
+    assert (shapes[0][1, 0, 1:, 64] < -1e29).all()
+    assert (mine - theirs).abs().max() <= 2**-7 * theirs.abs().max()
+
+
+@pytest.mark.usefixtures("simulated")
+def test_packed_layers_take_what_dense_ones_give():
+    model = random_model(ModelShape("a small one", 64, 80, 1, 1, 1, 64, 40, 256), 2.0, 1, "cpu")
+    dense = [torch.nn.Linear(64, 64, bias=False, dtype=torch.float16) for _ in range(3)]
+    model = model._replace(blocks=[model.blocks[0]._replace(qkv=dense)])
+    sides = [FusedEngine(model, 1, 16, torch.device("cpu"), torch.float16, kernels) for kernels in (True, False)]
+    assert [isinstance(group, Packed) for group in sides[0].groups[0]] == [False, True, True, True]
+    with torch.inference_mode():
+        for each in sides:
+            each.prefill([[1, 2, 3]])
+        mine, theirs = (each.step(torch.tensor([5])) for each in sides)
+    assert (mine - theirs).abs().max() <= 2**-7 * theirs.abs().max()
 
 
 @pytest.mark.usefixtures("simulated")

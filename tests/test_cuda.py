@@ -41,7 +41,7 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
     for kind, (wide, vectors) in itertools.product(kinds, ((True, 1), (False, 4))):
         chosen = [kernels.latent(kind, wide, wide, vectors, early), kernels.output(kind, wide, vectors, 4, early)]
         if kind == kinds[-1] and not wide:
-            entries, sizes = ("norm", "silu", "gelu_tanh"), (wide, wide, vectors, early, 6)
+            entries, sizes = ("norm", "silu", "gelu_tanh", kernels.Shares(8, 128)), (wide, wide, vectors, early, 6)
             chosen += [kernels.latent("single", *sizes, entry) for entry in entries]
             chosen += [kernels.output("single", wide, vectors, 4, early, *each) for each in ((3, "bias"), (1, "add"))]
         for kernel in chosen:

@@ -17,6 +17,8 @@ ALL_REGISTERS = 65536  # of a multiprocessor
 ATTENTION = (
     Attention("single", "half", 128, 1, 16, False),
     Attention("half", "half", 128, 1, 16, False),
+    Attention("single", "half", 128, 1, 16, False, whole=False),
+    Attention("single", "half", 128, 8, 8, False, whole=False),
     Attention("single", "half", 128, 8, 8, False),
     Attention("single", "half", 128, 4, 8, True),
     Attention("single", "bfloat", 64, 3, 8, False),

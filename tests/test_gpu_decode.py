@@ -16,6 +16,7 @@ from littlebit.fast.kernels.steps import CudaSteps, HeadNorms, Heads, Stream, To
 from littlebit.fast.latent_engine import LatentEngine
 from littlebit.fast.memory import MODEL_SHAPES, ModelShape
 from littlebit.fast.static_engine import StaticEngine
+from shares import put_together
 from test_decode_cuda import FUSED, KINDS, by_transformers, columns, packed_model, prompt, put_in_charge
 
 pytestmark = [
@@ -61,6 +62,10 @@ def test_attention_is_that_of_torch(heads, position, batch, dtype):
     again = ours.attend(projected, *cache, positions, angles, norms)  # tickets are zero again
     want = TorchSteps(heads, kept, 1e-5).attend(projected.float(), *twin, positions, angles, norms)
     assert torch.equal(got, again)
+    left = ours.attend(projected, *cache, positions, angles, norms, whole=False)
+    united = put_together(left).flatten(1)
+    assert left.ndim == 4
+    assert ((united - got).abs() <= (2**-10 if dtype == torch.float16 else 2**-16) * united.abs() + 2**-18).all()
     for mine, theirs in zip(cache, twin, strict=True):
         assert ((mine - theirs).abs() <= 2**-10 * theirs.abs() + 2**-20).all()
     assert ((got.float() - want).abs() <= 2**-8).all()  # torch rounds queries and results to float16

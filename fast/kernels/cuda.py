@@ -33,7 +33,7 @@ fetches its words, and then waits for what they are multiplied with.
 # pyright: reportGeneralTypeIssues=false
 
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, types, uint32
 
@@ -147,6 +147,15 @@ def plus(a, b):
     """Sums of eight numbers and eight."""
     return (
         a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7],
+    )  # fmt: skip
+
+
+@cuda.jit(device=True, forceinline=True)
+def eight_times(a, factor):
+    """Eight numbers times a factor."""
+    return (
+        a[0] * factor, a[1] * factor, a[2] * factor, a[3] * factor,
+        a[4] * factor, a[5] * factor, a[6] * factor, a[7] * factor,
     )  # fmt: skip
 
 
@@ -380,8 +389,59 @@ def gelu_tanh(value):
 
 
 ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
-ENTRIES = ("plain", "norm", *ACTIVATIONS)
+ENTRIES = ("plain", "norm", *ACTIVATIONS)  # and Shares
 EXITS = ("plain", "bias", "add")
+SUMMARY = 8  # numbers after a share's values: its largest score, its sum of weights, and some to spare
+
+
+class Shares(NamedTuple):
+    """An input that is attention, of which several blocks have seen a share of the context each (`cuda_decode.attend`).
+
+    For each vector, head and share: `size` values weighted by exp(score - largest score), and SUMMARY numbers.
+
+    Attributes
+    ----------
+    count : int
+        Shares of a context; one that is empty has a largest score of which no weight is left.
+    size : int
+        Of a head, a multiple of eight.
+    """
+
+    count: int
+    size: int
+
+    @property
+    def stride(self) -> int:
+        """Numbers of a share."""
+        return self.size + SUMMARY
+
+
+@cache
+def united(shares: Shares) -> Any:
+    """A device function: eight entries of such an input, from their column on; zeros beyond its end.
+
+    All shares are loaded at once, which takes no longer than loading one, and nothing waits for another block.
+    """
+    count, size, stride = shares.count, shares.size, shares.stride
+
+    @cuda.jit(device=True, forceinline=True)
+    def eight(x, vector, column, d_in):
+        if column >= d_in:
+            return zeros()
+        head, entry = int32(column // size), int32(column % size)
+        base = int32(int32(int32(vector * int32(d_in // size)) + head) * int32(count * stride))
+        top = single_at(x, int32(base + size))
+        for share in range(1, count):
+            top = larger(top, single_at(x, int32(base + int32(share * stride + size))))
+        total, sums = float32(0), zeros()
+        for share in range(count):
+            place = int32(base + share * stride)
+            factor = exponential(single_at(x, int32(place + size)) - top)
+            total += factor * single_at(x, int32(place + int32(size + 1)))
+            sums = plus(sums, eight_times(single_eight(x, int32(place + entry)), factor))
+        return eight_times(sums, float32(1) / total)
+
+    return eight
 
 
 @cache
@@ -415,7 +475,7 @@ def eights(aligned: bool) -> Any:
 
 @cache
 def latent(
-    kind: str, wide: bool, aligned: bool, vectors: int, early: bool, paths: int = 2, entry: str = "plain"
+    kind: str, wide: bool, aligned: bool, vectors: int, early: bool, paths: int = 2, entry: str | Shares = "plain"
 ) -> Any:
     """The first kernel: for an input of a kind, rows of whole fours of words or not, one, two or four vectors.
 
@@ -425,11 +485,12 @@ def latent(
 
     - "plain": nothing;
     - "norm": RMSNorm, v_i = weight_i x_i / sqrt(sum(squares) / d_in + eps), from `count` numbers for each vector;
-    - an activation: v_i = activation(x_i) x_(d_in + i), of vectors of 2 d_in entries.
+    - an activation: v_i = activation(x_i) x_(d_in + i), of vectors of 2 d_in entries;
+    - Shares: attention is put together.
     """
     at_place, eight_at, eight = AT[kind], EIGHT[kind], eights(aligned)
     norm, gated = entry == "norm", entry in ACTIVATIONS
-    activation = ACTIVATIONS.get(entry, silu)
+    activation = ACTIVATIONS.get(entry, silu) if isinstance(entry, str) else silu
 
     @cuda.jit(device=True, forceinline=True)
     def weights_of(g, weight, column, d_in):
@@ -448,6 +509,8 @@ def latent(
             activation(e), activation(f), activation(g), activation(h),
         )  # fmt: skip
         return times(active, eight(x, at_place, eight_at, int32(base + d_in), column, d_in))
+
+    entries = united(entry) if isinstance(entry, Shares) else entries_of
 
     @cuda.jit(device=True, forceinline=True)
     def inverse_root(squares, vector, lane, count, d_in, eps):
@@ -529,9 +592,9 @@ def latent(
         slice = warp
         while slice < count:
             for vector in range(vectors):
-                entries = entries_of(x, min(int32(first + vector), int32(rows - 1)), column, d_in)
+                v = entries(x, min(int32(first + vector), int32(rows - 1)), column, d_in)
                 place = int32(PLANES * int32(vectors * slice + vector))
-                put_slice(signal, place, lane, times(entries, weights))
+                put_slice(signal, place, lane, times(v, weights))
             slice, column = int32(slice + warps), int32(column + int32(SLICE * warps))
             if slice < count:
                 weights = weights_of(g, weight, column, d_in)

@@ -13,10 +13,11 @@ x is the residual stream, float32. Whatever writes it also writes sums of square
 next kernel has the norm without a pass of its own.
 
 `attend` is flash decoding (Dao and others, 2023): each team of lanes has a token at a time, keeps the sum of values
-that it has seen so far relative to its largest score (Milakov and Gimelshein, arXiv 1805.02867), and teams, warps and
-at last blocks, which share a long context, put their sums together. How many blocks share it is found from the
-position, which lies in device memory, so that a captured graph serves all positions that the cache has room for. Keys
-and values that earlier steps kept are fetched before the kernel waits for the one before it.
+that it has seen so far relative to its largest score (Milakov and Gimelshein, arXiv 1805.02867), and teams and warps
+put their sums together. Blocks that share a context do too, or leave theirs for the kernel that reads them next
+(`cuda.Shares`). How many share it is found from the position, which lies in device memory, so that a captured graph
+serves all positions that the cache has room for. Keys and values that earlier steps kept are fetched before the kernel
+waits for the one before it.
 """
 
 # What Numba makes of cuda.threadIdx and its like is not what their Python stand-ins say.
@@ -39,6 +40,8 @@ from .cuda import (
     ROUND,
     SIGNATURES,
     SINGLES,
+    SUMMARY,
+    eight_times,
     half_at,
     load2,
     load4,
@@ -144,15 +147,6 @@ def summed(lanes: int) -> Any:
         return half(value + cuda.shfl_xor_sync(0xFFFFFFFF, value, distance))
 
     return both
-
-
-@cuda.jit(device=True, forceinline=True)
-def eight_times(a, factor):
-    """Eight numbers times a factor."""
-    return (
-        a[0] * factor, a[1] * factor, a[2] * factor, a[3] * factor,
-        a[4] * factor, a[5] * factor, a[6] * factor, a[7] * factor,
-    )  # fmt: skip
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -469,6 +463,9 @@ class Attention(NamedTuple):
         Of a block.
     normed : bool
         Whether query and key get an RMSNorm each before they are rotated (Qwen3).
+    whole : bool
+        Whether blocks that share a context put together what they have seen, the last of them what all have left; else
+        the kernel that comes next does, as `cuda.Shares`.
     """
 
     kind: str
@@ -477,6 +474,7 @@ class Attention(NamedTuple):
     group: int
     warps: int
     normed: bool
+    whole: bool = True
 
     @property
     def threads(self) -> int:
@@ -490,21 +488,30 @@ class Attention(NamedTuple):
 
     @property
     def partial(self) -> int:
-        """Numbers that a block leaves for the last one of those that share a context."""
-        return self.group * (self.size + 2)
+        """Numbers that a block leaves of what it has seen."""
+        return self.group * (self.size + SUMMARY)
+
+    def unroll(self, early: bool) -> int:
+        """Tokens that a team of lanes looks at at once, for which registers suffice."""
+        return 4 if early and self.group <= 4 else 2
+
+    def at_once(self, early: bool) -> int:
+        """Tokens that a block looks at at once, and fetches before the kernel before it has ended."""
+        return self.unroll(early) * self.warps * 256 // self.size
 
 
 @cache
 def attend(made: Attention, early: bool) -> Any:
     """Attention of one new token of each sequence; see the top of this file."""
-    kind, kept, size, group, warps, is_normed = made
+    kind, kept, size, group, warps, is_normed, whole = made
     eight_at, rounded, round_kept = EIGHT[kind], ROUND[kind], ROUND[kept]
     decoded, again = EIGHT_WORDS[kept], AGAIN[kept]
     lanes = size // 8  # that share a token
-    unroll = 4 if early and group <= 4 else 2  # tokens that they look at at once, for which registers suffice
+    unroll = made.unroll(early)
     teams, half = 32 // lanes, size // 2
     team_sum = summed(lanes)
-    stretch = size + 2  # numbers of a warp, or of a block, for a head
+    stretch, stride = size + 2, size + SUMMARY  # numbers of a warp, and of a block, for a head
+    merged_once = 32 * warps
     heads, tokens = tuple(range(group)), tuple(range(unroll))
 
     @cuda.jit(device=True, forceinline=True)
@@ -644,9 +651,20 @@ def attend(made: Attention, early: bool) -> Any:
             number, at = int32(number + 1), int32(at + stride)
         return top, total, value
 
+    @cuda.jit(device=True, forceinline=True)
+    def leave_nothing(partial, share, splits, thread):
+        """What a block without tokens has seen; `share` is that of its first head."""
+        item = thread
+        while item < group * size:
+            head, entry = int32(item // size), int32(item % size)
+            at = int32(int32(share + int32(head * splits)) * stride)
+            partial[uint32(at + entry)] = float32(0)
+            if entry == 0:
+                partial[uint32(at + size)], partial[uint32(at + size + 1)] = float32(LOWEST), float32(0)
+            item = int32(item + merged_once)
+
     fetch, read_all, ask, leave = over(fetched, unroll), over(read, unroll), over(asked, group), over(left, group)
     see_many, see_one, unite = seen(unroll), seen(1), all_united(lanes)
-    merged_once = 32 * warps
 
     @cuda.jit
     def kernel(
@@ -656,8 +674,9 @@ def attend(made: Attention, early: bool) -> Any:
         """Grid (blocks that may share a context, chunks of the heads of each key, sequences).
 
         projected : (sequences, heads + 2 kv_heads, size), query, key and value; keys, values : (sequences, kv_heads,
-        capacity, size), of which positions[sequence] are there; cosine, sine : (positions, size / 2). A block takes
-        `shortest` tokens or more, if they are there.
+        capacity, size), of which positions[sequence] are there; cosine, sine : (positions, size / 2); partial :
+        (sequences, heads, blocks that may share a context, size + SUMMARY). A block takes `shortest` tokens or more, if
+        they are there.
         """
         shared = cuda.shared.array(0, float32)
         thread = int32(cuda.threadIdx.x)
@@ -665,9 +684,14 @@ def attend(made: Attention, early: bool) -> Any:
         part, team = int32(lane & int32(lanes - 1)), int32(int32(warp * teams) + lane // lanes)
         split, chunk, row = int32(cuda.blockIdx.x), int32(cuda.blockIdx.y), int32(cuda.blockIdx.z)
         key_head, splits = int32(chunk // chunks), int32(cuda.gridDim.x)
+        block = int32(int32(row * int32(cuda.gridDim.y)) + chunk)
         position, column = int32(positions[row]), int32(8 * part)
         count = max(min(int32((position + shortest - 1) // shortest), splits), int32(1))
         if split >= count:
+            if not whole:
+                if early:
+                    wait()
+                leave_nothing(partial, int32(int32(int32(block * group) * splits) + split), splits, thread)
             return
         width = int32((position + count - 1) // count)
         begin = int32(split * width)
@@ -706,21 +730,20 @@ def attend(made: Attention, early: bool) -> Any:
             leave(heads, (shared, items, warp, part))
         cuda.syncthreads()
 
-        block = int32(int32(row * int32(cuda.gridDim.y)) + chunk)
         item = thread
         while item < group * size:
             head, entry = int32(item // size), int32(item % size)
             stored = int32(int32(entry % 8) * lanes + entry // 8)
             top, total, sum_ = gathered(shared, int32(head * int32(warps * stretch)), stretch, int32(warps), stored)
-            if count == 1:
+            if whole and count == 1:
                 y[uint32(int32(block * int32(group * size)) + item)] = rounded(sum_ / total)
             else:
-                at = int32(int32(int32(block * splits) + split) * int32(group * stretch) + int32(head * stretch))
+                at = int32(int32(int32(int32(int32(block * group) + head) * splits) + split) * stride)
                 partial[uint32(at + entry)] = sum_
                 if entry == 0:
                     partial[uint32(at + size)], partial[uint32(at + size + 1)] = top, total
             item = int32(item + merged_once)
-        if count > 1:
+        if whole and count > 1:
             cuda.threadfence()
             cuda.syncthreads()
             if thread == 0:
@@ -731,8 +754,8 @@ def attend(made: Attention, early: bool) -> Any:
                 item = thread
                 while item < group * size:
                     head, entry = int32(item // size), int32(item % size)
-                    at = int32(int32(block * splits) * int32(group * stretch) + int32(head * stretch))
-                    top, total, sum_ = gathered(partial, at, int32(group * stretch), count, entry)
+                    at = int32(int32(int32(int32(block * group) + head) * splits) * stride)
+                    top, total, sum_ = gathered(partial, at, int32(stride), count, entry)
                     y[uint32(int32(block * int32(group * size)) + item)] = rounded(sum_ / total)
                     item = int32(item + merged_once)
                 if thread == 0:

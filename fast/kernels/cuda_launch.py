@@ -22,7 +22,19 @@ from torch.nn import functional
 
 from ..packing import PackedFactors
 from . import plan
-from .cuda import PLANES, ROWS, SIGNATURES, SLICE, VECTORS, latent, output, plain_latent, plain_output, unpacking
+from .cuda import (
+    PLANES,
+    ROWS,
+    SIGNATURES,
+    SLICE,
+    VECTORS,
+    Shares,
+    latent,
+    output,
+    plain_latent,
+    plain_output,
+    unpacking,
+)
 from .cuda_batch import (
     DEPTH,
     SCALED_AT_ONCE,
@@ -267,6 +279,7 @@ def launch(
     activation: str | None = None,
     bias: Any = None,
     squares: Any = None,
+    shares: Shares | None = None,
 ) -> None:
     """Start both kernels for layers that share their input, on flat device arrays.
 
@@ -291,6 +304,8 @@ def launch(
         Added to the outputs.
     squares : (rows * output_blocks(...),) float32 array, optional
         The only layer's output is added to y, of float32, and the sums of squares of what y then holds go here.
+    shares : Shares, optional
+        x, of float32, is what the blocks of `cuda_decode.attend` have left: (rows, heads, shares.count, shares.stride).
 
     Raises
     ------
@@ -310,7 +325,7 @@ def launch(
     used = -(-slices // of_part)
     begins, total = sums_before([-(-padded(rank) // schedule.latent.rows) for rank in ranks])
     offsets, across = sums_before(map(padded, ranks))
-    entry = "norm" if norm else activation or "plain"
+    entry = shares or ("norm" if norm else activation or "plain")
     blocks = schedule.latent
     start(
         latent(kind, d_in % 128 == 0, d_in % 8 == 0, vectors, early, len(paths), entry),
@@ -564,10 +579,11 @@ class Siblings:
         activation: str | None = None,
         bias: Tensor | None = None,
         squares: Tensor | None = None,
+        shares: Shares | None = None,
     ) -> None:
         """Compute y from x on torch's current stream: see `launch`, whose arrays are contiguous tensors here.
 
-        x and y are of two dimensions and of one dtype of KINDS. `norm` has the fields of `Norm`.
+        x and y have a vector in each row, and one dtype of KINDS. `norm` has the fields of `Norm`.
         """
         rows = len(y)
         schedule, early = schedule or self.schedule(rows), self.early if early is None else early
@@ -587,6 +603,7 @@ class Siblings:
                 activation,
                 None if bias is None else array(bias),
                 None if squares is None else array(squares),
+                shares,
             )
 
 

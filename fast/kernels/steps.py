@@ -141,6 +141,7 @@ class TorchSteps:
         positions: Tensor,
         angles: Tensor,
         norms: HeadNorms | None,
+        whole: bool = True,
     ) -> Tensor:
         """Attention of one new token of each sequence, whose key and value are kept.
 
@@ -155,10 +156,12 @@ class TorchSteps:
         angles : (2, capacity, size / 2) float32 tensor
             Cosines and sines of each position.
         norms : HeadNorms, optional
+        whole : bool
+            False where `cuda.Shares` will do too: (rows, heads, shares, numbers of a share) float32.
 
         Returns
         -------
-        (rows, heads * size) tensor of projected's dtype.
+        (rows, heads * size) tensor of projected's dtype, or Shares.
         """
         rows = torch.arange(len(projected), device=projected.device)
         query, key, value = split_heads(projected, self.heads, norms, self.eps, *angles[:, positions, None])
@@ -264,6 +267,9 @@ class CudaSteps:
     # pays sooner where there are few blocks
     shortest_of_many, shortest_of_few = 256, 64
     few = 32  # blocks
+    # Shares of a context that the output layer puts together, each a number more that it reads for an entry of its
+    # input. More blocks, put together as above, pay where each would look at its share more often than this.
+    most_shares, few_looks = 8, 4
 
     def __init__(self, heads: Heads, dtype: torch.dtype, eps: float, batch: int, device: torch.device):
         from . import dispatch
@@ -361,21 +367,26 @@ class CudaSteps:
         positions: Tensor,
         angles: Tensor,
         norms: HeadNorms | None,
+        whole: bool = True,
     ) -> Tensor:
         """As that of TorchSteps."""
         rows, kv_heads, capacity, size = keys.shape
         made = self.made(projected, keys, norms)
-        enough = -(-2 * self.launching.described(self.index).multiprocessors // self.blocks)
-        splits = max(1, min(enough, -(-capacity // self.shortest)))
-        partial_sums = torch.empty(self.blocks * splits * made.partial, device=keys.device)
-        y = torch.empty(rows, self.heads.heads * size, dtype=projected.dtype, device=keys.device)
+        enough, shortest = 2 * self.launching.described(self.index).multiprocessors // self.blocks, self.shortest
+        at_once = made.at_once(self.early)
+        whole = whole or min(enough, capacity // (self.few_looks * at_once)) > self.most_shares
+        if not whole:
+            made, shortest, enough = made._replace(whole=False), at_once, min(enough, self.most_shares)
+        splits = max(1, min(enough, -(-capacity // shortest)))
+        left = torch.empty(rows, self.heads.heads, splits, size + self.kernels.SUMMARY, device=keys.device)
+        y = torch.empty(rows, self.heads.heads * size, dtype=projected.dtype, device=keys.device) if whole else left
         cosine, sine = angles
         self.start(
             self.kernels.attend(made, self.early),
             (splits, kv_heads * self.chunks, rows),
             *(projected, keys, values, cosine, sine),
             *(norms or (cosine, cosine)),
-            *(positions, y, partial_sums, self.tickets, kv_heads, self.chunks, capacity, self.shortest),
+            *(positions, y, left, self.tickets, kv_heads, self.chunks, capacity, shortest),
             *(size**-0.5, self.eps),
             threads=made.threads,
             size=made.shared_bytes,
