@@ -29,8 +29,11 @@ setup: $(VENV)/.ok  ## Make .venv and install the project with its development t
 demo: $(VENV)/.ok  ## Quantise SmolLM2-135M to 0.55 bits, reload it, measure it, let it speak
 	$(PY) -m littlebit.fast demo --out build/demo
 
+# Processes among which the tests are divided; several take a GB of memory each
+JOBS ?= 2
+
 test: $(VENV)/.ok  ## Run the tests
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 TRANSFORMERS_TESTS := tests/test_quantizer.py tests/test_families.py tests/test_lora.py
 # The oldest transformers that pyproject.toml allows, in a folder that Python looks into before the environment
@@ -54,7 +57,7 @@ build/oldest-core/.ok: $(VENV)/.ok pyproject.toml constraints.txt constraints-ol
 test-oldest: build/oldest/.ok build/oldest-core/.ok  ## Run tests with the oldest dependencies that are allowed
 	HYPOTHESIS_PROFILE=quick build/oldest-core/bin/python -m pytest $(CORE_TESTS)
 	PYTHONPATH=build/oldest $(PY) -c 'import transformers as t; assert t.__version__.startswith("$(OLDEST)."), t'
-	PYTHONPATH=build/oldest $(PY) -m pytest $(TRANSFORMERS_TESTS)
+	PYTHONPATH=build/oldest $(PY) -m pytest -n $(JOBS) --dist loadfile $(TRANSFORMERS_TESTS)
 
 test-gpu: $(VENV)/.ok  ## Run the CUDA kernels' tests on a GPU, and each kernel under compute-sanitizer
 	$(PY) -m pytest tests/test_gpu.py tests/test_gpu_decode.py
