@@ -61,6 +61,7 @@ EXAMPLES = {
         "bench decode --device cuda --model-shape llama2-7b --bits 0.1 0.55 1",
         "bench cache --bits 0.1",
     ],
+    "tune": ["tune --model out", "tune --model-shape llama2-7b --bits 0.1 0.55 1"],
     "completion": ["completion bash > ~/.local/share/bash-completion/completions/littlebit"],
 }
 
@@ -881,6 +882,52 @@ def run_bench_decode_cuda(arguments: argparse.Namespace) -> None:
             print(f"    {part['part']:<14}{part['calls']:>4} x {part['time_us']:>8.2f} us = {part['step_us']:>9.1f} us")
 
 
+def tune_arguments(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `littlebit tune`."""
+    sub.add_argument("--model", type=Path, help="a packed checkpoint")
+    sub.add_argument(
+        "--model-shape", choices=list(MODEL_SHAPES), default="llama2-7b", help="or a random model of a published shape"
+    )
+    sub.add_argument("--bits", type=float, nargs="+", default=[0.55], help="of the random model's layers")
+    sub.add_argument("--paths", type=int, default=1, help="of the random model's layers")
+    sub.add_argument("--batch", type=int, default=1, help="sequences that are decoded together")
+    sub.add_argument(
+        "--table", type=Path, help="JSON file to add to; by default one in the cache folder, which is used"
+    )
+    add_json(sub)
+
+
+def run_tune(arguments: argparse.Namespace) -> None:
+    """Run `littlebit tune`."""
+    import torch
+
+    from .kernels import dispatch
+
+    if not torch.cuda.is_available() or dispatch.cuda_kernels(0) is None:
+        raise ValueError("tuning needs an NVIDIA GPU that the kernels can use; on a CPU there is nothing to tune")
+    from .bench_decode_cuda import llama_shape, random_model
+    from .fused_engine import engine_of, parts_of
+    from .tune_cuda import keep, tune
+
+    name, rows = torch.cuda.get_device_name(), []
+    for bits in [None] if arguments.model else arguments.bits:
+        if bits is None:
+            model = parts_of(load_any(str(arguments.model), "cuda", torch.float16), torch.float16)
+        else:
+            model = random_model(llama_shape(arguments.model_shape), bits, arguments.paths)
+        with torch.inference_mode():
+            rows += tune(engine_of(model, arguments.batch, 1, torch.device("cuda", 0), torch.float16, "ordinary"))
+        table = keep(rows, name, arguments.table)
+        del model
+    if arguments.json:
+        print(json.dumps([row | {"device": name, "table": str(table)} for row in rows]))
+        return
+    print(f"{'':<10}{'before us':>11}{'after us':>10}  layers")
+    for row in rows:
+        print(f"{row['part']:<10}{row['before_us']:>11.2f}{row['after_us']:>10.2f}  {row['sizes']}")
+    print(f"kept in {table}")
+
+
 def run_bench_agreement(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench agreement`."""
     from .agreement import agreement
@@ -962,6 +1009,9 @@ COMMANDS = {
     ),
     "memory": Command(
         run_memory, memory_arguments, "Say what a model of a published shape takes: weights, cache, activations."
+    ),
+    "tune": Command(
+        run_tune, tune_arguments, "Find the fastest launches of a model's packed layers on this GPU, and keep them."
     ),
     "demo": Command(
         run_demo, demo_arguments, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib)."

@@ -1,8 +1,7 @@
 """Benchmarks on a GPU: the packed linear layer beside torch's float16 one, in replayed CUDA graphs."""
 
 import itertools
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,25 +12,15 @@ from tqdm import tqdm
 
 from .bench import exact_path, random_path
 from .bits import layer_bits, rank_for_bits
-from .kernels.cuda import ROWS
-from .kernels.cuda_launch import (
-    SMALL_BATCH,
-    Blocks,
-    Plan,
-    Schedule,
-    latent_bytes,
-    output_bytes,
-    slices_of,
-    vectors_of,
-)
+from .kernels.cuda_launch import SMALL_BATCH, Plan, Schedule
 from .packing import PackedFactors
+from .tune_cuda import REPLAYS, fastest, replay_seconds
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (13824, 5120), (28672, 8192), (8192, 28672))
 BITS = (0.1, 0.3, 0.55, 1.0)
 ROTATED_BYTES = 160 << 20  # three times the second-level cache of an H100
 TUNED_BYTES = 30 << 20  # less, to try many schedules
 MOST_COPIES = 400
-REPLAYS = 9
 COPIED_BYTES = 1 << 30
 
 
@@ -118,64 +107,11 @@ def bench_case(
 
 
 def tuned(x: Tensor, plans: Sequence[Plan]) -> Schedule:
-    """The fastest schedule: by turns one kernel's is fixed and the other's tried, twice."""
+    """The fastest schedule."""
     plan = plans[0]
-    size = sum(tensor.nbytes for tensor in plan.kept[0])
-    plans = plans[: TUNED_BYTES // size + 2]
-
-    @cache
-    def seconds(schedule: Schedule) -> float:
-        return packed_seconds(x, plans, schedule, replays=3)
-
-    schedule = plan.schedule(len(x))
+    plans, schedule = plans[: TUNED_BYTES // sum(tensor.nbytes for tensor in plan.kept[0]) + 2], plan.schedule(len(x))
     assert schedule
-    for _ in range(2):
-        latents = latent_candidates(plan, len(x), schedule.output)
-        schedule = min(latents, key=seconds)
-        outputs = output_candidates(plan, len(x), schedule)
-        schedule = min(outputs, key=seconds)
-    return schedule
-
-
-def blocks_near(slices: int, tiles: int, fits: Callable[[Blocks], bool]) -> list[Blocks]:
-    """Ways to divide so many tiles, of so many slices each, among blocks of 2 to 16 warps that fit in shared memory."""
-    numbers = itertools.product(
-        sorted({min(slices, 1 << i) for i in range(5)} | {min(slices, 16)}), range(5), (1, 2, 4, 8)
-    )
-    found = [Blocks(*each) for each in numbers]
-    found = [each for each in found if 2 <= each.sharing << each.log <= 16 and fits(each)]
-    fewest = min(tiles, 48)
-    return [each for each in found if -(-tiles * ROWS // each.rows) >= fewest or each.rows == ROWS] or found[:1]
-
-
-def latent_candidates(plan: Plan, rows: int, output: Blocks) -> list[Schedule]:
-    """Schedules that differ in the first kernel."""
-    slices, tiles = slices_of(plan.d_in), plan.sizes.columns // ROWS
-    most = 1 if plan.d_in % 128 else min(16, slices)
-    return [
-        Schedule(parts, blocks, output)
-        for parts in (1, 2, 4, 8, 16)
-        if parts <= most
-        for blocks in blocks_near(
-            -(-slices // parts),
-            tiles * parts,
-            lambda blocks, parts=parts: (
-                latent_bytes(blocks, vectors_of(rows), plan.d_in, parts) <= plan.device.shared_bytes
-            ),
-        )
-    ]
-
-
-def output_candidates(plan: Plan, rows: int, schedule: Schedule) -> list[Schedule]:
-    """Schedules that differ in the second kernel."""
-    return [
-        schedule._replace(output=blocks)
-        for blocks in blocks_near(
-            sum(map(slices_of, plan.ranks)),
-            -(-plan.d_out // ROWS),
-            lambda blocks: output_bytes(blocks, vectors_of(rows), plan.sizes) <= plan.device.shared_bytes,
-        )
-    ]
+    return fastest(plan.sizes, len(x), plan.device, schedule, lambda each: packed_seconds(x, plans, each, replays=3))
 
 
 def packed_seconds(
@@ -187,25 +123,6 @@ def packed_seconds(
 ) -> float:
     """Seconds of the packed layer."""
     return replay_seconds([lambda plan=plan: plan(x, version, schedule) for plan in plans], replays)
-
-
-def replay_seconds(calls: Sequence[Callable[[], Any]], replays: int = REPLAYS) -> float:
-    """Seconds of a call, in a graph that runs all calls one after the other; median over replays."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 1):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(times[1:])
 
 
 def dense_weights(d_out: int, d_in: int) -> list[Tensor]:

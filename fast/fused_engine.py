@@ -189,19 +189,24 @@ class Packed:
     """
 
     def __init__(self, modules: Sequence[PackedLinear], batch: int, eps: float):
-        from .kernels.cuda_launch import Siblings, output_blocks, slices_of
+        from .kernels.cuda_launch import Siblings
 
         self.siblings = Siblings([[tensor for path in each.factors() for tensor in path] for each in modules])
-        self.schedule, self.eps = self.siblings.schedule(batch), eps
-        self.d_outs, self.rows = [each.d_out for each in modules], batch
-        slices = slices_of(modules[0].d_in)
-        self.parts = -(-slices // -(-slices // self.schedule.parts)) if self.schedule else 0
-        self.blocks = output_blocks(self.d_outs[0], self.schedule) if self.schedule else 0
+        self.d_outs, self.rows, self.eps = [each.d_out for each in modules], batch, eps
+        self.use(self.siblings.schedule(batch))
         self.bias = None
         if any(each.bias is not None for each in modules):
             device = modules[0].factors()[0].h.device
             biases = [torch.zeros(each.d_out, device=device) if each.bias is None else each.bias for each in modules]
             self.bias = torch.cat([each.float() for each in biases])
+
+    def use(self, schedule: Any) -> None:
+        """Launch by a schedule; None if there is none, and the layers cannot be launched together."""
+        from .kernels.cuda_launch import output_blocks, slices_of
+
+        self.schedule, slices = schedule, slices_of(self.siblings.sizes.d_in)
+        self.parts = -(-slices // -(-slices // schedule.parts)) if schedule else 0
+        self.blocks = output_blocks(self.d_outs[0], schedule) if schedule else 0
 
     def part(self, rows: int, device: torch.device) -> Tensor:
         """Room for what the first kernel hands to the second."""

@@ -120,10 +120,10 @@ def linear_vjp(
 def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None = None) -> Tensor:
     """`linear` from packed words, accumulated in float32.
 
-    On a CPU nothing is unpacked, nor on an NVIDIA GPU of compute capability 8.0 or later for up to 32 rows of x. Else
-    the signs of both factors are, for as long as the call lasts, and a float16 or bfloat16 input is multiplied in its
-    own dtype (`dispatch.unpacked_linear`). Autograd gives x its
-    gradient, so that adapters can be trained around a packed layer; signs and scales have none.
+    On a CPU few rows of x are looked up in packed words, and so are up to 1024 rows of 16 bits, or 32 of float32, on an
+    NVIDIA GPU of compute capability 8.0 or later. Else the signs of both factors are unpacked, for as long as the call
+    lasts, and a float16 or bfloat16 input is multiplied in its own dtype (`dispatch.unpacked_linear`). Autograd gives x
+    its gradient, so that adapters can be trained around a packed layer; signs and scales have none.
 
     Parameters
     ----------

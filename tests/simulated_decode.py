@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from littlebit.fast import tune_cuda
 from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.embeddings import quantize_table
 from littlebit.fast.fused_engine import FusedEngine, Packed
@@ -299,3 +300,30 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache):
             assert (mine.float() - theirs.float()).abs().max() <= 2**-6 * theirs.float().abs().max()
             assert mine[0, 3].any()
             assert mine[1, 1].any()
+
+
+@pytest.mark.usefixtures("simulated")
+def test_tuning_takes_the_fastest_schedule_of_each_group(monkeypatch):
+    """As if schedules took a time that is known; the first group is run with what was found for it."""
+    model = random_model(ModelShape("a small one", 256, 80, 2, 1, 1, 64, 40, 256), 2.0, 1, "cpu")
+    engine, ran = FusedEngine(model, 1, 16, torch.device("cpu"), torch.float16, True), []
+
+    def cost(schedule):
+        return abs(schedule.latent.tiles - 2) + abs(schedule.output.log - 1)
+
+    def replay_seconds(calls, replays):
+        assert len(calls) == 2  # layers of both blocks
+        if replays == tune_cuda.REPLAYS and not ran:
+            ran.append(calls[0]())
+        return 1e-6 * (1 + sum(cost(group.schedule) for groups in engine.groups for group in groups))
+
+    monkeypatch.setattr(tune_cuda, "replay_seconds", replay_seconds)
+    with torch.inference_mode():
+        rows = tune_cuda.tune(engine, progress=False)
+    assert [row["part"] for row in rows] == list(tune_cuda.PART_NAMES)
+    assert ran
+    for at, row in enumerate(rows):
+        assert cost(row["schedule"]) == 0
+        assert row["after_us"] < row["before_us"]
+        assert all(groups[at].schedule == row["schedule"] for groups in engine.groups)
+        assert row["sizes"] == str(engine.groups[0][at].siblings.sizes)

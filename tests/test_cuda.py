@@ -10,8 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from littlebit.fast import tune_cuda
+from littlebit.fast.__main__ import main
 from littlebit.fast.bits import rank_for_bits
 from littlebit.fast.kernels import cuda as kernels, cuda_batch, cuda_launch
+from littlebit.fast.kernels.cuda_launch import Blocks, Schedule
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 KINDS = ("half", "bfloat", "single")
@@ -154,6 +157,50 @@ def test_measured_schedules_are_of_layers_that_exist_and_fit_their_gpu():
         assert str(parsed) == sizes
         assert cuda_launch.latent_bytes(schedule.latent, 1, parsed.d_in, schedule.parts) <= limit
         assert cuda_launch.output_bytes(schedule.output, 1, parsed) <= limit
+
+
+@pytest.fixture
+def own_table(tmp_path, monkeypatch):
+    """Where `tune` keeps schedules."""
+    monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path))
+    cuda_launch.measured.cache_clear()
+    yield tmp_path / "cuda_schedules.json"
+    cuda_launch.measured.cache_clear()
+
+
+def test_what_was_tuned_is_kept_and_taken(own_table):
+    sizes = cuda_launch.Sizes(512, (512, 64), ((40,), (33, 17)))
+    chosen = Schedule(2, Blocks(1, 1, 2), Blocks(2, 0, 1))
+    device = cuda_launch.Device("NVIDIA H100 80GB HBM3", 132, 227 << 10)
+    before = cuda_launch.schedule_for(sizes, 1, device)
+    assert before != chosen
+    for of, rows in ((str(sizes), 1), (f"{sizes}*4", 3)):
+        tune_cuda.keep([{"sizes": of, "schedule": chosen}], device.name)
+        assert cuda_launch.schedule_for(sizes, rows, device) == chosen
+    assert cuda_launch.schedule_for(sizes, 2, device) == before
+    assert cuda_launch.schedule_for(sizes, 1, device._replace(name="another")) == before
+    assert f"28672x8192:{rank_for_bits(28672, 8192, 0.1, 1)}" in cuda_launch.measured()[device.name]
+    assert own_table.read_text().count("\n") == 6
+    assert [path.name for path in own_table.parent.iterdir()] == [own_table.name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"GPU": [1]}', '{"GPU": {"1x1:1": [1, [1, 0, 1]]}}', '{"GPU": {"1x1:1": [1, [9, 9, 1], [1, 0, 1]]}}'],
+)
+def test_a_damaged_table_is_passed_over_and_not_written_over(text, own_table, caplog):
+    own_table.write_text(text)
+    assert "NVIDIA H100 80GB HBM3" in cuda_launch.measured()
+    assert f"{own_table} is no table of launch schedules" in caplog.text
+    with pytest.raises(ValueError, match="remove it, and run `littlebit tune` again"):
+        tune_cuda.keep([], "GPU")
+    assert own_table.read_text() == text
+
+
+def test_tune_says_that_it_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["tune"]) == 2
+    assert "tuning needs an NVIDIA GPU" in capsys.readouterr().err
 
 
 def test_a_measured_schedule_is_taken_for_its_gpu_and_a_vector_only():

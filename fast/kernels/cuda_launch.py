@@ -8,6 +8,7 @@ a number, a launch takes a few microseconds of Python, and it may be early (prog
 
 import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -20,6 +21,7 @@ from numba import cuda
 from torch import Tensor
 from torch.nn import functional
 
+from ..fetch import cache_folder
 from ..packing import PackedFactors
 from . import plan
 from .cuda import (
@@ -58,6 +60,8 @@ EXACT_BATCH = 32  # rows of x in float32, of which `launch` alone keeps the prec
 GROUPED = (9, 0)  # the capability that multiplies with groups of warps
 MOST_PARTS = 8  # of d_in, for batches
 SCHEDULES = Path(__file__).parent.parent / "data" / "cuda_schedules.json"
+MOST_NUMBER = 64  # in a schedule
+log = logging.getLogger(__name__)
 
 
 class Blocks(NamedTuple):
@@ -185,14 +189,18 @@ def schedule_for(sizes: Sizes, rows: int, device: Device) -> Schedule | None:
 
     None if no block has enough shared memory.
     """
-    known = measured().get(device.name, {}).get(str(sizes))
     vectors = vectors_of(rows)
-    schedule = known if known and vectors == 1 else estimated(sizes, device.multiprocessors)
+    schedule = measured().get(device.name, {}).get(name_of(sizes, vectors)) or estimated(sizes, device.multiprocessors)
     first = fitting(
         schedule.latent, device.shared_bytes, lambda blocks: latent_bytes(blocks, vectors, sizes.d_in, schedule.parts)
     )
     second = fitting(schedule.output, device.shared_bytes, lambda blocks: output_bytes(blocks, vectors, sizes))
     return Schedule(schedule.parts, first, second) if first and second else None
+
+
+def name_of(sizes: Sizes, vectors: int) -> str:
+    """Under what the tables of measured schedules have one: the sizes, and how many vectors are multiplied at once."""
+    return str(sizes) if vectors == 1 else f"{sizes}*{vectors}"
 
 
 def estimated(sizes: Sizes, multiprocessors: int) -> Schedule:
@@ -236,15 +244,59 @@ def vectors_of(rows: int) -> int:
 
 @cache
 def measured() -> dict[str, dict[str, Schedule]]:
-    """The fastest schedules that were measured for a vector, by the GPU's name and the layer's sizes."""
-    if not SCHEDULES.exists():
-        return {}
-    return {
-        name: {
-            sizes: Schedule(parts, Blocks(*first), Blocks(*second)) for sizes, (parts, first, second) in table.items()
-        }
-        for name, table in json.loads(SCHEDULES.read_text()).items()
-    }
+    """The fastest schedules that were measured, by the GPU's name and `name_of`: what ships, and what `tune` kept."""
+    tables = json.loads(SCHEDULES.read_text())
+    own = own_schedules()
+    if own.exists():
+        try:
+            for name, table in read_schedules(own).items():
+                tables[name] = tables.get(name, {}) | table
+        except ValueError as error:
+            log.warning("littlebit: %s; it is passed over", error)
+    return {name: {of: schedule_from(each) for of, each in table.items()} for name, table in tables.items()}
+
+
+def own_schedules() -> Path:
+    """Where `littlebit tune` keeps what it has measured."""
+    return cache_folder() / "cuda_schedules.json"
+
+
+def read_schedules(path: Path) -> dict[str, dict[str, list[Any]]]:
+    """A table of schedules, as it is stored.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged.
+    """
+    try:
+        tables = json.loads(path.read_text())
+        for table in tables.values():
+            for each in table.values():
+                schedule_from(each)
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        said = f"{path} is no table of launch schedules ({error}): remove it, and run `littlebit tune` again"
+        raise ValueError(said) from None
+    return tables
+
+
+def schedule_from(stored: Any) -> Schedule:
+    """A schedule from [parts, latent, output].
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there can be no such schedule.
+    """
+    parts, *both = stored
+    schedule = Schedule(parts, *(Blocks(*each) for each in both))
+    numbers = [parts, *schedule.latent, *schedule.output]
+    if not all(type(number) is int and 0 <= number <= MOST_NUMBER for number in numbers):
+        raise ValueError(f"{stored} are no small numbers")
+    for blocks in (schedule.latent, schedule.output):
+        if not (parts and blocks.tiles and 32 <= blocks.threads <= 32 * MOST_WARPS):
+            raise ValueError(f"there is no block of {blocks}")
+    return schedule
 
 
 class Norm(NamedTuple):
