@@ -55,8 +55,11 @@ class ModelShape(NamedTuple):
     positions: int = 0
 
 
-#: The models of the paper's tables, by their configurations on the hub.
+#: The models of the paper's tables and the one that `demo` quantises, by their configurations on the hub.
 MODEL_SHAPES = {
+    "smollm2-135m": ModelShape(
+        "SmolLM2, arXiv 2502.02737; HuggingFaceTB/SmolLM2-135M", 576, 1536, 30, 9, 3, 64, 49152, 8192, tied=True
+    ),
     "opt-1.3b": ModelShape(
         "OPT, arXiv 2205.01068, Table 1; facebook/opt-1.3b",
         *(2048, 8192, 24, 32, 32, 64, 50272, 2048),

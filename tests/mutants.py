@@ -80,6 +80,14 @@ TESTS = {
     "cpu_decode": "test_decode.py",
     "dispatch": "test_linear.py",
     "plan": "test_linear.py",
+    "cuda": "test_cuda.py",
+    "cuda_batch": "test_cuda.py",
+    "cuda_launch": "test_cuda.py",
+    "cuda_decode": "test_cuda_decode.py",
+    "steps": "test_cuda_decode.py test_decode_cuda.py",
+    "tune_cuda": "test_cuda.py test_cuda_decode.py",
+    "fused_engine": "test_decode_cuda.py test_cuda_decode.py",
+    "decode_cuda": "test_decode_cuda.py",
     "student": "test_student.py",
     "trainer": "test_resume.py test_trainer.py",
     "resume": "test_resume.py test_trainer.py",
@@ -639,6 +647,59 @@ MUTANTS = [
         "gradient of the packed layer is off",
     ),
     Mutant("fast/__main__.py", "return STOPPED", "return USER_ERROR", "told to stop is an error"),
+    Mutant(
+        "fast/kernels/cuda.py", "- top)\n            total +=", ")\n            total +=", "shares keep their own scale"
+    ),
+    Mutant("fast/kernels/cuda.py", "eight_times(sums, float32(1) / total)", "sums", "shares are not divided"),
+    Mutant("fast/kernels/cuda.py", "int32(vector * count) + at)]", "at)]", "all vectors have the first one's norm"),
+    Mutant("fast/kernels/cuda.py", "total += y[place]", "total += float32(0)", "outputs take the place of the stream"),
+    Mutant("fast/kernels/cuda.py", "int32(-1) if of == 3", "int32(1) if of == 3", "the 24th plane counts as 2^22"),
+    Mutant("fast/kernels/cuda_batch.py", "place > first:", "place > 0:", "pieces of vectors are not read again"),
+    Mutant(
+        "fast/kernels/cuda_decode.py",
+        "float32(LOWEST), float32(0)\n            item",
+        "float32(9), float32(1)\n            item",
+        "empty shares weigh",
+    ),
+    Mutant("fast/kernels/cuda_decode.py", "mine = split == 0 and", "mine =", "each block counts the new token"),
+    Mutant(
+        "fast/kernels/cuda_decode.py",
+        "min(int32(begin + width), position)",
+        "int32(begin + width)",
+        "tokens beyond the last",
+    ),
+    Mutant(
+        "fast/kernels/cuda_decode.py", "tickets[uint32(block)] = 0", "tickets[uint32(block)] = 1", "tickets are used up"
+    ),
+    Mutant("fast/kernels/cuda_launch.py", "if vectors == 1 else", "if vectors else", "one schedule for all batches"),
+    Mutant(
+        "fast/kernels/cuda_launch.py", "tables.get(name, {}) | table", "table", "own schedules hide the shipped ones"
+    ),
+    Mutant(
+        "fast/tune_cuda.py",
+        "schedule = min([schedule, *output",
+        "schedule = max([schedule, *output",
+        "the slowest is kept",
+    ),
+    Mutant("fast/tune_cuda.py", "if after_s >= before_s:", "if after_s > 0:", "what is faster is not taken"),
+    Mutant(
+        "fast/kernels/steps.py", ".float().chunk(2, -1)", ".float().chunk(2, -1)[::-1]", "gate and up are exchanged"
+    ),
+    Mutant("fast/fused_engine.py", "x.float(),", "x,", "16 bits are read as 32"),
+    Mutant(
+        "fast/fused_engine.py",
+        "last[row] = x[row, length - 1 - start]",
+        "last[row] = x[row, -1]",
+        "the filling is the last token",
+    ),
+    Mutant("fast/decode_cuda.py", "before < sampling.top_p", "before > sampling.top_p", "top_p leaves the unlikely"),
+    Mutant("fast/decode_cuda.py", "end or token in stop", "token in stop", "sequences go on after their end"),
+    Mutant(
+        "fast/decode_cuda.py",
+        "self.length == self.engine.capacity",
+        "self.length > self.engine.capacity",
+        "a full cache does not grow",
+    ),
 ]
 
 

@@ -19,6 +19,7 @@ PUBLISHED_DENSE = {"llama2-7b": 13.49, "llama2-13b": 26.06, "llama2-70b": 138.04
 PUBLISHED = {("llama2-7b", 0.3): 0.79, ("llama2-7b", 0.1): 0.63, ("llama2-13b", 0.1): 0.84, ("llama2-70b", 0.1): 1.98}
 # as the hub counts them in the models' files
 PARAMETERS = {
+    "smollm2-135m": 134_515_008,
     "opt-1.3b": 1_315_758_080,
     "llama-7b": 6_738_415_616,
     "llama2-7b": 6_738_415_616,
