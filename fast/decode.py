@@ -6,7 +6,7 @@ all else goes through transformers' generate.
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from .decode_cpu import Decodable, NotDecodableError, decode
 from .memory import KV_CACHES
@@ -17,9 +17,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+@overload
 def generate(
     model: Any,
     prompt: str,
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    seed: int = ...,
+    chat: bool = ...,
+    tokenizer: Any = ...,
+    kv_cache: str = ...,
+) -> str: ...
+@overload
+def generate(
+    model: Any,
+    prompt: Sequence[str],
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    seed: int = ...,
+    chat: bool = ...,
+    tokenizer: Any = ...,
+    kv_cache: str = ...,
+) -> list[str]: ...
+def generate(
+    model: Any,
+    prompt: str | Sequence[str],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -28,14 +54,16 @@ def generate(
     chat: bool = False,
     tokenizer: Any = None,
     kv_cache: str = "ordinary",
-) -> str:
-    """Text that a model writes after a prompt.
+) -> str | list[str]:
+    """Text that a model writes after a prompt, or after each of several.
 
     Parameters
     ----------
     model : transformers causal language model, dense or packed, or a Decodable
-    prompt : str
+    prompt : str or sequence of str
+        On a GPU up to 16 are decoded at once.
     max_new_tokens : int
+        For each prompt.
     temperature : float
         0 for greedy decoding, else sampling at this temperature.
     top_k, top_p : optional
@@ -52,14 +80,20 @@ def generate(
 
     Returns
     -------
-    The new text, without the prompt.
+    The new text, without the prompt; a list of texts for a sequence of prompts.
 
     Raises
     ------
     ValueError
-        If the prompt has no tokens, or a setting is out of range.
+        If a prompt has no tokens, or a setting is out of range.
     """
-    return "".join(stream(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, chat, tokenizer, kv_cache))
+    settings = max_new_tokens, temperature, top_k, top_p, seed
+    if isinstance(prompt, str):
+        return "".join(stream(model, prompt, *settings, chat, tokenizer, kv_cache))
+    tokenizer = tokenizer_of(model, tokenizer)
+    tokens = [prompt_tokens(tokenizer, each, chat) for each in prompt]
+    new = batch_tokens(model, tokens, *settings, pad_token(tokenizer), kv_cache)
+    return ["".join(pieces(tokenizer, iter(each))) for each in new]
 
 
 def stream(
@@ -75,10 +109,29 @@ def stream(
     kv_cache: str = "ordinary",
 ) -> Iterator[str]:
     """`generate` in pieces, each as soon as it is known: the same arguments, errors and, joined, the same text."""
-    if tokenizer is None:
-        from .hf import load_tokenizer
+    tokenizer = tokenizer_of(model, tokenizer)
+    tokens, pad = prompt_tokens(tokenizer, prompt, chat), pad_token(tokenizer)
+    new = stream_tokens(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
+    return pieces(tokenizer, new)
 
-        tokenizer = load_tokenizer(model.name_or_path)
+
+def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
+    """A tokenizer, by default that of the directory or name the model was loaded from."""
+    if tokenizer is not None:
+        return tokenizer
+    from .hf import load_tokenizer
+
+    return load_tokenizer(model.name_or_path)
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """Tokens of a prompt, in the tokenizer's chat template if it is a chat.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
     if chat:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -86,9 +139,7 @@ def stream(
     tokens = tokenizer(prompt)["input_ids"]
     if not tokens:
         raise ValueError("the prompt is empty: give at least one character")
-    pad = pad_token(tokenizer)
-    new = stream_tokens(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
-    return pieces(tokenizer, new)
+    return tokens
 
 
 def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
@@ -156,13 +207,8 @@ def stream_tokens(
     ValueError
         If a setting is out of range.
     """
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"need max_new_tokens >= 1 and temperature >= 0, not {max_new_tokens} and {temperature}")
-    if (top_k is not None and top_k < 0) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"need top_k >= 0 and 0 < top_p <= 1, not {top_k} and {top_p}")
-    if kv_cache not in KV_CACHES:
-        raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
     settings = max_new_tokens, temperature, top_k, top_p, seed
+    check_generation(*settings[:4], kv_cache)
     if isinstance(model, Decodable):
         if kv_cache != "ordinary":
             raise ValueError(f"a cache of kind {kv_cache!r} needs a model that `load` made")
@@ -171,7 +217,7 @@ def stream_tokens(
 
     try:
         check_settings(model)
-        if next(model.parameters()).device.type == "cuda":
+        if on_gpu(model):
             from .decode_cuda import decode_batch
 
             steps = decode_batch(model, [tokens], *settings, kv_cache)
@@ -181,6 +227,61 @@ def stream_tokens(
     except NotDecodableError as reason:
         log.warning("littlebit: transformers generates for this model, not its decoder: %s", reason)
     return iter(through_transformers(model, tokens, *settings, pad, kv_cache))
+
+
+def batch_tokens(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    pad: int | None = None,
+    kv_cache: str = "ordinary",
+) -> list[list[int]]:
+    """New tokens after each of several prompts; see `generate`.
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of range.
+    """
+    settings = max_new_tokens, temperature, top_k, top_p, seed
+    check_generation(*settings[:4], kv_cache)
+    if on_gpu(model):
+        from .decode_cuda import LARGEST_BATCH, decode_batch
+        from .decode_loaded import check_settings
+
+        try:
+            check_settings(model)
+            new: list[list[int]] = []
+            for at in range(0, len(prompts), LARGEST_BATCH):
+                steps = decode_batch(model, prompts[at : at + LARGEST_BATCH], *settings, kv_cache)
+                rows = zip(*steps, strict=True)
+                new += [[token for token in row if token is not None] for row in rows]
+        except NotDecodableError:
+            pass  # for each prompt alone, `stream_tokens` says who generates
+        else:
+            return new
+    return [list(stream_tokens(model, tokens, *settings, pad, kv_cache)) for tokens in prompts]
+
+
+def on_gpu(model: Any) -> bool:
+    """Whether a model that was loaded lies on an NVIDIA GPU."""
+    return not isinstance(model, Decodable) and next(model.parameters()).device.type == "cuda"
+
+
+def check_generation(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, kv_cache: str
+) -> None:
+    """Raise ValueError if a setting is out of range."""
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(f"need max_new_tokens >= 1 and temperature >= 0, not {max_new_tokens} and {temperature}")
+    if (top_k is not None and top_k < 0) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"need top_k >= 0 and 0 < top_p <= 1, not {top_k} and {top_p}")
+    if kv_cache not in KV_CACHES:
+        raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
 
 
 def pad_token(tokenizer: Any) -> int | None:

@@ -98,6 +98,24 @@ def test_prompts_of_a_batch_do_not_touch_each_other(packed):
     assert columns(decode_batch(packed, prompts, 12)) == alone
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_generate_answers_several_prompts_as_if_each_were_alone(batched, loud_llama, monkeypatch, caplog):
+    model, prompts = lb.load_model(loud_llama), ["Hello", "a somewhat longer prompt", "x"]
+    alone = [lb.generate(model, each, 12) for each in prompts]
+    batches = []
+    batch = decode_cuda.decode_batch
+    monkeypatch.setattr(decode_cuda, "decode_batch", lambda *all_: batches.append(len(all_[1])) or batch(*all_))
+    monkeypatch.setattr(decode_cuda, "LARGEST_BATCH", 2)
+    monkeypatch.setattr("littlebit.fast.decode.on_gpu", lambda model: batched)
+    assert lb.generate(model, prompts, 12) == alone
+    assert batches == ([2, 1] if batched else [])
+    assert lb.generate(model, [], 12) == []
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        lb.generate(model, ["Hello", ""], 12)
+    with pytest.raises(ValueError, match="max_new_tokens >= 1"):
+        lb.generate(model, prompts, 0)
+
+
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize(
     "changes", [{}, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "num_hidden_layers": 3}]
