@@ -57,9 +57,6 @@ class ModelShape(NamedTuple):
 
 #: The models of the paper's tables and the one that `demo` quantises, by their configurations on the hub.
 MODEL_SHAPES = {
-    "smollm2-135m": ModelShape(
-        "SmolLM2, arXiv 2502.02737; HuggingFaceTB/SmolLM2-135M", 576, 1536, 30, 9, 3, 64, 49152, 8192, tied=True
-    ),
     "opt-1.3b": ModelShape(
         "OPT, arXiv 2205.01068, Table 1; facebook/opt-1.3b",
         *(2048, 8192, 24, 32, 32, 64, 50272, 2048),
@@ -87,6 +84,9 @@ MODEL_SHAPES = {
         "Phi-4, arXiv 2412.08905; microsoft/phi-4", 5120, 17920, 40, 40, 10, 128, 100352, 16384, fused=True
     ),
     "qwq-32b": ModelShape("Qwen/QwQ-32B", 5120, 27648, 64, 40, 8, 128, 152064, 40960, biases="qkv"),
+    "smollm2-135m": ModelShape(
+        "SmolLM2, arXiv 2502.02737; HuggingFaceTB/SmolLM2-135M", 576, 1536, 30, 9, 3, 64, 49152, 8192, tied=True
+    ),
 }
 
 
