@@ -916,8 +916,9 @@ def run_tune(arguments: argparse.Namespace) -> None:
         else:
             model = random_model(llama_shape(arguments.model_shape), bits, arguments.paths)
         with torch.inference_mode():
-            rows += tune(engine_of(model, arguments.batch, 1, torch.device("cuda", 0), torch.float16, "ordinary"))
-        table = keep(rows, name, arguments.table)
+            found = tune(engine_of(model, arguments.batch, 1, torch.device("cuda", 0), torch.float16, "ordinary"))
+        table = keep(found, name, arguments.table)
+        rows += found
         del model
     if arguments.json:
         print(json.dumps([row | {"device": name, "table": str(table)} for row in rows]))

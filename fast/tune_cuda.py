@@ -69,10 +69,7 @@ def tune(engine: FusedEngine, progress: bool = True) -> list[dict[str, Any]]:
             if isinstance(group, Packed):
                 kinds.setdefault((part, name_of(group.siblings.sizes, vectors)), []).append((group, call))
     bar = tqdm(kinds.items(), desc="tune", disable=not progress)
-    return [
-        {"part": part, "sizes": sizes} | tuned_group(engine.batch, members[:MOST_LAYERS])
-        for (part, sizes), members in bar
-    ]
+    return [{"part": part, "sizes": sizes} | tuned_group(engine.batch, members) for (part, sizes), members in bar]
 
 
 def calls_of(engine: FusedEngine, at: int) -> list[Callable[[], None]]:
@@ -96,20 +93,21 @@ def calls_of(engine: FusedEngine, at: int) -> list[Callable[[], None]]:
 
 def tuned_group(batch: int, members: Sequence[Member]) -> dict[str, Any]:
     """The fastest schedule of groups of the same sizes, which then use it, and its time."""
-    first = members[0][0]
+    siblings, before = members[0][0].siblings, members[0][0].schedule
 
-    def seconds(schedule: Schedule, replays: int = 3) -> float:
+    def use(schedule: Schedule) -> None:
         for packed, _ in members:
             packed.use(schedule)
-        return replay_seconds([call for _, call in members], replays)
 
-    before = first.schedule
-    chosen = fastest(first.siblings.sizes, batch, first.siblings.device, before, seconds)
-    before_s, after_s = (seconds(each, REPLAYS) for each in (before, chosen))
-    if after_s >= before_s:  # what was a little quicker a few times is not, seen longer
-        chosen, after_s = before, before_s
-        seconds(before, 1)
-    return {"before_us": 1e6 * before_s, "after_us": 1e6 * after_s, "schedule": chosen}
+    def seconds(schedule: Schedule, replays: int = 3) -> float:
+        use(schedule)
+        return replay_seconds([call for _, call in members[:MOST_LAYERS]], replays)
+
+    found = fastest(siblings.sizes, batch, siblings.device, before, seconds)
+    longer = {each: seconds(each, REPLAYS) for each in (before, found)}  # a little quicker a few times may not be
+    chosen = min(longer, key=longer.__getitem__)
+    use(chosen)
+    return {"before_us": 1e6 * longer[before], "after_us": 1e6 * longer[chosen], "schedule": chosen}
 
 
 def fastest(

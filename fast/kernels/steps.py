@@ -372,9 +372,9 @@ class CudaSteps:
         """As that of TorchSteps."""
         rows, kv_heads, capacity, size = keys.shape
         made = self.made(projected, keys, norms)
-        enough, shortest = 2 * self.launching.described(self.index).multiprocessors // self.blocks, self.shortest
-        at_once = made.at_once(self.early)
-        whole = whole or min(enough, capacity // (self.few_looks * at_once)) > self.most_shares
+        blocks, at_once = 2 * self.launching.described(self.index).multiprocessors, made.at_once(self.early)
+        enough, shortest = -(-blocks // self.blocks), self.shortest
+        whole = whole or min(blocks // self.blocks, capacity // (self.few_looks * at_once)) > self.most_shares
         if not whole:
             made, shortest, enough = made._replace(whole=False), at_once, min(enough, self.most_shares)
         splits = max(1, min(enough, -(-capacity // shortest)))
