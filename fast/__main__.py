@@ -906,6 +906,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available() or dispatch.cuda_kernels(0) is None:
         raise ValueError("tuning needs an NVIDIA GPU that the kernels can use; on a CPU there is nothing to tune")
     from .bench_decode_cuda import llama_shape, random_model
+    from .decode_cuda import SMALLEST_CAPACITY
     from .fused_engine import engine_of, parts_of
     from .tune_cuda import keep, tune
 
@@ -916,7 +917,8 @@ def run_tune(arguments: argparse.Namespace) -> None:
         else:
             model = random_model(llama_shape(arguments.model_shape), bits, arguments.paths)
         with torch.inference_mode():
-            found = tune(engine_of(model, arguments.batch, 1, torch.device("cuda", 0), torch.float16, "ordinary"))
+            device = torch.device("cuda", 0)
+            found = tune(engine_of(model, arguments.batch, SMALLEST_CAPACITY, device, torch.float16))
         table = keep(found, name, arguments.table)
         rows += found
         del model

@@ -299,20 +299,13 @@ def profiled(engine: FusedEngine, loop: Loop) -> list[dict[str, Any]]:
     time, in which kernels begin before the last has ended.
     """
     steps, model = engine.steps, engine.model
-    stream_ = steps.embed(loop.tokens, model.embedding)
-    every = list(zip(model.blocks, engine.groups, strict=True))
-    (first, (qkv, _, gate_up, _)) = every[0]
-    projected, wide = qkv.normed(stream_, first.norms[0]), gate_up.normed(stream_, first.norms[1])
-    mixed = engine.attend(0, projected)
-    hidden = steps.normed(stream_, model.norm)
+    embedded = steps.embed(loop.tokens, model.embedding)
+    hidden = steps.normed(embedded, model.norm)
+    every = [engine.pieces(at) for at in range(len(model.blocks))]
     parts: dict[str, list[Callable[[], Any]]] = {
         "embedding": [lambda: steps.embed(loop.tokens, model.embedding)],
-        "qkv": [lambda b=b, g=g: g[0].normed(stream_, b.norms[0]) for b, g in every],
-        "attention": [lambda at=at: engine.attend(at, projected) for at in range(len(every))],
-        "output": [lambda g=g: g[1].added(mixed, stream_) for _, g in every],
-        "gate, up": [lambda b=b, g=g: g[2].normed(stream_, b.norms[1]) for b, g in every],
-        "down": [lambda g=g: g[3].added(wide, stream_, "silu") for _, g in every],
-        "last norm": [lambda: steps.normed(stream_, model.norm)],
+        **{part: [pieces[part] for pieces in every] for part in every[0]},
+        "last norm": [lambda: steps.normed(embedded, model.norm)],
         "head": [lambda: steps.logits(hidden, model.head)],
         "choice": [lambda: loop.tokens.copy_(steps.logits(hidden, model.head).argmax(-1))],
     }

@@ -12,7 +12,7 @@ exits). Layers that the packed kernels do not take, dense ones among them, run o
 between them; on a CPU everything is torch's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ from .model import device_of
 FUSED_TYPES = (*MODEL_TYPES, "qwen3")
 PREFILL = 512  # tokens of each prompt that pass through the model at once
 MOST_PATHS, MOST_SIBLINGS = 2, 3  # of a layer, and layers, that one launch of the packed kernels takes
+GROUPS = ("qkv", "output", "gate, up", "down")  # what a block's groups of layers are called, in order
 
 
 class Block(NamedTuple):
@@ -342,6 +343,22 @@ class FusedEngine:
             down.added(gate_up.normed(stream, block.norms[1]), stream, "silu")
         self.positions.add_(1)
         return steps.logits(steps.normed(stream, model.norm), model.head)
+
+    def pieces(self, at: int) -> dict[str, Callable[[], Any]]:
+        """What `step` does in block `at`, to be timed: GROUPS and "attention", each on numbers of its own."""
+        block, groups, sizes = self.model.blocks[at], self.groups[at], self.model.sizes
+        x = torch.randn(self.batch, sizes.hidden, device=self.device)
+        squares = x.square().sum(-1, keepdim=True)
+        streams = [Stream(x.clone(), squares) for _ in groups]
+        projected, wide = (groups[i].normed(streams[i], norm) for i, norm in zip((0, 2), block.norms, strict=True))
+        mixed = self.attend(at, projected)
+        calls = (
+            lambda: groups[0].normed(streams[0], block.norms[0]),
+            lambda: groups[1].added(mixed, streams[1]),
+            lambda: groups[2].normed(streams[2], block.norms[1]),
+            lambda: groups[3].added(wide, streams[3], "silu"),
+        )
+        return dict(zip(GROUPS, calls, strict=True)) | {"attention": lambda: self.attend(at, projected)}
 
     def attend(self, at: int, projected: Tensor) -> Tensor:
         """Attention of one new token of each sequence in layer `at`: (batch, heads * size), or its shares."""

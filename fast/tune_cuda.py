@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .fused_engine import FusedEngine, Packed
+from .fused_engine import GROUPS, FusedEngine, Packed
 from .kernels.cuda import ROWS
 from .kernels.cuda_launch import (
     Blocks,
@@ -32,7 +32,6 @@ from .kernels.cuda_launch import (
     slices_of,
     vectors_of,
 )
-from .kernels.steps import Stream
 from .progress import tqdm
 from .writing import temporary_beside
 
@@ -40,7 +39,6 @@ PARTS = (1, 2, 4, 8, 16)  # that d_in is tried to be divided into
 FEWEST_BLOCKS = 48  # that a GPU is given, if a layer has work for so many
 MOST_LAYERS = 64  # of a kind, through which a measurement goes
 REPLAYS = 9
-PART_NAMES = ("qkv", "output", "gate, up", "down")  # a block's groups of layers, in order
 
 Member = tuple[Packed, Callable[[], None]]  # layers, and what runs them
 
@@ -54,7 +52,7 @@ def tune(engine: FusedEngine, progress: bool = True) -> list[dict[str, Any]]:
     Parameters
     ----------
     engine : FusedEngine
-        On a GPU.
+        On a GPU; the attention before an output layer is that of its capacity.
     progress : bool
 
     Returns
@@ -65,30 +63,12 @@ def tune(engine: FusedEngine, progress: bool = True) -> list[dict[str, Any]]:
     kinds: dict[tuple[str, str], list[Member]] = {}
     vectors = vectors_of(engine.batch)
     for at, groups in enumerate(engine.groups):
-        for part, group, call in zip(PART_NAMES, groups, calls_of(engine, at), strict=True):
+        calls = engine.pieces(at)
+        for part, group in zip(GROUPS, groups, strict=True):
             if isinstance(group, Packed):
-                kinds.setdefault((part, name_of(group.siblings.sizes, vectors)), []).append((group, call))
+                kinds.setdefault((part, name_of(group.siblings.sizes, vectors)), []).append((group, calls[part]))
     bar = tqdm(kinds.items(), desc="tune", disable=not progress)
     return [{"part": part, "sizes": sizes} | tuned_group(engine.batch, members) for (part, sizes), members in bar]
-
-
-def calls_of(engine: FusedEngine, at: int) -> list[Callable[[], None]]:
-    """What runs each group of a block, on inputs of its own."""
-    block, sizes, batch = engine.model.blocks[at], engine.model.sizes, engine.batch
-    qkv, output, gate_up, down = engine.groups[at]
-    numbers = partial(torch.randn, device=engine.device, dtype=torch.float32)
-    x, mixed = numbers(batch, sizes.hidden), numbers(batch, sizes.heads * sizes.head_dim)
-    wide, squares = numbers(batch, 2 * sizes.intermediate), x.square().sum(-1, keepdim=True)
-
-    def stream() -> Stream:
-        return Stream(x, squares)
-
-    return [
-        lambda: qkv.normed(stream(), block.norms[0]),
-        lambda: output.added(mixed, stream()),
-        lambda: gate_up.normed(stream(), block.norms[1]),
-        lambda: down.added(wide, stream(), "silu"),
-    ]  # type: ignore[list-item]
 
 
 def tuned_group(batch: int, members: Sequence[Member]) -> dict[str, Any]:

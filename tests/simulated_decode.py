@@ -18,7 +18,7 @@ from hypothesis import given, settings, strategies as st
 from littlebit.fast import tune_cuda
 from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.embeddings import quantize_table
-from littlebit.fast.fused_engine import FusedEngine, Packed
+from littlebit.fast.fused_engine import GROUPS, FusedEngine, Packed
 from littlebit.fast.kernels import cuda_launch, dispatch
 from littlebit.fast.kernels.cuda_decode import EIGHTS, Attention
 from littlebit.fast.kernels.steps import CudaSteps
@@ -320,7 +320,7 @@ def test_tuning_takes_the_fastest_schedule_of_each_group(monkeypatch):
     monkeypatch.setattr(tune_cuda, "replay_seconds", replay_seconds)
     with torch.inference_mode():
         rows = tune_cuda.tune(engine, progress=False)
-    assert [row["part"] for row in rows] == list(tune_cuda.PART_NAMES)
+    assert [row["part"] for row in rows] == list(GROUPS)
     assert ran
     for at, row in enumerate(rows):
         assert cost(row["schedule"]) == 0
