@@ -1,10 +1,8 @@
 """The fused engine with a latent key-value cache (see kv_cache.py): R numbers a token and projection instead of d_kv.
 
-What the first stage of k_proj and v_proj makes of a token is kept. Of the keys a block of tokens at a time is expanded,
-by one product with h * U_sign in float16, into a scratch that stays in the second-level cache, from which a kernel
-rotates them and multiplies them with the query. The values' latents are summed with their weights first, and the sum is
-expanded once. All of the capacity is computed and what lies behind the position masked, so the cache grows by BLOCK
-tokens instead of by its size.
+What the first stage of k_proj and v_proj makes of a token is kept. Keys are expanded in the kernel that multiplies them
+with the query (kernels/cuda_latent.py). The values' latents are summed with their weights first, and the sum is
+expanded once. Memory is what the cache is for, so it grows by BLOCK tokens instead of by its size.
 """
 
 from collections.abc import Sequence
@@ -16,11 +14,11 @@ from torch.nn import functional
 from .decode_cpu import NotDecodableError
 from .fused_engine import Block, FusedEngine, Model
 from .kernels.steps import Spans, kept_width, split_heads, stored_latents
-from .kv_cache import Latents, expansion, latent_attention, latents, round_latents
+from .kv_cache import Latents, latent_attention, latents, round_latents
 from .latent_cache import LATENT_TYPES
 from .layers import PackedLinear
 
-BLOCK = 2048  # tokens whose keys are expanded at once, and that the cache grows by
+BLOCK = 2048  # tokens that the cache grows by
 
 
 class LatentEngine(FusedEngine):
@@ -52,25 +50,31 @@ class LatentEngine(FusedEngine):
         self.pairs = [packed_pair(block) for block in model.blocks]
         self.type = LATENT_TYPES[kind]
         super().__init__(model, batch, capacity, device, dtype, kernels)
-        self.expansions = [[self.expansion_of(each) for each in pair] for pair in self.pairs]
-
-    def expansion_of(self, layer: PackedLinear) -> Tensor:
-        """The matrix h * U_sign that expands a layer's latents as they are kept, (d_out, kept width)."""
-        return stored_latents(expansion(layer.factors()), layer.ranks).to(self.dtype)
+        self.expansions = [
+            [self.steps.expansion(each, rotated) for each, rotated in zip(pair, (True, False), strict=True)]
+            for pair in self.pairs
+        ]
 
     def make_cache(self, capacity: int) -> None:
-        """Codes of keys and values, (batch, capacity, kept width), and their scales, of each layer."""
-        self.codes, self.scales = [], []
-        for pair in self.pairs:
-            shapes = [(self.batch, capacity, kept_width(each.ranks)) for each in pair]
-            self.codes.append([torch.zeros(shape, dtype=self.type, device=self.device) for shape in shapes])
-            self.scales.append([torch.ones(shape[:2], device=self.device) for shape in shapes])
+        """Latents of keys and values of each layer: codes (batch, capacity, kept width), scale (batch, capacity, 1)."""
+        shape = self.batch, capacity
+        self.cache = [
+            [
+                Latents(
+                    torch.zeros(*shape, kept_width(each.ranks), dtype=self.type, device=self.device),
+                    torch.ones(*shape, 1, device=self.device),
+                )
+                for each in pair
+            ]
+            for pair in self.pairs
+        ]
 
     @property
     def token_bytes(self) -> int:
         """Bytes that are kept of a token."""
-        tensors = [tensor for pair in (*self.codes, *self.scales) for tensor in pair]
-        return sum(tensor.nbytes for tensor in tensors) // (self.batch * self.capacity)
+        return sum(tensor.nbytes for pair in self.cache for each in pair for tensor in each) // (
+            self.batch * self.capacity
+        )
 
     @property
     def larger(self) -> int:
@@ -79,31 +83,18 @@ class LatentEngine(FusedEngine):
 
     def attend(self, at: int, projected: Tensor) -> Tensor:
         """Attention of one new token of each sequence in layer `at`: (batch, heads * size)."""
-        steps, (keys, values), (key_scale, value_scale) = self.steps, self.codes[at], self.scales[at]
         part, spans = self.groups[at][0].latents()
-        for span, codes, scale in zip(spans[1:], self.codes[at], self.scales[at], strict=True):
-            steps.keep(part, span, codes, scale, self.positions)
-        expand_keys, expand_values = self.expansions[at]
-        scores = torch.empty(self.batch, self.heads.heads, self.capacity, device=self.device)
-        for start in range(0, self.capacity, BLOCK):
-            expanded = keys[:, start : start + BLOCK].to(self.dtype) @ expand_keys.T
-            steps.scores(projected, expanded, key_scale, self.angles, self.positions, scores, start)
-        weights = (scores.softmax(-1) * value_scale[:, None]).to(self.dtype)
-        mean = (weights @ values.to(self.dtype)).unflatten(1, (self.heads.kv_heads, -1))  # (batch, kv, group, width)
-        mixed = (mean @ expand_values.unflatten(0, (self.heads.kv_heads, -1)).mT).flatten(1, 2)
-        bias = self.pairs[at][1].bias
-        if bias is not None:
-            mixed = mixed + bias.unflatten(0, (self.heads.kv_heads, -1)).repeat_interleave(self.heads.group, 0)
-        return mixed.flatten(1).to(projected.dtype)
+        kept = part, spans[1:], self.cache[at], self.expansions[at]
+        return self.steps.attend_latents(projected, *kept, self.positions, self.angles)
 
     def attend_block(self, at: int, x: Tensor, projected: Tensor, start: int) -> Tensor:
         """Attention of a block of new tokens in layer `at`, whose latents are kept: (batch, tokens, heads * size)."""
         end, kept = start + projected.shape[1], []
         key, value = layers = self.pairs[at]
-        for layer, codes, scale in zip(layers, self.codes[at], self.scales[at], strict=True):
+        for layer, (codes, scale) in zip(layers, self.cache[at], strict=True):
             new = round_latents(stored_latents(latents(x, layer.factors()), layer.ranks), self.type)
-            codes[:, start:end], scale[:, start:end] = new.codes, new.scale[..., 0]
-            kept.append(Latents(codes[:, :end, stored_columns(layer.ranks)], scale[:, :end, None]))
+            codes[:, start:end], scale[:, start:end] = new
+            kept.append(Latents(codes[:, :end, stored_columns(layer.ranks)], scale[:, :end]))
         turned = self.angles[:, start:end, None]
         query, _, _ = split_heads(projected, self.heads, None, self.model.sizes.eps, *turned)
         seen = torch.ones(1, end - start, end, dtype=torch.bool, device=self.device).tril(start)
@@ -114,9 +105,11 @@ class LatentEngine(FusedEngine):
 
     def grow_cache(self, capacity: int) -> None:
         """Make room for more tokens' latents."""
-        more = capacity - self.capacity
-        self.codes = [[functional.pad(each, (0, 0, 0, more)) for each in pair] for pair in self.codes]
-        self.scales = [[functional.pad(each, (0, more), value=1.0) for each in pair] for pair in self.scales]
+        more = 0, 0, 0, capacity - self.capacity
+        self.cache = [
+            [Latents(functional.pad(codes, more), functional.pad(scale, more, value=1.0)) for codes, scale in pair]
+            for pair in self.cache
+        ]
 
 
 def packed_pair(block: Block) -> tuple[PackedLinear, PackedLinear]:

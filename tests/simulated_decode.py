@@ -16,12 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from littlebit.fast import tune_cuda
-from littlebit.fast.bench_decode_cuda import random_model
+from littlebit.fast.bench_decode_cuda import random_model, random_packed
 from littlebit.fast.embeddings import quantize_table
 from littlebit.fast.fused_engine import GROUPS, FusedEngine, Packed
-from littlebit.fast.kernels import cuda_launch, dispatch
+from littlebit.fast.kernels import cuda_latent, cuda_launch, dispatch
 from littlebit.fast.kernels.cuda_decode import EIGHTS, Attention
-from littlebit.fast.kernels.steps import CudaSteps
+from littlebit.fast.kernels.steps import CudaSteps, Heads, Spans, TorchSteps, stored_latents
+from littlebit.fast.kv_cache import Latents, round_latents
 from littlebit.fast.latent_engine import LatentEngine
 from littlebit.fast.memory import ModelShape
 from numba import cuda
@@ -296,10 +297,54 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache):
         assert (mine - theirs).abs().max() <= 2**-7 * theirs.abs().max()
     assert sides[0].positions.tolist() == [4, 2]
     if kv_cache != "ordinary":
-        for mine, theirs in zip(*(each.codes[0] + each.scales[0] for each in sides), strict=True):
+        for mine, theirs in zip(*(each.cache[0][0] + each.cache[0][1] for each in sides), strict=True):
             assert (mine.float() - theirs.float()).abs().max() <= 2**-6 * theirs.float().abs().max()
             assert mine[0, 3].any()
             assert mine[1, 1].any()
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize(
+    ("size", "heads", "kv_heads", "ranks", "kept", "tokens", "positions"),
+    [
+        (64, 4, 2, ((40,), (72,)), torch.float16, 8, (17, 0)),
+        (64, 3, 3, ((30, 9), (33, 20)), torch.int8, 16, (15, 16)),
+        (128, 5, 1, ((96,), (16, 16)), torch.float16, 32, (40,)),
+    ],
+)
+def test_attention_to_latents_is_that_of_torch(size, heads, kv_heads, ranks, kept, tokens, positions, monkeypatch):
+    """Contexts of several tiles, the last of which is not full; one path and two, of ranks that fill no word."""
+    monkeypatch.setattr(cuda_latent, "TILES", (tokens, tokens))
+    generator, rows, capacity = torch.Generator().manual_seed(0), len(positions), 44
+    layers = [random_packed(kv_heads * size, 64, each, generator) for each in ranks]
+    angles = torch.stack(turned(torch.zeros(1, 1, size), 0)[1:])[:, :capacity]
+    projected, places = numbers(rows, (heads + 2 * kv_heads) * size), torch.tensor(positions)
+    spans, begin = [], 3
+    for each in ranks:
+        spans.append(Spans.at(begin, each, cuda_launch.padded))
+        begin = sum(spans[-1].begins[-1:]) + cuda_launch.padded(each[-1])
+    part = numbers(2, rows, begin, seed=1)
+    for of, each in zip(spans, ranks, strict=True):  # as kernels leave them: zeros where there is no rank
+        for at, count, rank in zip(*of, each, strict=True):
+            part[..., at + rank : at + count] = 0
+    known = [numbers(rows, capacity, sum(each), seed=2) for each in ranks]
+    cache = [round_latents(stored_latents(latent, each), kept) for latent, each in zip(known, ranks, strict=True)]
+    found = []
+    for steps in (
+        CudaSteps(Heads(heads, kv_heads, size), torch.float16, 1e-5, rows, torch.device("cpu")),
+        TorchSteps(Heads(heads, kv_heads, size), torch.float16, 1e-5),
+    ):
+        mine = [Latents(*(tensor.clone() for tensor in each)) for each in cache]
+        expansions = [steps.expansion(layer, rotated) for layer, rotated in zip(layers, (True, False), strict=True)]
+        found.append((steps.attend_latents(projected, part, spans, mine, expansions, places, angles), mine))
+    (got, ours), (want, theirs) = found
+    assert (got - want).abs().max() <= 2**-12 * want.abs().max()
+    for mine, other, old in zip(ours, theirs, cache, strict=True):
+        assert (mine.codes.float() - other.codes.float()).abs().max() <= (1 if kept == torch.int8 else 2**-11)
+        assert (mine.scale - other.scale).abs().max() <= 2**-20 * other.scale.max()
+        changed = (mine.codes != old.codes).any(-1)
+        assert changed.sum(-1).tolist() == [1] * rows
+        assert changed[torch.arange(rows), places].all()
 
 
 @pytest.mark.usefixtures("simulated")

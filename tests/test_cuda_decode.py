@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from littlebit.fast.kernels import cuda, cuda_decode as kernels, cuda_launch
+from littlebit.fast.kernels import cuda, cuda_decode as kernels, cuda_latent, cuda_launch
 from littlebit.fast.kernels.cuda_decode import Attention
 from littlebit.fast.kernels.steps import ACTIVATIONS
 from test_cuda import CAPABILITIES, FRAME_SIZE, compiled
@@ -24,6 +24,11 @@ ATTENTION = (
     Attention("single", "bfloat", 64, 3, 8, False),
     Attention("single", "half", 64, 1, 8, True),
     Attention("single", "half", 256, 2, 8, False),
+)
+TILES = (
+    cuda_latent.Tile("single", "half", 128, 64, 8),
+    cuda_latent.Tile("single", "byte", 64, 64, 16),
+    cuda_latent.Tile("half", "half", 256, 32, 72),
 )
 
 
@@ -43,15 +48,18 @@ def test_kernels_compile_without_spills_and_with_the_registers_that_there_are(ca
     )
     early, newest = capability >= cuda_launch.EARLY, capability == CAPABILITIES[-1]
     factories = kernels.embed, kernels.added, kernels.normed, kernels.gated, kernels.logits
-    factories += kernels.attend, kernels.latents, kernels.scores
+    factories += kernels.attend, cuda_latent.latents, cuda_latent.attend_latents, cuda_latent.expand_latents
     for factory in factories:  # device functions keep what they were compiled for
         factory.cache_clear()
     plain = [(kernels.embed(kind), kernels.EIGHTS) for kind in (kernels.TABLES if newest else ["half"])]
     plain += [(factory("half"), kernels.EIGHTS) for factory in (kernels.added, kernels.normed)]
     plain += [(kernels.gated("half", "silu"), kernels.EIGHTS)]
     plain += [(kernels.logits("half", *of), kernels.EIGHTS) for of in (("8", 1), ("4", 4))]
-    plain += [(kernels.latents(kept), kernels.EIGHTS) for kept in kernels.LATENTS]
-    plain += [(kernels.scores("single", 128, 8), kernels.EIGHTS)]
+    latent = [cuda_latent.latents(kept, early) for kept in cuda_latent.KEPT]
+    tiles = TILES if early else [made._replace(tokens=min(made.tokens, 32)) for made in TILES]
+    plain += [(cuda_latent.attend_latents(made, early), made.threads) for made in tiles]
+    latent += [cuda_latent.expand_latents("single", size, early) for size in (64, 128, 256)]
+    plain += [(kernel, cuda_latent.THREADS) for kernel in latent]
     for made in ATTENTION if newest else [made._replace(group=min(made.group, 2), warps=8) for made in ATTENTION[::3]]:
         plain.append((kernels.attend(made, early), made.threads))
     for kernel, threads in plain:

@@ -174,7 +174,7 @@ def test_the_shipped_model_says_the_same_on_both_devices():
 @pytest.mark.parametrize("kind", ["latent", "latent-int8"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_latents_give_the_logits_of_keys_and_values(kind, batch):
-    model = random_model(ModelShape("a small one", 512, 640, 2, 8, 4, 64, 100, 256), 0.9)
+    model = random_model(ModelShape("a small one", 512, 640, 2, 8, 4, 64, 128, 256), 0.9)
     text = [prompt(5 + row, seed=row) for row in range(batch)]
     made = model, batch, 300, CUDA, torch.float16
     engines = [FusedEngine(*made), LatentEngine(*made, kind=kind)]

@@ -6,8 +6,6 @@
     gated    y_i = activation(x_i) x_(n + i)
     attend   rotates query and key, keeps key and value, and attends to all that is kept
     logits   head of a table of 8 or 4 bits
-    latents  keeps what a projection knows of a token between its two stages, in float16 or 8 bits
-    scores   of queries and keys that were expanded from latents
 
 x is the residual stream, float32. Whatever writes it also writes sums of squares, one for each block, from which the
 next kernel has the norm without a pass of its own.
@@ -28,11 +26,10 @@ waits for the one before it.
 from functools import cache
 from typing import Any, NamedTuple
 
-from numba import config, cuda, float32, int32, types, uint8, uint32
+from numba import config, cuda, float32, int32, types, uint32
 
 from .cuda import (
     ACTIVATIONS,
-    AT,
     EIGHT,
     ELEMENTS,
     HALVES,
@@ -51,7 +48,6 @@ from .cuda import (
     warp_sum,
 )
 from .cuda_lanes import (
-    as_bits,
     as_float,
     exponential,
     halves,
@@ -59,7 +55,6 @@ from .cuda_lanes import (
     let_next_start,
     permute,
     reciprocal_root,
-    round_to_half,
     wait,
 )
 
@@ -763,128 +758,4 @@ def attend(made: Attention, early: bool) -> Any:
 
     arrays = (ELEMENTS[kind], HALVES, HALVES, *[SINGLES] * 4, INTEGERS, ELEMENTS[kind], SINGLES, POINTER(types.int32))
     SIGNATURES[kernel] = types.void(*arrays, *[types.int32] * 4, types.float32, types.float32)
-    return kernel
-
-
-@cuda.jit(device=True, forceinline=True)
-def block_max(value, shared):
-    """The largest over a block of WARPS warps, the same in every thread."""
-    for distance in (16, 8, 4, 2, 1):
-        value = larger(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, distance))
-    thread = int32(cuda.threadIdx.x)
-    if thread & 31 == 0:
-        shared[uint32(thread >> 5)] = value
-    cuda.syncthreads()
-    top = float32(0)
-    for warp in range(WARPS):
-        top = larger(top, shared[uint32(warp)])
-    return top
-
-
-@cuda.jit(device=True, forceinline=True)
-def round_to_byte(value):
-    """The nearest integer, of which the lowest byte is kept: a float32 between 2^23 and 2^24 has it in its bits."""
-    return uint8(as_bits(value + float32(12582912.0)) & uint32(0xFF))  # 1.5 * 2^23
-
-
-#: How a latent is kept, in what array, and what a token's largest latent becomes, by the type of the cache.
-LATENTS = {"half": (round_to_half, HALVES, 1.0), "byte": (round_to_byte, BYTES, 127.0)}
-
-
-@cache
-def latents(kept: str) -> Any:
-    """Put a token's latents into a cache of a type in LATENTS, over their largest magnitude."""
-    rounded, array, largest = LATENTS[kept]
-
-    @cuda.jit(device=True, forceinline=True)
-    def latent(part, place, stride, parts, item, begin_1, count_1, begin_2):
-        at = int32(place + (int32(begin_1 + item) if item < count_1 else int32(begin_2 + int32(item - count_1))))
-        total, number = float32(0), int32(0)
-        while number < parts:
-            total += part[uint32(at)]
-            number, at = int32(number + 1), int32(at + stride)
-        return total
-
-    @cuda.jit
-    def kernel(part, codes, scales, positions, parts, rows, columns, begin_1, count_1, begin_2, count_2, capacity):
-        """A block for each sequence; what `cuda.latent` wrote for a layer's paths lies at two places of each row."""
-        shared = cuda.shared.array(WARPS, float32)
-        row, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
-        place, stride, width = int32(row * columns), int32(rows * columns), int32(count_1 + count_2)
-        target = int32(int32(row * capacity) + int32(positions[row]))
-        top, item = float32(0), thread
-        while item < width:
-            top = larger(top, abs(latent(part, place, stride, parts, item, begin_1, count_1, begin_2)))
-            item = int32(item + EIGHTS)
-        scale = block_max(top, shared) / float32(largest)
-        scale = float32(1) if scale == float32(0) else scale
-        item = thread
-        while item < width:
-            value = latent(part, place, stride, parts, item, begin_1, count_1, begin_2)
-            codes[uint32(int32(target * width) + item)] = rounded(value / scale)
-            item = int32(item + EIGHTS)
-        if thread == 0:
-            scales[uint32(target)] = scale
-
-    SIGNATURES[kernel] = types.void(SINGLES, array, SINGLES, INTEGERS, *[types.int32] * 8)
-    return kernel
-
-
-@cache
-def scores(kind: str, size: int, group: int) -> Any:
-    """Scores of one query of each sequence with `count` tokens from `start` on, whose keys are not yet rotated.
-
-    A team of lanes has a token and goes through the heads: of each it has eight entries of the lower half and those
-    that are turned with them.
-    """
-    at_place, half, lanes = AT[kind], size // 2, size // 16
-    teams, team_sum = 32 // lanes, summed(lanes)
-
-    @cuda.jit
-    def kernel(
-        projected, expanded, scales, cosine, sine, positions, y, kv_heads, start, count, capacity, factor
-    ):  # fmt: skip
-        """Grid (blocks of WARPS * teams tokens, sequences); expanded : (sequences, count, kv_heads, size)."""
-        query = cuda.shared.array(0, float32)
-        thread, row = int32(cuda.threadIdx.x), int32(cuda.blockIdx.y)
-        heads, position, item = int32(kv_heads * group), int32(positions[row]), int32(cuda.threadIdx.x)
-        place = int32(row * int32(int32(heads + int32(2 * kv_heads)) * size))
-        while item < heads * half:
-            head, entry = int32(item // half), int32(item % half)
-            at, angle = int32(place + int32(head * size) + entry), int32(position * half + entry)
-            low, high = at_place(projected, at), at_place(projected, int32(at + half))
-            c, s = cosine[uint32(angle)] * factor, sine[uint32(angle)] * factor
-            query[uint32(int32(head * size) + entry)] = low * c - high * s
-            query[uint32(int32(head * size) + entry + half)] = high * c + low * s
-            item = int32(item + EIGHTS)
-        cuda.syncthreads()
-
-        part, team = int32(thread % lanes), int32(thread // lanes)
-        token = int32(int32(cuda.blockIdx.x * int32(WARPS * teams)) + team)
-        inside, token = token < count, min(token, int32(count - 1))
-        column, known = int32(8 * part), int32(start + token) <= position
-        c = single_eight(cosine, int32(int32(start + token) * half + column))
-        s = single_eight(sine, int32(int32(start + token) * half + column))
-        scale = scales[uint32(int32(row * capacity) + start + token)]
-        base = int32(int32(int32(row * count) + token) * int32(kv_heads * size) + column)
-        kv_head, head = int32(0), int32(0)
-        while kv_head < kv_heads:
-            low = half_words(load4(expanded, uint32(base)))
-            high = half_words(load4(expanded, uint32(base + half)))
-            low, high = (
-                plus(times(low, c), eight_times(times(high, s), float32(-1))),
-                plus(times(high, c), times(low, s)),
-            )
-            for _ in range(group):
-                at = int32(int32(head * size) + column)
-                found = dot(low, single_eight(query, at)) + dot(high, single_eight(query, int32(at + half)))
-                found = team_sum(found) * scale
-                if part == 0 and inside:
-                    target = int32(int32(int32(row * heads + head) * capacity) + start + token)
-                    y[uint32(target)] = found if known else float32(LOWEST)
-                head = int32(head + 1)
-            kv_head, base = int32(kv_head + 1), int32(base + size)
-
-    arrays = (ELEMENTS[kind], HALVES, *[SINGLES] * 3, INTEGERS, SINGLES)
-    SIGNATURES[kernel] = types.void(*arrays, *[types.int32] * 4, types.float32)
     return kernel

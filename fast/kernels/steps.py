@@ -14,7 +14,10 @@ from torch.nn import functional
 
 from ..decode_cpu import NotDecodableError
 from ..embeddings import QuantizedEmbedding, QuantizedHead, Table
-from ..kv_cache import rotate, round_latents
+from ..kv_cache import Latents, expansion, rotate, round_latents
+from ..layers import PackedLinear
+from ..packing import pack_signs
+from .dispatch import signs
 
 #: Activations of a gated MLP: as torch computes them. cuda.ACTIVATIONS has the same names.
 ACTIVATIONS = {"silu": functional.silu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}
@@ -80,6 +83,43 @@ def stored_latents(x: Tensor, ranks: Sequence[int]) -> Tensor:
     """Latents of all paths side by side, (..., R), as they are kept, filled up with zeros."""
     parts = x.split(list(ranks), -1)
     return torch.cat([functional.pad(part, (0, -part.shape[-1] % 8)) for part in parts], -1)
+
+
+class Expansion(NamedTuple):
+    """What expands latents as they are kept, as `cuda_latent` reads it.
+
+    Attributes
+    ----------
+    words : (d_out, width) int32 tensor
+        Signs of U of the one or two paths side by side, each path's beginning with a word; width is even.
+    scales : two (d_out,) float16 tensors
+        h of each path.
+    first_words : int
+        Words of the first path.
+    counts : two int
+        Latents of each path as they are kept.
+    bias : (d_out,) float32 tensor, optional
+    """
+
+    words: Tensor
+    scales: tuple[Tensor, Tensor]
+    first_words: int
+    counts: tuple[int, int]
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer: PackedLinear, rotated: bool) -> "Expansion":
+        """That of a layer; tensor cores take the entries of each word of keys, which are rotated, in pairs."""
+        paths, counts = layer.factors(), [kept_width([rank]) for rank in layer.ranks]
+        each = [functional.pad(signs(path.u_words, path.rank), (0, -path.rank % 32), value=1.0) for path in paths]
+        every = torch.cat(each, -1)
+        every = functional.pad(every, (0, every.shape[-1] % 64), value=1.0)
+        if rotated:
+            every = every.unflatten(-1, (-1, 16, 2)).transpose(-1, -2).flatten(1)
+        scales = [path.h.half().contiguous() for path in paths]
+        bias = None if layer.bias is None else layer.bias.float()
+        both = counts[0], sum(counts[1:])
+        return cls(pack_signs(every).contiguous(), (scales[0], scales[-1]), each[0].shape[-1] // 32, both, bias)
 
 
 class HeadNorms(NamedTuple):
@@ -172,58 +212,53 @@ class TorchSteps:
         )
         return mixed.flatten(1).to(projected.dtype)
 
-    def keep(self, part: Tensor, spans: Spans, codes: Tensor, scales: Tensor, positions: Tensor) -> None:
-        """Keep latents of one new token of each sequence.
+    def expansion(self, layer: PackedLinear, rotated: bool) -> Tensor:
+        """What expands a layer's latents as they are kept: h * U_sign, (d_out, kept width)."""
+        return stored_latents(expansion(layer.factors()), layer.ranks).to(self.dtype)
 
-        Parameters
-        ----------
-        part : (parts, rows, columns) float32 tensor
-            What is to be summed over parts.
-        spans : Spans
-            The columns.
-        codes : (rows, capacity, kept width) float16 or int8 tensor
-            Changed.
-        scales : (rows, capacity) float32 tensor
-            Changed.
-        positions : (rows,) int64 tensor
-        """
-        pieces = [part[..., at : at + count] for at, count in zip(*spans, strict=True)]
-        new = round_latents(torch.cat(pieces, -1).sum(0), codes.dtype)
-        rows = torch.arange(len(codes), device=codes.device)
-        codes[rows, positions], scales[rows, positions] = new.codes, new.scale[..., 0]
-
-    def scores(
+    def attend_latents(
         self,
         projected: Tensor,
-        expanded: Tensor,
-        scales: Tensor,
-        angles: Tensor,
+        part: Tensor,
+        spans: Sequence[Spans],
+        cache: Sequence[Latents],
+        expansions: Sequence[Any],
         positions: Tensor,
-        y: Tensor,
-        start: int,
-    ) -> None:
-        """Scores of the queries in `projected` with a block of tokens, the lowest for those that are not there.
+        angles: Tensor,
+    ) -> Tensor:
+        """Attention of one new token of each sequence, whose latents are kept.
 
         Parameters
         ----------
-        projected, angles, positions
-            See `attend`.
-        expanded : (rows, tokens, kv_heads * size) tensor
-            Their keys without scale and rotation.
-        scales : (rows, capacity) float32 tensor
-        y : (rows, heads, capacity) float32 tensor
-            Changed.
-        start : int
-            Place of the first token.
+        projected, positions, angles
+            See `attend`; what projected has of keys and values is not read.
+        part : (parts, rows, columns) float32 tensor
+            The latents of the new tokens, to be summed over parts.
+        spans : two Spans
+            The columns that keys' and values' layers have of it.
+        cache : two Latents
+            codes (rows, capacity, kept width) float16 or int8, scale (rows, capacity, 1) float32. Changed.
+        expansions : two of what `expansion` gives
+            For keys, which are rotated, and values.
+
+        Returns
+        -------
+        (rows, heads * size) tensor of projected's dtype.
         """
-        end, heads = start + expanded.shape[1], self.heads
+        heads, rows = self.heads, torch.arange(len(projected), device=projected.device)
+        for of, (codes, scale) in zip(spans, cache, strict=True):
+            pieces = [part[..., at : at + count] for at, count in zip(*of, strict=True)]
+            new = round_latents(torch.cat(pieces, -1).sum(0), codes.dtype)
+            codes[rows, positions], scale[rows, positions] = new
+        keys, values = (each.values() @ b.float().T for each, b in zip(cache, expansions, strict=True))
         query, _, _ = split_heads(projected, heads, None, self.eps, *angles[:, positions, None])
-        keys = expanded.float().unflatten(-1, (heads.kv_heads, -1)) * scales[:, start:end, None, None]
-        keys = rotate(keys, *angles[:, None, start:end, None])  # (rows, tokens, kv_heads, size)
-        query = query.unflatten(1, (heads.kv_heads, -1)) * heads.size**-0.5
-        found = torch.einsum("bkgd,btkd->bkgt", query, keys).flatten(1, 2)
-        known = torch.arange(start, end, device=y.device) <= positions[:, None]
-        y[..., start:end] = torch.where(known[:, None], found, -1e30)
+        keys = rotate(keys.unflatten(-1, (heads.kv_heads, -1)).transpose(1, 2), *angles[:, None, None, : keys.shape[1]])
+        values = values.unflatten(-1, (heads.kv_heads, -1)).transpose(1, 2)
+        seen = torch.arange(keys.shape[2], device=keys.device) <= positions[:, None]
+        mixed = functional.scaled_dot_product_attention(
+            query[:, :, None], keys, values, attn_mask=seen[:, None, None], enable_gqa=True
+        )
+        return mixed.flatten(1).to(projected.dtype)
 
 
 def squares_of(x: Tensor) -> Tensor:
@@ -270,6 +305,8 @@ class CudaSteps:
     # Shares of a context that the output layer puts together, each a number more that it reads for an entry of its
     # input. More blocks, put together as above, pay where each would look at its share more often than this.
     most_shares, few_looks = 8, 4
+    # Blocks with tiles of latents, for each multiprocessor, that are not too few to have more heads in each
+    enough_tiles = 3
 
     def __init__(self, heads: Heads, dtype: torch.dtype, eps: float, batch: int, device: torch.device):
         from . import dispatch
@@ -394,33 +431,86 @@ class CudaSteps:
         )
         return y
 
-    def keep(self, part: Tensor, spans: Spans, codes: Tensor, scales: Tensor, positions: Tensor) -> None:
-        """As that of TorchSteps."""
-        (begin_1, *begin_2), (count_1, *count_2) = spans
-        kernel = self.kernels.latents("byte" if codes.dtype == torch.int8 else "half")
-        places = begin_1, count_1, sum(begin_2), sum(count_2)
-        self.start(kernel, (len(codes), 1, 1), part, codes, scales, positions, *part.shape, *places, codes.shape[1])
+    def expansion(self, layer: PackedLinear, rotated: bool) -> Expansion:
+        """What expands a layer's latents as they are kept."""
+        return Expansion.of(layer, rotated)
 
-    def scores(
+    def attend_latents(
         self,
         projected: Tensor,
-        expanded: Tensor,
-        scales: Tensor,
-        angles: Tensor,
+        part: Tensor,
+        spans: Sequence[Spans],
+        cache: Sequence[Latents],
+        expansions: Sequence[Expansion],
         positions: Tensor,
-        y: Tensor,
-        start: int,
-    ) -> None:
+        angles: Tensor,
+    ) -> Tensor:
         """As that of TorchSteps."""
-        heads, (rows, count, _) = self.heads, expanded.shape
-        tokens = self.kernels.WARPS * 32 * 16 // heads.size  # of a block
+        from . import cuda_latent
+
+        (keys, values), kind, heads = expansions, self.kind(projected), self.heads
+        codes, scales = ([self.launching.array(each) for each in of] for of in zip(*cache, strict=True))
+        rows, capacity = cache[0].codes.shape[:2]
+        kept = "byte" if cache[0].codes.dtype == torch.int8 else "half"
+        begins_1, begins_2 = ([sum(of.begins[at : at + 1]) for of in spans] for at in (0, 1))
         self.start(
-            self.kernels.scores(self.kind(projected), heads.size, heads.group),
-            (-(-count // tokens), rows, 1),
-            *(projected, expanded, scales, *angles, positions, y),
-            *(heads.kv_heads, start, count, y.shape[-1], heads.size**-0.5),
-            size=4 * heads.heads * heads.size,
+            cuda_latent.latents(kept, self.early),
+            (rows, 2, 1),
+            *(part, tuple(codes), tuple(scales), positions),
+            *(tuple(begins_1), (keys.counts[0], values.counts[0])),
+            *(tuple(begins_2), (keys.counts[1], values.counts[1])),
+            *(*part.shape, capacity),
+            threads=cuda_latent.THREADS,
+            early=self.early,
         )
+        made, of_block = self.tile(cuda_latent, kind, kept, rows, capacity, expansions)
+        tiles, group, value_width = -(-capacity // made.tokens), heads.group, sum(values.counts)
+        left = torch.empty(rows, heads.heads, tiles, value_width + self.kernels.SUMMARY, device=projected.device)
+        shapes = keys.words.shape[1], keys.first_words, *keys.counts, value_width, capacity
+        parts = made.parts(of_block * group, value_width)
+        self.start(
+            cuda_latent.attend_latents(made, self.early),
+            (tiles, -(-heads.kv_heads // of_block), rows),
+            *(projected, tuple(codes), tuple(scales), keys.words, tuple(map(self.launching.array, keys.scales))),
+            *(*angles, positions, left, heads.kv_heads, group, of_block, *shapes, parts, heads.size**-0.5),
+            threads=made.threads,
+            size=made.shared_bytes(of_block * group, value_width),
+            early=self.early,
+        )
+        y = torch.empty(rows, heads.heads * heads.size, dtype=projected.dtype, device=projected.device)
+        width = values.words.shape[1]
+        self.start(
+            cuda_latent.expand_latents(kind, heads.size, self.early),
+            (heads.heads, rows, 1),
+            *(left, values.words, tuple(map(self.launching.array, values.scales)), positions, y),
+            *(group, made.tokens, tiles, width, values.first_words, *values.counts),
+            threads=cuda_latent.THREADS,
+            size=cuda_latent.expanding_bytes(tiles, width, value_width),
+            early=self.early,
+        )
+        return y if values.bias is None else y + values.bias
+
+    def tile(
+        self, kernels: Any, kind: str, kept: str, rows: int, capacity: int, expansions: Sequence[Expansion]
+    ) -> tuple[Any, int]:
+        """The largest tile that shared memory has room for, and heads of keys for a block, lest blocks be too few.
+
+        Raises
+        ------
+        NotDecodableError
+            If there is room for none.
+        """
+        (keys, values), heads, device = expansions, self.heads, self.launching.described(self.index)
+        words = -(-keys.words.shape[1] // kernels.WORDS_AT_ONCE) * kernels.WORDS_AT_ONCE
+        for tokens in kernels.TILES if self.early else kernels.TILES[1:]:  # the registers suffice for
+            made = kernels.Tile(kind, kept, heads.size, tokens, words)
+            for turns in (8, 4, 2, 1):
+                of_block = turns * made.heads_at_once
+                blocks = rows * -(-capacity // tokens) * -(-heads.kv_heads // of_block)
+                fits = made.shared_bytes(of_block * heads.group, sum(values.counts)) <= device.shared_bytes
+                if fits and (turns == 1 or blocks >= self.enough_tiles * device.multiprocessors):
+                    return made, of_block
+        raise NotDecodableError(f"a tile of latents of {32 * words} entries does not fit the GPU's shared memory")
 
 
 def table_arrays(table: Table) -> tuple[str, tuple[Tensor, Tensor, Tensor], int, int]:
