@@ -53,13 +53,24 @@ from .cuda_decode import (
     put_eight,
     summed,
 )
-from .cuda_lanes import as_bits, as_float, exponential, larger, let_next_start, round_to_half, wait
+from .cuda_lanes import (
+    as_bits,
+    as_float,
+    copied,
+    copy4,
+    exponential,
+    larger,
+    let_next_start,
+    round_to_half,
+    wait,
+)
 from .cuda_tiles import no_sums, store4, tile_product
 
 WARPS = 8  # of a block, but for tiles
 THREADS = 32 * WARPS
 TILE_WARPS = 4  # of a block that has a tile, or those of a head: two such blocks have the registers of a multiprocessor
 TILES = (64, 32, 16, 8)  # tokens of a block, of which the most are taken that shared memory has room for
+TILES_AT_ONCE = 4  # whose sums a thread has on their way
 WORDS_AT_ONCE = 8  # a tile has room for multiples of so many words of signs, lest each rank need a kernel of its own
 
 
@@ -90,30 +101,17 @@ def round_to_byte(value):
 
 
 @cuda.jit(device=True, forceinline=True)
-def halves_as_halves(codes, at):
-    """Eight latents as float16, in four words."""
-    return load4(codes, uint32(at))
+def copy_halves(signal, target, codes, eighth):
+    """Begin to copy eight latents to shared memory."""
+    copy4(signal, uint32(target), codes, uint32(4 * eighth))
 
 
 @cuda.jit(device=True, forceinline=True)
-def bytes_as_halves(codes, at):
-    """Likewise of those that are kept in 8 bits."""
-    low, high = load2(codes, uint32(at))
+def put_bytes(signal, target, codes, eighth):
+    """Put eight latents that are kept in 8 bits into shared memory as float16."""
+    low, high = load2(codes, uint32(2 * eighth))
     (a, b, c, d), (e, f, g, h) = four_bytes(low), four_bytes(high)
-    return two_halves(a, b), two_halves(c, d), two_halves(e, f), two_halves(g, h)
-
-
-@cuda.jit(device=True, forceinline=True)
-def halves_as_singles(codes, at):
-    """Eight latents as float32."""
-    return half_words(load4(codes, uint32(at)))
-
-
-@cuda.jit(device=True, forceinline=True)
-def bytes_as_singles(codes, at):
-    """Likewise of those that are kept in 8 bits."""
-    low, high = load2(codes, uint32(at))
-    return (*four_bytes(low), *four_bytes(high))
+    store4(signal, uint32(target), two_halves(a, b), two_halves(c, d), two_halves(e, f), two_halves(g, h))
 
 
 class Kept(NamedTuple):
@@ -126,21 +124,20 @@ class Kept(NamedTuple):
     array : type
     largest : float
         What a token's largest latent becomes.
-    as_halves, as_singles : device function
-        Eight of them.
+    put : device function
+        Eight of them into shared memory, where float16 is what is multiplied.
     """
 
     rounded: Any
     array: Any
     largest: float
-    as_halves: Any
-    as_singles: Any
+    put: Any
 
 
 #: By the type of the cache.
 KEPT = {
-    "half": Kept(round_to_half, HALVES, 1.0, halves_as_halves, halves_as_singles),
-    "byte": Kept(round_to_byte, BYTES, 127.0, bytes_as_halves, bytes_as_singles),
+    "half": Kept(round_to_half, HALVES, 1.0, copy_halves),
+    "byte": Kept(round_to_byte, BYTES, 127.0, put_bytes),
 }
 PAIR = partial(types.UniTuple, count=2)
 
@@ -148,7 +145,7 @@ PAIR = partial(types.UniTuple, count=2)
 @cache
 def latents(kept: str, early: bool) -> Any:
     """Put a token's latents into a cache of a type in KEPT, over their largest magnitude."""
-    rounded, array, largest, _, _ = KEPT[kept]
+    rounded, array, largest, _ = KEPT[kept]
 
     @cuda.jit(device=True, forceinline=True)
     def latent(part, place, stride, parts, item, begin_1, count_1, begin_2):
@@ -244,16 +241,17 @@ class Tile(NamedTuple):
         return max(1, self.threads // (value_width // 8 * -(-heads // 4)))
 
     def shared_bytes(self, heads: int, value_width: int) -> int:
-        """Of a block with so many heads of queries: weights, and tile, queries and scores, or later sums of values."""
+        """Of a block with so many heads of queries: weights, values, and keys, queries and scores, or later sums."""
         first = self.tokens * (self.stride + self.warps_of_head * heads) + heads * self.size
-        return 4 * (heads * self.tokens + max(first, self.parts(heads, value_width) * heads * value_width))
+        later = self.parts(heads, value_width) * heads * value_width
+        return 4 * (self.tokens * (heads + value_width // 2) + max(first, later))
 
 
 @cache
 def attend_latents(made: Tile, early: bool) -> Any:
     """Scores and weighted sums of latents; see the top of this file."""
     kind, kept, size, tokens, _ = made
-    at_place, array, as_halves, as_singles = AT[kind], KEPT[kept].array, KEPT[kept].as_halves, KEPT[kept].as_singles
+    at_place, put_eight_latents = AT[kind], KEPT[kept].put
     half, stride, warps, threads = size // 2, made.stride, made.warps, made.threads
     warps_of_head, heads_at_once = made.warps_of_head, made.heads_at_once
     across = tokens // 8
@@ -272,20 +270,28 @@ def attend_latents(made: Tile, early: bool) -> Any:
     angles = over(angle, 2 * mine)
 
     @cuda.jit(device=True, forceinline=True)
-    def put_latents(signal, held, codes, base, last, words, first_words, count_1, count_2, thread):
-        """Put a tile's latents into shared memory: each path's begin at a word of signs, with zeros before the next."""
-        chunks, boundary = int32(4 * words), int32(4 * first_words)
+    def put_keys(signal, held, codes, base, last, words, first_words, count_1, count_2, thread):
+        """Put keys' latents into shared memory: each path's begin at a word of signs, with zeros before the next."""
+        chunks, boundary, width = int32(4 * words), int32(4 * first_words), int32(int32(count_1 + count_2) >> 3)
         item = thread
         while item < tokens * chunks:
             token, chunk = int32(item // chunks), int32(item % chunks)
             within = chunk if chunk < boundary else int32(chunk - boundary)
             limit = count_1 if chunk < boundary else count_2
-            column = int32(8 * within) if chunk < boundary else int32(8 * within + count_1)
-            a = b = c = d = uint32(0)
+            target = int32(held + int32(token * stride) + int32(4 * chunk))
             if int32(8 * within) < limit:
-                row = int32(base + min(token, last))
-                a, b, c, d = as_halves(codes, int32(int32(row * int32(count_1 + count_2)) + column))
-            store4(signal, uint32(held + int32(token * stride) + int32(4 * chunk)), a, b, c, d)
+                column = within if chunk < boundary else int32(within + int32(count_1 >> 3))
+                put_eight_latents(signal, target, codes, int32(int32(base + min(token, last)) * width + column))
+            else:
+                store4(signal, uint32(target), uint32(0), uint32(0), uint32(0), uint32(0))
+            item = int32(item + threads)
+
+    @cuda.jit(device=True, forceinline=True)
+    def put_values(signal, held, codes, base, last, width, thread):
+        """Put values' latents into shared memory, `width` eights of each token."""
+        item, most = thread, int32(int32(last + 1) * width)
+        while item < min(int32(tokens * width), most):
+            put_eight_latents(signal, int32(held + int32(4 * item)), codes, int32(int32(base * width) + item))
             item = int32(item + threads)
 
     @cuda.jit(device=True, forceinline=True)
@@ -346,10 +352,10 @@ def attend_latents(made: Tile, early: bool) -> Any:
     ):  # fmt: skip
         """Grid (tiles that the capacity has room for, blocks that share the heads of keys, sequences).
 
-        codes : keys' and values', (sequences, capacity, count_1 + count_2 or value_width); scales : theirs, (sequences,
-        capacity); words : of U of the keys' paths side by side, (kv_heads * size, width), width even, the entries of
-        each 32 in the order 0, 2 to 30, 1, 3 to 31; row_scales : h of each path; left : (sequences, heads, tiles,
-        value_width + SUMMARY). A block has `of_block` heads of keys, and sums `parts` of a tile by different threads.
+        codes : keys' and values' as words, of (sequences, capacity, count_1 + count_2 or value_width) latents; scales :
+        (sequences, capacity); words : of U of the keys' paths side by side, (kv_heads * size, width), width even, the
+        entries of each 32 in the order 0, 2 to 30, 1, 3 to 31; row_scales : h of each path; left : (sequences, heads,
+        tiles, value_width + SUMMARY). A block has `of_block` heads of keys, and sums a tile in `parts`.
         """
         signal, shared = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
         thread = int32(cuda.threadIdx.x)
@@ -365,7 +371,8 @@ def attend_latents(made: Tile, early: bool) -> Any:
         )
         heads = int32(kv_heads * group)
         of_queries = int32(min(of_block, int32(kv_heads - begin)) * group)
-        held_tile = int32(int32(of_block * group) * tokens)
+        held_values = int32(int32(of_block * group) * tokens)
+        held_tile = int32(held_values + int32(value_width >> 1) * tokens)
         held_queries = int32(held_tile + tokens * stride)
         held_scores = int32(held_queries + int32(of_block * group) * size)
         frequency = int32(16 * int32(warp % warps_of_head) + int32(lane >> 2))
@@ -376,9 +383,11 @@ def attend_latents(made: Tile, early: bool) -> Any:
         if early:
             wait()
             let_next_start()
-        put_latents(signal, held_tile, codes[0], base, last, width, first_words, count_1, count_2, thread)
+        put_keys(signal, held_tile, codes[0], base, last, width, first_words, count_1, count_2, thread)
+        put_values(signal, held_values, codes[1], base, last, int32(value_width >> 3), thread)
         place = int32(int32(row * int32(heads + 2 * kv_heads) + int32(begin * group)) * size)
         put_queries(shared, held_queries, projected, cosine, sine, position, place, of_queries, factor, thread)
+        copied()
         cuda.syncthreads()
 
         at_tile = int32(held_tile + int32(stride * int32(lane & 7)) + int32(int32(lane >> 3) << 2))
@@ -442,7 +451,8 @@ def attend_latents(made: Tile, early: bool) -> Any:
             final = int32(of_queries - 1)
             two, three, last_one = min(int32(four + 1), final), min(int32(four + 2), final), min(int32(four + 3), final)
             while token < seen:
-                v = as_singles(codes[1], int32(int32(base + token) * value_width + int32(chunk << 3)))
+                at = int32(held_values + int32(token * int32(value_width >> 1)) + int32(chunk << 2))
+                v = half_words(load4(signal, uint32(at)))
                 a = plus(a, eight_times(v, shared[uint32(int32(four * tokens) + token)]))
                 b = plus(b, eight_times(v, shared[uint32(int32(two * tokens) + token)]))
                 c = plus(c, eight_times(v, shared[uint32(int32(three * tokens) + token)]))
@@ -470,7 +480,7 @@ def attend_latents(made: Tile, early: bool) -> Any:
             item = int32(item + threads)
 
     SIGNATURES[kernel] = types.void(
-        ELEMENTS[kind], PAIR(array), PAIR(SINGLES), WORDS, PAIR(HALVES), SINGLES, SINGLES, INTEGERS, SINGLES,
+        ELEMENTS[kind], PAIR(WORDS), PAIR(SINGLES), WORDS, PAIR(HALVES), SINGLES, SINGLES, INTEGERS, SINGLES,
         *[types.int32] * 10, types.float32,
     )  # fmt: skip
     return kernel
@@ -486,7 +496,15 @@ def expanding_bytes(tiles: int, words: int, value_width: int) -> int:
 def expand_latents(kind: str, size: int, early: bool) -> Any:
     """What a head's attention comes to, from the sums of values' latents that `attend_latents` has left."""
     rounded, threads_of_row = ROUND[kind], max(1, THREADS // size)
-    row_sum = summed(threads_of_row)
+    row_sum, numbers = summed(threads_of_row), tuple(range(TILES_AT_ONCE))
+
+    @cuda.jit(device=True, forceinline=True)
+    def fetched(number, rest):
+        """Eight sums of one of the tiles that are read at once; of another where there is none."""
+        left, column, tile, parts, last, stride = rest
+        return single_eight(left, int32(column + int32(min(int32(tile + int32(number * parts)), last) * stride)))
+
+    fetch = over(fetched, TILES_AT_ONCE)
 
     @cuda.jit
     def kernel(
@@ -524,11 +542,14 @@ def expand_latents(kind: str, size: int, early: bool) -> Any:
         parts, item = max(int32(1), int32(THREADS // chunks)), thread
         while item < parts * chunks:
             part, chunk = int32(item // chunks), int32(item % chunks)
-            sums, tile = nothing(), part
+            sums, tile, column = nothing(), part, int32(base + int32(chunk << 3))
             while tile < count:
-                v = single_eight(left, int32(base + int32(tile * stride) + int32(chunk << 3)))
-                sums = plus(sums, eight_times(v, shared[uint32(held_factors + tile)]))
-                tile = int32(tile + parts)
+                read = fetch(numbers, (left, column, tile, parts, int32(count - 1), stride))
+                for i in range(TILES_AT_ONCE):
+                    number = int32(tile + int32(i * parts))
+                    factor = shared[uint32(held_factors + min(number, int32(count - 1)))]
+                    sums = plus(sums, eight_times(read[i], factor if number < count else float32(0)))
+                tile = int32(tile + int32(TILES_AT_ONCE * parts))
             put_eight(shared, int32(held_parts + int32(part * value_width) + int32(chunk << 3)), sums, float32)
             item = int32(item + THREADS)
         cuda.syncthreads()

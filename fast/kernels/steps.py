@@ -450,6 +450,7 @@ class CudaSteps:
 
         (keys, values), kind, heads = expansions, self.kind(projected), self.heads
         codes, scales = ([self.launching.array(each) for each in of] for of in zip(*cache, strict=True))
+        words = [self.launching.array(each.codes.view(torch.int32)) for each in cache]
         rows, capacity = cache[0].codes.shape[:2]
         kept = "byte" if cache[0].codes.dtype == torch.int8 else "half"
         begins_1, begins_2 = ([sum(of.begins[at : at + 1]) for of in spans] for at in (0, 1))
@@ -471,7 +472,7 @@ class CudaSteps:
         self.start(
             cuda_latent.attend_latents(made, self.early),
             (tiles, -(-heads.kv_heads // of_block), rows),
-            *(projected, tuple(codes), tuple(scales), keys.words, tuple(map(self.launching.array, keys.scales))),
+            *(projected, tuple(words), tuple(scales), keys.words, tuple(map(self.launching.array, keys.scales))),
             *(*angles, positions, left, heads.kv_heads, group, of_block, *shapes, parts, heads.size**-0.5),
             threads=made.threads,
             size=made.shared_bytes(of_block * group, value_width),
