@@ -21,7 +21,8 @@ for (d_in, ranks), rows, dtype in itertools.product(
     for version in cuda_launch.VERSIONS:
         plan(x, version)
     if dtype == torch.float16:
-        plan.factors(dtype)
+        for unpacked in (torch.float16, torch.bfloat16):
+            plan.factors(unpacked)
 for grouped, rows in itertools.product((True, False), (9, 30, 60, 130)):
     tensors = [tensor for rank in (70, 130) for tensor in random_path(150, 600, rank, generator)]
     plan, x = cuda_launch.Plan(tensors), torch.randn(rows, 600, generator=generator, device="cuda").half()

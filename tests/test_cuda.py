@@ -13,7 +13,7 @@ import pytest
 from littlebit.fast import tune_cuda
 from littlebit.fast.__main__ import main
 from littlebit.fast.bits import rank_for_bits
-from littlebit.fast.kernels import cuda as kernels, cuda_batch, cuda_launch
+from littlebit.fast.kernels import cuda as kernels, cuda_batch, cuda_launch, cuda_unpacked
 from littlebit.fast.kernels.cuda_launch import Blocks, Schedule
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
@@ -37,7 +37,8 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
         "numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=capability)
     )
     # device functions keep what they were compiled for
-    for factory in (kernels.latent, kernels.output, kernels.plain_latent, kernels.plain_output, kernels.unpacking):
+    plain = kernels.plain_latent, kernels.plain_output
+    for factory in (kernels.latent, kernels.output, *plain, cuda_unpacked.unpacking):
         factory.cache_clear()
     early = capability >= cuda_launch.EARLY
     kinds = KINDS if capability == CAPABILITIES[-1] else ("bfloat",)
@@ -54,7 +55,10 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
             assert attributes[FRAME_SIZE] == 0
     for kernel in (kernels.plain_latent("half"), kernels.plain_output("half")):
         assert compiled(kernel, capability)[1][FRAME_SIZE] == 0
-    assert compiled(kernels.unpacking("half"), capability)[1][FRAME_SIZE] == 0
+    for kind, paths in (("half", 1), ("bfloat", 2)):
+        text, attributes = compiled(cuda_unpacked.unpacking(kind, paths, early), capability)
+        assert b"st.global.v4" in text
+        assert attributes[FRAME_SIZE] == 0
 
 
 @pytest.mark.parametrize(("capability", "grouped"), [((8, 0), False), ((9, 0), False), ((9, 0), True)])

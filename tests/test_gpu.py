@@ -153,13 +153,29 @@ def test_large_batches_are_multiplied_by_unpacked_signs(cuda_launch, rows, dtype
     assert relative_error(y, want) <= 3 * torch.finfo(dtype).eps
 
 
-def test_scales_whose_products_overflow_float16():
+def test_scales_whose_products_overflow_float16(cuda_launch):
     (path,) = layer(64, 128, [40])
     path = path._replace(h=path.h * 600, ell=path.ell * 600)
     x = inputs(200, 128) / 1024
-    y, want = lb.packed_linear(x, [path]), exact(x, [path])
-    assert y.isfinite().all()
-    assert relative_error(y, want) <= 3e-3
+    want = exact(x, [path])
+    for y in (lb.packed_linear(x, [path]), cuda_launch.Plan([*path]).unpacked(x)):
+        assert y.isfinite().all()
+        assert relative_error(y, want) <= 3e-3
+
+
+def test_scales_are_read_anew_when_a_graph_of_unpacked_signs_is_replayed(cuda_launch):
+    (path,), x = layer(300, 1024, [100]), inputs(200, 1024) / 1024
+    plan = cuda_launch.Plan([*path])
+    plan.unpacked(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = plan.unpacked(x)
+    for factor in (1, 600):
+        path.h.mul_(factor)
+        path.ell.mul_(factor)
+        graph.replay()
+        assert torch.equal(y, plan.unpacked(x))
+        assert relative_error(y, exact(x, [path])) <= 3e-3
 
 
 @pytest.mark.parametrize("rows", [0, 1, 200])

@@ -35,7 +35,6 @@ from .cuda import (
     output,
     plain_latent,
     plain_output,
-    unpacking,
 )
 from .cuda_batch import (
     DEPTH,
@@ -46,6 +45,7 @@ from .cuda_batch import (
     products,
     scaled_vectors,
 )
+from .cuda_unpacked import ACROSS, STRIP, UNPACKING_BLOCKS, UNPACKING_THREADS, unpacking
 from .dispatch import unpacked_linear
 
 OLDEST = (8, 0)  # compute capability that has the instructions
@@ -574,6 +574,38 @@ def launch_plain(x: Any, kind: str, rows: int, paths: Sequence[Any], y: Any, par
     start(plain_output(kind), (-(-d_out // WARPS), rows, 1), 32 * WARPS, 0, arguments)
 
 
+def eights_of(count: int) -> int:
+    """Eights of so many entries, the last of which need not be whole."""
+    return -(-count // 8)
+
+
+def launch_unpacking(kind: str, paths: Sequence[Any], out: Any, multiprocessors: int, early: bool, start: Any) -> None:
+    """Start the kernel that unpacks a layer's paths to a kind, likewise: A, and after it B, with rows of whole eights.
+
+    `out` is of uint32, two entries in each.
+    """
+    count, d_in, d_out = len(paths), len(paths[0].g), len(paths[0].h)
+    ranks = tuple(len(path.ell) for path in paths)
+    of_ranks, across = tuple(map(eights_of, ranks)), eights_of(d_in)
+    offsets, total = sums_before(of_ranks)
+    heights, widths = (*(8 * each for each in of_ranks), *[d_out] * count), (*[across] * count, *of_ranks)
+    starts = *(8 * offset * across for offset in offsets), *(8 * total * across + offset for offset in offsets)
+    begins, tiles = sums_before(
+        -(-height // STRIP) * -(-width // ACROSS) for height, width in zip(heights, widths, strict=True)
+    )
+    v_words, g, u_words, ell, h = columns_of(paths, "v_words", "g", "u_words", "ell", "h")
+    start(
+        unpacking(kind, count, early),
+        (min(-(-tiles // (UNPACKING_THREADS // 32)), UNPACKING_BLOCKS * multiprocessors), 1, 1),
+        UNPACKING_THREADS,
+        UNPACKING_THREADS // 4,
+        (
+            v_words + u_words, g + ell, h, heights, (*ranks, *[d_out] * count), (*[d_in] * count, *ranks), widths,
+            starts, (*[across] * count, *[total] * count), begins, out, tiles,
+        ),
+    )  # fmt: skip
+
+
 class Array(NamedTuple):
     """Where a tensor begins on a device, and how many elements it has."""
 
@@ -729,36 +761,23 @@ class Plan(Siblings):
         """The same by unpacking to x's dtype and two products."""
         if x.dtype == torch.float32:
             return unpacked_linear(x.reshape(-1, self.d_in), self.paths).reshape(*x.shape[:-1], self.d_out)
-        a, b, largest = self.factors(x.dtype)
-        return functional.linear(functional.linear(x, a), b) * largest.to(x.dtype)
+        a, b = self.factors(x.dtype)
+        return functional.linear(functional.linear(x, a), b)
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """All paths folded into one pair in float16 or bfloat16 (see `linear.folded`), and a factor of their product.
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All paths folded into one pair in float16 or bfloat16, A (R, d_in) and B (d_out, R): see `cuda_unpacked`.
 
-        A is (R, d_in) and B (d_out, R). B is divided by the largest of its scales if that exceeds one, since products
-        of float16 scales need not fit float16; this is the factor, (1,) float32. R is the sum of ranks, each rounded
-        up to a multiple of eight; the rows of A and columns of B that this adds are zero.
+        R is the sum of ranks, each rounded up to a multiple of eight; the rows of A and columns of B that this adds are
+        zero.
         """
-        device = self.kept[0][0].device
-        sizes, columns = [-(-rank // 8) * 8 for rank in self.ranks], -(-self.d_in // 8) * 8
-        a = torch.empty(sum(sizes), columns, dtype=dtype, device=device)
-        b = torch.empty(self.d_out, sum(sizes), dtype=dtype, device=device)
-        peaks = [path.h.abs().amax().float() * path.ell.abs().amax().float() for path in self.paths]
-        # made anew for each call: what a graph is captured with has no value before it is replayed
-        largest, one = torch.stack(peaks).amax().clamp(min=1).reshape(1), torch.ones(1, device=device)
-        ones, inverse = torch.ones(max(self.ranks), dtype=torch.float16, device=device), 1 / largest
-        offset = 0
+        rows, columns = 8 * sum(map(eights_of, self.ranks)), 8 * eights_of(self.d_in)
+        memory = torch.empty(rows * (columns + self.d_out), dtype=dtype, device=self.kept[0][0].device)
         with torch.cuda.device(self.index):
-            stream = torch.cuda.current_stream().cuda_stream
-            go = partial(start, stream, False, unpacking(KINDS[dtype]))
-            for path, size in zip(self.paths, sizes, strict=True):
-                target = array(a[offset:])
-                numbers = (path.rank, self.d_in, columns, 0, columns)
-                go((size, 1, 1), 256, 0, (*map(array, (path.v_words, ones, path.g, one)), target, *numbers))
-                numbers = (self.d_out, path.rank, size, offset, sum(sizes))
-                go((self.d_out, 1, 1), 64, 0, (*map(array, (path.u_words, path.h, path.ell, inverse, b)), *numbers))
-                offset += size
-        return a[:, : self.d_in], b, largest
+            go = partial(start, torch.cuda.current_stream().cuda_stream, self.early)
+            multiprocessors = self.device.multiprocessors
+            launch_unpacking(KINDS[dtype], self.layers[0], array(memory), multiprocessors, self.early, go)
+        a, b = memory[: rows * columns], memory[rows * columns :]
+        return a.view(rows, columns)[:, : self.d_in], b.view(self.d_out, rows)
 
 
 def readable(tensor: Tensor) -> Tensor:
