@@ -23,9 +23,9 @@ for (d_in, ranks), rows, dtype in itertools.product(
     if dtype == torch.float16:
         for unpacked in (torch.float16, torch.bfloat16):
             plan.factors(unpacked)
-for grouped, rows in itertools.product((True, False), (9, 30, 60, 130)):
-    tensors = [tensor for rank in (70, 130) for tensor in random_path(150, 600, rank, generator)]
-    plan, x = cuda_launch.Plan(tensors), torch.randn(rows, 600, generator=generator, device="cuda").half()
+for grouped, rows, d_in in itertools.product((True, False), (9, 30, 60, 130), (600, 602)):
+    tensors = [tensor for rank in (70, 130) for tensor in random_path(150, d_in, rank, generator)]
+    plan, x = cuda_launch.Plan(tensors), torch.randn(rows, d_in, generator=generator, device="cuda").half()
     if not grouped:
         plan.capability = (8, 0)
     for tile in cuda_launch.tiles_for(rows, grouped):

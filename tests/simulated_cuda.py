@@ -316,17 +316,50 @@ def test_a_batch_with_what_is_not_finite_and_zeros():
     assert (y[2] == 0).all()
 
 
-def batch(x, paths, schedule):
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "ranks", "rows", "parts", "tile"),
+    [
+        (17, 72, [33], 3, 1, (1, 1, 1, 1)),
+        (33, 424, [17], 20, 3, (1, 2, 2, 1)),
+        (70, 128, [70, 33], 9, 2, (4, 1, 1, 2)),
+        (20, 8, [130], 9, 1, (4, 1, 1, 2)),
+    ],
+)
+def test_batches_of_float16_are_multiplied_as_they_are(d_out, d_in, ranks, rows, parts, tile):
+    generator = torch.Generator().manual_seed(15)
+    paths = [random_path(d_out, d_in, rank, generator) for rank in ranks]
+    sizes = torch.tensor([2.0**6, 1, 2.0**-6])[torch.arange(rows) % 3, None]
+    x = (torch.randn(rows, d_in, generator=generator) * sizes).half()
+    y = batch(x.numpy().view(np.uint16), paths, kernels.BatchSchedule(parts, Tile(*tile), Tile(*tile)), "half")
+    y, want = y.view(np.float16).astype(np.float64), exact(x, paths)
+    assert (np.abs(y - want) <= 2.0**-11 / TOLERANCE * bound(x, paths) + 2.0**-11 * np.abs(want)).all()
+    relative = np.linalg.norm(y - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert (relative < 2.0**-10).all()
+
+
+def test_a_batch_of_float16_with_what_is_not_finite_and_zeros():
+    paths = [random_path(20, 72, 40, torch.Generator().manual_seed(14))]
+    x = np.ones((3, 72), np.float16)
+    x[1, 5], x[2] = np.inf, 0
+    tile = Tile(1, 1, 1, 1)
+    y = batch(x.view(np.uint16), paths, kernels.BatchSchedule(1, tile, tile), "half").view(np.float16)
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()
+    assert (y[2] == 0).all()
+
+
+def batch(x, paths, schedule, kind="single"):
+    """What the kernels for batches make of x, (rows, d_out)."""
     sizes = kernels.Sizes(x.shape[1], (len(paths[0].h),), (tuple(path.rank for path in paths),))
     dtypes = kernels.Work(np.uint32, np.float32, np.float32, np.uint32, np.float32)
     counts = kernels.work_sizes(sizes, len(x), schedule)
     nans = [np.full(4 * count, 0xFF, np.uint8).view(dtype) for count, dtype in zip(counts, dtypes, strict=True)]
-    y = cuda.to_device(np.full(len(x) * len(paths[0].h), 99, np.float32))
+    y = cuda.to_device(np.full(len(x) * len(paths[0].h), 99, x.dtype))
     arrays = [PackedFactors(*map(on_device, path)) for path in paths]
     work = kernels.Work(*map(cuda.to_device, nans))
-    x = cuda.to_device(np.ascontiguousarray(x)), "single", len(x)
-    kernels.launch_batch(x[0].ravel(), *x[1:], arrays, y, work, schedule, True, start, grouped=True)
-    return y.copy_to_host().reshape(x[2], -1)
+    flat = cuda.to_device(np.ascontiguousarray(x).ravel())
+    kernels.launch_batch(flat, kind, len(x), arrays, y, work, schedule, True, start, grouped=True)
+    return y.copy_to_host().reshape(len(x), -1)
 
 
 @pytest.mark.parametrize(("d_in", "most"), [(70, 1), (600, 1), (512, 2)])

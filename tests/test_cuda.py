@@ -74,7 +74,7 @@ def test_kernels_for_batches_compile_without_spills(capability, grouped, monkeyp
     chosen = [
         cuda_batch.products(kind, tile, 1, 2, early, grouped) for kind, tile in (("half", large), ("bfloat", small))
     ]
-    chosen += [cuda_batch.products("single", large, 2, 1, early, grouped)]
+    chosen += [cuda_batch.products("single", large, 2, 1, early, grouped, direct) for direct in (False, True)]
     for kernel in chosen:
         text, attributes = compiled(kernel, capability)
         assert (b"wgmma.mma_async" if grouped else b"mma.sync.aligned.m16n8k16") in text
@@ -93,7 +93,7 @@ def test_tiles_of_batches_fit_and_are_filled(rows, grouped):
         schedule = cuda_launch.batch_schedule(sizes, rows, 132, grouped)
         assert 1 <= schedule.parts <= max(1, cuda_launch.steps_of(d_in))
         for tile in (schedule.latent, schedule.output):
-            assert tile.shared_bytes(len(ranks)) <= limit
+            assert max(tile.shared_bytes(len(ranks)), tile.shared_bytes(1, True)) <= limit
             assert tile.threads % tile.rows == 0
             assert tile.vectors < 2 * max(rows, 16)
         assert schedule.latent.grouped or not grouped or rows <= 32

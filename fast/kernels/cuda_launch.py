@@ -507,35 +507,40 @@ def launch_batch(
     start: Any,
     grouped: bool = False,
 ) -> None:
-    """Start the four kernels for batches, likewise, for one layer; `grouped` if warps can multiply in groups."""
+    """Start the kernels for batches, likewise, for one layer; `grouped` if warps can multiply in groups.
+
+    They are three if x is float16 in whole eights, which then begins at a multiple of 16 bytes, and else four.
+    """
     d_in, d_out, count = len(paths[0].g), len(paths[0].h), len(paths)
     ranks = tuple(len(path.ell) for path in paths)
-    depth = steps_of(d_in)
+    depth, direct = steps_of(d_in), kind == "half" and d_in % 8 == 0
     per_part = -(-depth // schedule.parts)
-    parts, stride = -(-depth // per_part), WORDS_DEPTH * depth
+    parts, stride = -(-depth // per_part), d_in if direct else WORDS_DEPTH * depth
     tile = schedule.latent
     groups = -(-rows // tile.vectors)
     room, threads = groups * tile.vectors, scaling_threads(DEPTH * depth)
-    start(
-        scaled_vectors(kind, d_in % 8 == 0, count, 1, early),
-        (rows, count, 1),
-        threads,
-        threads // 8,
-        (x, *columns_of(paths, "g"), work.inputs, work.input_units, rows, room, d_in, stride),
-    )
+    gs, v_words, ell = columns_of(paths, "g", "v_words", "ell")
+    if not direct:
+        start(
+            scaled_vectors(kind, d_in % 8 == 0, count, 1, early),
+            (rows, count, 1),
+            threads,
+            threads // 8,
+            (x, gs, work.inputs, work.input_units, rows, room, d_in, stride),
+        )
     steps = tuple(map(steps_of, ranks))
     limits = tuple(DEPTH * each for each in steps)
     offsets, across = sums_before(limits)
     begins, blocks = sums_before([-(-limit // tile.rows) for limit in limits])
     start(
-        products("single", tile, count, 1, early, grouped and tile.grouped),
+        products("single", tile, count, 1, early, grouped and tile.grouped, direct),
         (blocks, groups, parts),
         tile.threads,
-        tile.shared_bytes(1),
+        tile.shared_bytes(1, direct),
         (
-            work.inputs, work.input_units, *columns_of(paths, "v_words", "ell"), (-(-d_in // 32),) * count, ranks,
-            (depth,) * count, tuple(room * stride * which for which in range(count)), begins, offsets, limits,
-            work.part, rows, room, stride, across, per_part,
+            x if direct else work.inputs, work.input_units, gs, v_words, ell, (-(-d_in // 32),) * count, ranks,
+            (depth,) * count, tuple(0 if direct else room * stride * which for which in range(count)), begins, offsets,
+            limits, work.part, rows, room, stride, across, per_part,
         ),
     )  # fmt: skip
     tile = schedule.output
@@ -554,7 +559,7 @@ def launch_batch(
         tile.threads,
         tile.shared_bytes(count),
         (
-            work.latents, work.latent_units, *columns_of(paths, "u_words", "h"),
+            work.latents, work.latent_units, (paths[0].g,), *columns_of(paths, "u_words", "h"),
             tuple(-(-rank // 32) for rank in ranks), (d_out,), steps, tuple(offset // 2 for offset in offsets),
             (0,), (0,), (d_out,), y, rows, room, across // 2, d_out, sum(steps),
         ),
