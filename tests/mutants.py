@@ -679,6 +679,7 @@ MUTANTS = [
         "NaN is everywhere",
     ),
     Mutant("fast/kernels/cuda_launch.py", "if vectors == 1 else", "if vectors else", "one schedule for all batches"),
+    Mutant("fast/kernels/cuda_launch.py", "cost(*UNPACKED_COST) <", "cost(*UNPACKED_COST) >", "unpacks small batches"),
     Mutant(
         "fast/kernels/cuda_launch.py", "tables.get(name, {}) | table", "table", "own schedules hide the shipped ones"
     ),

@@ -99,6 +99,16 @@ def test_tiles_of_batches_fit_and_are_filled(rows, grouped):
         assert schedule.latent.grouped or not grouped or rows <= 32
 
 
+@pytest.mark.parametrize("ranks", [(64,), (184,), (300, 310), (1096,), (6336,)])
+def test_a_layer_is_quicker_unpacked_from_some_number_of_rows_on(ranks):
+    for d_out, d_in in SHAPES:
+        sizes = cuda_launch.Sizes(d_in, (d_out,), (ranks,))
+        quicker = [cuda_launch.is_quicker_unpacked(sizes, 1 << log) for log in range(17)]
+        assert quicker == sorted(quicker)
+        assert not any(quicker[:6])
+        assert all(quicker[11:]) or d_in < 100
+
+
 def compiled(kernel, capability):
     """PTX of a kernel and, from its cubin, its attributes by number."""
     from cuda.core import Program, ProgramOptions  # pyright: ignore[reportAttributeAccessIssue]

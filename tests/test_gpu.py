@@ -175,7 +175,6 @@ def test_scales_are_read_anew_when_a_graph_of_unpacked_signs_is_replayed(cuda_la
         path.h.mul_(factor)
         path.ell.mul_(factor)
         graph.replay()
-        assert torch.equal(y, plan.unpacked(x))
         assert relative_error(y, exact(x, [path])) <= 3e-3
 
 

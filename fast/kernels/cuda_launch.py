@@ -54,11 +54,14 @@ KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "single
 VERSIONS = ("plain", "tensor", "early")  # the ladder
 WARPS = 8  # of a block of the plain kernels
 MOST_WARPS = 16  # of a block of the others
-# Rows of x up to which `launch` is quicker than `launch_batch` in 16 bits, and that than unpacked signs, on an H100
-SMALL_BATCH, LARGE_BATCH = 4, 1024
+SMALL_BATCH = 4  # rows of x in 16 bits up to which `launch` is quicker than `launch_batch`, on an H100
 EXACT_BATCH = 32  # rows of x in float32, of which `launch` alone keeps the precision, up to which unpacking is slower
 GROUPED = (9, 0)  # the capability that multiplies with groups of warps
 MOST_PARTS = 8  # of d_in, for batches
+# Microseconds on an H100: of a batch's launches, and added to them for a sign, for a sign times a vector, and for an
+# entry of x or y. By `launch_batch`: least squares of book/results/cuda_batches.json, 64 to 1024 rows, with a launch
+# less. Unpacked: two bytes a sign at 2.5 TB/s, and what its 4096 rows there say of the products.
+BATCH_COST, UNPACKED_COST = (10.5, 1.5e-7, 3.4e-9, 2e-6), (11.0, 8e-7, 3e-9, 1e-6)
 SCHEDULES = Path(__file__).parent.parent / "data" / "cuda_schedules.json"
 MOST_NUMBER = 64  # in a schedule
 log = logging.getLogger(__name__)
@@ -490,6 +493,17 @@ def work_sizes(sizes: Sizes, rows: int, schedule: BatchSchedule) -> Work:
     return Work(inputs, count * room_1, schedule.parts * rows * columns, room_2 * columns // 2, room_2)
 
 
+def is_quicker_unpacked(sizes: Sizes, rows: int) -> bool:
+    """Whether products of unpacked signs are quicker than `launch_batch`, for a layer and so many rows in 16 bits."""
+    entries = sizes.d_in + sum(sizes.d_outs)
+    signs = entries * sum(sizes.paths)
+
+    def cost(launches: float, sign: float, product: float, entry: float) -> float:
+        return launches + signs * (sign + rows * product) + rows * entries * entry
+
+    return cost(*UNPACKED_COST) < cost(*BATCH_COST)
+
+
 def scaling_threads(columns: int) -> int:
     """Threads of a block that scales a vector of so many entries."""
     return min(SCALING_THREADS, 32 * -(-columns // (32 * SCALED_AT_ONCE)))
@@ -731,7 +745,7 @@ class Plan(Siblings):
         if not rows:
             return y
         if version is None and schedule is None and rows > SMALL_BATCH and x.dtype != torch.float32:
-            return self.unpacked(x) if rows > LARGE_BATCH else self.batch(x, y, rows)
+            return self.unpacked(x) if is_quicker_unpacked(self.sizes, rows) else self.batch(x, y, rows)
         schedule = schedule or self.schedule(rows)
         if version is None and (schedule is None or rows > EXACT_BATCH):
             return self.unpacked(x)
