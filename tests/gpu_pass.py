@@ -21,10 +21,11 @@ for (d_in, ranks), rows, dtype in itertools.product(
     for version in cuda_launch.VERSIONS:
         plan(x, version)
     if dtype == torch.float16:
-        plan.factors(dtype)
-for grouped, rows in itertools.product((True, False), (9, 30, 60, 130)):
-    tensors = [tensor for rank in (70, 130) for tensor in random_path(150, 600, rank, generator)]
-    plan, x = cuda_launch.Plan(tensors), torch.randn(rows, 600, generator=generator, device="cuda").half()
+        for unpacked in (torch.float16, torch.bfloat16):
+            plan.factors(unpacked)
+for grouped, rows, d_in in itertools.product((True, False), (9, 30, 60, 130), (600, 602)):
+    tensors = [tensor for rank in (70, 130) for tensor in random_path(150, d_in, rank, generator)]
+    plan, x = cuda_launch.Plan(tensors), torch.randn(rows, d_in, generator=generator, device="cuda").half()
     if not grouped:
         plan.capability = (8, 0)
     for tile in cuda_launch.tiles_for(rows, grouped):

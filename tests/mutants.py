@@ -83,6 +83,7 @@ TESTS = {
     "cuda": "test_cuda.py",
     "cuda_batch": "test_cuda.py",
     "cuda_launch": "test_cuda.py",
+    "cuda_unpacked": "test_cuda.py",
     "cuda_decode": "test_cuda_decode.py",
     "steps": "test_cuda_decode.py test_decode_cuda.py",
     "tune_cuda": "test_cuda.py test_cuda_decode.py",
@@ -671,7 +672,14 @@ MUTANTS = [
     Mutant(
         "fast/kernels/cuda_decode.py", "tickets[uint32(block)] = 0", "tickets[uint32(block)] = 1", "tickets are used up"
     ),
+    Mutant(
+        "fast/kernels/cuda_unpacked.py",
+        "else uint32(0)\n        return",
+        "else exponent\n        return",
+        "NaN is everywhere",
+    ),
     Mutant("fast/kernels/cuda_launch.py", "if vectors == 1 else", "if vectors else", "one schedule for all batches"),
+    Mutant("fast/kernels/cuda_launch.py", "cost(*UNPACKED_COST) <", "cost(*UNPACKED_COST) >", "unpacks small batches"),
     Mutant(
         "fast/kernels/cuda_launch.py", "tables.get(name, {}) | table", "table", "own schedules hide the shipped ones"
     ),

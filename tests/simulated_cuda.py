@@ -2,6 +2,7 @@
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
+import math
 import os
 
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
@@ -13,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from littlebit.fast.bench import exact_path, random_path
-from littlebit.fast.kernels.cuda import unpacking
 from littlebit.fast.kernels.cuda_batch import Tile
 from littlebit.fast.kernels.cuda_launch import Blocks, Schedule
 from littlebit.fast.packing import PackedFactors, unpack_factors
@@ -156,18 +156,64 @@ def test_the_plain_kernels_equal_the_exact_product(ranks):
     assert (np.abs(outputs(x.numpy(), paths, None) - exact(x, paths)) <= bound(x, paths)).all()
 
 
-@pytest.mark.parametrize("columns", [33, 40])
-def test_unpacked_signs_are_those_of_the_words_times_scales(columns):
-    path = random_path(5, 40, columns, torch.Generator().manual_seed(7))
-    u, _, h, ell, _ = unpack_factors(path)
-    out = cuda.to_device(np.full(6 * 24, 99, np.uint32))
-    arrays = on_device(path.u_words), on_device(path.h), on_device(path.ell)
-    factor = cuda.to_device(np.full(1, 0.5, np.float32))
-    unpacking("half")[6, 32](*arrays, factor, out, 5, columns, 40, 8, 48)
-    got, want = out.copy_to_host().view(np.float16).reshape(6, 48), np.zeros((6, 40), np.float32)
-    want[:5, :columns] = (h[:, None].float() * u * ell).numpy() / 2
-    assert np.allclose(got[:, 8:], want, rtol=1e-3, atol=0)
-    assert (out.copy_to_host().reshape(6, 24)[:, :4] == 99).all()
+@pytest.mark.parametrize(
+    ("kind", "dtype", "sizes", "scale"),
+    [
+        ("half", torch.float16, (270, 40, [33]), 1),
+        ("half", torch.float16, (33, 70, [17, 40]), 1),
+        ("half", torch.float16, (9, 300, [9]), 600),
+        ("bfloat", torch.bfloat16, (17, 41, [8, 3]), 600),
+    ],
+)
+def test_unpacked_factors_are_folded_ones_times_powers_of_two(kind, dtype, sizes, scale):
+    d_out, d_in, ranks = sizes
+    paths = scaled_paths(d_out, d_in, ranks, scale)
+    a, b = unpacked(paths, kind, dtype)
+    largest = max(float(path.h.float().abs().max()) for path in paths)
+    largest *= max(float(path.ell.float().abs().max()) for path in paths)
+    unit = 2.0 ** max(0, math.floor(math.log2(largest)) - 14) if kind == "half" else 1
+    assert (unit > 1) == (kind == "half" and scale > 1)
+    rows, eighths = 0, [-(-rank // 8) * 8 for rank in ranks]
+    assert a.shape == (sum(eighths), -(-d_in // 8) * 8)
+    for path, size in zip(paths, eighths, strict=True):
+        u, v, h, ell, g = (tensor.float() for tensor in unpack_factors(path))
+        here, rank = slice(rows, rows + path.rank), path.rank
+        assert torch.equal(a[here, :d_in], (unit * g * v.T).to(dtype))
+        assert torch.equal(b[:, here], (h[:, None] / unit * ell * u).to(dtype))
+        assert (a[rows + rank : rows + size] == 0).all()
+        assert (b[:, rows + rank : rows + size] == 0).all()
+        rows += size
+    assert (a[:, d_in:] == 0).all()
+    assert b.isfinite().all()
+
+
+def test_unpacked_factors_keep_scales_that_are_not_finite_where_they_are():
+    (path,) = scaled_paths(9, 20, [16], 1)
+    path.h[2], path.ell[3], path.g[4] = math.inf, math.nan, -math.inf
+    a, b = unpacked([path], "half", torch.float16)
+    infinite, nan = torch.zeros(9, 16, dtype=torch.bool), torch.zeros(9, 16, dtype=torch.bool)
+    infinite[2], nan[:, 3] = True, True
+    assert torch.equal(b.isnan(), nan)
+    assert torch.equal(b.isinf(), infinite & ~nan)
+    assert torch.equal(a.isinf().any(0), torch.arange(24) == 4)
+    assert not a.isnan().any()
+
+
+def scaled_paths(d_out, d_in, ranks, scale):
+    generator = torch.Generator().manual_seed(7)
+    paths = [random_path(d_out, d_in, rank, generator) for rank in ranks]
+    return [path._replace(h=path.h * scale, ell=path.ell * scale) for path in paths]
+
+
+def unpacked(paths, kind, dtype):
+    """A and B of all paths, all of the memory that they have."""
+    d_out, d_in = len(paths[0].h), len(paths[0].g)
+    rows, columns = (8 * sum(-(-count // 8) for count in counts) for counts in ([p.rank for p in paths], [d_in]))
+    out = cuda.to_device(np.full(rows * (columns + d_out) // 2, 0x7E007E00, np.uint32))  # NaN
+    arrays = [PackedFactors(*map(on_device, path)) for path in paths]
+    kernels.launch_unpacking(kind, arrays, out, 1, True, start)
+    both = torch.from_numpy(out.copy_to_host().view(np.int16)).view(dtype)
+    return both[: rows * columns].view(rows, columns), both[rows * columns :].view(d_out, rows)
 
 
 def run(x, layers, schedule=ONE, y=None, **options):
@@ -270,17 +316,50 @@ def test_a_batch_with_what_is_not_finite_and_zeros():
     assert (y[2] == 0).all()
 
 
-def batch(x, paths, schedule):
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "ranks", "rows", "parts", "tile"),
+    [
+        (17, 72, [33], 3, 1, (1, 1, 1, 1)),
+        (33, 424, [17], 20, 3, (1, 2, 2, 1)),
+        (70, 128, [70, 33], 9, 2, (4, 1, 1, 2)),
+        (20, 8, [130], 9, 1, (4, 1, 1, 2)),
+    ],
+)
+def test_batches_of_float16_are_multiplied_as_they_are(d_out, d_in, ranks, rows, parts, tile):
+    generator = torch.Generator().manual_seed(15)
+    paths = [random_path(d_out, d_in, rank, generator) for rank in ranks]
+    sizes = torch.tensor([2.0**6, 1, 2.0**-6])[torch.arange(rows) % 3, None]
+    x = (torch.randn(rows, d_in, generator=generator) * sizes).half()
+    y = batch(x.numpy().view(np.uint16), paths, kernels.BatchSchedule(parts, Tile(*tile), Tile(*tile)), "half")
+    y, want = y.view(np.float16).astype(np.float64), exact(x, paths)
+    assert (np.abs(y - want) <= 2.0**-11 / TOLERANCE * bound(x, paths) + 2.0**-11 * np.abs(want)).all()
+    relative = np.linalg.norm(y - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert (relative < 2.0**-10).all()
+
+
+def test_a_batch_of_float16_with_what_is_not_finite_and_zeros():
+    paths = [random_path(20, 72, 40, torch.Generator().manual_seed(14))]
+    x = np.ones((3, 72), np.float16)
+    x[1, 5], x[2] = np.inf, 0
+    tile = Tile(1, 1, 1, 1)
+    y = batch(x.view(np.uint16), paths, kernels.BatchSchedule(1, tile, tile), "half").view(np.float16)
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()
+    assert (y[2] == 0).all()
+
+
+def batch(x, paths, schedule, kind="single"):
+    """What the kernels for batches make of x, (rows, d_out)."""
     sizes = kernels.Sizes(x.shape[1], (len(paths[0].h),), (tuple(path.rank for path in paths),))
     dtypes = kernels.Work(np.uint32, np.float32, np.float32, np.uint32, np.float32)
     counts = kernels.work_sizes(sizes, len(x), schedule)
     nans = [np.full(4 * count, 0xFF, np.uint8).view(dtype) for count, dtype in zip(counts, dtypes, strict=True)]
-    y = cuda.to_device(np.full(len(x) * len(paths[0].h), 99, np.float32))
+    y = cuda.to_device(np.full(len(x) * len(paths[0].h), 99, x.dtype))
     arrays = [PackedFactors(*map(on_device, path)) for path in paths]
     work = kernels.Work(*map(cuda.to_device, nans))
-    x = cuda.to_device(np.ascontiguousarray(x)), "single", len(x)
-    kernels.launch_batch(x[0].ravel(), *x[1:], arrays, y, work, schedule, True, start, grouped=True)
-    return y.copy_to_host().reshape(x[2], -1)
+    flat = cuda.to_device(np.ascontiguousarray(x).ravel())
+    kernels.launch_batch(flat, kind, len(x), arrays, y, work, schedule, True, start, grouped=True)
+    return y.copy_to_host().reshape(len(x), -1)
 
 
 @pytest.mark.parametrize(("d_in", "most"), [(70, 1), (600, 1), (512, 2)])

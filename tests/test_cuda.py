@@ -13,7 +13,7 @@ import pytest
 from littlebit.fast import tune_cuda
 from littlebit.fast.__main__ import main
 from littlebit.fast.bits import rank_for_bits
-from littlebit.fast.kernels import cuda as kernels, cuda_batch, cuda_launch
+from littlebit.fast.kernels import cuda as kernels, cuda_batch, cuda_launch, cuda_unpacked
 from littlebit.fast.kernels.cuda_launch import Blocks, Schedule
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
@@ -37,7 +37,8 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
         "numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=capability)
     )
     # device functions keep what they were compiled for
-    for factory in (kernels.latent, kernels.output, kernels.plain_latent, kernels.plain_output, kernels.unpacking):
+    plain = kernels.plain_latent, kernels.plain_output
+    for factory in (kernels.latent, kernels.output, *plain, cuda_unpacked.unpacking):
         factory.cache_clear()
     early = capability >= cuda_launch.EARLY
     kinds = KINDS if capability == CAPABILITIES[-1] else ("bfloat",)
@@ -54,7 +55,10 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
             assert attributes[FRAME_SIZE] == 0
     for kernel in (kernels.plain_latent("half"), kernels.plain_output("half")):
         assert compiled(kernel, capability)[1][FRAME_SIZE] == 0
-    assert compiled(kernels.unpacking("half"), capability)[1][FRAME_SIZE] == 0
+    for kind, paths in (("half", 1), ("bfloat", 2)):
+        text, attributes = compiled(cuda_unpacked.unpacking(kind, paths, early), capability)
+        assert b"st.global.v4" in text
+        assert attributes[FRAME_SIZE] == 0
 
 
 @pytest.mark.parametrize(("capability", "grouped"), [((8, 0), False), ((9, 0), False), ((9, 0), True)])
@@ -70,7 +74,7 @@ def test_kernels_for_batches_compile_without_spills(capability, grouped, monkeyp
     chosen = [
         cuda_batch.products(kind, tile, 1, 2, early, grouped) for kind, tile in (("half", large), ("bfloat", small))
     ]
-    chosen += [cuda_batch.products("single", large, 2, 1, early, grouped)]
+    chosen += [cuda_batch.products("single", large, 2, 1, early, grouped, direct) for direct in (False, True)]
     for kernel in chosen:
         text, attributes = compiled(kernel, capability)
         assert (b"wgmma.mma_async" if grouped else b"mma.sync.aligned.m16n8k16") in text
@@ -89,10 +93,20 @@ def test_tiles_of_batches_fit_and_are_filled(rows, grouped):
         schedule = cuda_launch.batch_schedule(sizes, rows, 132, grouped)
         assert 1 <= schedule.parts <= max(1, cuda_launch.steps_of(d_in))
         for tile in (schedule.latent, schedule.output):
-            assert tile.shared_bytes(len(ranks)) <= limit
+            assert max(tile.shared_bytes(len(ranks)), tile.shared_bytes(1, True)) <= limit
             assert tile.threads % tile.rows == 0
             assert tile.vectors < 2 * max(rows, 16)
         assert schedule.latent.grouped or not grouped or rows <= 32
+
+
+@pytest.mark.parametrize("ranks", [(64,), (184,), (300, 310), (1096,), (6336,)])
+def test_a_layer_is_quicker_unpacked_from_some_number_of_rows_on(ranks):
+    for d_out, d_in in SHAPES:
+        sizes = cuda_launch.Sizes(d_in, (d_out,), (ranks,))
+        quicker = [cuda_launch.is_quicker_unpacked(sizes, 1 << log) for log in range(17)]
+        assert quicker == sorted(quicker)
+        assert not any(quicker[:6])
+        assert all(quicker[11:]) or d_in < 100
 
 
 def compiled(kernel, capability):

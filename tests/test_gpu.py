@@ -117,7 +117,7 @@ def test_schedules_do_not_change_the_result(cuda_launch):
 @settings(max_examples=40, deadline=None)
 @given(
     d_out=st.integers(1, 3000),
-    d_in=st.integers(1, 5000),
+    d_in=st.one_of(st.integers(1, 5000), st.integers(1, 600).map(lambda n: 8 * n)),
     ranks=st.lists(st.integers(1, 900), min_size=1, max_size=2),
     rows=st.integers(5, 1500),
     dtype=st.sampled_from(DTYPES[:2]),
@@ -131,11 +131,12 @@ def test_batches_of_any_size_equal_the_exact_product_but_for_roundings(d_out, d_
 
 
 @pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("d_in", [2100, 2104])
 @pytest.mark.parametrize("rows", [9, 30, 60, 200])
-def test_every_tile_of_a_batch(cuda_launch, monkeypatch, rows, grouped):
+def test_every_tile_of_a_batch(cuda_launch, monkeypatch, rows, d_in, grouped):
     if not grouped:
         monkeypatch.setattr(cuda_launch, "GROUPED", None)
-    paths, x = layer(1500, 2100, (130, 260)), inputs(rows, 2100)
+    paths, x = layer(1500, d_in, (130, 260)), inputs(rows, d_in)
     plan = cuda_launch.Plan([tensor for path in paths for tensor in path])
     for tile in cuda_launch.tiles_for(rows, grouped):
         for parts in (1, 3):
@@ -153,13 +154,28 @@ def test_large_batches_are_multiplied_by_unpacked_signs(cuda_launch, rows, dtype
     assert relative_error(y, want) <= 3 * torch.finfo(dtype).eps
 
 
-def test_scales_whose_products_overflow_float16():
+def test_scales_whose_products_overflow_float16(cuda_launch):
     (path,) = layer(64, 128, [40])
     path = path._replace(h=path.h * 600, ell=path.ell * 600)
     x = inputs(200, 128) / 1024
-    y, want = lb.packed_linear(x, [path]), exact(x, [path])
-    assert y.isfinite().all()
-    assert relative_error(y, want) <= 3e-3
+    want = exact(x, [path])
+    for y in (lb.packed_linear(x, [path]), cuda_launch.Plan([*path]).unpacked(x)):
+        assert y.isfinite().all()
+        assert relative_error(y, want) <= 3e-3
+
+
+def test_scales_are_read_anew_when_a_graph_of_unpacked_signs_is_replayed(cuda_launch):
+    (path,), x = layer(300, 1024, [100]), inputs(200, 1024) / 1024
+    plan = cuda_launch.Plan([*path])
+    plan.unpacked(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = plan.unpacked(x)
+    for factor in (1, 600):
+        path.h.mul_(factor)
+        path.ell.mul_(factor)
+        graph.replay()
+        assert relative_error(y, exact(x, [path])) <= 3e-3
 
 
 @pytest.mark.parametrize("rows", [0, 1, 200])

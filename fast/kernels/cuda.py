@@ -35,7 +35,7 @@ fetches its words, and then waits for what they are multiplied with.
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-from numba import cuda, float32, int32, int64, types, uint32
+from numba import cuda, float32, int32, types, uint32
 
 from .cuda_lanes import (
     as_bits,
@@ -852,58 +852,4 @@ def plain_output(kind: str) -> Any:
                 y[uint32(int32(vector * d_out) + row)] = rounded(total)
 
     SIGNATURES[kernel] = types.void(SINGLES, WORDS, WORDS, HALVES, HALVES, ELEMENTS[kind], *[types.int32] * 3)
-    return kernel
-
-
-@cache
-def unpacking(kind: str) -> Any:
-    """Unpack signs into a matrix of float16 or bfloat16, for a product by tensor cores with large batches."""
-    rounded = ROUND[kind]
-
-    @cuda.jit(device=True, forceinline=True)
-    def scale_of(column_scale, column, columns):
-        return half_at(column_scale, column) if column < columns else float32(0)
-
-    @cuda.jit(device=True, forceinline=True)
-    def pair(scale, bits, low, high):
-        low, high = low * scale, high * scale
-        low, high = rounded(-low if bits & 1 else low), rounded(-high if bits & 2 else high)
-        return uint32(uint32(low) | uint32(high) << uint32(16))
-
-    @cuda.jit
-    def kernel(words, row_scale, column_scale, factor, out, rows, columns, width, first, stride):
-        """A block for each row of `out`: entries `first` to `first` + `width`, all three of them multiples of eight.
-
-        out[r, first + c] = factor_0 row_scale_r sign[r, c] column_scale_c, and 0 beyond the matrix of signs, which is
-        (rows, columns).
-        """
-        row, column = int32(cuda.blockIdx.x), int32(8 * cuda.threadIdx.x)
-        of_row = int32(int32(columns + 31) >> 5)
-        scale = factor[0] * half_at(row_scale, row) if row < rows else float32(0)
-        while column < width:
-            a = b = c = d = e = f = g = h = float32(0)
-            bits = uint32(0)
-            if row < rows and column < columns:
-                bits = uint32(words[uint32(int32(row * of_row) + int32(column >> 5))]) >> uint32(column & 31)
-                if column + 8 <= columns:
-                    a, b, c, d, e, f, g, h = half_eight(column_scale, column)
-                else:
-                    a, b = scale_of(column_scale, column, columns), scale_of(column_scale, int32(column + 1), columns)
-                    c, d = (
-                        scale_of(column_scale, int32(column + 2), columns),
-                        scale_of(column_scale, int32(column + 3), columns),
-                    )
-                    e, f = (
-                        scale_of(column_scale, int32(column + 4), columns),
-                        scale_of(column_scale, int32(column + 5), columns),
-                    )
-                    g = scale_of(column_scale, int32(column + 6), columns)
-            place = int64(row) * stride + int32(first + column)
-            out[place >> 1] = pair(scale, bits, a, b)
-            out[(place >> 1) + 1] = pair(scale, bits >> uint32(2), c, d)
-            out[(place >> 1) + 2] = pair(scale, bits >> uint32(4), e, f)
-            out[(place >> 1) + 3] = pair(scale, bits >> uint32(6), g, h)
-            column = int32(column + int32(8 * cuda.blockDim.x))
-
-    SIGNATURES[kernel] = types.void(WORDS, HALVES, HALVES, SINGLES, WORDS, *[types.int32] * 5)
     return kernel

@@ -7,6 +7,9 @@ shared memory. `scaled_vectors` adds the parts up that d_in was divided into the
 multiplies that with U. Sums are of float32 throughout; beside the rounding of the output there are two, of the scaled
 vectors, by 2^-11 of an entry at most.
 
+The first launch is left out if x is float16 in whole eights: `products` then multiplies x itself with +g or -g, and the
+sums with ell.
+
 Words of signs are read from memory as they are, so a layer costs no more memory traffic than with one vector, until the
 arithmetic is what takes the time.
 """
@@ -40,6 +43,7 @@ from .cuda_lanes import as_bits, as_float, copy4, larger, let_next_start, round_
 from .cuda_tiles import (
     commit,
     copy1,
+    copy_chunk,
     group_product,
     landed,
     let_group_read,
@@ -106,10 +110,10 @@ class Tile(NamedTuple):
         """Steps that are on their way or in work at the same time."""
         return min(MOST_STAGES, max(FEWEST_STAGES, STAGES_BYTES // (4 * self.stage_words)))
 
-    def shared_bytes(self, segments: int) -> int:
-        """Shared memory of a block: stages and scales, or later the sums in their place, and units of vectors."""
+    def shared_bytes(self, segments: int, direct: bool = False) -> int:
+        """Shared memory of a block: stages and scales, or later the sums in their place, and units of vectors or g."""
         held = max(self.stages * self.stage_words + segments * self.rows, self.vectors * (self.rows + 4))
-        return 4 * (held + self.vectors)
+        return 4 * (held + (self.stages * WORDS_DEPTH if direct else self.vectors))
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -206,11 +210,14 @@ def scaled_vectors(kind: str, aligned: bool, count: int, parts: int, early: bool
 
 
 @cache
-def products(kind: str, tile: Tile, choices: int, segments: int, early: bool, grouped: bool = False) -> Any:
+def products(
+    kind: str, tile: Tile, choices: int, segments: int, early: bool, grouped: bool = False, direct: bool = False
+) -> Any:
     """Sums of rows of signs, times scales, with vectors from `scaled_vectors`; each output is rounded to a kind.
 
     A block has one of `choices` of outputs, each of the sum of products of `segments` matrices of signs, one or two.
     With `grouped` warps multiply in groups of four, for which GPUs of compute capability 9.0 alone have instructions.
+    If `direct`, vectors are of float16, in whole eights, and are multiplied with signs times g; there is one segment.
     """
     rounded, stages = ROUND[kind], tile.stages
     rows_of_tile, vectors_of_tile, threads = tile.rows, tile.vectors, tile.threads
@@ -218,29 +225,41 @@ def products(kind: str, tile: Tile, choices: int, segments: int, early: bool, gr
     held_signs = stages * words_x  # where in shared memory words of signs begin
     held_scales = held_signs + stages * 2 * rows_of_tile
     held_units = max(held_scales + segments * rows_of_tile, vectors_of_tile * stride_sums)
+    held_g, per_chunk = held_units, 8 if direct else 4  # elements of x in a chunk
+    per_step = 8 * per_chunk
     turns_of_sums = rows_of_tile * vectors_of_tile // threads
     down, across, warps_down = tile.down, tile.across, tile.warps_down
     chunks_of_x, words_of_signs = 8 * vectors_of_tile, 2 * rows_of_tile
     turns_of_x, turns_of_signs = -(-chunks_of_x // threads), -(-words_of_signs // threads)
-    first_half, second_half = (tile_product(down, across, half, 8 * WORDS_DEPTH) for half in range(2))
-    both_halves = group_product(across)
+    first_half, second_half = (tile_product(down, across, half, 8 * WORDS_DEPTH, direct) for half in range(2))
+    both_halves = group_product(across, direct)
     nothing, put_sums = no_sums(4 * down * across), put_tile(down, across, stride_sums)
-    words_of_rows, scales_of_rows = load_spaced(2 * down, 2, 16), load_spaced(2 * down, 1, 8)
+    words_of_rows, scales_at = load_spaced(2 * down, 2, 16), load_spaced(*((8, 1, 4) if direct else (2 * down, 1, 8)))
     next_landed = landed(stages - 2)
 
     @cuda.jit(device=True, forceinline=True)
-    def fetch_entries(signal, stage, x, begin, stride, thread):
-        """Begin to copy a step's piece of each vector: eight chunks of four words, swapped so that no banks collide."""
+    def fetch_entries(signal, stage, x, g, begin, stride, left, step, thread):
+        """Begin to copy a step's piece of each vector: eight chunks of four words, swapped so that no banks collide.
+
+        If `direct`, zeros take the place of chunks beyond the last vector or its end, and g's piece comes too.
+        """
         one, chunk = int32(thread >> 3), int32(thread & 7)
-        source = int32(int32(begin + int32(one * stride)) + int32(chunk << 2))
+        first = int32(int32(per_step * step) + int32(per_chunk * chunk))
+        source = int32(int32(begin + int32(one * stride)) + first)
         target = int32(int32(words_x * stage) + int32(WORDS_DEPTH * one))
         target = int32(target + int32(int32(chunk ^ int32(one & 7)) << 2))
         for turn in range(turns_of_x):
             if chunks_of_x % threads == 0 or thread + turn * threads < chunks_of_x:
                 further = int32(turn * (threads // 8))
-                copy4(
-                    signal, uint32(target + int32(WORDS_DEPTH * further)), x, uint32(source + int32(further * stride))
-                )  # fmt: skip
+                to, place = uint32(target + int32(WORDS_DEPTH * further)), uint32(source + int32(further * stride))
+                if direct:
+                    inside = first < stride and int32(one + further) < left
+                    copy_chunk(signal, to, x, place, uint32(16) if inside else uint32(0))
+                else:
+                    copy4(signal, to, x, place)
+        if direct and thread < 8:
+            to = uint32(int32(held_g + WORDS_DEPTH * stage) + int32(thread << 2))
+            copy_chunk(signal, to, g, uint32(first), uint32(16) if first < stride else uint32(0))
 
     @cuda.jit(device=True, forceinline=True)
     def fetch_signs(signal, stage, signs, row, last_row, width, step, thread):
@@ -255,15 +274,16 @@ def products(kind: str, tile: Tile, choices: int, segments: int, early: bool, gr
 
     @cuda.jit
     def kernel(
-        x, units, signs, scales, widths, counts, steps, bases, begins, offsets, limits, out,
+        x, units, gs, signs, scales, widths, counts, steps, bases, begins, offsets, limits, out,
         vectors, room, stride, across_out, per_part,
     ):  # fmt: skip
         """Grid (blocks of all choices, vectors / those of a tile, parts).
 
         Of each matrix: signs, scales of rows, words of a row (widths), steps, and where the vectors begin that it is
         multiplied with (bases). Of each choice: rows (counts), rows to be written, those beyond the former as zeros
-        (limits), the first block (begins), where its outputs begin (offsets). A vector takes `stride` words of x, which
-        has room for `room` of each choice, and `across_out` elements of `out`; a part has `per_part` steps.
+        (limits), the first block (begins), where its outputs begin (offsets), and g if `direct`. A vector takes
+        `stride` elements of x, which has room for `room` of each choice unless `direct`, and `across_out` elements of
+        `out`; a part has `per_part` steps.
         """
         thread = int32(cuda.threadIdx.x)
         lane, warp, block, choice = int32(thread & 31), int32(thread >> 5), int32(cuda.blockIdx.x), int32(0)
@@ -287,8 +307,9 @@ def products(kind: str, tile: Tile, choices: int, segments: int, early: bool, gr
                 fetch_signs(signal, int32(stage), signs_1, row, last_row, width_1, ahead, thread)
             elif ahead < end:
                 fetch_signs(signal, int32(stage), signs_2, row, last_row, width_2, int32(ahead - boundary), thread)
-        item = thread
-        while item < rows_of_tile:
+        item, own, left = thread, int32(row + int32(thread % rows_of_tile)), int32(vectors - vector)
+        scale, g = half_at(scales[one], min(own, last_row)) if direct else float32(1), gs[choice]
+        while not direct and item < rows_of_tile:
             place = min(int32(row + item), last_row)
             for segment in range(segments):
                 bits = uint32(scales[int32(one + int32(segment))][uint32(place)])
@@ -300,14 +321,14 @@ def products(kind: str, tile: Tile, choices: int, segments: int, early: bool, gr
             wait()
             let_next_start()
         item = thread
-        while item < min(vectors_of_tile, int32(vectors - vector)):
+        while not direct and item < min(vectors_of_tile, left):
             shared[uint32(held_units + item)] = units[uint32(int32(int32(choice * room) + vector) + item)]
             item = int32(item + threads)
         ahead = begin
         for stage in range(stages - 1):
             if ahead < end:
-                source = int32((source_1 if ahead < boundary else source_2) + int32(WORDS_DEPTH * ahead))
-                fetch_entries(signal, int32(stage), x, source, stride, thread)
+                source = source_1 if ahead < boundary else source_2
+                fetch_entries(signal, int32(stage), x, g, source, stride, left, ahead, thread)
             commit()
             ahead = int32(ahead + 1)
         warp_row = int32(16 * down * int32(warp % warps_down))
@@ -322,19 +343,21 @@ def products(kind: str, tile: Tile, choices: int, segments: int, early: bool, gr
         if grouped:
             let_group_read()
         cuda.syncthreads()
-        at_scales = int32(held_scales + mine)
-        weights = scales_of_rows(signal, uint32(at_scales if begin < boundary else int32(at_scales + rows_of_tile)))
+        at_scales = int32(held_g + int32(lane & 3)) if direct else int32(held_scales + mine)
+        weights = scales_at(signal, uint32(at_scales if begin < boundary else int32(at_scales + rows_of_tile)))
         while step < end:
             if segments > 1 and step == boundary:
-                weights = scales_of_rows(signal, uint32(at_scales + rows_of_tile))
+                weights = scales_at(signal, uint32(at_scales + rows_of_tile))
+            if direct:
+                weights = scales_at(signal, uint32(at_scales + int32(WORDS_DEPTH * stage)))
             if ahead < end:
                 if segments == 1 or ahead < boundary:
                     fetch_signs(signal, stage_ahead, signs_1, row, last_row, width_1, ahead, thread)
-                    source = int32(source_1 + int32(WORDS_DEPTH * ahead))
+                    source = source_1
                 else:
                     fetch_signs(signal, stage_ahead, signs_2, row, last_row, width_2, int32(ahead - boundary), thread)
-                    source = int32(source_2 + int32(WORDS_DEPTH * ahead))
-                fetch_entries(signal, stage_ahead, x, source, stride, thread)
+                    source = source_2
+                fetch_entries(signal, stage_ahead, x, g, source, stride, left, ahead, thread)
             commit()
             ahead, stage_ahead = int32(ahead + 1), stage
             at_words = int32(int32(held_signs + int32(words_of_signs * stage)) + int32(mine << 1))
@@ -355,20 +378,21 @@ def products(kind: str, tile: Tile, choices: int, segments: int, early: bool, gr
         put_sums(shared, uint32(first), sums)
         cuda.syncthreads()
         row_of_sum, one_vector = int32(thread % rows_of_tile), int32(thread // rows_of_tile)
-        row_out, limit, left = int32(row + row_of_sum), int32(limits[choice]), int32(vectors - vector)
+        limit = int32(limits[choice])
         target = int32(int32(int32(int32(cuda.blockIdx.z) * vectors + vector) * across_out) + offsets[choice])
-        target, at_sum = int32(target + row_out), int32(int32(one_vector * stride_sums) + row_of_sum)
+        target, at_sum = int32(target + own), int32(int32(one_vector * stride_sums) + row_of_sum)
         for turn in range(turns_of_sums):
             further = int32(one_vector + turn * (threads // rows_of_tile))
-            if row_out < limit and further < left:
+            if own < limit and further < left:
                 value = shared[uint32(at_sum + turn * (threads // rows_of_tile) * stride_sums)]
-                value = value * shared[uint32(held_units + further)] if row_out < count else float32(0)
+                factor = scale if direct else shared[uint32(held_units + further)]
+                value = value * factor if own < count else float32(0)
                 out[uint32(target + int32(further * across_out))] = rounded(value)
 
     each, total = partial(types.UniTuple, count=choices), partial(types.UniTuple, count=choices * segments)
     number = types.int32
     SIGNATURES[kernel] = types.void(
-        WORDS, SINGLES, total(WORDS), total(HALVES), total(number), each(number), total(number), total(number),
-        each(number), each(number), each(number), ELEMENTS[kind], *[number] * 5,
+        HALVES if direct else WORDS, SINGLES, each(HALVES), total(WORDS), total(HALVES), total(number), each(number),
+        total(number), total(number), each(number), each(number), each(number), ELEMENTS[kind], *[number] * 5,
     )  # fmt: skip
     return kernel

@@ -35,7 +35,6 @@ from .cuda import (
     output,
     plain_latent,
     plain_output,
-    unpacking,
 )
 from .cuda_batch import (
     DEPTH,
@@ -46,6 +45,7 @@ from .cuda_batch import (
     products,
     scaled_vectors,
 )
+from .cuda_unpacked import ACROSS, STRIP, UNPACKING_BLOCKS, UNPACKING_THREADS, unpacking
 from .dispatch import unpacked_linear
 
 OLDEST = (8, 0)  # compute capability that has the instructions
@@ -54,11 +54,14 @@ KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "single
 VERSIONS = ("plain", "tensor", "early")  # the ladder
 WARPS = 8  # of a block of the plain kernels
 MOST_WARPS = 16  # of a block of the others
-# Rows of x up to which `launch` is quicker than `launch_batch` in 16 bits, and that than unpacked signs, on an H100
-SMALL_BATCH, LARGE_BATCH = 4, 1024
+SMALL_BATCH = 4  # rows of x in 16 bits up to which `launch` is quicker than `launch_batch`, on an H100
 EXACT_BATCH = 32  # rows of x in float32, of which `launch` alone keeps the precision, up to which unpacking is slower
 GROUPED = (9, 0)  # the capability that multiplies with groups of warps
 MOST_PARTS = 8  # of d_in, for batches
+# Microseconds on an H100: of a batch's launches, and added to them for a sign, for a sign times a vector, and for an
+# entry of x or y. By `launch_batch`: least squares of book/results/cuda_batches.json, 64 to 1024 rows, with a launch
+# less. Unpacked: two bytes a sign at 2.5 TB/s, and what its 4096 rows there say of the products.
+BATCH_COST, UNPACKED_COST = (10.5, 1.5e-7, 3.4e-9, 2e-6), (11.0, 8e-7, 3e-9, 1e-6)
 SCHEDULES = Path(__file__).parent.parent / "data" / "cuda_schedules.json"
 MOST_NUMBER = 64  # in a schedule
 log = logging.getLogger(__name__)
@@ -490,6 +493,17 @@ def work_sizes(sizes: Sizes, rows: int, schedule: BatchSchedule) -> Work:
     return Work(inputs, count * room_1, schedule.parts * rows * columns, room_2 * columns // 2, room_2)
 
 
+def is_quicker_unpacked(sizes: Sizes, rows: int) -> bool:
+    """Whether products of unpacked signs are quicker than `launch_batch`, for a layer and so many rows in 16 bits."""
+    entries = sizes.d_in + sum(sizes.d_outs)
+    signs = entries * sum(sizes.paths)
+
+    def cost(launches: float, sign: float, product: float, entry: float) -> float:
+        return launches + signs * (sign + rows * product) + rows * entries * entry
+
+    return cost(*UNPACKED_COST) < cost(*BATCH_COST)
+
+
 def scaling_threads(columns: int) -> int:
     """Threads of a block that scales a vector of so many entries."""
     return min(SCALING_THREADS, 32 * -(-columns // (32 * SCALED_AT_ONCE)))
@@ -507,35 +521,40 @@ def launch_batch(
     start: Any,
     grouped: bool = False,
 ) -> None:
-    """Start the four kernels for batches, likewise, for one layer; `grouped` if warps can multiply in groups."""
+    """Start the kernels for batches, likewise, for one layer; `grouped` if warps can multiply in groups.
+
+    They are three if x is float16 in whole eights, which then begins at a multiple of 16 bytes, and else four.
+    """
     d_in, d_out, count = len(paths[0].g), len(paths[0].h), len(paths)
     ranks = tuple(len(path.ell) for path in paths)
-    depth = steps_of(d_in)
+    depth, direct = steps_of(d_in), kind == "half" and d_in % 8 == 0
     per_part = -(-depth // schedule.parts)
-    parts, stride = -(-depth // per_part), WORDS_DEPTH * depth
+    parts, stride = -(-depth // per_part), d_in if direct else WORDS_DEPTH * depth
     tile = schedule.latent
     groups = -(-rows // tile.vectors)
     room, threads = groups * tile.vectors, scaling_threads(DEPTH * depth)
-    start(
-        scaled_vectors(kind, d_in % 8 == 0, count, 1, early),
-        (rows, count, 1),
-        threads,
-        threads // 8,
-        (x, *columns_of(paths, "g"), work.inputs, work.input_units, rows, room, d_in, stride),
-    )
+    gs, v_words, ell = columns_of(paths, "g", "v_words", "ell")
+    if not direct:
+        start(
+            scaled_vectors(kind, d_in % 8 == 0, count, 1, early),
+            (rows, count, 1),
+            threads,
+            threads // 8,
+            (x, gs, work.inputs, work.input_units, rows, room, d_in, stride),
+        )
     steps = tuple(map(steps_of, ranks))
     limits = tuple(DEPTH * each for each in steps)
     offsets, across = sums_before(limits)
     begins, blocks = sums_before([-(-limit // tile.rows) for limit in limits])
     start(
-        products("single", tile, count, 1, early, grouped and tile.grouped),
+        products("single", tile, count, 1, early, grouped and tile.grouped, direct),
         (blocks, groups, parts),
         tile.threads,
-        tile.shared_bytes(1),
+        tile.shared_bytes(1, direct),
         (
-            work.inputs, work.input_units, *columns_of(paths, "v_words", "ell"), (-(-d_in // 32),) * count, ranks,
-            (depth,) * count, tuple(room * stride * which for which in range(count)), begins, offsets, limits,
-            work.part, rows, room, stride, across, per_part,
+            x if direct else work.inputs, work.input_units, gs, v_words, ell, (-(-d_in // 32),) * count, ranks,
+            (depth,) * count, tuple(0 if direct else room * stride * which for which in range(count)), begins, offsets,
+            limits, work.part, rows, room, stride, across, per_part,
         ),
     )  # fmt: skip
     tile = schedule.output
@@ -554,7 +573,7 @@ def launch_batch(
         tile.threads,
         tile.shared_bytes(count),
         (
-            work.latents, work.latent_units, *columns_of(paths, "u_words", "h"),
+            work.latents, work.latent_units, (paths[0].g,), *columns_of(paths, "u_words", "h"),
             tuple(-(-rank // 32) for rank in ranks), (d_out,), steps, tuple(offset // 2 for offset in offsets),
             (0,), (0,), (d_out,), y, rows, room, across // 2, d_out, sum(steps),
         ),
@@ -572,6 +591,38 @@ def launch_plain(x: Any, kind: str, rows: int, paths: Sequence[Any], y: Any, par
         offset += rank
     arguments = (part, first.u_words, second.u_words, first.h, second.h, y, ranks[0], sum(ranks[1:]), d_out)
     start(plain_output(kind), (-(-d_out // WARPS), rows, 1), 32 * WARPS, 0, arguments)
+
+
+def eights_of(count: int) -> int:
+    """Eights of so many entries, the last of which need not be whole."""
+    return -(-count // 8)
+
+
+def launch_unpacking(kind: str, paths: Sequence[Any], out: Any, multiprocessors: int, early: bool, start: Any) -> None:
+    """Start the kernel that unpacks a layer's paths to a kind, likewise: A, and after it B, with rows of whole eights.
+
+    `out` is of uint32, two entries in each.
+    """
+    count, d_in, d_out = len(paths), len(paths[0].g), len(paths[0].h)
+    ranks = tuple(len(path.ell) for path in paths)
+    of_ranks, across = tuple(map(eights_of, ranks)), eights_of(d_in)
+    offsets, total = sums_before(of_ranks)
+    heights, widths = (*(8 * each for each in of_ranks), *[d_out] * count), (*[across] * count, *of_ranks)
+    starts = *(8 * offset * across for offset in offsets), *(8 * total * across + offset for offset in offsets)
+    begins, tiles = sums_before(
+        -(-height // STRIP) * -(-width // ACROSS) for height, width in zip(heights, widths, strict=True)
+    )
+    v_words, g, u_words, ell, h = columns_of(paths, "v_words", "g", "u_words", "ell", "h")
+    start(
+        unpacking(kind, count, early),
+        (min(-(-tiles // (UNPACKING_THREADS // 32)), UNPACKING_BLOCKS * multiprocessors), 1, 1),
+        UNPACKING_THREADS,
+        UNPACKING_THREADS // 4,
+        (
+            v_words + u_words, g + ell, h, heights, (*ranks, *[d_out] * count), (*[d_in] * count, *ranks), widths,
+            starts, (*[across] * count, *[total] * count), begins, out, tiles,
+        ),
+    )  # fmt: skip
 
 
 class Array(NamedTuple):
@@ -694,7 +745,7 @@ class Plan(Siblings):
         if not rows:
             return y
         if version is None and schedule is None and rows > SMALL_BATCH and x.dtype != torch.float32:
-            return self.unpacked(x) if rows > LARGE_BATCH else self.batch(x, y, rows)
+            return self.unpacked(x) if is_quicker_unpacked(self.sizes, rows) else self.batch(x, y, rows)
         schedule = schedule or self.schedule(rows)
         if version is None and (schedule is None or rows > EXACT_BATCH):
             return self.unpacked(x)
@@ -729,36 +780,23 @@ class Plan(Siblings):
         """The same by unpacking to x's dtype and two products."""
         if x.dtype == torch.float32:
             return unpacked_linear(x.reshape(-1, self.d_in), self.paths).reshape(*x.shape[:-1], self.d_out)
-        a, b, largest = self.factors(x.dtype)
-        return functional.linear(functional.linear(x, a), b) * largest.to(x.dtype)
+        a, b = self.factors(x.dtype)
+        return functional.linear(functional.linear(x, a), b)
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """All paths folded into one pair in float16 or bfloat16 (see `linear.folded`), and a factor of their product.
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All paths folded into one pair in float16 or bfloat16, A (R, d_in) and B (d_out, R): see `cuda_unpacked`.
 
-        A is (R, d_in) and B (d_out, R). B is divided by the largest of its scales if that exceeds one, since products
-        of float16 scales need not fit float16; this is the factor, (1,) float32. R is the sum of ranks, each rounded
-        up to a multiple of eight; the rows of A and columns of B that this adds are zero.
+        R is the sum of ranks, each rounded up to a multiple of eight; the rows of A and columns of B that this adds are
+        zero.
         """
-        device = self.kept[0][0].device
-        sizes, columns = [-(-rank // 8) * 8 for rank in self.ranks], -(-self.d_in // 8) * 8
-        a = torch.empty(sum(sizes), columns, dtype=dtype, device=device)
-        b = torch.empty(self.d_out, sum(sizes), dtype=dtype, device=device)
-        peaks = [path.h.abs().amax().float() * path.ell.abs().amax().float() for path in self.paths]
-        # made anew for each call: what a graph is captured with has no value before it is replayed
-        largest, one = torch.stack(peaks).amax().clamp(min=1).reshape(1), torch.ones(1, device=device)
-        ones, inverse = torch.ones(max(self.ranks), dtype=torch.float16, device=device), 1 / largest
-        offset = 0
+        rows, columns = 8 * sum(map(eights_of, self.ranks)), 8 * eights_of(self.d_in)
+        memory = torch.empty(rows * (columns + self.d_out), dtype=dtype, device=self.kept[0][0].device)
         with torch.cuda.device(self.index):
-            stream = torch.cuda.current_stream().cuda_stream
-            go = partial(start, stream, False, unpacking(KINDS[dtype]))
-            for path, size in zip(self.paths, sizes, strict=True):
-                target = array(a[offset:])
-                numbers = (path.rank, self.d_in, columns, 0, columns)
-                go((size, 1, 1), 256, 0, (*map(array, (path.v_words, ones, path.g, one)), target, *numbers))
-                numbers = (self.d_out, path.rank, size, offset, sum(sizes))
-                go((self.d_out, 1, 1), 64, 0, (*map(array, (path.u_words, path.h, path.ell, inverse, b)), *numbers))
-                offset += size
-        return a[:, : self.d_in], b, largest
+            go = partial(start, torch.cuda.current_stream().cuda_stream, self.early)
+            multiprocessors = self.device.multiprocessors
+            launch_unpacking(KINDS[dtype], self.layers[0], array(memory), multiprocessors, self.early, go)
+        a, b = memory[: rows * columns], memory[rows * columns :]
+        return a.view(rows, columns)[:, : self.d_in], b.view(self.d_out, rows)
 
 
 def readable(tensor: Tensor) -> Tensor:

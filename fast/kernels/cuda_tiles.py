@@ -24,6 +24,15 @@ if config.ENABLE_CUDASIM:
         """Begin to copy a word to shared memory."""
         array[int(index)] = source[int(place)]
 
+    def copy_chunk(array, index, source, place, size):
+        """Begin to copy `size` bytes, 16 or none, to shared memory, and zeros to the rest of 16; both are aligned."""
+        assert index % 4 == 0, "misaligned copy"
+        assert size == 0 or place % (16 // source.dtype.itemsize) == 0, "misaligned copy"
+        here = range(int(place), int(place) + int(size) // source.dtype.itemsize)
+        words = np.array([source[i] for i in here], source.dtype).view(np.uint32)
+        for i in range(4):
+            array[int(index) + i] = words[i] if size else 0
+
     def commit():
         """What this thread began to copy since the last time is a group."""
 
@@ -53,8 +62,15 @@ if config.ENABLE_CUDASIM:
         """A device function: so many sums of nothing."""
         return lambda: (np.float32(0),) * count
 
+    def signed(word, scales, row, at, direct):
+        """The two signs of a row that word `at` of 64 entries' is multiplied with, times scales; `word` has them."""
+        bits = (at % 16 * 2, at % 16 * 2 + 1) if direct else (at % 16, at % 16 + 16)
+        scale = scales[at // 4] if direct else scales[row]
+        pair = sum((word >> bit & 1) << place for bit, place in zip(bits, (15, 31), strict=True)) ^ int(scale)
+        return np.array([pair], np.uint32).view(np.float16).astype(np.float32)
+
     @cache
-    def tile_product(down: int, across: int, half: int, stride: int) -> Any:
+    def tile_product(down: int, across: int, half: int, stride: int, direct: bool = False) -> Any:
         """A device function: sums of a warp's tile plus products of 32 signs of each row with a vector's 32 entries.
 
         It takes the sums; two words of each of the lane's 2 * down rows, of which `half` says the one; the rows'
@@ -62,6 +78,9 @@ if config.ENABLE_CUDASIM:
         begin (8 rows of 8 float16, a vector's eight in each; four matrices side by side are 8 vectors' 32 entries, and
         lanes 8 i to 8 i + 7 have the rows of the i-th; the next 8 vectors are `stride` words further); and the lane.
         Entries i and i + 16 of a vector's 32 are a word.
+
+        If `direct`, entries 2 i and 2 i + 1 are a word, and scales are of entries, 64 for both halves: words
+        lane % 4, lane % 4 + 4 and so on.
         """
 
         @cuda.jit(device=True)
@@ -76,11 +95,9 @@ if config.ENABLE_CUDASIM:
             for quad in range(4):
                 theirs = cuda.shfl_sync(0xFFFFFFFF, (tuple(words), tuple(scales)), (lane & 28) + quad)
                 for row in range(2 * down):
-                    word, scale = int(theirs[0][2 * row + half]), int(theirs[1][row])
+                    word = int(theirs[0][2 * row + half])
                     for chunk in range(4):
-                        at = 4 * chunk + quad
-                        pair = ((word << (15 - at)) & SIGNS) ^ scale
-                        rows[row].append(np.array([pair], np.uint32).view(np.float16).astype(np.float32))
+                        rows[row].append(signed(word, theirs[1], row, 16 * half + 4 * chunk + quad, direct))
                 for which in range(2):
                     theirs = cuda.shfl_sync(0xFFFFFFFF, tuple(entries), 4 * (2 * (lane & 3) + which) + quad)
                     for n in range(across):
@@ -98,7 +115,7 @@ if config.ENABLE_CUDASIM:
         return product
 
     @cache
-    def group_product(across: int) -> Any:
+    def group_product(across: int, direct: bool = False) -> Any:
         """A device function: sums of four warps' tile of 64 rows plus products of 64 signs of each with vectors.
 
         It takes what `tile_product` takes, but two words for each of the lane's two rows, and the element of shared
@@ -113,14 +130,14 @@ if config.ENABLE_CUDASIM:
                 theirs = cuda.shfl_sync(0xFFFFFFFF, (tuple(words), tuple(scales)), (lane & 28) + quad)
                 for row in range(2):
                     for chunk in range(8):
-                        word, at = int(theirs[0][2 * row + (chunk >> 2)]), 4 * (chunk & 3) + quad
-                        pair = np.array([((word << (15 - at)) & SIGNS) ^ int(theirs[1][row])], np.uint32)
+                        word = int(theirs[0][2 * row + (chunk >> 2)])
+                        pair = signed(word, theirs[1], row, 4 * chunk + quad, direct)
                         for n in range(across):
                             for which in range(2):
                                 vector = 8 * n + 2 * (lane & 3) + which
                                 entry = array[int(index) + 32 * vector + 4 * (chunk ^ (vector & 7)) + quad]
                                 both = np.array([entry], np.uint32).view(np.float16).astype(np.float32)
-                                found[4 * n + 2 * row + which] += both @ pair.view(np.float16).astype(np.float32)
+                                found[4 * n + 2 * row + which] += both @ pair
             return tuple(found)
 
         return product
@@ -168,6 +185,19 @@ else:
             builder.call(ir.InlineAsm(kind, text, "r,l,~{memory}", side_effect=True), [target, begin])
 
         return types.void(array, types.uint32, source, types.uint32), codegen
+
+    @intrinsic
+    def copy_chunk(typingctx, array, index, source, place, size):
+        """Begin to copy `size` bytes, 16 or none, to shared memory, and zeros to the rest of 16; both are aligned."""
+
+        def codegen(context, builder, signature, args):
+            target = shared_address(context, builder, signature.args[0], args[:2])
+            begin = builder.ptrtoint(place_of(context, builder, signature.args[2], args[2:4]), LONG)
+            kind = ir.FunctionType(ir.VoidType(), [WORD, LONG, WORD])
+            text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
+            builder.call(ir.InlineAsm(kind, text, "r,l,r,~{memory}", side_effect=True), [target, begin, args[4]])
+
+        return types.void(array, types.uint32, source, types.uint32, types.uint32), codegen
 
     @intrinsic
     def commit(typingctx):
@@ -233,8 +263,23 @@ else:
 
         return nothing
 
+    def signs_of(builder: Any, word: Any, lane: Any, direct: bool) -> list[Any]:
+        """Words 4 i + lane % 4 of 32 signs' words, those of two each: their highest bits; the others are anything."""
+        within = builder.and_(lane, WORD(3))
+        if not direct:
+            word = builder.shl(word, builder.sub(WORD(3), within))
+            return [builder.shl(word, WORD(12 - 4 * i)) for i in range(4)]
+        left = builder.sub(WORD(6), builder.shl(within, WORD(1)))  # the second sign of a byte becomes its highest bit
+        second = builder.shl(word, left)
+        permute = ir.InlineAsm(ir.FunctionType(WORD, [WORD] * 3), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
+        first, found = builder.shl(second, WORD(1)), []
+        for bytes_of_both in (0x5410, 0x7632):
+            both = builder.call(permute, [first, second, WORD(bytes_of_both)])
+            found += [builder.shl(both, WORD(8)), both]
+        return found
+
     @cache
-    def tile_product(down: int, across: int, half: int, stride: int) -> Any:
+    def tile_product(down: int, across: int, half: int, stride: int, direct: bool = False) -> Any:
         """A device function: sums of a warp's tile plus products of 32 signs of each row with a vector's 32 entries.
 
         It takes the sums; two words of each of the lane's 2 * down rows, of which `half` says the one; the rows'
@@ -242,6 +287,9 @@ else:
         begin (8 rows of 8 float16, a vector's eight in each; four matrices side by side are 8 vectors' 32 entries, and
         lanes 8 i to 8 i + 7 have the rows of the i-th; the next 8 vectors are `stride` words further); and the lane.
         Entries i and i + 16 of a vector's 32 are a word.
+
+        If `direct`, entries 2 i and 2 i + 1 are a word, and scales are of entries, 64 for both halves: words
+        lane % 4, lane % 4 + 4 and so on.
         """
         text = (
             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -264,12 +312,12 @@ else:
                     [builder.extract_value(each, i) for i in range(each.type.count)] for each in args[:3]
                 )
                 begin = shared_address(context, builder, signature.args[3], args[3:5])
-                left = builder.sub(WORD(3), builder.and_(args[5], WORD(3)))
-                pairs = []  # of each row, four: of entries 4 i + lane % 4 and 16 more
+                pairs = []  # of each row, four
                 for row in range(2 * down):
-                    word = builder.shl(words[2 * row + half], left)
-                    each = [builder.shl(word, WORD(12 - 4 * i)) for i in range(4)]
-                    pairs.append([builder.xor(builder.and_(bits, WORD(SIGNS)), scales[row]) for bits in each])
+                    each = signs_of(builder, words[2 * row + half], args[5], direct)
+                    weights = scales[4 * half : 4 * half + 4] if direct else [scales[row]] * 4
+                    each = zip(each, weights, strict=True)
+                    pairs.append([builder.xor(builder.and_(bits, WORD(SIGNS)), scale) for bits, scale in each])
                 following = load(builder, begin, 0)
                 for n in range(across):
                     b = following
@@ -288,7 +336,7 @@ else:
         return product
 
     @cache
-    def group_product(across: int) -> Any:
+    def group_product(across: int, direct: bool = False) -> Any:
         """A device function: sums of four warps' tile of 64 rows plus products of 64 signs of each with vectors.
 
         It takes what `tile_product` takes, but two words for each of the lane's two rows, and the element of shared
@@ -322,13 +370,13 @@ else:
                 )
                 begin = builder.lshr(shared_address(context, builder, signature.args[3], args[3:5]), WORD(4))
                 place = builder.or_(builder.zext(begin, LONG), LONG(SWAPPED_CHUNKS))
-                left, pairs = builder.sub(WORD(3), builder.and_(args[5], WORD(3))), []
+                pairs = []
                 for half in range(2):
-                    rows = [builder.shl(words[2 * row + half], left) for row in range(2)]
+                    rows = [signs_of(builder, words[2 * row + half], args[5], direct) for row in range(2)]
                     for chunk in range(4):
                         for row in range(2):
-                            bits = builder.and_(builder.shl(rows[row], WORD(12 - 4 * chunk)), WORD(SIGNS))
-                            pairs.append(builder.xor(bits, scales[row]))
+                            scale = scales[4 * half + chunk if direct else row]
+                            pairs.append(builder.xor(builder.and_(rows[row][chunk], WORD(SIGNS)), scale))
                 new = builder.call(multiply, [*old, *pairs, place])
                 return context.make_tuple(builder, sums, [builder.extract_value(new, i) for i in range(count)])
 

@@ -28,8 +28,9 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
     Returns
     -------
     (rows, d_out) tensor: float32, or on a GPU x's dtype if it is float16 or bfloat16. Sums are of float32 but for two
-    cases, both with x in 16 bits on a GPU: more than four rows are rounded to float16 on the way, after g and after
-    ell, each relative to its row's largest entry; and large batches are multiplied by signs unpacked to 16 bits.
+    cases, both with x in 16 bits on a GPU: more than four rows are rounded to float16 on the way, after g (but not
+    float16 in whole eights) and after ell, each relative to its row's largest entry; and large batches are multiplied
+    by signs unpacked to 16 bits.
 
     Raises
     ------
