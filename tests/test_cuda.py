@@ -159,6 +159,26 @@ def test_schedules_fit_what_they_are_for(rows, multiprocessors, shared_bytes):
             assert blocks.tiles >= 1
 
 
+def test_a_kernel_is_compiled_once_and_kept(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(cuda_launch, "ptx_of", lambda kernel, of: made.append(of) or b".visible .entry some_name(")
+    monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path / "cache"))
+    compiled_now = cuda_launch.compiled.__wrapped__
+    one, other = (kernels.plain_output(kind) for kind in ("half", "single"))
+    for _ in range(2):
+        assert compiled_now(one, (9, 0)) == (b".visible .entry some_name(", b"some_name")
+    assert made == [(9, 0)]
+    compiled_now(other, (9, 0))
+    compiled_now(one, (8, 0))
+    assert made == [(9, 0), (9, 0), (8, 0)]
+    monkeypatch.setattr(cuda_launch, "sources", lambda: "changed")
+    compiled_now(one, (9, 0))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path / "file"))  # where no folder can be made
+    assert compiled_now(one, (9, 0))[1] == b"some_name"
+    assert len(made) == 5
+
+
 def test_measured_schedules_are_of_layers_that_exist_and_fit_their_gpu():
     limit = 227 << 10
     known = cuda_launch.measured()["NVIDIA H100 80GB HBM3"]

@@ -32,7 +32,7 @@ fetches its words, and then waits for what they are multiplied with.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false
 
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, types, uint32
@@ -68,6 +68,20 @@ POINTER = types.CPointer
 HALVES, WORDS, SINGLES = POINTER(types.uint16), POINTER(types.uint32), POINTER(types.float32)
 ELEMENTS = {"half": HALVES, "bfloat": HALVES, "single": SINGLES}
 SIGNATURES: dict[Any, Any] = {}  # types of the arguments of the kernels that were made
+RECIPES: dict[Any, str] = {}  # what they were made of
+
+
+def kernels(function: Any) -> Any:
+    """Make each kernel of a function that makes kernels once, and remember what it was made of."""
+
+    @cache
+    @wraps(function)
+    def made(*args: Any) -> Any:
+        kernel = function(*args)
+        RECIPES[kernel] = f"{function.__module__}.{function.__name__}{args}"
+        return kernel
+
+    return made
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -473,7 +487,7 @@ def eights(aligned: bool) -> Any:
     return eight
 
 
-@cache
+@kernels
 def latent(
     kind: str, wide: bool, aligned: bool, vectors: int, early: bool, paths: int = 2, entry: str | Shares = "plain"
 ) -> Any:
@@ -639,7 +653,7 @@ def latent(
     return kernel
 
 
-@cache
+@kernels
 def output(kind: str, wide: bool, vectors: int, parts: int, early: bool, layers: int = 1, leave: str = "plain") -> Any:
     """The second kernel, likewise, for so many parts, and one layer or several, each of two paths.
 
@@ -797,7 +811,7 @@ def output(kind: str, wide: bool, vectors: int, parts: int, early: bool, layers:
     return kernel
 
 
-@cache
+@kernels
 def plain_latent(kind: str) -> Any:
     """The first step of the ladder: part[b, offset + r] by one warp for each r, a sign at a time."""
     at_place = AT[kind]
@@ -823,7 +837,7 @@ def plain_latent(kind: str) -> Any:
     return kernel
 
 
-@cache
+@kernels
 def plain_output(kind: str) -> Any:
     """The other half: y[b, o] by one warp for each o, over all paths."""
     rounded = ROUND[kind]

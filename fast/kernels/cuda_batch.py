@@ -18,7 +18,7 @@ arithmetic is what takes the time.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOptionalSubscript=false
 
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, types, uint32
@@ -35,6 +35,7 @@ from .cuda import (
     eights,
     half_at,
     half_eight,
+    kernels,
     largest_of,
     plus,
     times,
@@ -147,7 +148,7 @@ def two_halves(low, high):
     return uint32(uint32(round_to_half(low)) | uint32(round_to_half(high)) << uint32(16))
 
 
-@cache
+@kernels
 def scaled_vectors(kind: str, aligned: bool, count: int, parts: int, early: bool) -> Any:
     """Vectors divided by a power of two each, as float16: entries i and i + 16 of each 32 are a word.
 
@@ -209,7 +210,7 @@ def scaled_vectors(kind: str, aligned: bool, count: int, parts: int, early: bool
     return kernel
 
 
-@cache
+@kernels
 def products(
     kind: str, tile: Tile, choices: int, segments: int, early: bool, grouped: bool = False, direct: bool = False
 ) -> Any:

@@ -18,7 +18,7 @@ Tiles are put together as blocks of `cuda_decode.attend` are, relative to the la
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOptionalSubscript=false
 
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, types, uint8, uint32
@@ -34,6 +34,7 @@ from .cuda import (
     WORDS,
     eight_times,
     half_at,
+    kernels,
     load2,
     load4,
     plus,
@@ -142,7 +143,7 @@ KEPT = {
 PAIR = partial(types.UniTuple, count=2)
 
 
-@cache
+@kernels
 def latents(kept: str, early: bool) -> Any:
     """Put a token's latents into a cache of a type in KEPT, over their largest magnitude."""
     rounded, array, largest, _ = KEPT[kept]
@@ -247,7 +248,7 @@ class Tile(NamedTuple):
         return 4 * (self.tokens * (heads + value_width // 2) + max(first, later))
 
 
-@cache
+@kernels
 def attend_latents(made: Tile, early: bool) -> Any:
     """Scores and weighted sums of latents; see the top of this file."""
     kind, kept, size, tokens, _ = made
@@ -492,7 +493,7 @@ def expanding_bytes(tiles: int, words: int, value_width: int) -> int:
     return 4 * (2 * WARPS + 32 * words + max(-(-tiles // 4) * 4, 0) + parts * value_width)
 
 
-@cache
+@kernels
 def expand_latents(kind: str, size: int, early: bool) -> Any:
     """What a head's attention comes to, from the sums of values' latents that `attend_latents` has left."""
     rounded, threads_of_row = ROUND[kind], max(1, THREADS // size)

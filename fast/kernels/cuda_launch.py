@@ -6,12 +6,15 @@ a number, a launch takes a few microseconds of Python, and it may be early (prog
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 
+import hashlib
 import itertools
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +26,11 @@ from torch.nn import functional
 
 from ..fetch import cache_folder
 from ..packing import PackedFactors
+from ..writing import made_once
 from . import plan
 from .cuda import (
     PLANES,
+    RECIPES,
     ROWS,
     SIGNATURES,
     SLICE,
@@ -59,11 +64,12 @@ EXACT_BATCH = 32  # rows of x in float32, of which `launch` alone keeps the prec
 GROUPED = (9, 0)  # the capability that multiplies with groups of warps
 MOST_PARTS = 8  # of d_in, for batches
 # Microseconds on an H100: of a batch's launches, and added to them for a sign, for a sign times a vector, and for an
-# entry of x or y. By `launch_batch`: least squares of book/results/cuda_batches.json, 64 to 1024 rows, with a launch
-# less. Unpacked: two bytes a sign at 2.5 TB/s, and what its 4096 rows there say of the products.
-BATCH_COST, UNPACKED_COST = (10.5, 1.5e-7, 3.4e-9, 2e-6), (11.0, 8e-7, 3e-9, 1e-6)
+# entry of x or y. Fitted to both ways' times for six layers at 0.1 to 0.55 bits and 32 to 1024 rows: what they choose
+# takes 7 % longer than the quicker way at worst.
+BATCH_COST, UNPACKED_COST = (9.3, 2.3e-7, 3.4e-9, 1.8e-6), (11.0, 1.3e-6, 2.1e-9, 5.1e-7)
 SCHEDULES = Path(__file__).parent.parent / "data" / "cuda_schedules.json"
 MOST_NUMBER = 64  # in a schedule
+PTX = "kernel.ptx"
 log = logging.getLogger(__name__)
 
 
@@ -828,14 +834,40 @@ def unusable(index: int) -> str | None:
 
 @cache
 def compiled(kernel: Any, capability: tuple[int, int]) -> tuple[bytes, bytes]:
-    """PTX of a kernel, and the name that it has there."""
+    """PTX of a kernel, and the name that it has there; kept in the cache folder, for it takes Numba seconds."""
+    named = f"{RECIPES[kernel]} {SIGNATURES[kernel]} {capability} {sources()}"
+    folder = cache_folder() / "ptx" / hashlib.sha256(named.encode()).hexdigest()[:32]
+    try:
+        text = (made_once(folder, lambda part: write_ptx(part, kernel, capability)) / PTX).read_bytes()
+    except OSError as error:
+        log.info("littlebit: the cache folder cannot be used, so kernels are compiled for this run alone: %s", error)
+        text = ptx_of(kernel, capability)
+    found = re.search(rb"\.entry\s+(\w+)\(", text)
+    assert found
+    return text, found[1]
+
+
+@cache
+def sources() -> str:
+    """A digest of what makes PTX of a recipe: these modules, and the compiler of this environment."""
+    files = sorted(Path(__file__).parent.glob("cuda*.py"))
+    versions = [metadata.version(name) for name in ("numba", "numba-cuda", "llvmlite")]
+    text = b"".join(file.read_bytes() for file in files)
+    return hashlib.sha256(text + repr([*versions, sys.prefix]).encode()).hexdigest()
+
+
+def write_ptx(folder: Path, kernel: Any, capability: tuple[int, int]) -> None:
+    """Put a kernel's PTX into a folder."""
+    (folder / PTX).write_bytes(ptx_of(kernel, capability))
+
+
+def ptx_of(kernel: Any, capability: tuple[int, int]) -> bytes:
+    """PTX that Numba makes of a kernel."""
     ptx, _ = cuda.compile(kernel.py_func, SIGNATURES[kernel], cc=capability, output="ptx", device=False, abi="numba")
     text = ptx if isinstance(ptx, bytes) else ptx.encode()
     if b"wgmma" in text:  # only for this very capability
         text = re.sub(rb"\.target sm_(\d+)\b", rb".target sm_\1a", text)
-    found = re.search(rb"\.entry\s+(\w+)\(", text)
-    assert found
-    return text, found[1]
+    return text
 
 
 @cache
