@@ -253,6 +253,43 @@ def cpu_decode() -> Table:
     return Table(head, lines, ["cpu_decode"])
 
 
+CUDA_MODELS = {  # of the files of decoding on a GPU
+    "cuda_decode": "Llama-2-7B",
+    "cuda_decode_70b": "Llama-2-70B",
+    "cuda_decode_smollm2": "SmolLM2-135M",
+}
+CUDA_ENGINES = {
+    "packed": "packed",
+    "float16": "the same engine, float16",
+    "transformers": "transformers, float16",
+}
+
+
+def cuda_decode() -> Table:
+    """Decoding on a GPU, by model and engine."""
+    lines = []
+    for file, model in CUDA_MODELS.items():
+        for each in rows(file):
+            dense = [other["tokens_per_s"] for other in rows(file) if other["engine"] == "float16"]
+            cells = [CUDA_ENGINES[each["engine"]], fixed(each["bits"], 2), fixed(each["time_ms"], 3)]
+            cells += [number(each["tokens_per_s"]), fixed(each["tokens_per_s"] / dense[0]) if dense else ""]
+            cells += [fixed(each["weights_bytes"] / 1e9, 2), fixed(100 * each["fraction_of_copy"])]
+            lines.append([model, *cells])
+    head = ["shape", "engine", "bits of the layers", "ms a token", "tokens a second", "times float16"]
+    return Table([*head, "weights, GB", "% of a copy's speed"], lines, [*CUDA_MODELS])
+
+
+def cuda_parts() -> Table:
+    """Where the time of a token goes on a GPU, in Llama-2-7B's shape."""
+    found = [each for each in rows("cuda_decode") if "parts" in each]
+    names = [part["part"] for part in found[0]["parts"]]
+    steps = [{part["part"]: part["step_us"] for part in each["parts"]} for each in found]
+    lines = [[name, *(fixed(step[name], 0) for step in steps)] for name in names]
+    lines.append(["a step, in which kernels overlap", *(fixed(1e3 * each["time_ms"], 0) for each in found)])
+    titles = [f"{each['bits']:.2g} bits, µs" if each["bits"] < 16 else "float16, µs" for each in found]
+    return Table(["part", *titles], lines, ["cuda_decode"])
+
+
 def embeddings() -> Table:
     """What small embeddings cost."""
     texts = {"roosevelt_1901.txt": "the package's own text", "wikitext2-test.txt": "WikiText-2 test"}

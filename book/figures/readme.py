@@ -100,6 +100,8 @@ def table_of_results() -> str:
     cut = publication("kv_cache_reduction_x", "Llama-2-7B", "LittleBit", 0.1)
     llama70 = row("memory", table="weights", shape="llama2-70b", bits=0.1, embedding_bits=16)["weights_GB"]
     cache = row("cpu_cache_llama2", bits=0.1, kind="latent", context=32768)
+    decoding = min(rows("cuda_decode", engine="packed"), key=lambda each: each["bits"])
+    dense, eager = (row("cuda_decode", engine=engine) for engine in ("float16", "transformers"))
     lines = [
         (
             "WikiText-2 perplexity of SmolLM2-135M at 1.0, 0.55, 0.3, 0.1 bits",
@@ -124,6 +126,12 @@ def table_of_results() -> str:
             f"{speed('littlebit'):.0f} tokens/s",
             f"llama.cpp Q4_1: {speed('llama.cpp'):.0f}, transformers: {speed('transformers'):.0f}",
             "cpu_decode",
+        ),
+        (
+            f"decoding in Llama-2-7B's shape, {decoding['bits']:.1f} bits, one H100",
+            f"{decoding['tokens_per_s']:.0f} tokens/s",
+            f"the same decoder in float16: {dense['tokens_per_s']:.0f}, transformers: {eager['tokens_per_s']:.0f}",
+            "cuda_decode",
         ),
         (
             "weights of Llama-2-70B at 0.1 bits",
