@@ -34,7 +34,8 @@ class LatentEngine(FusedEngine):
     Raises
     ------
     NotDecodableError
-        If a k_proj or v_proj is not packed, or keys have biases or norms between the latent and the rotation.
+        If a k_proj or v_proj is not packed, or its rank too large, or keys have biases or norms between the latent and
+        the rotation.
     """
 
     def __init__(
@@ -50,10 +51,7 @@ class LatentEngine(FusedEngine):
         self.pairs = [packed_pair(block) for block in model.blocks]
         self.type = LATENT_TYPES[kind]
         super().__init__(model, batch, capacity, device, dtype, kernels)
-        self.expansions = [
-            [self.steps.expansion(each, rotated) for each, rotated in zip(pair, (True, False), strict=True)]
-            for pair in self.pairs
-        ]
+        self.expansions = [self.steps.expansions(pair) for pair in self.pairs]
 
     def make_cache(self, capacity: int) -> None:
         """Latents of keys and values of each layer: codes (batch, capacity, kept width), scale (batch, capacity, 1)."""

@@ -8,7 +8,7 @@ import torch
 from littlebit.fast.bench import random_path
 from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.embeddings import QuantizedEmbedding, QuantizedHead, quantize_table
-from littlebit.fast.fused_engine import FusedEngine
+from littlebit.fast.fused_engine import FusedEngine, engine_of
 from littlebit.fast.kernels import cuda_launch
 from littlebit.fast.memory import ModelShape
 
@@ -54,5 +54,11 @@ for bits, batch in ((1.0, 3), (None, 1)):
             table = quantize_table(model.head.weight.float().cpu(), table_bits).cuda()
             stream = engine.steps.embed(torch.arange(batch, device="cuda"), QuantizedEmbedding(table))
             engine.steps.logits(engine.steps.normed(stream, model.norm), QuantizedHead(table))
+model = random_model(shape, 1.0)
+for kind in ("latent", "latent-int8"):
+    engine = engine_of(model, 2, 200, torch.device("cuda", 0), torch.float16, kind)
+    engine.positions.copy_(torch.tensor([63, 150]))
+    with torch.inference_mode():
+        engine.step(torch.arange(2, device="cuda"))
 torch.cuda.synchronize()
 print("every kernel ran")

@@ -85,6 +85,7 @@ TESTS = {
     "cuda_launch": "test_cuda.py",
     "cuda_unpacked": "test_cuda.py",
     "cuda_decode": "test_cuda_decode.py",
+    "cuda_latent": "test_cuda_decode.py",
     "steps": "test_cuda_decode.py test_decode_cuda.py",
     "tune_cuda": "test_cuda.py test_cuda_decode.py",
     "fused_engine": "test_decode_cuda.py test_cuda_decode.py",
@@ -689,6 +690,18 @@ MUTANTS = [
         "schedule = max([schedule, *output",
         "the slowest is kept",
     ),
+    Mutant(
+        "fast/kernels/cuda_latent.py", "low * c - high * s, high * c", "low * c + high * s, high * c", "turned back"
+    ),
+    Mutant("fast/kernels/cuda_latent.py", "2 * pair + 1) < first_words", "2 * pair) < first_words", "scales of a pair"),
+    Mutant(
+        "fast/kernels/cuda_latent.py", "shared[at] = weight * scales[1]", "shared[at] = weight * scales[0]", "scale"
+    ),
+    Mutant(
+        "fast/kernels/cuda_latent.py", "<= position else float32(LOWEST)", "< position else float32(LOWEST)", "seen"
+    ),
+    Mutant("fast/kernels/cuda_latent.py", "else float32(0)))\n", "else factor))\n", "a tile that is not there"),
+    Mutant("fast/kernels/steps.py", ".transpose(-1, -2).flatten(1)", ".flatten(1)", "signs of keys not in pairs"),
     Mutant("fast/tune_cuda.py", "chosen = min(longer", "chosen = max(longer", "what is faster is not taken"),
     Mutant(
         "fast/kernels/steps.py", ".float().chunk(2, -1)", ".float().chunk(2, -1)[::-1]", "gate and up are exchanged"

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from littlebit.fast import tune_cuda
 from littlebit.fast.bench_decode_cuda import random_model, random_packed
+from littlebit.fast.decode_cpu import NotDecodableError
 from littlebit.fast.embeddings import quantize_table
 from littlebit.fast.fused_engine import GROUPS, FusedEngine, Packed
 from littlebit.fast.kernels import cuda_latent, cuda_launch, dispatch
@@ -335,8 +336,8 @@ def test_attention_to_latents_is_that_of_torch(size, heads, kv_heads, ranks, kep
         TorchSteps(Heads(heads, kv_heads, size), torch.float16, 1e-5),
     ):
         mine = [Latents(*(tensor.clone() for tensor in each)) for each in cache]
-        expansions = [steps.expansion(layer, rotated) for layer, rotated in zip(layers, (True, False), strict=True)]
-        found.append((steps.attend_latents(projected, part, spans, mine, expansions, places, angles), mine))
+        expanding = steps.expansions(layers)
+        found.append((steps.attend_latents(projected, part, spans, mine, expanding, places, angles), mine))
     (got, ours), (want, theirs) = found
     assert (got - want).abs().max() <= 2**-12 * want.abs().max()
     for mine, other, old in zip(ours, theirs, cache, strict=True):
@@ -345,6 +346,23 @@ def test_attention_to_latents_is_that_of_torch(size, heads, kv_heads, ranks, kep
         changed = (mine.codes != old.codes).any(-1)
         assert changed.sum(-1).tolist() == [1] * rows
         assert changed[torch.arange(rows), places].all()
+
+
+@pytest.mark.usefixtures("simulated")
+def test_tiles_of_latents_fit_the_shared_memory_or_it_is_said():
+    generator, heads = torch.Generator().manual_seed(0), Heads(8, 8, 64)
+    steps, found = CudaSteps(heads, torch.float16, 1e-5, 1, torch.device("cpu")), []
+    for rank in (160, 1500, 2600, 20000):
+        layers = [random_packed(512, 64, (rank,), generator) for _ in range(2)]
+        if rank == 20000:
+            with pytest.raises(NotDecodableError, match="latents of 20000 and 20000 entries do not fit"):
+                steps.expansions(layers)
+            continue
+        made, of_block = steps.tile("single", "half", 1, 4096, steps.expansions(layers))
+        assert made.shared_bytes(of_block, rank) <= 227 << 10
+        assert 32 * made.words >= rank
+        found.append(made.tokens)
+    assert found == [64, 32, 16]
 
 
 @pytest.mark.usefixtures("simulated")

@@ -26,9 +26,9 @@ ATTENTION = (
     Attention("single", "half", 256, 2, 8, False),
 )
 TILES = (
-    cuda_latent.Tile("single", "half", 128, 64, 8),
-    cuda_latent.Tile("single", "byte", 64, 64, 16),
-    cuda_latent.Tile("half", "half", 256, 32, 72),
+    cuda_latent.LatentTile("single", "half", 128, 64, 8),
+    cuda_latent.LatentTile("single", "byte", 64, 64, 16),
+    cuda_latent.LatentTile("half", "half", 256, 32, 72),
 )
 
 

@@ -175,8 +175,8 @@ def test_the_shipped_model_says_the_same_on_both_devices():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_latents_give_the_logits_of_keys_and_values(kind, batch):
     model = random_model(ModelShape("a small one", 512, 640, 2, 8, 4, 64, 128, 256), 0.9)
-    text = [prompt(5 + row, seed=row) for row in range(batch)]
-    made = model, batch, 300, CUDA, torch.float16
+    text = [prompt(190 + 60 * row, seed=row) for row in range(batch)]  # some tiles of tokens
+    made = model, batch, 400, CUDA, torch.float16
     engines = [FusedEngine(*made), LatentEngine(*made, kind=kind)]
     with torch.inference_mode():
         tokens = torch.arange(batch, device="cuda")

@@ -189,7 +189,7 @@ def latents(kept: str, early: bool) -> Any:
     return kernel
 
 
-class Tile(NamedTuple):
+class LatentTile(NamedTuple):
     """What a kernel `attend_latents` is made for.
 
     Attributes
@@ -249,7 +249,7 @@ class Tile(NamedTuple):
 
 
 @kernels
-def attend_latents(made: Tile, early: bool) -> Any:
+def attend_latents(made: LatentTile, early: bool) -> Any:
     """Scores and weighted sums of latents; see the top of this file."""
     kind, kept, size, tokens, _ = made
     at_place, put_eight_latents = AT[kind], KEPT[kept].put
@@ -490,7 +490,7 @@ def attend_latents(made: Tile, early: bool) -> Any:
 def expanding_bytes(tiles: int, words: int, value_width: int) -> int:
     """Shared memory of a block of `expand_latents`."""
     parts = max(1, THREADS // (value_width // 8))
-    return 4 * (2 * WARPS + 32 * words + max(-(-tiles // 4) * 4, 0) + parts * value_width)
+    return 4 * (2 * WARPS + 32 * words + -(-tiles // 4) * 4 + parts * value_width)
 
 
 @kernels

@@ -212,9 +212,9 @@ class TorchSteps:
         )
         return mixed.flatten(1).to(projected.dtype)
 
-    def expansion(self, layer: PackedLinear, rotated: bool) -> Tensor:
-        """What expands a layer's latents as they are kept: h * U_sign, (d_out, kept width)."""
-        return stored_latents(expansion(layer.factors()), layer.ranks).to(self.dtype)
+    def expansions(self, pair: Sequence[PackedLinear]) -> list[Tensor]:
+        """What expands latents of keys and values as they are kept: h * U_sign, (d_out, kept width) each."""
+        return [stored_latents(expansion(layer.factors()), layer.ranks).to(self.dtype) for layer in pair]
 
     def attend_latents(
         self,
@@ -238,8 +238,7 @@ class TorchSteps:
             The columns that keys' and values' layers have of it.
         cache : two Latents
             codes (rows, capacity, kept width) float16 or int8, scale (rows, capacity, 1) float32. Changed.
-        expansions : two of what `expansion` gives
-            For keys, which are rotated, and values.
+        expansions : what `expansions` gives
 
         Returns
         -------
@@ -317,9 +316,9 @@ class CudaSteps:
             raise NotDecodableError("the CUDA kernels cannot be used")
         if heads.size not in (64, 128, 256):
             raise NotDecodableError(f"its heads have {heads.size} entries, not 64, 128 or 256")
-        from . import cuda_decode
+        from . import cuda_decode, cuda_latent
 
-        self.kernels, self.launching = cuda_decode, launching
+        self.kernels, self.latent, self.launching = cuda_decode, cuda_latent, launching
         self.heads, self.dtype, self.eps, self.index = heads, dtype, eps, index
         self.early = torch.cuda.get_device_capability(index) >= launching.EARLY
         group, most = heads.heads // heads.kv_heads, 8 if self.early else 2  # that the registers suffice for
@@ -431,9 +430,17 @@ class CudaSteps:
         )
         return y
 
-    def expansion(self, layer: PackedLinear, rotated: bool) -> Expansion:
-        """What expands a layer's latents as they are kept."""
-        return Expansion.of(layer, rotated)
+    def expansions(self, pair: Sequence[PackedLinear]) -> list[Expansion]:
+        """As that of TorchSteps.
+
+        Raises
+        ------
+        NotDecodableError
+            If the ranks are too large for the GPU's shared memory.
+        """
+        found = [Expansion.of(layer, rotated) for layer, rotated in zip(pair, (True, False), strict=True)]
+        self.tile("single", "half", 1, 1, found)
+        return found
 
     def attend_latents(
         self,
@@ -446,33 +453,30 @@ class CudaSteps:
         angles: Tensor,
     ) -> Tensor:
         """As that of TorchSteps."""
-        from . import cuda_latent
-
-        (keys, values), kind, heads = expansions, self.kind(projected), self.heads
-        codes, scales = ([self.launching.array(each) for each in of] for of in zip(*cache, strict=True))
-        words = [self.launching.array(each.codes.view(torch.int32)) for each in cache]
+        kernels, launching, (keys, values), heads = self.latent, self.launching, expansions, self.heads
+        scales = tuple(launching.array(each.scale) for each in cache)
+        words = tuple(launching.array(each.codes.view(torch.int32)) for each in cache)
+        kind, kept = self.kind(projected), "byte" if cache[0].codes.dtype == torch.int8 else "half"
         rows, capacity = cache[0].codes.shape[:2]
-        kept = "byte" if cache[0].codes.dtype == torch.int8 else "half"
-        begins_1, begins_2 = ([sum(of.begins[at : at + 1]) for of in spans] for at in (0, 1))
+        begins_1, begins_2 = (tuple(sum(of.begins[at : at + 1]) for of in spans) for at in (0, 1))
         self.start(
-            cuda_latent.latents(kept, self.early),
+            kernels.latents(kept, self.early),
             (rows, 2, 1),
-            *(part, tuple(codes), tuple(scales), positions),
-            *(tuple(begins_1), (keys.counts[0], values.counts[0])),
-            *(tuple(begins_2), (keys.counts[1], values.counts[1])),
+            *(part, tuple(launching.array(each.codes) for each in cache), scales, positions),
+            *(begins_1, (keys.counts[0], values.counts[0]), begins_2, (keys.counts[1], values.counts[1])),
             *(*part.shape, capacity),
-            threads=cuda_latent.THREADS,
+            threads=kernels.THREADS,
             early=self.early,
         )
-        made, of_block = self.tile(cuda_latent, kind, kept, rows, capacity, expansions)
+        made, of_block = self.tile(kind, kept, rows, capacity, expansions)
         tiles, group, value_width = -(-capacity // made.tokens), heads.group, sum(values.counts)
         left = torch.empty(rows, heads.heads, tiles, value_width + self.kernels.SUMMARY, device=projected.device)
         shapes = keys.words.shape[1], keys.first_words, *keys.counts, value_width, capacity
         parts = made.parts(of_block * group, value_width)
         self.start(
-            cuda_latent.attend_latents(made, self.early),
+            kernels.attend_latents(made, self.early),
             (tiles, -(-heads.kv_heads // of_block), rows),
-            *(projected, tuple(words), tuple(scales), keys.words, tuple(map(self.launching.array, keys.scales))),
+            *(projected, words, scales, keys.words, tuple(map(launching.array, keys.scales))),
             *(*angles, positions, left, heads.kv_heads, group, of_block, *shapes, parts, heads.size**-0.5),
             threads=made.threads,
             size=made.shared_bytes(of_block * group, value_width),
@@ -481,19 +485,17 @@ class CudaSteps:
         y = torch.empty(rows, heads.heads * heads.size, dtype=projected.dtype, device=projected.device)
         width = values.words.shape[1]
         self.start(
-            cuda_latent.expand_latents(kind, heads.size, self.early),
+            kernels.expand_latents(kind, heads.size, self.early),
             (heads.heads, rows, 1),
-            *(left, values.words, tuple(map(self.launching.array, values.scales)), positions, y),
+            *(left, values.words, tuple(map(launching.array, values.scales)), positions, y),
             *(group, made.tokens, tiles, width, values.first_words, *values.counts),
-            threads=cuda_latent.THREADS,
-            size=cuda_latent.expanding_bytes(tiles, width, value_width),
+            threads=kernels.THREADS,
+            size=kernels.expanding_bytes(tiles, width, value_width),
             early=self.early,
         )
         return y if values.bias is None else y + values.bias
 
-    def tile(
-        self, kernels: Any, kind: str, kept: str, rows: int, capacity: int, expansions: Sequence[Expansion]
-    ) -> tuple[Any, int]:
+    def tile(self, kind: str, kept: str, rows: int, capacity: int, expansions: Sequence[Expansion]) -> tuple[Any, int]:
         """The largest tile that shared memory has room for, and heads of keys for a block, lest blocks be too few.
 
         Raises
@@ -501,17 +503,19 @@ class CudaSteps:
         NotDecodableError
             If there is room for none.
         """
-        (keys, values), heads, device = expansions, self.heads, self.launching.described(self.index)
+        kernels, (keys, values), heads = self.latent, expansions, self.heads
+        device = self.launching.described(self.index)
         words = -(-keys.words.shape[1] // kernels.WORDS_AT_ONCE) * kernels.WORDS_AT_ONCE
         for tokens in kernels.TILES if self.early else kernels.TILES[1:]:  # the registers suffice for
-            made = kernels.Tile(kind, kept, heads.size, tokens, words)
+            made = kernels.LatentTile(kind, kept, heads.size, tokens, words)
             for turns in (8, 4, 2, 1):
                 of_block = turns * made.heads_at_once
                 blocks = rows * -(-capacity // tokens) * -(-heads.kv_heads // of_block)
                 fits = made.shared_bytes(of_block * heads.group, sum(values.counts)) <= device.shared_bytes
                 if fits and (turns == 1 or blocks >= self.enough_tiles * device.multiprocessors):
                     return made, of_block
-        raise NotDecodableError(f"a tile of latents of {32 * words} entries does not fit the GPU's shared memory")
+        wide = f"latents of {sum(keys.counts)} and {sum(values.counts)} entries do not fit the GPU's shared memory"
+        raise NotDecodableError(f"{wide}; keep keys and values instead (kv_cache='ordinary')")
 
 
 def table_arrays(table: Table) -> tuple[str, tuple[Tensor, Tensor, Tensor], int, int]:
