@@ -19,7 +19,7 @@ from .bench import random_path
 from .bench_cuda import copy_bytes_per_second, replay_seconds
 from .bits import WORD_BITS, layer_bits
 from .decode_cpu import Architecture
-from .decode_cuda import Loop, stream
+from .decode_cuda import Loop, sent
 from .embeddings import QuantizedEmbedding, QuantizedHead
 from .fused_engine import Block, FusedEngine, Model, engine_of, parts_of
 from .layers import PackedLinear
@@ -56,7 +56,7 @@ def bench_decode_cuda(
     paths : int
         Of each packed layer.
     context : int
-        Tokens of the prompts.
+        Tokens of the prompts; ours are not read but pretended (FusedEngine.pretend).
     batch : int
         Sequences.
     tokens : int
@@ -211,14 +211,13 @@ def timed_engine(
     kv_cache: str = "ordinary",
 ) -> dict[str, Any]:
     """What the engine takes for a step: the figures of `bench_decode_cuda`."""
-    device = model.norm.device
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.sizes.vocabulary, (batch, context), generator=generator).tolist()
     with torch.inference_mode():
-        engine = engine_of(model, batch, context + tokens + WARM_TOKENS, device, torch.float16, kv_cache)
+        engine = engine_of(model, batch, context + tokens + WARM_TOKENS, model.norm.device, torch.float16, kv_cache)
         loop = Loop(engine)
-        loop.start(prompts)
+        begin(engine, loop, context)
         seconds = step_seconds(loop.advance, tokens)
+        begin(engine, loop, context)
+        streamed = streamed_seconds(loop, tokens)
         parts = profiled(engine, loop) if profile else None
     weights, kept = weights_bytes(model), engine.token_bytes * batch * (context + tokens // 2)
     step_bytes = weights + kept - unread_bytes(model, batch)
@@ -227,7 +226,7 @@ def timed_engine(
         "kv_bytes_per_token": engine.token_bytes,
         "time_ms": 1e3 * seconds,
         "tokens_per_s": batch / seconds,
-        "streamed_tokens_per_s": batch / streamed_seconds(Loop(engine), prompts, tokens),
+        "streamed_tokens_per_s": batch / streamed,
         "weights_bytes": weights,
         "step_bytes": step_bytes,
         "fraction_of_copy": step_bytes / seconds / copy_rate,
@@ -248,13 +247,22 @@ def step_seconds(step: Callable[[], Any], count: int) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
 
 
-def streamed_seconds(loop: Loop, prompts: Sequence[Sequence[int]], tokens: int) -> float:
-    """Seconds of a step by the clock, when the host reads each token; the prompt's are left out."""
-    begin = 0.0
-    for at, _ in enumerate(stream(loop, prompts, tokens + WARM_TOKENS, ())):
-        if at == WARM_TOKENS - 1:
-            begin = time.perf_counter()
-    return (time.perf_counter() - begin) / tokens
+def begin(engine: FusedEngine, loop: Loop, context: int) -> None:
+    """Let a loop go on after prompts of so many tokens, which are not read: it is the steps that are timed."""
+    engine.pretend(context)
+    loop.length = context
+
+
+def streamed_seconds(loop: Loop, tokens: int) -> float:
+    """Seconds of a step by the clock, when the host reads each token while the next step runs, as `stream` does."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(tokens):
+        arrived = sent(loop.tokens)
+        loop.advance()
+        arrived()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / tokens
 
 
 def module_bytes(module: Any) -> int:

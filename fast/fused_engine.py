@@ -299,6 +299,12 @@ class FusedEngine:
         shape = len(self.model.blocks), self.batch, self.heads.kv_heads, capacity, self.heads.size
         self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
 
+    def pretend(self, count: int) -> None:
+        """Go on as if so many tokens of each sequence had been read, of which random numbers are kept: to be timed."""
+        self.positions.fill_(count)
+        for kept in (self.keys, self.values):
+            kept[..., :count, :].normal_()
+
     @property
     def token_bytes(self) -> int:
         """Bytes that are kept of a token."""

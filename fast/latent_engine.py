@@ -5,6 +5,7 @@ with the query (kernels/cuda_latent.py). The values' latents are summed with the
 expanded once. Memory is what the cache is for, so it grows by BLOCK tokens instead of by its size.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -66,6 +67,14 @@ class LatentEngine(FusedEngine):
             ]
             for pair in self.pairs
         ]
+
+    def pretend(self, count: int) -> None:
+        """As that of FusedEngine."""
+        self.positions.fill_(count)
+        for codes, _ in itertools.chain.from_iterable(self.cache):
+            codes[:, :count] = torch.randint(-127, 128, codes[:, :count].shape, device=self.device) / (
+                1 if self.type == torch.int8 else 127
+            )
 
     @property
     def token_bytes(self) -> int:

@@ -8,12 +8,13 @@ import torch
 import transformers as hf
 from compare import assert_same
 from hypothesis import given, strategies as st
-from littlebit.fast import decode_cuda
+from littlebit.fast import decode_cuda, memory
 from littlebit.fast.agreement import logit_bound
+from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.decode_cpu import NotDecodableError
 from littlebit.fast.decode_cuda import Loop, Sampling, choose, decode_batch
 from littlebit.fast.embeddings import quantize_embeddings_
-from littlebit.fast.fused_engine import FUSED_TYPES, FusedEngine, fused_engine
+from littlebit.fast.fused_engine import FUSED_TYPES, FusedEngine, engine_of, fused_engine
 from littlebit.fast.static_engine import StaticEngine
 from test_families import FAMILIES, GROUPED, SIZES
 
@@ -323,3 +324,18 @@ def test_a_latent_cache_refuses_what_it_cannot_keep(models):
     layer.k_proj = torch.nn.Linear(64, 32, bias=False)
     with pytest.raises(NotDecodableError, match="k_proj and v_proj as packed layers"):
         decode_batch(model, [[1]], 4, kv_cache="latent")
+
+
+@pytest.mark.parametrize("kv_cache", memory.KV_CACHES)
+def test_a_context_that_is_pretended_is_attended_to(kv_cache):
+    """The next token's logits change with what is kept, and only that many tokens are seen."""
+    model = random_model(memory.ModelShape("a small one", 64, 80, 1, 2, 1, 64, 40, 256), 2.0, 1, "cpu")
+    engine, found = engine_of(model, 2, 16, torch.device("cpu"), torch.float16, kv_cache), []
+    with torch.inference_mode():
+        for count in (0, 9, 9):
+            engine.pretend(count)
+            found.append(engine.step(torch.tensor([5, 6])))
+            assert engine.positions.tolist() == [count + 1] * 2
+    assert all(each.isfinite().all() for each in found)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    assert (found[1] - found[2]).abs().max() > 1e-3
