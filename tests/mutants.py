@@ -18,7 +18,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 REQUIRED = 0.95
 WORKERS = 2
-TIMEOUT_S = 300
+TIMEOUT_S = 900  # what runs in a simulator takes minutes
 
 
 class Mutant(NamedTuple):

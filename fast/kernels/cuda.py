@@ -71,7 +71,7 @@ SIGNATURES: dict[Any, Any] = {}  # types of the arguments of the kernels that we
 RECIPES: dict[Any, str] = {}  # what they were made of
 
 
-def kernels(function: Any) -> Any:
+def kernel_factory(function: Any) -> Any:
     """Make each kernel of a function that makes kernels once, and remember what it was made of."""
 
     @cache
@@ -487,7 +487,7 @@ def eights(aligned: bool) -> Any:
     return eight
 
 
-@kernels
+@kernel_factory
 def latent(
     kind: str, wide: bool, aligned: bool, vectors: int, early: bool, paths: int = 2, entry: str | Shares = "plain"
 ) -> Any:
@@ -653,7 +653,7 @@ def latent(
     return kernel
 
 
-@kernels
+@kernel_factory
 def output(kind: str, wide: bool, vectors: int, parts: int, early: bool, layers: int = 1, leave: str = "plain") -> Any:
     """The second kernel, likewise, for so many parts, and one layer or several, each of two paths.
 
@@ -811,7 +811,7 @@ def output(kind: str, wide: bool, vectors: int, parts: int, early: bool, layers:
     return kernel
 
 
-@kernels
+@kernel_factory
 def plain_latent(kind: str) -> Any:
     """The first step of the ladder: part[b, offset + r] by one warp for each r, a sign at a time."""
     at_place = AT[kind]
@@ -837,7 +837,7 @@ def plain_latent(kind: str) -> Any:
     return kernel
 
 
-@kernels
+@kernel_factory
 def plain_output(kind: str) -> Any:
     """The other half: y[b, o] by one warp for each o, over all paths."""
     rounded = ROUND[kind]

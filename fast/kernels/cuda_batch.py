@@ -35,7 +35,7 @@ from .cuda import (
     eights,
     half_at,
     half_eight,
-    kernels,
+    kernel_factory,
     largest_of,
     plus,
     times,
@@ -148,7 +148,7 @@ def two_halves(low, high):
     return uint32(uint32(round_to_half(low)) | uint32(round_to_half(high)) << uint32(16))
 
 
-@kernels
+@kernel_factory
 def scaled_vectors(kind: str, aligned: bool, count: int, parts: int, early: bool) -> Any:
     """Vectors divided by a power of two each, as float16: entries i and i + 16 of each 32 are a word.
 
@@ -210,7 +210,7 @@ def scaled_vectors(kind: str, aligned: bool, count: int, parts: int, early: bool
     return kernel
 
 
-@kernels
+@kernel_factory
 def products(
     kind: str, tile: Tile, choices: int, segments: int, early: bool, grouped: bool = False, direct: bool = False
 ) -> Any:

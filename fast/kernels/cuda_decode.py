@@ -39,7 +39,7 @@ from .cuda import (
     SUMMARY,
     eight_times,
     half_at,
-    kernels,
+    kernel_factory,
     load2,
     load4,
     plus,
@@ -248,7 +248,7 @@ TABLES = {
 }
 
 
-@kernels
+@kernel_factory
 def embed(kind: str) -> Any:
     """x[b] = table[tokens[b]], for a table of a kind in TABLES."""
     eight, entries = TABLES[kind]
@@ -267,7 +267,7 @@ def embed(kind: str) -> Any:
     return kernel
 
 
-@kernels
+@kernel_factory
 def added(kind: str) -> Any:
     """Add to x: x += y, for y of a kind in EIGHT."""
     eight_at = EIGHT[kind]
@@ -287,7 +287,7 @@ def added(kind: str) -> Any:
     return kernel
 
 
-@kernels
+@kernel_factory
 def normed(kind: str) -> Any:
     """y_i = weight_i x_i / sqrt(sum(squares) / size + eps), y of a kind in EIGHT."""
     rounded = ROUND[kind]
@@ -311,7 +311,7 @@ def normed(kind: str) -> Any:
     return kernel
 
 
-@kernels
+@kernel_factory
 def gated(kind: str, activation: str) -> Any:
     """y_i = activation(x_i) x_(size + i), both of a kind in EIGHT."""
     eight_at, rounded, curve = EIGHT[kind], ROUND[kind], ACTIVATIONS[activation]
@@ -330,7 +330,7 @@ def gated(kind: str, activation: str) -> Any:
     return kernel
 
 
-@kernels
+@kernel_factory
 def logits(kind: str, table: str, vectors: int) -> Any:
     """y[b, r] = table[r] . x[b], for x of a kind in EIGHT, a table of 8 or 4 bits, and 1, 2 or 4 vectors at once.
 
@@ -495,7 +495,7 @@ class Attention(NamedTuple):
         return self.unroll(early) * self.warps * 256 // self.size
 
 
-@kernels
+@kernel_factory
 def attend(made: Attention, early: bool) -> Any:
     """Attention of one new token of each sequence; see the top of this file."""
     kind, kept, size, group, warps, is_normed, whole = made

@@ -34,7 +34,7 @@ from .cuda import (
     WORDS,
     eight_times,
     half_at,
-    kernels,
+    kernel_factory,
     load2,
     load4,
     plus,
@@ -143,7 +143,7 @@ KEPT = {
 PAIR = partial(types.UniTuple, count=2)
 
 
-@kernels
+@kernel_factory
 def latents(kept: str, early: bool) -> Any:
     """Put a token's latents into a cache of a type in KEPT, over their largest magnitude."""
     rounded, array, largest, _ = KEPT[kept]
@@ -248,7 +248,7 @@ class LatentTile(NamedTuple):
         return 4 * (self.tokens * (heads + value_width // 2) + max(first, later))
 
 
-@kernels
+@kernel_factory
 def attend_latents(made: LatentTile, early: bool) -> Any:
     """Scores and weighted sums of latents; see the top of this file."""
     kind, kept, size, tokens, _ = made
@@ -493,7 +493,7 @@ def expanding_bytes(tiles: int, words: int, value_width: int) -> int:
     return 4 * (2 * WARPS + 32 * words + -(-tiles // 4) * 4 + parts * value_width)
 
 
-@kernels
+@kernel_factory
 def expand_latents(kind: str, size: int, early: bool) -> Any:
     """What a head's attention comes to, from the sums of values' latents that `attend_latents` has left."""
     rounded, threads_of_row = ROUND[kind], max(1, THREADS // size)

@@ -17,7 +17,7 @@ from typing import Any
 
 from numba import cuda, float32, int32, types, uint32
 
-from .cuda import HALVES, ROUND, SIGNATURES, WORDS, eights, half_at, half_eight, kernels, largest_of
+from .cuda import HALVES, ROUND, SIGNATURES, WORDS, eights, half_at, half_eight, kernel_factory, largest_of
 from .cuda_lanes import as_bits, as_float, larger, wait, warp_max
 from .cuda_tiles import SIGNS, store4
 
@@ -28,7 +28,7 @@ ACROSS = 32  # eights of columns of a tile, one for each lane
 LARGEST = 141  # how the exponent of numbers from 2^14, below 2^15, is stored in float32
 
 
-@kernels
+@kernel_factory
 def unpacking(kind: str, paths: int, early: bool) -> Any:
     """The kernel for float16 or bfloat16; with `early` it may be started before the kernel before it has ended."""
     rounded, some, pieces = ROUND[kind], eights(False), 2 * paths
