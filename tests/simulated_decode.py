@@ -279,8 +279,9 @@ def test_packed_layers_take_what_dense_ones_give():
     ("bits", "heads", "paths", "kv_cache"),
     [(2.0, 1, 1, "ordinary"), (None, 2, 1, "ordinary"), (3.0, 2, 2, "latent"), (2.0, 1, 1, "latent-int8")],
 )
-def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache):
+def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, monkeypatch):
     """Packed layers as siblings, or dense ones and the kernels between them; keys and values, or latents."""
+    monkeypatch.setattr(cuda_latent, "TILES", (8, 8))  # few tokens are there
     shape = ModelShape("a small one", 64, 80, 1, heads, 1, 64, 40, 256)
     model = random_model(shape, bits, paths, "cpu")
     common = model, 2, 16, torch.device("cpu"), torch.float16
