@@ -225,9 +225,14 @@ def cuda_linear() -> Table:
         cells += [fixed(each["speedup"]), fixed(peer[0]["time_us"]) if peer else ""]
         lines.append([*cells, fixed(100 * each["fraction_of_copy"])])
     head = ["layer (d_out x d_in)", "stored bits", "packed, µs", "cuBLAS, 16 bits, µs", "times faster"]
-    note = results("cuda_linear").get("note", "")
-    note = f"About the file: {note}." if note else ""
-    return Table([*head, "NanoQuant's GEMV, µs", "% of a copy's speed"], lines, ["cuda_linear", "baselines"], note)
+    head += ["NanoQuant's GEMV, µs", "% of a copy's speed"]
+    return Table(head, lines, ["cuda_linear", "baselines"], note_of("cuda_linear"))
+
+
+def note_of(file: str) -> str:
+    """What a file of results says of itself."""
+    note = results(file).get("note", "").rstrip(".")
+    return f"About the file: {note}." if note else ""
 
 
 def cuda_batches() -> Table:
@@ -240,7 +245,8 @@ def cuda_batches() -> Table:
         cells = {each["batch"]: each for each in found if shape_of(each) == shape and each["rank"] == rank}
         bits = fixed(next(iter(cells.values()))["bits"], 2)
         lines.append([shape, bits, *(fixed(cells[batch]["speedup"]) if batch in cells else "" for batch in batches)])
-    return Table(["layer (d_out x d_in)", "stored bits", *map(str, batches)], lines, ["cuda_batches"])
+    head = ["layer (d_out x d_in)", "stored bits", *map(str, batches)]
+    return Table(head, lines, ["cuda_batches"], note_of("cuda_batches"))
 
 
 def cpu_decode() -> Table:
