@@ -165,7 +165,10 @@ def test_a_step_waits_for_nothing():
 
 
 def test_the_shipped_model_says_the_same_on_both_devices():
-    on_cpu, on_gpu = (lb.load("smollm2-0.55bit", device=device) for device in ("cpu", "cuda"))
+    try:
+        on_cpu, on_gpu = (lb.load("smollm2-0.55bit", device=device) for device in ("cpu", "cuda"))
+    except OSError as error:
+        pytest.skip(f"the model that it is made of cannot be had: {error}")
     text = "Once upon a time, in a small town by the sea,"
     one, two = (lb.generate(model, text, 32) for model in (on_cpu, on_gpu))
     assert one[:40] == two[:40]
