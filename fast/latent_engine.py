@@ -6,7 +6,6 @@ expanded once. Memory is what the cache is for, so it grows by BLOCK tokens inst
 """
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 from .decode_cpu import NotDecodableError
 from .fused_engine import Block, FusedEngine, Model
-from .kernels.steps import Spans, kept_width, split_heads, stored_latents
+from .kernels.steps import kept_width, split_heads, stored_latents, used_latents
 from .kv_cache import Latents, latent_attention, latents, round_latents
 from .latent_cache import LATENT_TYPES
 from .layers import PackedLinear
@@ -72,16 +71,13 @@ class LatentEngine(FusedEngine):
         """As that of FusedEngine."""
         self.positions.fill_(count)
         for codes, _ in itertools.chain.from_iterable(self.cache):
-            codes[:, :count] = torch.randint(-127, 128, codes[:, :count].shape, device=self.device) / (
-                1 if self.type == torch.int8 else 127
-            )
+            codes[:, :count].random_(-127, 128)
 
     @property
     def token_bytes(self) -> int:
         """Bytes that are kept of a token."""
-        return sum(tensor.nbytes for pair in self.cache for each in pair for tensor in each) // (
-            self.batch * self.capacity
-        )
+        tensors = itertools.chain.from_iterable(itertools.chain.from_iterable(self.cache))
+        return sum(tensor.nbytes for tensor in tensors) // (self.batch * self.capacity)
 
     @property
     def larger(self) -> int:
@@ -101,7 +97,7 @@ class LatentEngine(FusedEngine):
         for layer, (codes, scale) in zip(layers, self.cache[at], strict=True):
             new = round_latents(stored_latents(latents(x, layer.factors()), layer.ranks), self.type)
             codes[:, start:end], scale[:, start:end] = new
-            kept.append(Latents(codes[:, :end, stored_columns(layer.ranks)], scale[:, :end]))
+            kept.append(used_latents(Latents(codes[:, :end], scale[:, :end]), layer.ranks))
         turned = self.angles[:, start:end, None]
         query, _, _ = split_heads(projected, self.heads, None, self.model.sizes.eps, *turned)
         seen = torch.ones(1, end - start, end, dtype=torch.bool, device=self.device).tril(start)
@@ -133,9 +129,3 @@ def packed_pair(block: Block) -> tuple[PackedLinear, PackedLinear]:
     if key.bias is not None or block.head_norms is not None:
         raise NotDecodableError("its keys get a bias or a norm before they are rotated, which latents are not made for")
     return key, value
-
-
-def stored_columns(ranks: Sequence[int]) -> list[int]:
-    """Which of a token's kept latents are some: each path is filled up."""
-    begins = Spans.at(0, ranks).begins
-    return [begin + at for begin, rank in zip(begins, ranks, strict=True) for at in range(rank)]

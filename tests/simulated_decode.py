@@ -318,7 +318,10 @@ def test_attention_to_latents_is_that_of_torch(size, heads, kv_heads, ranks, kep
     """Contexts of several tiles, the last of which is not full; one path and two, of ranks that fill no word."""
     monkeypatch.setattr(cuda_latent, "TILES", (tokens, tokens))
     generator, rows, capacity = torch.Generator().manual_seed(0), len(positions), 44
-    layers = [random_packed(kv_heads * size, 64, each, generator) for each in ranks]
+    layers = [
+        random_packed(kv_heads * size, 64, each, generator, bias) for each, bias in zip(ranks, (0, 1), strict=True)
+    ]
+    layers[1].bias.normal_(generator=generator)
     angles = torch.stack(turned(torch.zeros(1, 1, size), 0)[1:])[:, :capacity]
     projected, places = numbers(rows, (heads + 2 * kv_heads) * size), torch.tensor(positions)
     spans, begin = [], 3

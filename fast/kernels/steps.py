@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..decode_cpu import NotDecodableError
 from ..embeddings import QuantizedEmbedding, QuantizedHead, Table
-from ..kv_cache import Latents, expansion, rotate, round_latents
+from ..kv_cache import Latents, latent_attention, rotate, round_latents
 from ..layers import PackedLinear
 from ..packing import pack_signs
 from .dispatch import signs
@@ -83,6 +83,13 @@ def stored_latents(x: Tensor, ranks: Sequence[int]) -> Tensor:
     """Latents of all paths side by side, (..., R), as they are kept, filled up with zeros."""
     parts = x.split(list(ranks), -1)
     return torch.cat([functional.pad(part, (0, -part.shape[-1] % 8)) for part in parts], -1)
+
+
+def used_latents(kept: Latents, ranks: Sequence[int]) -> Latents:
+    """Kept latents without what each path's are filled up with."""
+    begins = Spans.at(0, ranks).begins
+    columns = [begin + at for begin, rank in zip(begins, ranks, strict=True) for at in range(rank)]
+    return Latents(kept.codes[..., columns], kept.scale)
 
 
 class Expansion(NamedTuple):
@@ -212,9 +219,9 @@ class TorchSteps:
         )
         return mixed.flatten(1).to(projected.dtype)
 
-    def expansions(self, pair: Sequence[PackedLinear]) -> list[Tensor]:
-        """What expands latents of keys and values as they are kept: h * U_sign, (d_out, kept width) each."""
-        return [stored_latents(expansion(layer.factors()), layer.ranks).to(self.dtype) for layer in pair]
+    def expansions(self, pair: Sequence[PackedLinear]) -> Sequence[PackedLinear]:
+        """What expands latents of keys and values: their layers."""
+        return pair
 
     def attend_latents(
         self,
@@ -249,14 +256,13 @@ class TorchSteps:
             pieces = [part[..., at : at + count] for at, count in zip(*of, strict=True)]
             new = round_latents(torch.cat(pieces, -1).sum(0), codes.dtype)
             codes[rows, positions], scale[rows, positions] = new
-        keys, values = (each.values() @ b.float().T for each, b in zip(cache, expansions, strict=True))
         query, _, _ = split_heads(projected, heads, None, self.eps, *angles[:, positions, None])
-        keys = rotate(keys.unflatten(-1, (heads.kv_heads, -1)).transpose(1, 2), *angles[:, None, None, : keys.shape[1]])
-        values = values.unflatten(-1, (heads.kv_heads, -1)).transpose(1, 2)
-        seen = torch.arange(keys.shape[2], device=keys.device) <= positions[:, None]
-        mixed = functional.scaled_dot_product_attention(
-            query[:, :, None], keys, values, attn_mask=seen[:, None, None], enable_gqa=True
-        )
+        (key, value), capacity = expansions, cache[0].codes.shape[1]
+        keys, values = (used_latents(each, layer.ranks) for each, layer in zip(cache, expansions, strict=True))
+        seen = torch.arange(capacity, device=projected.device) <= positions[:, None]
+        paths, (cosine, sine) = (key.factors(), value.factors()), angles[:, :capacity]
+        query = query[:, :, None]
+        mixed = latent_attention(query, keys, values, *paths, cosine, sine, seen[:, None], value_bias=value.bias)
         return mixed.flatten(1).to(projected.dtype)
 
 
@@ -493,7 +499,10 @@ class CudaSteps:
             size=kernels.expanding_bytes(tiles, width, value_width),
             early=self.early,
         )
-        return y if values.bias is None else y + values.bias
+        if values.bias is None:
+            return y
+        bias = values.bias.unflatten(0, (heads.kv_heads, -1)).repeat_interleave(heads.group, 0)
+        return (y + bias.flatten()).to(y.dtype)
 
     def tile(self, kind: str, kept: str, rows: int, capacity: int, expansions: Sequence[Expansion]) -> tuple[Any, int]:
         """The largest tile that shared memory has room for, and heads of keys for a block, lest blocks be too few.
