@@ -11,6 +11,7 @@ from littlebit.fast.agreement import logit_bound
 from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.decode_cuda import Loop, Sampling, decode_batch
 from littlebit.fast.embeddings import QuantizedHead, quantize_embeddings_, quantize_table
+from littlebit.fast.fetch import fetch
 from littlebit.fast.fused_engine import FusedEngine, Packed, engine_of, fused_engine
 from littlebit.fast.kernels import dispatch
 from littlebit.fast.kernels.steps import CudaSteps, HeadNorms, Heads, Stream, TorchSteps
@@ -166,9 +167,10 @@ def test_a_step_waits_for_nothing():
 
 def test_the_shipped_model_says_the_same_on_both_devices():
     try:
-        on_cpu, on_gpu = (lb.load("smollm2-0.55bit", device=device) for device in ("cpu", "cuda"))
+        fetch("smollm2")
     except OSError as error:
         pytest.skip(f"the model that it is made of cannot be had: {error}")
+    on_cpu, on_gpu = (lb.load("smollm2-0.55bit", device=device) for device in ("cpu", "cuda"))
     text = "Once upon a time, in a small town by the sea,"
     one, two = (lb.generate(model, text, 32) for model in (on_cpu, on_gpu))
     assert one[:40] == two[:40]

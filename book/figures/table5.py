@@ -1,6 +1,7 @@
 """Table 5: decoding, tokens a second."""
 
 from sources import Table, as_published, fixed, number, publication, rows
+from tables import CUDA_ENGINES
 
 CAPTION = (
     "**Table 5. Decoding at batch 1, tokens a second.** Published for Llama-2-7B on the authors' A100; measured here "
@@ -8,7 +9,6 @@ CAPTION = (
     "are not the same: compare each with its own dense row."
 )
 SOURCES = ("published", "cuda_decode", "cpu_decode")
-ENGINES_CUDA = {"float16": "the same decoder, float16", "transformers": "transformers, float16"}
 ENGINES = {
     "littlebit": "littlebit, 0.55 bits, 8-bit head",
     "llama.cpp": "llama.cpp, Q4_1",
@@ -40,7 +40,7 @@ def table() -> Table:
             )
     (own_dense,) = rows("cuda_decode", engine="float16")
     for each in rows("cuda_decode"):
-        name = f"littlebit, {each['bits']:.2g} bits" if each["engine"] == "packed" else ENGINES_CUDA[each["engine"]]
+        name = f"littlebit, {each['bits']:.2g} bits" if each["engine"] == "packed" else CUDA_ENGINES[each["engine"]]
         speed = each["tokens_per_s"]
         times = fixed(speed / own_dense["tokens_per_s"], 2)
         lines.append([f"measured here: {name}", "Llama-2-7B's shape, H100", number(speed), times])
