@@ -307,15 +307,19 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, 
 
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize(
-    ("size", "heads", "kv_heads", "ranks", "kept", "tokens", "positions"),
+    ("size", "heads", "kv_heads", "ranks", "kept", "tokens", "positions", "grouped"),
     [
-        (64, 4, 2, ((40,), (72,)), torch.float16, 8, (17, 0)),
-        (64, 3, 3, ((30, 9), (33, 20)), torch.int8, 16, (15, 16)),
-        (128, 5, 1, ((96,), (16, 16)), torch.float16, 32, (40,)),
+        (64, 4, 2, ((40,), (72,)), torch.float16, 8, (17, 0), False),
+        (64, 3, 3, ((30, 9), (33, 20)), torch.int8, 16, (15, 16), True),
+        (128, 5, 1, ((96,), (16, 16)), torch.float16, 32, (40,), False),
+        (256, 1, 1, ((70,), (16, 16)), torch.float16, 8, (9,), True),
     ],
 )
-def test_attention_to_latents_is_that_of_torch(size, heads, kv_heads, ranks, kept, tokens, positions, monkeypatch):
+def test_attention_to_latents_is_that_of_torch(
+    size, heads, kv_heads, ranks, kept, tokens, positions, grouped, monkeypatch
+):
     """Contexts of several tiles, the last of which is not full; one path and two, of ranks that fill no word."""
+    monkeypatch.setattr(cuda_launch, "GROUPED", torch.cuda.get_device_capability(0) if grouped else None)
     monkeypatch.setattr(cuda_latent, "TILES", (tokens, tokens))
     generator, rows, capacity = torch.Generator().manual_seed(0), len(positions), 44
     layers = [
@@ -362,9 +366,9 @@ def test_tiles_of_latents_fit_the_shared_memory_or_it_is_said():
             with pytest.raises(NotDecodableError, match="latents of 20000 and 20000 entries do not fit"):
                 steps.expansions(layers)
             continue
-        made, of_block = steps.tile("single", "half", 1, 4096, steps.expansions(layers))
-        assert made.shared_bytes(of_block, rank) <= 227 << 10
-        assert 32 * made.words >= rank
+        expanding = steps.expansions(layers)
+        made, of_block = steps.tile("single", "half", 1, 4096, expanding)
+        assert made.shared_bytes(of_block, expanding[0].words.shape[1], rank) <= 227 << 10
         found.append(made.tokens)
     assert found == [64, 32, 16]
 

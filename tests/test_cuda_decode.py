@@ -26,9 +26,9 @@ ATTENTION = (
     Attention("single", "half", 256, 2, 8, False),
 )
 TILES = (
-    cuda_latent.LatentTile("single", "half", 128, 64, 8),
-    cuda_latent.LatentTile("single", "byte", 64, 64, 16),
-    cuda_latent.LatentTile("half", "half", 256, 32, 72),
+    cuda_latent.LatentTile("single", "half", 128, 64, True),
+    cuda_latent.LatentTile("single", "byte", 64, 64, False),
+    cuda_latent.LatentTile("half", "half", 256, 32, True),
 )
 
 
@@ -56,7 +56,7 @@ def test_kernels_compile_without_spills_and_with_the_registers_that_there_are(ca
     plain += [(kernels.gated("half", "silu"), kernels.EIGHTS)]
     plain += [(kernels.logits("half", *of), kernels.EIGHTS) for of in (("8", 1), ("4", 4))]
     latent = [cuda_latent.latents(kept, early) for kept in cuda_latent.KEPT]
-    tiles = TILES if early else [made._replace(tokens=min(made.tokens, 32)) for made in TILES]
+    tiles = TILES if newest else [made._replace(tokens=64 if early else 32, grouped=False) for made in TILES]
     plain += [(cuda_latent.attend_latents(made, early), made.threads) for made in tiles]
     latent += [cuda_latent.expand_latents("single", size, early) for size in (64, 128, 256)]
     plain += [(kernel, cuda_latent.THREADS) for kernel in latent]

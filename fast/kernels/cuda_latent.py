@@ -38,7 +38,8 @@ from .cuda import (
     load2,
     load4,
     plus,
-    single_eight,
+    plus_four,
+    scaled,
     warp_sum,
 )
 from .cuda_batch import two_halves
@@ -65,14 +66,15 @@ from .cuda_lanes import (
     round_to_half,
     wait,
 )
-from .cuda_tiles import no_sums, store4, tile_product
+from .cuda_tiles import copy1, group_product, let_group_read, no_sums, put_scores, store4, tile_product
 
-WARPS = 8  # of a block, but for tiles
+WARPS = 16  # of a block, but for tiles
 THREADS = 32 * WARPS
-TILE_WARPS = 4  # of a block that has a tile, or those of a head: two such blocks have the registers of a multiprocessor
+TILE_WARPS = 4  # of a block that has a tile, or those of a head
+THREADS_AT_ONCE = 256  # with tiles, of a multiprocessor, which has no more registers
 TILES = (64, 32, 16, 8)  # tokens of a block, of which the most are taken that shared memory has room for
-TILES_AT_ONCE = 4  # whose sums a thread has on their way
-WORDS_AT_ONCE = 8  # a tile has room for multiples of so many words of signs, lest each rank need a kernel of its own
+AT_ONCE, TILES_AT_ONCE = 4, 8  # latents and queries, and sums of tiles, that a thread has on their way
+PAIR_WORDS = 32  # of shared memory for the latents of a pair of words of signs, in float16
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -105,13 +107,24 @@ def round_to_byte(value):
 def copy_halves(signal, target, codes, eighth):
     """Begin to copy eight latents to shared memory."""
     copy4(signal, uint32(target), codes, uint32(4 * eighth))
+    return uint32(0), uint32(0)
 
 
 @cuda.jit(device=True, forceinline=True)
-def put_bytes(signal, target, codes, eighth):
-    """Put eight latents that are kept in 8 bits into shared memory as float16."""
-    low, high = load2(codes, uint32(2 * eighth))
-    (a, b, c, d), (e, f, g, h) = four_bytes(low), four_bytes(high)
+def nothing_left(signal, target, words):
+    """Eight latents that `copy_halves` copies need nothing else."""
+
+
+@cuda.jit(device=True, forceinline=True)
+def load_bytes(signal, target, codes, eighth):
+    """Eight latents that are kept in 8 bits."""
+    return load2(codes, uint32(2 * eighth))
+
+
+@cuda.jit(device=True, forceinline=True)
+def put_bytes(signal, target, words):
+    """Put them into shared memory as float16."""
+    (a, b, c, d), (e, f, g, h) = four_bytes(words[0]), four_bytes(words[1])
     store4(signal, uint32(target), two_halves(a, b), two_halves(c, d), two_halves(e, f), two_halves(g, h))
 
 
@@ -125,20 +138,22 @@ class Kept(NamedTuple):
     array : type
     largest : float
         What a token's largest latent becomes.
-    put : device function
-        Eight of them into shared memory, where float16 is what is multiplied.
+    fetch, put : device functions
+        Eight of them into shared memory, where float16 is what is multiplied: the first begins, and the second ends
+        with what the first has returned, so that several are on their way.
     """
 
     rounded: Any
     array: Any
     largest: float
+    fetch: Any
     put: Any
 
 
 #: By the type of the cache.
 KEPT = {
-    "half": Kept(round_to_half, HALVES, 1.0, copy_halves),
-    "byte": Kept(round_to_byte, BYTES, 127.0, put_bytes),
+    "half": Kept(round_to_half, HALVES, 1.0, copy_halves, nothing_left),
+    "byte": Kept(round_to_byte, BYTES, 127.0, load_bytes, put_bytes),
 }
 PAIR = partial(types.UniTuple, count=2)
 
@@ -146,7 +161,7 @@ PAIR = partial(types.UniTuple, count=2)
 @kernel_factory
 def latents(kept: str, early: bool) -> Any:
     """Put a token's latents into a cache of a type in KEPT, over their largest magnitude."""
-    rounded, array, largest, _ = KEPT[kept]
+    rounded, array, largest, _, _ = KEPT[kept]
 
     @cuda.jit(device=True, forceinline=True)
     def latent(part, place, stride, parts, item, begin_1, count_1, begin_2):
@@ -202,15 +217,15 @@ class LatentTile(NamedTuple):
         Of a head: 64, 128 or 256.
     tokens : int
         One of TILES.
-    words : int
-        Of signs in a row of U, as many as there is room for: a multiple of WORDS_AT_ONCE.
+    grouped : bool
+        Whether warps multiply in groups of four (see cuda_batch.products).
     """
 
     kind: str
     kept: str
     size: int
     tokens: int
-    words: int
+    grouped: bool
 
     @property
     def warps_of_head(self) -> int:
@@ -232,34 +247,42 @@ class LatentTile(NamedTuple):
         """Of a block."""
         return 32 * self.warps
 
-    @property
-    def stride(self) -> int:
-        """Words of shared memory from a token to the next: four more than its latents, so that no banks collide."""
-        return 16 * self.words + 4
-
     def parts(self, heads: int, value_width: int) -> int:
         """Parts of a tile of which each is summed by threads of its own, for so many heads of queries in a block."""
         return max(1, self.threads // (value_width // 8 * -(-heads // 4)))
 
-    def shared_bytes(self, heads: int, value_width: int) -> int:
-        """Of a block with so many heads of queries: weights, values, and keys, queries and scores, or later sums."""
-        first = self.tokens * (self.stride + self.warps_of_head * heads) + heads * self.size
-        later = self.parts(heads, value_width) * heads * value_width
-        return 4 * (self.tokens * (heads + value_width // 2) + max(first, later))
+    def held(self, heads: int, width: int, value_width: int) -> int:
+        """Words of shared memory for keys, queries and scores, or later sums, of so many heads of queries in a block.
+
+        `width` is words of signs in a row of U.
+        """
+        first = self.tokens * (width // 2 * PAIR_WORDS + self.warps_of_head * heads) + heads * self.size
+        return max(first, self.parts(heads, value_width) * heads * value_width)
+
+    def shared_bytes(self, heads: int, width: int, value_width: int) -> int:
+        """Of a block: what it holds, and then values, weights and scales."""
+        later = -(-value_width // 64) * PAIR_WORDS + heads + 2
+        return 4 * (self.held(heads, width, value_width) + self.tokens * later)
+
+    def blocks_at_once(self, shared_bytes: int, of_block: int) -> int:
+        """Blocks of so many bytes that a multiprocessor runs at the same time."""
+        return max(1, min(THREADS_AT_ONCE // self.threads, shared_bytes // of_block))
 
 
 @kernel_factory
 def attend_latents(made: LatentTile, early: bool) -> Any:
     """Scores and weighted sums of latents; see the top of this file."""
-    kind, kept, size, tokens, _ = made
-    at_place, put_eight_latents = AT[kind], KEPT[kept].put
-    half, stride, warps, threads = size // 2, made.stride, made.warps, made.threads
+    kind, kept, size, tokens, grouped = made
+    at_place, begin_to_put, end_to_put = AT[kind], KEPT[kept].fetch, KEPT[kept].put
+    half, warps, threads, across, pair_words = size // 2, made.warps, made.threads, tokens // 8, tokens * PAIR_WORDS
     warps_of_head, heads_at_once = made.warps_of_head, made.heads_at_once
-    across = tokens // 8
-    mine = tokens // 4  # tokens of a lane
-    first_half, second_half = (tile_product(2, across, which, 8 * stride) for which in range(2))
-    no_keys = no_sums(8 * across)
+    mine, sums_of_half = tokens // 4, 4 * across  # of a lane
+    first_half, second_half = (tile_product(2, across, which, 8 * PAIR_WORDS) for which in range(2))
+    both_halves, no_keys, put = group_product(across), no_sums(2 * sums_of_half), put_scores(across)
     angle_numbers = tuple(range(2 * mine))
+    at_once = min(AT_ONCE, tokens // warps)
+    token_numbers, query_numbers = tuple(range(at_once)), tuple(range(AT_ONCE))
+    heads_together = threads // half  # whose queries all threads read at once
 
     @cuda.jit(device=True, forceinline=True)
     def angle(number, rest):
@@ -271,42 +294,74 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
     angles = over(angle, 2 * mine)
 
     @cuda.jit(device=True, forceinline=True)
-    def put_keys(signal, held, codes, base, last, words, first_words, count_1, count_2, thread):
-        """Put keys' latents into shared memory: each path's begin at a word of signs, with zeros before the next."""
-        chunks, boundary, width = int32(4 * words), int32(4 * first_words), int32(int32(count_1 + count_2) >> 3)
-        item = thread
-        while item < tokens * chunks:
-            token, chunk = int32(item // chunks), int32(item % chunks)
-            within = chunk if chunk < boundary else int32(chunk - boundary)
-            limit = count_1 if chunk < boundary else count_2
-            target = int32(held + int32(token * stride) + int32(4 * chunk))
-            if int32(8 * within) < limit:
-                column = within if chunk < boundary else int32(within + int32(count_1 >> 3))
-                put_eight_latents(signal, target, codes, int32(int32(base + min(token, last)) * width + column))
-            else:
-                store4(signal, uint32(target), uint32(0), uint32(0), uint32(0), uint32(0))
-            item = int32(item + threads)
+    def place_of(target, token, chunk):
+        """Where eight latents of a token go: chunks of each pair are swapped, so that no banks collide."""
+        return int32(int32(target + int32(token * PAIR_WORDS)) + int32(int32(chunk ^ int32(token & 7)) << 2))
 
     @cuda.jit(device=True, forceinline=True)
-    def put_values(signal, held, codes, base, last, width, thread):
-        """Put values' latents into shared memory, `width` eights of each token."""
-        item, most = thread, int32(int32(last + 1) * width)
-        while item < min(int32(tokens * width), most):
-            put_eight_latents(signal, int32(held + int32(4 * item)), codes, int32(int32(base * width) + item))
-            item = int32(item + threads)
+    def fetched(number, rest):
+        """What fetches eight latents of one of the tokens that are read at once."""
+        signal, target, chunk, token, codes, base, last, width, column = rest
+        token = int32(token + warps * number)
+        eighth = int32(int32(base + min(token, last)) * width + column)
+        return number, begin_to_put(signal, place_of(target, token, chunk), codes, eighth)
+
+    @cuda.jit(device=True, forceinline=True)
+    def stored(item, rest):
+        """Put them where they belong."""
+        signal, target, chunk, token = rest
+        number, words = item
+        end_to_put(signal, place_of(target, int32(token + warps * number), chunk), words)
+        return number
+
+    fetch, store = over(fetched, at_once), over(stored, at_once)
+
+    @cuda.jit(device=True, forceinline=True)
+    def put_latents(signal, held, codes, base, last, chunks, first_chunks, count_1, count_2, warp, lane):
+        """Put a tile's latents into shared memory, those of a pair of words of signs after another's.
+
+        A token's are `chunks` eights, of which `first_chunks` are the first path's; both end with zeros.
+        """
+        width, item = int32(int32(count_1 + count_2) >> 3), lane
+        while item < chunks:
+            within = item if item < first_chunks else int32(item - first_chunks)
+            limit = count_1 if item < first_chunks else count_2
+            column = within if item < first_chunks else int32(within + int32(count_1 >> 3))
+            target, chunk, token = int32(held + int32(item >> 3) * pair_words), int32(item & 7), warp
+            while token < tokens:
+                if int32(within << 3) < limit:
+                    read = fetch(token_numbers, (signal, target, chunk, token, codes, base, last, width, column))
+                    store(read, (signal, target, chunk, token))
+                else:
+                    for number in range(at_once):
+                        place = uint32(place_of(target, int32(token + warps * number), chunk))
+                        store4(signal, place, uint32(0), uint32(0), uint32(0), uint32(0))
+                token = int32(token + warps * at_once)
+            item = int32(item + 32)
+
+    @cuda.jit(device=True, forceinline=True)
+    def query(number, rest):
+        """Two entries of one of the queries that are read at once."""
+        projected, place, head, last = rest
+        at = int32(place + int32(min(int32(head + heads_together * number), last) * size))
+        return at_place(projected, at), at_place(projected, int32(at + half))
+
+    queries = over(query, AT_ONCE)
 
     @cuda.jit(device=True, forceinline=True)
     def put_queries(shared, held, projected, cosine, sine, position, place, heads, factor, thread):
         """Put rotated queries, scaled, into shared memory."""
-        item = thread
-        while item < heads * half:
-            head, entry = int32(item // half), int32(item % half)
-            at, turn = int32(place + int32(head * size) + entry), uint32(int32(position * half) + entry)
-            low, high = at_place(projected, at), at_place(projected, int32(at + half))
-            c, s = cosine[turn] * factor, sine[turn] * factor
-            at = int32(held + int32(head * size) + entry)
-            shared[uint32(at)], shared[uint32(at + half)] = low * c - high * s, high * c + low * s
-            item = int32(item + threads)
+        entry, head = int32(thread & (half - 1)), int32(thread // half)
+        turn = uint32(int32(position * half) + entry)
+        c, s = cosine[turn] * factor, sine[turn] * factor
+        while head < heads:
+            read = queries(query_numbers, (projected, int32(place + entry), head, int32(heads - 1)))
+            for number in range(AT_ONCE):
+                other = int32(head + heads_together * number)
+                if other < heads:
+                    at, (low, high) = int32(held + int32(other * size) + entry), read[number]
+                    shared[uint32(at)], shared[uint32(at + half)] = low * c - high * s, high * c + low * s
+            head = int32(head + heads_together * AT_ONCE)
 
     @cuda.jit(device=True, forceinline=True)
     def signs_of(words, row, width, pair):
@@ -331,32 +386,40 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
         return a, b, twice(scales, int32(row + half)), twice(scales, int32(row + half + 8))
 
     @cuda.jit(device=True, forceinline=True)
-    def put_scores(shared, target, query, sums, cosines, sines, lane):
-        """A query's products with what a warp has of rotated keys, for each token of the tile."""
-        low, other_low = shared[uint32(query)], shared[uint32(query + 8)]
-        high, other_high = shared[uint32(query + half)], shared[uint32(query + half + 8)]
-        for i in range(mine):
-            at = 4 * (i >> 1) + (i & 1)
-            c, s, other_c, other_s = cosines[2 * i], sines[2 * i], cosines[2 * i + 1], sines[2 * i + 1]
-            score = sums[at] * (low * c + high * s) + sums[4 * across + at] * (high * c - low * s)
-            score += sums[at + 2] * (other_low * other_c + other_high * other_s)
-            score += sums[4 * across + at + 2] * (other_high * other_c - other_low * other_s)
-            for distance in (4, 8, 16):
-                score += cuda.shfl_xor_sync(0xFFFFFFFF, score, distance)
-            if lane < 4:
-                shared[uint32(int32(target + int32(2 * lane)) + int32(8 * (i >> 1) + (i & 1)))] = score
+    def by_warps(sums, signs, scales, signal, place, lane):
+        """Sums plus products of both halves of a key with a pair's latents; signs and scales are of a lane's rows."""
+        row, chunk = int32(lane & 7), int32(lane >> 3)
+        at = int32(place + int32(row * PAIR_WORDS))
+        sums = first_half(sums, signs, scales, signal, uint32(at + int32(int32(chunk ^ row) << 2)), lane)
+        return second_half(sums, signs, scales, signal, uint32(at + int32(int32(int32(chunk + 4) ^ row) << 2)), lane)
+
+    @cuda.jit(device=True, forceinline=True)
+    def by_groups(sums, signs, scales, signal, place, lane):
+        """The same, warps in groups of four."""
+        low = both_halves(sums[:sums_of_half], signs[:4], scales[:2], signal, uint32(place), lane)
+        high = both_halves(sums[sums_of_half:], signs[4:], scales[2:], signal, uint32(place), lane)
+        return low + high
+
+    multiply = by_groups if grouped else by_warps
+
+    @cuda.jit(device=True, forceinline=True)
+    def query_at(shared, place):
+        """What a query has for a lane's four rows."""
+        at = uint32(place)
+        return shared[at], shared[at + 8], shared[at + half], shared[at + half + 8]
 
     @cuda.jit
     def kernel(
         projected, codes, scales, words, row_scales, cosine, sine, positions, left,
-        kv_heads, group, of_block, width, first_words, count_1, count_2, value_width, capacity, parts, factor,
+        kv_heads, group, of_block, width, first_words, count_1, count_2, value_width, capacity, parts, held, factor,
     ):  # fmt: skip
         """Grid (tiles that the capacity has room for, blocks that share the heads of keys, sequences).
 
         codes : keys' and values' as words, of (sequences, capacity, count_1 + count_2 or value_width) latents; scales :
-        (sequences, capacity); words : of U of the keys' paths side by side, (kv_heads * size, width), width even, the
-        entries of each 32 in the order 0, 2 to 30, 1, 3 to 31; row_scales : h of each path; left : (sequences, heads,
-        tiles, value_width + SUMMARY). A block has `of_block` heads of keys, and sums a tile in `parts`.
+        (sequences, capacity); words : of U of the keys' paths side by side, (kv_heads * size, width), entries of each
+        in the order 0, 2 to 30, 1, 3 to 31, and each path's in pairs; row_scales : h of each path; left : (sequences,
+        heads, tiles, value_width + SUMMARY). A block has `of_block` heads of keys, sums a tile in `parts`, and keeps
+        until its end what comes after `held` words.
         """
         signal, shared = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
         thread = int32(cuda.threadIdx.x)
@@ -371,50 +434,59 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
             int32(capacity - 1 - first),
         )
         heads = int32(kv_heads * group)
-        of_queries = int32(min(of_block, int32(kv_heads - begin)) * group)
-        held_values = int32(int32(of_block * group) * tokens)
-        held_tile = int32(held_values + int32(value_width >> 1) * tokens)
-        held_queries = int32(held_tile + tokens * stride)
+        of_keys = int32(min(of_block, int32(kv_heads - begin)))
+        of_queries = int32(of_keys * group)
+        chunks, value_chunks = int32(width << 2), int32(value_width >> 3)
+        held_queries = int32(int32(width >> 1) * pair_words)
         held_scores = int32(held_queries + int32(of_block * group) * size)
+        held_weights = int32(held + int32(int32(value_chunks + 7) >> 3) * pair_words)
+        held_scales = int32(held_weights + int32(of_block * group) * tokens)
         frequency = int32(16 * int32(warp % warps_of_head) + int32(lane >> 2))
         mine_first = int32(first + int32(int32(lane & 3) << 1))
         place = frequency
         cosines = angles(angle_numbers, (cosine, place, mine_first, int32(capacity - 1)))
         sines = angles(angle_numbers, (sine, place, mine_first, int32(capacity - 1)))
+        turn = int32(0)
+        key_row = int32(int32(begin + min(int32(warp // warps_of_head), int32(of_keys - 1))) * size + frequency)
+        ready = signs_of(words, key_row, width, int32(0))
+        ready_first, ready_second = scales_of(row_scales[0], key_row), scales_of(row_scales[1], key_row)
         if early:
             wait()
             let_next_start()
-        put_keys(signal, held_tile, codes[0], base, last, width, first_words, count_1, count_2, thread)
-        put_values(signal, held_values, codes[1], base, last, int32(value_width >> 3), thread)
+        keys, values, first_chunks = codes[0], codes[1], int32(first_words << 2)
+        put_latents(signal, int32(0), keys, base, last, chunks, first_chunks, count_1, count_2, warp, lane)
+        put_latents(signal, held, values, base, last, value_chunks, value_chunks, value_width, int32(0), warp, lane)
+        if thread < tokens:
+            at = uint32(base + min(thread, last))
+            copy1(shared, uint32(held_scales + thread), scales[0], at)
+            copy1(shared, uint32(held_scales + tokens + thread), scales[1], at)
         place = int32(int32(row * int32(heads + 2 * kv_heads) + int32(begin * group)) * size)
         put_queries(shared, held_queries, projected, cosine, sine, position, place, of_queries, factor, thread)
         copied()
+        if grouped:
+            let_group_read()
         cuda.syncthreads()
 
-        at_tile = int32(held_tile + int32(stride * int32(lane & 7)) + int32(int32(lane >> 3) << 2))
-        pairs, turn = int32(width >> 1), int32(warp // warps_of_head)
-        while turn < of_block and int32(begin + turn) < kv_heads:
-            key_row, pair, sums = int32(int32(begin + turn) * size + frequency), int32(0), no_keys()
-            ready = signs_of(words, key_row, width, pair)
-            of_first, of_second = scales_of(row_scales[0], key_row), scales_of(row_scales[1], key_row)
+        pairs, own = int32(width >> 1), int32(warp % warps_of_head)
+        while turn < of_keys:  # warps of other heads come along, for they may multiply together
+            of_first, of_second, sums, pair = ready_first, ready_second, no_keys(), int32(0)
+            key = int32(turn + int32(warp // warps_of_head))
+            following = int32(int32(begin + min(int32(key + heads_at_once), int32(of_keys - 1))) * size + frequency)
+            ready_first, ready_second = scales_of(row_scales[0], following), scales_of(row_scales[1], following)
             while pair < pairs:
-                now = ready
-                if int32(pair + 1) < pairs:
-                    ready = signs_of(words, key_row, width, int32(pair + 1))
-                at = int32(at_tile + int32(pair << 5))
+                signs, another = ready, int32(pair + 1)
+                ends = another == pairs
+                ready = signs_of(words, following if ends else key_row, width, int32(0) if ends else another)
                 weights = of_first if int32(2 * pair) < first_words else of_second
-                sums = first_half(sums, now, weights, signal, uint32(at), lane)
-                weights = of_first if int32(2 * pair + 1) < first_words else of_second
-                sums = second_half(sums, now, weights, signal, uint32(at + 16), lane)
-                pair = int32(pair + 1)
-            member = int32(0)
-            while member < group:
-                head = int32(turn * group + member)
-                target = int32(held_scores + int32(int32(head * warps_of_head) + int32(warp % warps_of_head)) * tokens)
+                sums = multiply(sums, signs, weights, signal, int32(pair * pair_words), lane)
+                pair = another
+            head, last_head = int32(key * group), int32(min(int32(key + 1), of_keys) * group)
+            while head < last_head:
+                target = int32(held_scores + int32(int32(head * warps_of_head) + own) * tokens)
                 query = int32(held_queries + int32(head * size) + frequency)
-                put_scores(shared, target, query, sums, cosines, sines, lane)
-                member = int32(member + 1)
-            turn = int32(turn + heads_at_once)
+                put(shared, uint32(target), sums, cosines, sines, query_at(shared, query), lane)
+                head = int32(head + 1)
+            turn, key_row = int32(turn + heads_at_once), following
         cuda.syncthreads()
 
         across_left, tiles = int32(value_width + SUMMARY), int32(cuda.gridDim.x)
@@ -425,15 +497,15 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
                 score = float32(0)
                 for piece in range(warps_of_head):
                     score += shared[uint32(held_scores + int32(int32(head * warps_of_head) + piece) * tokens + token)]
-                score = score * scales[0][uint32(base + min(token, last))]
+                score = score * shared[uint32(held_scales + token)]
                 score = score if int32(first + token) <= position else float32(LOWEST)
-                shared[uint32(int32(head * tokens) + token)] = score
+                shared[uint32(int32(held_weights + int32(head * tokens)) + token)] = score
                 top, token = larger(top, score), int32(token + 32)
             top, total, token = warp_largest(top), float32(0), lane
             while token < tokens:
-                at = uint32(int32(head * tokens) + token)
+                at = uint32(int32(held_weights + int32(head * tokens)) + token)
                 weight = exponential(shared[at] - top) if int32(first + token) <= position else float32(0)
-                shared[at] = weight * scales[1][uint32(base + min(token, last))]
+                shared[at] = weight * shared[uint32(held_scales + tokens + token)]
                 total, token = float32(total + weight), int32(token + 32)
             total = warp_sum(total)
             if lane == 0:
@@ -442,24 +514,23 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
             head = int32(head + warps)
         cuda.syncthreads()
 
-        chunks, item = int32(value_width >> 3), thread
-        items = int32(chunks * int32(int32(of_queries + 3) >> 2))
+        items, item = int32(value_chunks * int32(int32(of_queries + 3) >> 2)), thread
         seen = min(int32(tokens), int32(position + 1 - first))
         while item < items * parts:
             part, rest = int32(item // items), int32(item % items)
-            chunk, four = int32(rest % chunks), int32(int32(rest // chunks) << 2)
+            chunk, four = int32(rest % value_chunks), int32(int32(rest // value_chunks) << 2)
             a, b, c, d, token = nothing(), nothing(), nothing(), nothing(), part
             final = int32(of_queries - 1)
             two, three, last_one = min(int32(four + 1), final), min(int32(four + 2), final), min(int32(four + 3), final)
+            block, within = int32(held + int32(chunk >> 3) * pair_words), int32(chunk & 7)
             while token < seen:
-                at = int32(held_values + int32(token * int32(value_width >> 1)) + int32(chunk << 2))
-                v = half_words(load4(signal, uint32(at)))
-                a = plus(a, eight_times(v, shared[uint32(int32(four * tokens) + token)]))
-                b = plus(b, eight_times(v, shared[uint32(int32(two * tokens) + token)]))
-                c = plus(c, eight_times(v, shared[uint32(int32(three * tokens) + token)]))
-                d = plus(d, eight_times(v, shared[uint32(int32(last_one * tokens) + token)]))
+                v, at = half_words(load4(signal, uint32(place_of(block, token, within)))), int32(held_weights + token)
+                a = plus(a, eight_times(v, shared[uint32(at + int32(four * tokens))]))
+                b = plus(b, eight_times(v, shared[uint32(at + int32(two * tokens))]))
+                c = plus(c, eight_times(v, shared[uint32(at + int32(three * tokens))]))
+                d = plus(d, eight_times(v, shared[uint32(at + int32(last_one * tokens))]))
                 token = int32(token + parts)
-            at = int32(held_tile + int32(int32(part * of_queries) * value_width) + int32(chunk << 3))
+            at = int32(int32(int32(part * of_queries) * value_width) + int32(chunk << 3))
             put_eight(shared, int32(at + int32(four * value_width)), a, float32)
             if four + 1 < of_queries:
                 put_eight(shared, int32(at + int32(two * value_width)), b, float32)
@@ -469,27 +540,29 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
                 put_eight(shared, int32(at + int32(last_one * value_width)), d, float32)
             item = int32(item + threads)
         cuda.syncthreads()
-        item = thread
-        while item < of_queries * value_width:
-            total, part, at = float32(0), int32(0), int32(held_tile + item)
-            while part < parts:
-                total += shared[uint32(at)]
-                part, at = int32(part + 1), int32(at + int32(of_queries * value_width))
-            head, column = int32(item // value_width), int32(item % value_width)
-            at = int32(int32(int32(row * heads + int32(begin * group + head)) * tiles + tile) * across_left)
-            left[uint32(at + column)] = total
-            item = int32(item + threads)
+        head = warp
+        while head < of_queries:
+            base = int32(int32(int32(row * heads + int32(begin * group + head)) * tiles + tile) * across_left)
+            column = lane
+            while column < value_width:
+                total, part, at = float32(0), int32(0), int32(int32(head * value_width) + column)
+                while part < parts:
+                    total += shared[uint32(at)]
+                    part, at = int32(part + 1), int32(at + int32(of_queries * value_width))
+                left[uint32(base + column)] = total
+                column = int32(column + 32)
+            head = int32(head + warps)
 
     SIGNATURES[kernel] = types.void(
         ELEMENTS[kind], PAIR(WORDS), PAIR(SINGLES), WORDS, PAIR(HALVES), SINGLES, SINGLES, INTEGERS, SINGLES,
-        *[types.int32] * 10, types.float32,
+        *[types.int32] * 11, types.float32,
     )  # fmt: skip
     return kernel
 
 
 def expanding_bytes(tiles: int, words: int, value_width: int) -> int:
     """Shared memory of a block of `expand_latents`."""
-    parts = max(1, THREADS // (value_width // 8))
+    parts = max(1, THREADS // (value_width // 4))
     return 4 * (2 * WARPS + 32 * words + -(-tiles // 4) * 4 + parts * value_width)
 
 
@@ -501,9 +574,10 @@ def expand_latents(kind: str, size: int, early: bool) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def fetched(number, rest):
-        """Eight sums of one of the tiles that are read at once; of another where there is none."""
+        """Four sums of one of the tiles that are read at once; of another where there is none."""
         left, column, tile, parts, last, stride = rest
-        return single_eight(left, int32(column + int32(min(int32(tile + int32(number * parts)), last) * stride)))
+        a, b, c, d = load4(left, uint32(column + int32(min(int32(tile + int32(number * parts)), last) * stride)))
+        return as_float(a), as_float(b), as_float(c), as_float(d)
 
     fetch = over(fetched, TILES_AT_ONCE)
 
@@ -539,19 +613,20 @@ def expand_latents(kind: str, size: int, early: bool) -> Any:
         cuda.syncthreads()  # the first numbers of shared memory have been read
         total = block_sum(total, shared, WARPS)
 
-        chunks = int32(value_width >> 3)
-        parts, item = max(int32(1), int32(THREADS // chunks)), thread
-        while item < parts * chunks:
-            part, chunk = int32(item // chunks), int32(item % chunks)
-            sums, tile, column = nothing(), part, int32(base + int32(chunk << 3))
+        fours = int32(value_width >> 2)
+        parts, item = max(int32(1), int32(THREADS // fours)), thread
+        while item < parts * fours:
+            part, four = int32(item // fours), int32(int32(item % fours) << 2)
+            sums, tile = (float32(0), float32(0), float32(0), float32(0)), part
             while tile < count:
-                read = fetch(numbers, (left, column, tile, parts, int32(count - 1), stride))
+                read = fetch(numbers, (left, int32(base + four), tile, parts, int32(count - 1), stride))
                 for i in range(TILES_AT_ONCE):
                     number = int32(tile + int32(i * parts))
                     factor = shared[uint32(held_factors + min(number, int32(count - 1)))]
-                    sums = plus(sums, eight_times(read[i], factor if number < count else float32(0)))
+                    sums = plus_four(sums, scaled(read[i], factor if number < count else float32(0)))
                 tile = int32(tile + int32(TILES_AT_ONCE * parts))
-            put_eight(shared, int32(held_parts + int32(part * value_width) + int32(chunk << 3)), sums, float32)
+            target = int32(held_parts + int32(part * value_width) + four)
+            store4(signal, uint32(target), as_bits(sums[0]), as_bits(sums[1]), as_bits(sums[2]), as_bits(sums[3]))
             item = int32(item + THREADS)
         cuda.syncthreads()
         item = thread

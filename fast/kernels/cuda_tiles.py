@@ -7,7 +7,7 @@ Each has a plain twin, which the simulator (NUMBA_ENABLE_CUDASIM=1) runs in its 
 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportRedeclaration=false
 
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -158,6 +158,35 @@ if config.ENABLE_CUDASIM:
                     for i in range(4):
                         place = int(index) + stride * (8 * n + (i & 1)) + 16 * m + 8 * (i >> 1)
                         array[place] = sums[4 * (m * across + n) + i]
+
+        return put
+
+    @cache
+    def put_scores(across: int) -> Any:
+        """A device function: puts products of a query with rotated keys into shared memory, token after token.
+
+        The keys are the sums of a warp's two tiles, of 16 rows of both halves of a key; a lane's tokens are the vectors
+        2 * (lane % 4), the next one, and those 8, 16 and so on further. It takes the element where the first token's
+        score goes; the sums; cosines and sines, each of a lane's two rows for each of its tokens; what the query has
+        there: for both rows of the lower half, then of the upper; and the lane.
+        """
+
+        @cuda.jit(device=True)
+        def put(array, index, sums, cosines, sines, query, lane):
+            scores = []
+            for i in range(2 * across):
+                score = np.float32(0)
+                for row in range(2):
+                    at = 4 * (i >> 1) + 2 * row + (i & 1)
+                    low, high, c, s = sums[at], sums[4 * across + at], cosines[2 * i + row], sines[2 * i + row]
+                    score += (low * c - high * s) * query[row] + (high * c + low * s) * query[2 + row]
+                scores.append(score)
+            for distance in (4, 8, 16):
+                others = cuda.shfl_xor_sync(0xFFFFFFFF, tuple(scores), distance)
+                scores = [one + other for one, other in zip(scores, others, strict=True)]
+            if lane < 4:
+                for i, score in enumerate(scores):
+                    array[int(index) + 8 * (i >> 1) + 2 * lane + (i & 1)] = score
 
         return put
 
@@ -408,5 +437,61 @@ else:
                             builder.store(value, builder.gep(begin, [LONG(offset)]))
 
             return types.void(array, types.uint32, sums), codegen
+
+        return put
+
+    @cache
+    def put_scores(across: int) -> Any:
+        """A device function: puts products of a query with rotated keys into shared memory, token after token.
+
+        The keys are the sums of a warp's two tiles, of 16 rows of both halves of a key; a lane's tokens are the vectors
+        2 * (lane % 4), the next one, and those 8, 16 and so on further. It takes the element where the first token's
+        score goes; the sums; cosines and sines, each of a lane's two rows for each of its tokens; what the query has
+        there: for both rows of the lower half, then of the upper; and the lane.
+
+        Eight lanes have parts of the same tokens' scores. Each hands half of them to the lane that sums those, and then
+        half of what it has left.
+        """
+        count = 2 * across
+
+        @intrinsic
+        def put(typingctx, array, index, sums, cosines, sines, query, lane):
+            def codegen(context, builder, signature, args):
+                sums, cosines, sines, query = (
+                    [builder.extract_value(each, i) for i in range(each.type.count)] for each in args[2:6]
+                )
+                exchange = ir.FunctionType(FLOAT, [FLOAT])
+                lane, scores = args[6], []
+                for i in range(count):
+                    terms = []
+                    for row in range(2):
+                        at = 4 * (i >> 1) + 2 * row + (i & 1)
+                        low, high, c, s = sums[at], sums[2 * count + at], cosines[2 * i + row], sines[2 * i + row]
+                        turned_low = builder.fsub(builder.fmul(low, c), builder.fmul(high, s))
+                        turned_high = builder.fadd(builder.fmul(high, c), builder.fmul(low, s))
+                        terms += [builder.fmul(turned_low, query[row]), builder.fmul(turned_high, query[2 + row])]
+                    scores.append(reduce(builder.fadd, terms))
+                for distance in (16, 8, 4):
+                    text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
+                    other = ir.InlineAsm(exchange, text, "=f,f", side_effect=True)
+                    if len(scores) > 1:
+                        middle = len(scores) // 2
+                        upper = builder.icmp_signed("!=", builder.and_(lane, WORD(distance)), WORD(0))
+                        halves = list(zip(scores[:middle], scores[middle:], strict=True))
+                        given = [builder.select(upper, a, b) for a, b in halves]
+                        scores = [builder.select(upper, b, a) for a, b in halves]
+                    else:
+                        given = scores
+                    scores = [builder.fadd(a, builder.call(other, [b])) for a, b in zip(scores, given, strict=True)]
+                number = builder.lshr(builder.mul(builder.lshr(lane, WORD(2)), WORD(count)), WORD(3))
+                token = builder.add(builder.shl(builder.lshr(number, WORD(1)), WORD(3)), builder.and_(number, WORD(1)))
+                token = builder.add(token, builder.shl(builder.and_(lane, WORD(3)), WORD(1)))
+                place = place_of(context, builder, signature.args[0], [args[0], builder.add(args[1], token)])
+                several = WORD(4 * max(1, 8 // count) - 4)  # lanes that have the same
+                with builder.if_then(builder.icmp_signed("==", builder.and_(lane, several), WORD(0))):
+                    for i, score in enumerate(scores):
+                        builder.store(score, builder.gep(place, [LONG(i)]))
+
+            return types.void(array, types.uint32, sums, cosines, sines, query, types.int32), codegen
 
         return put

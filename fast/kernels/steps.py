@@ -98,7 +98,7 @@ class Expansion(NamedTuple):
     Attributes
     ----------
     words : (d_out, width) int32 tensor
-        Signs of U of the one or two paths side by side, each path's beginning with a word; width is even.
+        Signs of U of the one or two paths side by side, each path's in pairs of words.
     scales : two (d_out,) float16 tensors
         h of each path.
     first_words : int
@@ -118,9 +118,8 @@ class Expansion(NamedTuple):
     def of(cls, layer: PackedLinear, rotated: bool) -> "Expansion":
         """That of a layer; tensor cores take the entries of each word of keys, which are rotated, in pairs."""
         paths, counts = layer.factors(), [kept_width([rank]) for rank in layer.ranks]
-        each = [functional.pad(signs(path.u_words, path.rank), (0, -path.rank % 32), value=1.0) for path in paths]
+        each = [functional.pad(signs(path.u_words, path.rank), (0, -path.rank % 64), value=1.0) for path in paths]
         every = torch.cat(each, -1)
-        every = functional.pad(every, (0, every.shape[-1] % 64), value=1.0)
         if rotated:
             every = every.unflatten(-1, (-1, 16, 2)).transpose(-1, -2).flatten(1)
         scales = [path.h.half().contiguous() for path in paths]
@@ -310,8 +309,8 @@ class CudaSteps:
     # Shares of a context that the output layer puts together, each a number more that it reads for an entry of its
     # input. More blocks, put together as above, pay where each would look at its share more often than this.
     most_shares, few_looks = 8, 4
-    # Blocks with tiles of latents, for each multiprocessor, that are not too few to have more heads in each
-    enough_tiles = 3
+    # What a block with a tile of latents does beside the expansion of heads of keys takes as long as that of so many
+    heads_worth = 2
 
     def __init__(self, heads: Heads, dtype: torch.dtype, eps: float, batch: int, device: torch.device):
         from . import dispatch
@@ -326,7 +325,8 @@ class CudaSteps:
 
         self.kernels, self.latent, self.launching = cuda_decode, cuda_latent, launching
         self.heads, self.dtype, self.eps, self.index = heads, dtype, eps, index
-        self.early = torch.cuda.get_device_capability(index) >= launching.EARLY
+        capability = torch.cuda.get_device_capability(index)
+        self.early, self.grouped = capability >= launching.EARLY, capability == launching.GROUPED
         group, most = heads.heads // heads.kv_heads, 8 if self.early else 2  # that the registers suffice for
         self.group = next(count for count in range(min(group, most), 0, -1) if group % count == 0)
         self.chunks = group // self.group
@@ -478,14 +478,15 @@ class CudaSteps:
         tiles, group, value_width = -(-capacity // made.tokens), heads.group, sum(values.counts)
         left = torch.empty(rows, heads.heads, tiles, value_width + self.kernels.SUMMARY, device=projected.device)
         shapes = keys.words.shape[1], keys.first_words, *keys.counts, value_width, capacity
-        parts = made.parts(of_block * group, value_width)
+        sizes, parts = (of_block * group, shapes[0], value_width), made.parts(of_block * group, value_width)
         self.start(
             kernels.attend_latents(made, self.early),
             (tiles, -(-heads.kv_heads // of_block), rows),
             *(projected, words, scales, keys.words, tuple(map(launching.array, keys.scales))),
-            *(*angles, positions, left, heads.kv_heads, group, of_block, *shapes, parts, heads.size**-0.5),
+            *(*angles, positions, left, heads.kv_heads, group, of_block, *shapes, parts),
+            *(made.held(*sizes), heads.size**-0.5),
             threads=made.threads,
-            size=made.shared_bytes(of_block * group, value_width),
+            size=made.shared_bytes(*sizes),
             early=self.early,
         )
         y = torch.empty(rows, heads.heads * heads.size, dtype=projected.dtype, device=projected.device)
@@ -505,7 +506,7 @@ class CudaSteps:
         return (y + bias.flatten()).to(y.dtype)
 
     def tile(self, kind: str, kept: str, rows: int, capacity: int, expansions: Sequence[Expansion]) -> tuple[Any, int]:
-        """The largest tile that shared memory has room for, and heads of keys for a block, lest blocks be too few.
+        """The largest tile that shared memory has room for, and so many heads of keys for a block as are quickest.
 
         Raises
         ------
@@ -513,16 +514,18 @@ class CudaSteps:
             If there is room for none.
         """
         kernels, (keys, values), heads = self.latent, expansions, self.heads
-        device = self.launching.described(self.index)
-        words = -(-keys.words.shape[1] // kernels.WORDS_AT_ONCE) * kernels.WORDS_AT_ONCE
+        device, width, value_width = self.launching.described(self.index), keys.words.shape[1], sum(values.counts)
         for tokens in kernels.TILES if self.early else kernels.TILES[1:]:  # the registers suffice for
-            made = kernels.LatentTile(kind, kept, heads.size, tokens, words)
-            for turns in (8, 4, 2, 1):
+            made, times = kernels.LatentTile(kind, kept, heads.size, tokens, self.grouped), {}
+            for turns in (1, 2, 4, 8, 16, 32):
                 of_block = turns * made.heads_at_once
-                blocks = rows * -(-capacity // tokens) * -(-heads.kv_heads // of_block)
-                fits = made.shared_bytes(of_block * heads.group, sum(values.counts)) <= device.shared_bytes
-                if fits and (turns == 1 or blocks >= self.enough_tiles * device.multiprocessors):
-                    return made, of_block
+                size = made.shared_bytes(of_block * heads.group, width, value_width)
+                if size <= device.shared_bytes:
+                    at_once = device.multiprocessors * made.blocks_at_once(device.shared_bytes, size)
+                    blocks = rows * -(-capacity // tokens) * -(-heads.kv_heads // of_block)
+                    times[of_block] = -(-blocks // at_once) * (self.heads_worth + turns)
+            if times:
+                return made, min(times, key=times.__getitem__)
         wide = f"latents of {sum(keys.counts)} and {sum(values.counts)} entries do not fit the GPU's shared memory"
         raise NotDecodableError(f"{wide}; keep keys and values instead (kv_cache='ordinary')")
 
