@@ -368,8 +368,12 @@ class FusedEngine:
 
     def attend(self, at: int, projected: Tensor) -> Tensor:
         """Attention of one new token of each sequence in layer `at`: (batch, heads * size), or its shares."""
-        norms, whole = self.model.blocks[at].head_norms, not isinstance(self.groups[at][1], Packed)
-        return self.steps.attend(projected, self.keys[at], self.values[at], self.positions, self.angles, norms, whole)
+        kept, norms = (self.keys[at], self.values[at]), self.model.blocks[at].head_norms
+        return self.steps.attend(projected, *kept, self.positions, self.angles, norms, self.whole(at))
+
+    def whole(self, at: int) -> bool:
+        """Whether what comes after the attention of layer `at` cannot put shares of it together."""
+        return not isinstance(self.groups[at][1], Packed)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (batch, vocabulary) after the prompts, a block of tokens after the other, shorter ones filled up."""

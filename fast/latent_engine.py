@@ -85,10 +85,10 @@ class LatentEngine(FusedEngine):
         return (self.capacity // BLOCK + 1) * BLOCK
 
     def attend(self, at: int, projected: Tensor) -> Tensor:
-        """Attention of one new token of each sequence in layer `at`: (batch, heads * size)."""
+        """As that of FusedEngine."""
         part, spans = self.groups[at][0].latents()
         kept = part, spans[1:], self.cache[at], self.expansions[at]
-        return self.steps.attend_latents(projected, *kept, self.positions, self.angles)
+        return self.steps.attend_latents(projected, *kept, self.positions, self.angles, self.whole(at))
 
     def attend_block(self, at: int, x: Tensor, projected: Tensor, start: int) -> Tensor:
         """Attention of a block of new tokens in layer `at`, whose latents are kept: (batch, tokens, heads * size)."""

@@ -282,12 +282,14 @@ def test_packed_layers_take_what_dense_ones_give():
 def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, monkeypatch):
     """Packed layers as siblings, or dense ones and the kernels between them; keys and values, or latents."""
     monkeypatch.setattr(cuda_latent, "TILES", (8, 8))  # few tokens are there
+    monkeypatch.setattr(CudaSteps, "fewest_tiles", 1)
     shape = ModelShape("a small one", 64, 80, 1, heads, 1, 64, 40, 256)
     model = random_model(shape, bits, paths, "cpu")
     common = model, 2, 16, torch.device("cpu"), torch.float16
     if kv_cache == "ordinary":
         sides = [FusedEngine(*common, kernels) for kernels in (True, False)]
     else:
+        monkeypatch.setattr(cuda_launch, "described", lambda index: cuda_launch.Device("any", 4 * heads, 227 << 10))
         sides = [LatentEngine(*common, kernels, kv_cache) for kernels in (True, False)]
     assert all(isinstance(group, Packed) == (bits is not None) for groups in sides[0].groups for group in groups)
     with torch.inference_mode():
@@ -307,25 +309,30 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, 
 
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize(
-    ("size", "heads", "kv_heads", "ranks", "kept", "tokens", "positions", "grouped"),
+    ("size", "heads", "kv_heads", "ranks", "kept", "tokens", "positions", "grouped", "shares"),
     [
-        (64, 4, 2, ((40,), (72,)), torch.float16, 8, (17, 0), False),
-        (64, 3, 3, ((30, 9), (33, 20)), torch.int8, 16, (15, 16), True),
-        (128, 5, 1, ((96,), (16, 16)), torch.float16, 32, (40,), False),
-        (256, 1, 1, ((70,), (16, 16)), torch.float16, 8, (9,), True),
+        (64, 4, 2, ((40,), (72,)), torch.float16, 8, (17, 0), False, 1),
+        (64, 3, 3, ((30, 9), (33, 20)), torch.int8, 16, (15, 16), True, 2),
+        (128, 5, 1, ((96,), (16, 16)), torch.float16, 32, (40,), False, 1),
+        (256, 1, 1, ((70,), (16, 16)), torch.float16, 8, (41,), True, 4),
     ],
 )
 def test_attention_to_latents_is_that_of_torch(
-    size, heads, kv_heads, ranks, kept, tokens, positions, grouped, monkeypatch
+    size, heads, kv_heads, ranks, kept, tokens, positions, grouped, shares, monkeypatch
 ):
     """Contexts of several tiles, the last of which is not full; one path and two, of ranks that fill no word."""
     monkeypatch.setattr(cuda_launch, "GROUPED", torch.cuda.get_device_capability(0) if grouped else None)
     monkeypatch.setattr(cuda_latent, "TILES", (tokens, tokens))
+    monkeypatch.setattr(CudaSteps, "fewest_tiles", 1)
     generator, rows, capacity = torch.Generator().manual_seed(0), len(positions), 44
+    device = cuda_launch.Device("any", rows * heads * shares, 227 << 10)
+    monkeypatch.setattr(cuda_launch, "described", lambda index: device)
+    biases = False, shares == 1
     layers = [
-        random_packed(kv_heads * size, 64, each, generator, bias) for each, bias in zip(ranks, (0, 1), strict=True)
+        random_packed(kv_heads * size, 64, each, generator, bias) for each, bias in zip(ranks, biases, strict=True)
     ]
-    layers[1].bias.normal_(generator=generator)
+    if biases[1]:
+        layers[1].bias.normal_(generator=generator)
     angles = torch.stack(turned(torch.zeros(1, 1, size), 0)[1:])[:, :capacity]
     projected, places = numbers(rows, (heads + 2 * kv_heads) * size), torch.tensor(positions)
     spans, begin = [], 3
@@ -345,8 +352,13 @@ def test_attention_to_latents_is_that_of_torch(
     ):
         mine = [Latents(*(tensor.clone() for tensor in each)) for each in cache]
         expanding = steps.expansions(layers)
-        found.append((steps.attend_latents(projected, part, spans, mine, expanding, places, angles), mine))
+        found.append((steps.attend_latents(projected, part, spans, mine, expanding, places, angles, shares == 1), mine))
     (got, ours), (want, theirs) = found
+    if shares > 1:
+        assert got.shape == (rows, heads, shares, size + cuda_latent.SUMMARY)
+        weights = (got[..., size] - got[..., size].amax(-1, keepdim=True)).exp()
+        totals = (weights * got[..., size + 1]).sum(-1, keepdim=True)
+        got = ((weights[..., None] * got[..., :size]).sum(-2) / totals).flatten(1)
     assert (got - want).abs().max() <= 2**-12 * want.abs().max()
     for mine, other, old in zip(ours, theirs, cache, strict=True):
         assert (mine.codes.float() - other.codes.float()).abs().max() <= (1 if kept == torch.int8 else 2**-11)

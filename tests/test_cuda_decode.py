@@ -58,7 +58,7 @@ def test_kernels_compile_without_spills_and_with_the_registers_that_there_are(ca
     latent = [cuda_latent.latents(kept, early) for kept in cuda_latent.KEPT]
     tiles = TILES if newest else [made._replace(tokens=64 if early else 32, grouped=False) for made in TILES]
     plain += [(cuda_latent.attend_latents(made, early), made.threads) for made in tiles]
-    latent += [cuda_latent.expand_latents("single", size, early) for size in (64, 128, 256)]
+    latent += [cuda_latent.expand_latents("single", *of, early) for of in ((64, True), (128, False), (256, True))]
     plain += [(kernel, cuda_latent.THREADS) for kernel in latent]
     for made in ATTENTION if newest else [made._replace(group=min(made.group, 2), warps=8) for made in ATTENTION[::3]]:
         plain.append((kernels.attend(made, early), made.threads))

@@ -567,8 +567,11 @@ def expanding_bytes(tiles: int, words: int, value_width: int) -> int:
 
 
 @kernel_factory
-def expand_latents(kind: str, size: int, early: bool) -> Any:
-    """What a head's attention comes to, from the sums of values' latents that `attend_latents` has left."""
+def expand_latents(kind: str, size: int, whole: bool, early: bool) -> Any:
+    """What a head's attention comes to, from the sums of values' latents that `attend_latents` has left.
+
+    If not `whole`, each block makes one of Shares (see cuda.py) of its own share of the tiles.
+    """
     rounded, threads_of_row = ROUND[kind], max(1, THREADS // size)
     row_sum, numbers = summed(threads_of_row), tuple(range(TILES_AT_ONCE))
 
@@ -585,10 +588,13 @@ def expand_latents(kind: str, size: int, early: bool) -> Any:
     def kernel(
         left, words, row_scales, positions, y, group, tokens, tiles, width, first_words, count_1, count_2
     ):  # fmt: skip
-        """Grid (heads, sequences); words : of U of the values' paths side by side, (kv_heads * size, width)."""
+        """Grid (heads, sequences, shares); words : of U of the values' paths side by side, (kv_heads * size, width)."""
         signal, shared = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
         thread, head, row = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x), int32(cuda.blockIdx.y)
-        count, value_width = int32(int32(positions[row]) // tokens + 1), int32(count_1 + count_2)
+        count, share, shares = int32(int32(positions[row]) // tokens + 1), int32(cuda.blockIdx.z), int32(cuda.gridDim.z)
+        each = int32(int32(int32(count + shares) - 1) // shares)
+        first_tile, end = int32(share * each), min(count, int32(int32(share + 1) * each))
+        value_width = int32(count_1 + count_2)
         stride = int32(value_width + SUMMARY)
         base = int32(int32(int32(row * int32(cuda.gridDim.x)) + head) * tiles * stride)
         held_mean = int32(2 * WARPS)
@@ -597,14 +603,14 @@ def expand_latents(kind: str, size: int, early: bool) -> Any:
         if early:
             wait()
             let_next_start()
-        top, tile = float32(LOWEST), thread
-        while tile < count:
+        top, tile = float32(LOWEST), int32(first_tile + thread)
+        while tile < end:
             top, tile = larger(top, left[uint32(base + int32(tile * stride) + value_width)]), int32(tile + THREADS)
-        top, total, tile = block_max(top, shared), float32(0), thread
-        while tile < count:
+        top, total, tile = block_max(top, shared), float32(0), int32(first_tile + thread)
+        while tile < end:
             at = int32(base + int32(tile * stride) + value_width)
             factor = exponential(left[uint32(at)] - top)
-            shared[uint32(held_factors + tile)] = factor
+            shared[uint32(held_factors + int32(tile - first_tile))] = factor
             total, tile = float32(total + factor * left[uint32(at + 1)]), int32(tile + THREADS)
         item = thread
         while item < int32(width << 5):
@@ -617,13 +623,13 @@ def expand_latents(kind: str, size: int, early: bool) -> Any:
         parts, item = max(int32(1), int32(THREADS // fours)), thread
         while item < parts * fours:
             part, four = int32(item // fours), int32(int32(item % fours) << 2)
-            sums, tile = (float32(0), float32(0), float32(0), float32(0)), part
-            while tile < count:
-                read = fetch(numbers, (left, int32(base + four), tile, parts, int32(count - 1), stride))
+            sums, tile = (float32(0), float32(0), float32(0), float32(0)), int32(first_tile + part)
+            while tile < end:
+                read = fetch(numbers, (left, int32(base + four), tile, parts, int32(end - 1), stride))
                 for i in range(TILES_AT_ONCE):
                     number = int32(tile + int32(i * parts))
-                    factor = shared[uint32(held_factors + min(number, int32(count - 1)))]
-                    sums = plus_four(sums, scaled(read[i], factor if number < count else float32(0)))
+                    factor = shared[uint32(held_factors + int32(min(number, int32(end - 1)) - first_tile))]
+                    sums = plus_four(sums, scaled(read[i], factor if number < end else float32(0)))
                 tile = int32(tile + int32(TILES_AT_ONCE * parts))
             target = int32(held_parts + int32(part * value_width) + four)
             store4(signal, uint32(target), as_bits(sums[0]), as_bits(sums[1]), as_bits(sums[2]), as_bits(sums[3]))
@@ -636,10 +642,15 @@ def expand_latents(kind: str, size: int, early: bool) -> Any:
                 mean += shared[uint32(held_parts + int32(part * value_width) + item)]
                 part = int32(part + 1)
             place = item if item < count_1 else int32(int32(first_words << 5) + int32(item - count_1))
-            shared[uint32(held_mean + place)] = mean / total
+            shared[uint32(held_mean + place)] = mean / total if whole else mean
             item = int32(item + THREADS)
         cuda.syncthreads()
 
+        target = int32(int32(row * int32(cuda.gridDim.x) + head) * size)
+        if not whole:
+            target = int32(int32(int32(row * int32(cuda.gridDim.x) + head) * shares + share) * (size + SUMMARY))
+            if thread == 0:
+                y[uint32(target + size)], y[uint32(target + size + 1)] = top, total
         entry, number = int32(thread // threads_of_row), int32(thread % threads_of_row)
         while entry < size:  # all threads of a warp alike
             of_key, first, second = int32(int32(head // group) * size + entry), float32(0), float32(0)
@@ -659,7 +670,7 @@ def expand_latents(kind: str, size: int, early: bool) -> Any:
             value = first * half_at(row_scales[0], of_key) + second * half_at(row_scales[1], of_key)
             value = row_sum(value)
             if thread % threads_of_row == 0:
-                y[uint32(int32(int32(row * int32(cuda.gridDim.x)) + head) * size + entry)] = rounded(value)
+                y[uint32(target + entry)] = rounded(value)
             entry = int32(entry + THREADS // threads_of_row)
 
     arrays = SINGLES, WORDS, PAIR(HALVES), INTEGERS, ELEMENTS[kind]

@@ -231,12 +231,13 @@ class TorchSteps:
         expansions: Sequence[Any],
         positions: Tensor,
         angles: Tensor,
+        whole: bool = True,
     ) -> Tensor:
         """Attention of one new token of each sequence, whose latents are kept.
 
         Parameters
         ----------
-        projected, positions, angles
+        projected, positions, angles, whole
             See `attend`; what projected has of keys and values is not read.
         part : (parts, rows, columns) float32 tensor
             The latents of the new tokens, to be summed over parts.
@@ -248,7 +249,7 @@ class TorchSteps:
 
         Returns
         -------
-        (rows, heads * size) tensor of projected's dtype.
+        (rows, heads * size) tensor of projected's dtype, or Shares.
         """
         heads, rows = self.heads, torch.arange(len(projected), device=projected.device)
         for of, (codes, scale) in zip(spans, cache, strict=True):
@@ -311,6 +312,7 @@ class CudaSteps:
     most_shares, few_looks = 8, 4
     # What a block with a tile of latents does beside the expansion of heads of keys takes as long as that of so many
     heads_worth = 2
+    fewest_tiles = 32  # of a share, if there are shares
 
     def __init__(self, heads: Heads, dtype: torch.dtype, eps: float, batch: int, device: torch.device):
         from . import dispatch
@@ -457,6 +459,7 @@ class CudaSteps:
         expansions: Sequence[Expansion],
         positions: Tensor,
         angles: Tensor,
+        whole: bool = True,
     ) -> Tensor:
         """As that of TorchSteps."""
         kernels, launching, (keys, values), heads = self.latent, self.launching, expansions, self.heads
@@ -489,11 +492,16 @@ class CudaSteps:
             size=made.shared_bytes(*sizes),
             early=self.early,
         )
-        y = torch.empty(rows, heads.heads * heads.size, dtype=projected.dtype, device=projected.device)
+        if whole or values.bias is not None:
+            y, shares = projected.new_empty(rows, heads.heads * heads.size), 1
+        else:
+            few = self.launching.described(self.index).multiprocessors // (rows * heads.heads)
+            shares = max(1, min(few, tiles // self.fewest_tiles, self.most_shares))
+            y = torch.empty(rows, heads.heads, shares, heads.size + self.kernels.SUMMARY, device=projected.device)
         width = values.words.shape[1]
         self.start(
-            kernels.expand_latents(kind, heads.size, self.early),
-            (heads.heads, rows, 1),
+            kernels.expand_latents(self.kind(y), heads.size, y.ndim == 2, self.early),
+            (heads.heads, rows, shares),
             *(left, values.words, tuple(map(launching.array, values.scales)), positions, y),
             *(group, made.tokens, tiles, width, values.first_words, *values.counts),
             threads=kernels.THREADS,
