@@ -285,9 +285,11 @@ def bench_arguments(sub: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         nargs="+",
-        help=f"cache: tokens in it (by default {' '.join(map(str, CONTEXTS))}); decode on a GPU: of the prompt (128)",
+        help=f"cache: tokens in it (by default {' '.join(map(str, CONTEXTS))}); decode on a GPU: of prompts (128)",
     )
-    sub.add_argument("--kv-cache", choices=KV_CACHES, default="ordinary", help="decode on a GPU: of packed models")
+    sub.add_argument(
+        "--kv-cache", choices=KV_CACHES, nargs="+", default=["ordinary"], help="decode on a GPU: of packed models"
+    )
     sub.add_argument("--no-peers", action="store_true", help="decode on a GPU: the packed model alone")
     sub.add_argument("--profile", action="store_true", help="decode on a GPU: also say where a token's time goes")
     sub.add_argument(
@@ -856,27 +858,26 @@ def run_bench_decode_cuda(arguments: argparse.Namespace) -> None:
     from .bench_decode_cuda import bench_checkpoint_cuda, bench_decode_cuda
     from .checkpoint import info
 
-    (context, *_), tokens = arguments.context or [128], arguments.tokens or 256
-    (batch, *_) = arguments.batch
+    common = {"contexts": arguments.context or [128], "tokens": arguments.tokens or 256, "batch": arguments.batch[0]}
+    common |= {"profile": arguments.profile, "kv_caches": arguments.kv_cache}
     if arguments.model:
-        model = load_any(str(arguments.model), "cuda", torch.float16)
-        row = bench_checkpoint_cuda(model, context, batch, tokens, arguments.profile, arguments.kv_cache)
-        rows = [{"model": str(arguments.model), "bits": info(resolve(str(arguments.model)))["bits_per_weight"]} | row]
+        rows = bench_checkpoint_cuda(load_any(str(arguments.model), "cuda", torch.float16), **common)
+        stored = info(resolve(str(arguments.model)))["bits_per_weight"]
+        rows = [{"model": str(arguments.model), "bits": stored} | row for row in rows]
     else:
         chosen = {key: getattr(arguments, key) for key in ("bits", "paths") if getattr(arguments, key)}
-        chosen |= {"peers": not arguments.no_peers, "profile": arguments.profile, "batch": batch}
-        chosen |= {"kv_cache": arguments.kv_cache}
-        rows = bench_decode_cuda(arguments.model_shape, context=context, tokens=tokens, **chosen)
+        rows = bench_decode_cuda(arguments.model_shape, peers=not arguments.no_peers, **common, **chosen)
     if answered(arguments, rows, torch.cuda.get_device_name()):
         return
     print(
-        f"{'engine':<14}{'bits':>7}{'batch':>6}{'ms a step':>11}{'tokens/s':>10}{'GB':>9}{'of copy':>9}{'peak GB':>9}"
+        f"{'engine':<14}{'bits':>7}{'batch':>6}{'context':>9}{'cache':>13}{'ms a step':>11}{'tokens/s':>10}{'GB':>9}"
+        f"{'of copy':>9}{'peak GB':>9}"
     )
     for row in rows:
         print(
-            f"{row['engine']:<14}{row['bits']:>7.3f}{row['batch']:>6}{row['time_ms']:>11.3f}"
-            f"{row['tokens_per_s']:>10.1f}{row['weights_bytes'] / 1e9:>9.3f}{row['fraction_of_copy']:>8.1%}"
-            f"{row['peak_bytes'] / 1e9:>9.2f}"
+            f"{row['engine']:<14}{row['bits']:>7.3f}{row['batch']:>6}{row['context']:>9}{row['kv_cache']:>13}"
+            f"{row['time_ms']:>11.3f}{row['tokens_per_s']:>10.1f}{row['weights_bytes'] / 1e9:>9.3f}"
+            f"{row['fraction_of_copy']:>8.1%}{row['peak_bytes'] / 1e9:>9.2f}"
         )
         for part in row.get("parts", []):
             print(f"    {part['part']:<14}{part['calls']:>4} x {part['time_us']:>8.2f} us = {part['step_us']:>9.1f} us")

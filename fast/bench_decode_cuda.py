@@ -35,12 +35,12 @@ def bench_decode_cuda(
     shape: str = "llama2-7b",
     bits: Sequence[float] = (0.1, 0.55, 1.0),
     paths: int = 1,
-    context: int = 128,
+    contexts: Sequence[int] = (128,),
     batch: int = 1,
     tokens: int = 256,
     peers: bool = True,
     profile: bool = False,
-    kv_cache: str = "ordinary",
+    kv_caches: Sequence[str] = ("ordinary",),
 ) -> list[dict[str, Any]]:
     """Time greedy decoding of a random model of a published shape, one token of each sequence after the other.
 
@@ -55,7 +55,7 @@ def bench_decode_cuda(
         Ceilings in stored bits per weight.
     paths : int
         Of each packed layer.
-    context : int
+    contexts : sequence of int
         Tokens of the prompts; ours are not read but pretended (FusedEngine.pretend).
     batch : int
         Sequences.
@@ -65,16 +65,17 @@ def bench_decode_cuda(
         Also time the same engine with dense float16 layers, and transformers, where they fit the GPU.
     profile : bool
         Also say where a token's time goes, see `profiled`.
-    kv_cache : str
-        Of the packed models: a kind in memory.KV_CACHES.
+    kv_caches : sequence of str
+        Of the packed models: kinds in memory.KV_CACHES.
 
     Returns
     -------
-    One dict for each model: engine ("packed", "float16" or "transformers"), shape, bits (stored, of the linear layers),
-    paths, context, batch, tokens, kv_cache, kv_bytes_per_token, time_ms (of a step), tokens_per_s (of all sequences),
-    streamed_tokens_per_s (by the clock, with each token read by the host), weights_bytes, step_bytes (that a step must
-    read, with the cache at the middle of the timed steps), fraction_of_copy (step_bytes per second over those of a
-    device-to-device copy, read and written), peak_bytes (that torch had allocated), parts (of a profile).
+    One dict for each model, context and kind of cache that the GPU has room for: engine ("packed", "float16" or
+    "transformers"), shape, bits (stored, of the linear layers), paths, context, batch, tokens, kv_cache,
+    kv_bytes_per_token, time_ms (of a step), tokens_per_s (of all sequences), streamed_tokens_per_s (by the clock, with
+    each token read by the host), weights_bytes, step_bytes (that a step must read, with the cache at the middle of the
+    timed steps), fraction_of_copy (step_bytes per second over those of a device-to-device copy, read and written),
+    peak_bytes (that torch had allocated), parts (of a profile).
 
     Raises
     ------
@@ -83,34 +84,50 @@ def bench_decode_cuda(
     """
     sizes = llama_shape(shape)
     copy_rate = copy_bytes_per_second()
-    common = {"shape": shape, "context": context, "batch": batch, "tokens": tokens}
-    rows = []
+    common, rows = {"shape": shape, "batch": batch, "tokens": tokens}, []
     for target in (*bits, *([None] if peers else [])):
-        stored = None if target is None else stored_bits(sizes, target, paths)
-        if not fits(sizes, target, paths, context + tokens, batch, "ordinary" if target is None else kv_cache):
+        kinds = ["ordinary"] if target is None else kv_caches
+        each = [
+            (context, kind)
+            for context, kind in itertools.product(contexts, kinds)
+            if fits(sizes, target, paths, context + tokens, batch, kind)
+        ]
+        if not each:
             continue
-        torch.cuda.reset_peak_memory_stats()
         model = random_model(sizes, target, paths)
-        kind = "ordinary" if target is None else kv_cache
-        found = timed_engine(model, context, batch, tokens, copy_rate, profile, kind)
-        engine = {"engine": "float16" if target is None else "packed", "bits": stored or 16.0}
-        rows.append(common | engine | {"paths": None if target is None else paths} | found)
+        of_model = common | {"engine": "float16", "bits": 16.0, "paths": None}
+        if target is not None:
+            of_model |= {"engine": "packed", "bits": stored_bits(sizes, target, paths), "paths": paths}
+        for context, kind in each:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            found = timed_engine(model, context, batch, tokens, copy_rate, profile, kind)
+            rows.append(of_model | {"context": context} | found)
         del model
         torch.cuda.empty_cache()
-    if peers and fits(sizes, None, paths, context + tokens, batch):
-        found = timed_transformers(sizes, context, batch, copy_rate)
-        rows.append(common | {"engine": "transformers", "bits": 16.0, "paths": None} | found)
+    for context in contexts if peers else ():
+        if fits(sizes, None, paths, context + tokens, batch):
+            found = timed_transformers(sizes, context, batch, copy_rate)
+            rows.append(common | {"context": context, "engine": "transformers", "bits": 16.0, "paths": None} | found)
     return rows
 
 
 def bench_checkpoint_cuda(
-    model: Any, context: int = 128, batch: int = 1, tokens: int = 256, profile: bool = False, kv_cache: str = "ordinary"
-) -> dict[str, Any]:
-    """Time greedy decoding of a loaded model on a GPU; as one row of `bench_decode_cuda`."""
+    model: Any,
+    contexts: Sequence[int] = (128,),
+    batch: int = 1,
+    tokens: int = 256,
+    profile: bool = False,
+    kv_caches: Sequence[str] = ("ordinary",),
+) -> list[dict[str, Any]]:
+    """Time greedy decoding of a loaded model on a GPU; as rows of `bench_decode_cuda`."""
+    copy_rate, rows = copy_bytes_per_second(), []
     with torch.inference_mode():
         parts = parts_of(model, torch.float16)
-        found = timed_engine(parts, context, batch, tokens, copy_bytes_per_second(), profile, kv_cache)
-    return {"engine": "packed", "context": context, "batch": batch, "tokens": tokens} | found
+    for context, kind in itertools.product(contexts, kv_caches):
+        found = timed_engine(parts, context, batch, tokens, copy_rate, profile, kind)
+        rows.append({"engine": "packed", "context": context, "batch": batch, "tokens": tokens} | found)
+    return rows
 
 
 def llama_shape(name: str) -> ModelShape:

@@ -44,6 +44,31 @@ def test_a_loaded_models_bytes_are_counted():
     assert bench.weights_bytes(parts) == packed + 2 * 4 * 128 * 64 + 2 * 64 * 5
 
 
+def test_every_context_is_timed_with_every_cache_where_there_is_room(monkeypatch, capsys):
+    """As if there were a GPU, on which an engine takes a second for a token of the context."""
+
+    def fits(shape, bits, paths, tokens, batch, kv_cache="ordinary"):
+        return bits is not None and (kv_cache == "latent" or tokens < 1000)
+
+    def timed(model, context, batch, tokens, copy_rate, profile, kind):
+        counted = {"weights_bytes": 1, "peak_bytes": 1, "fraction_of_copy": 0.5, "tokens_per_s": 1 / context}
+        return counted | {"time_ms": context / 1e3, "kv_cache": kind}
+
+    for name, stand_in in {"fits": fits, "timed_engine": timed, "random_model": lambda *of: None}.items():
+        monkeypatch.setattr(bench, name, stand_in)
+    monkeypatch.setattr(bench, "copy_bytes_per_second", lambda: 1.0)
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "any")
+    words = "bench decode --device cuda --bits 0.1 --tokens 8 --context 128 4096 --kv-cache ordinary latent"
+    assert main(words.split()) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[3:5] for line in lines] == [
+        ["context", "cache"], ["128", "ordinary"], ["128", "latent"], ["4096", "latent"]
+    ]  # fmt: skip
+
+
 def test_shapes_that_no_engine_runs_are_refused():
     for name in ("opt-1.3b", "phi4-14b", "llama9"):
         with pytest.raises(ValueError, match="only llama-7b, llama2-7b"):
