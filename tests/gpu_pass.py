@@ -1,8 +1,12 @@
-"""One call of every CUDA kernel, for compute-sanitizer: `make test-gpu`."""
+"""One call of every CUDA kernel, for compute-sanitizer: `make test-gpu`.
+
+Names of parts run these alone: `python tests/gpu_pass.py batches latents`.
+"""
 
 # pyright: reportArgumentType=false
 
 import itertools
+import sys
 
 import torch
 from littlebit.fast.bench import random_path
@@ -12,53 +16,91 @@ from littlebit.fast.fused_engine import FusedEngine, engine_of
 from littlebit.fast.kernels import cuda_launch
 from littlebit.fast.memory import ModelShape
 
-generator = torch.Generator("cuda").manual_seed(0)
-for (d_in, ranks), rows, dtype in itertools.product(
-    ((600, (70,)), (1152, (128, 40)), (512, (300,))), (1, 2, 5), (torch.float16, torch.float32)
-):
-    tensors = [tensor for rank in ranks for tensor in random_path(50, d_in, rank, generator)]
-    plan, x = cuda_launch.Plan(tensors), torch.randn(rows, d_in, generator=generator, device="cuda").to(dtype)
-    for version in cuda_launch.VERSIONS:
-        plan(x, version)
-    if dtype == torch.float16:
-        for unpacked in (torch.float16, torch.bfloat16):
-            plan.factors(unpacked)
-for grouped, rows, d_in in itertools.product((True, False), (9, 30, 60, 130), (600, 602)):
-    tensors = [tensor for rank in (70, 130) for tensor in random_path(150, d_in, rank, generator)]
-    plan, x = cuda_launch.Plan(tensors), torch.randn(rows, d_in, generator=generator, device="cuda").half()
-    if not grouped:
-        plan.capability = (8, 0)
-    for tile in cuda_launch.tiles_for(rows, grouped):
-        plan.batch(x, torch.empty(rows, 150, device="cuda").half(), rows, cuda_launch.BatchSchedule(2, tile, tile))
-layers = [[*random_path(d_out, 512, rank, generator)] for d_out, rank in ((64, 40), (32, 33), (32, 64))]
-group = cuda_launch.Siblings(layers)
-for rows in (1, 3):
-    x, weight = torch.randn(rows, 512, generator=generator, device="cuda"), torch.ones(512, device="cuda")
-    squares, y = x.square().sum(1, keepdim=True), torch.empty(rows, 128, device="cuda")
-    part = torch.empty(group.part_size(rows, group.schedule(rows)), device="cuda")
-    group.launch(x, y, part, norm=(weight, squares, 1, 1e-5), bias=torch.ones(128, device="cuda"))
-    last = cuda_launch.Siblings([[*random_path(512, 64, 40, generator)]])
-    squares = torch.empty(rows, cuda_launch.output_blocks(512, last.schedule(rows)), device="cuda")
-    last.launch(
-        y, x, torch.empty(last.part_size(rows, last.schedule(rows)), device="cuda"), activation="silu", squares=squares
-    )
+GENERATOR = torch.Generator("cuda").manual_seed(0)
+SHAPE = ModelShape("a small one", 256, 320, 1, 4, 2, 64, 100, 256)
 
-shape = ModelShape("a small one", 256, 320, 1, 4, 2, 64, 100, 256)
-for bits, batch in ((1.0, 3), (None, 1)):
-    model = random_model(shape, bits)
-    engine = FusedEngine(model, batch, 200, torch.device("cuda", 0), torch.float16)
+
+def numbers(*shape: int) -> torch.Tensor:
+    """Random float32."""
+    return torch.randn(shape, generator=GENERATOR, device="cuda")
+
+
+def tensors(d_out: int, d_in: int, *ranks: int) -> list[torch.Tensor]:
+    """Those of a layer's paths."""
+    return [tensor for rank in ranks for tensor in random_path(d_out, d_in, rank, GENERATOR)]
+
+
+def vectors() -> None:
+    """Few vectors, by every version."""
+    for (d_in, ranks), rows in itertools.product(((600, (70,)), (1152, (128, 40)), (512, (300,))), (1, 2, 5)):
+        plan = cuda_launch.Plan(tensors(50, d_in, *ranks))
+        for dtype, version in itertools.product((torch.float16, torch.float32), cuda_launch.VERSIONS):
+            plan(numbers(rows, d_in).to(dtype), version)
+
+
+def unpacked() -> None:
+    """Layers as dense factors."""
+    for d_in, ranks in ((600, (70,)), (1152, (128, 40)), (512, (300,))):
+        for dtype in (torch.float16, torch.bfloat16):
+            cuda_launch.Plan(tensors(50, d_in, *ranks)).factors(dtype)
+
+
+def batches() -> None:
+    """Many vectors, by tensor cores."""
+    for grouped, rows, d_in in itertools.product((True, False), (9, 30, 60, 130), (600, 602)):
+        plan, x = cuda_launch.Plan(tensors(150, d_in, 70, 130)), numbers(rows, d_in)
+        if not grouped:
+            plan.capability = (8, 0)
+        for tile, dtype in itertools.product(cuda_launch.tiles_for(rows, grouped), (torch.float16, torch.bfloat16)):
+            y = torch.empty(rows, 150, dtype=dtype, device="cuda")
+            plan.batch(x.to(dtype), y, rows, cuda_launch.BatchSchedule(2, tile, tile))
+
+
+def siblings() -> None:
+    """Layers that share their input, with all that is done on the way."""
+    layers = [tensors(d_out, 512, rank) for d_out, rank in ((64, 40), (32, 33), (32, 64))]
+    group, last = cuda_launch.Siblings(layers), cuda_launch.Siblings([tensors(512, 64, 40)])
+    for rows in (1, 3):
+        x, weight, y = numbers(rows, 512), torch.ones(512, device="cuda"), torch.empty(rows, 128, device="cuda")
+        parts = [torch.empty(each.part_size(rows, each.schedule(rows)), device="cuda") for each in (group, last)]
+        norm = weight, x.square().sum(1, keepdim=True), 1, 1e-5
+        group.launch(x, y, parts[0], norm=norm, bias=torch.ones(128, device="cuda"))
+        squares = torch.empty(rows, cuda_launch.output_blocks(512, last.schedule(rows)), device="cuda")
+        last.launch(y, x, parts[1], activation="silu", squares=squares)
+
+
+def steps() -> None:
+    """What a token needs beside its linear layers, after packed ones and after others, whose kernels are not ours."""
+    model, device, batch = random_model(SHAPE, 1.0), torch.device("cuda", 0), 3
+    tokens = torch.arange(batch, device=device)
+    engine = FusedEngine(model, batch, 200, device, torch.float16)
+    engine.pretend(150)
     with torch.inference_mode():
-        engine.pretend(150)
-        engine.step(torch.arange(batch, device="cuda"))
+        engine.step(tokens)
         for table_bits in (8, 4):
             table = quantize_table(model.head.weight.float().cpu(), table_bits).cuda()
-            stream = engine.steps.embed(torch.arange(batch, device="cuda"), QuantizedEmbedding(table))
+            stream = engine.steps.embed(tokens, QuantizedEmbedding(table))
             engine.steps.logits(engine.steps.normed(stream, model.norm), QuantizedHead(table))
-model = random_model(shape, 1.0)
-for kind in ("latent", "latent-int8"):
-    engine = engine_of(model, 2, 200, torch.device("cuda", 0), torch.float16, kind)
-    engine.positions.copy_(torch.tensor([63, 150]))
-    with torch.inference_mode():
-        engine.step(torch.arange(2, device="cuda"))
-torch.cuda.synchronize()
-print("every kernel ran")
+        stream = engine.steps.embed(tokens, model.embedding)
+        engine.steps.normed(stream, model.norm)
+        projected, cache = numbers(batch, (4 + 2 * 2) * 64).half(), (engine.keys[0], engine.values[0])
+        mixed = engine.steps.attend(projected, *cache, engine.positions, engine.angles, None)
+        engine.steps.added(mixed, stream)
+        engine.steps.gated(numbers(batch, 2 * 320).half(), "silu")
+
+
+def latents() -> None:
+    """Attention to a latent cache."""
+    model = random_model(SHAPE, 1.0)
+    for kind in ("latent", "latent-int8"):
+        engine = engine_of(model, 2, 200, torch.device("cuda", 0), torch.float16, kind)
+        engine.positions.copy_(torch.tensor([63, 150]))
+        with torch.inference_mode():
+            engine.step(torch.arange(2, device="cuda"))
+
+
+PARTS = {part.__name__: part for part in (vectors, unpacked, batches, siblings, steps, latents)}
+for name in sys.argv[1:] or PARTS:
+    PARTS[name]()
+    torch.cuda.synchronize()
+    print(name, "ran", flush=True)
