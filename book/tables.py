@@ -222,17 +222,12 @@ def cuda_linear() -> Table:
             if 0 <= other["bits"] - each["bits"] < 0.02
         ]
         cells = [shape_of(each), fixed(each["bits"], 3), fixed(each["time_us"]), fixed(each["dense_us"])]
-        cells += [fixed(each["speedup"]), fixed(peer[0]["time_us"]) if peer else ""]
+        cells += [fixed(each["speedup"]), fixed(peer[0]["time_us"]) if peer else "", fixed(each["gemlite_us"])]
         lines.append([*cells, fixed(100 * each["fraction_of_copy"])])
     head = ["layer (d_out x d_in)", "stored bits", "packed, µs", "cuBLAS, 16 bits, µs", "times faster"]
-    head += ["NanoQuant's GEMV, µs", "% of a copy's speed"]
-    return Table(head, lines, ["cuda_linear", "baselines"], note_of("cuda_linear"))
-
-
-def note_of(file: str) -> str:
-    """What a file of results says of itself."""
-    note = results(file).get("note", "").rstrip(".")
-    return f"About the file: {note}." if note else ""
+    head += ["NanoQuant's GEMV, µs", "gemlite, µs", "% of a copy's speed"]
+    note = "gemlite's layer has a sign for each weight, that is one bit, whatever the bits of the row."
+    return Table(head, lines, ["cuda_linear", "baselines"], note)
 
 
 def cuda_batches() -> Table:
@@ -246,7 +241,7 @@ def cuda_batches() -> Table:
         bits = fixed(next(iter(cells.values()))["bits"], 2)
         lines.append([shape, bits, *(fixed(cells[batch]["speedup"]) if batch in cells else "" for batch in batches)])
     head = ["layer (d_out x d_in)", "stored bits", *map(str, batches)]
-    return Table(head, lines, ["cuda_batches"], note_of("cuda_batches"))
+    return Table(head, lines, ["cuda_batches"])
 
 
 def cpu_decode() -> Table:
@@ -325,6 +320,24 @@ def cache() -> Table:
     head = ["model and cache", "bytes a token", "times smaller", "speed at 1k tokens", "at 8k", "at 32k"]
     note = "Speed: of torch's attention on float32 keys and values, divided into ours; below 1 is slower."
     return Table(head, lines, ["cpu_cache_llama2", "cpu_cache_llama3"], note)
+
+
+CACHES = {"ordinary": "keys and values", "latent": "latents, float16", "latent-int8": "latents, 8 bits"}
+
+
+def cuda_cache() -> Table:
+    """Decoding on a GPU with a latent cache, beside an ordinary one."""
+    lines = []
+    for each in rows("cuda_cache"):
+        context, ordinary = each["context"], row("cuda_cache", context=each["context"], kv_cache="ordinary")
+        (attention,) = (part["time_us"] for part in each["parts"] if part["part"] == "attention")
+        cells = [CACHES[each["kv_cache"]], number(each["kv_bytes_per_token"])]
+        cells += [fixed(ordinary["kv_bytes_per_token"] / each["kv_bytes_per_token"])]
+        cells += [fixed(each["kv_bytes_per_token"] * context / 1e9, 2), fixed(each["time_ms"], 2)]
+        cells += [number(each["tokens_per_s"]), fixed(each["tokens_per_s"] / ordinary["tokens_per_s"], 2)]
+        lines.append([number(context), *cells, fixed(attention)])
+    head = ["tokens in it", "the cache has", "bytes a token", "times smaller", "GB", "ms a token", "tokens a second"]
+    return Table([*head, "speed", "attention of a layer, µs"], lines, ["cuda_cache"])
 
 
 def peers(model: str = "Llama-2-7B") -> Table:

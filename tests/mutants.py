@@ -693,9 +693,28 @@ MUTANTS = [
     Mutant(
         "fast/kernels/cuda_latent.py", "low * c - high * s, high * c", "low * c + high * s, high * c", "turned back"
     ),
-    Mutant("fast/kernels/cuda_latent.py", "2 * pair + 1) < first_words", "2 * pair) < first_words", "scales of a pair"),
+    Mutant("fast/kernels/cuda_latent.py", "2 * pair) < first_words", "2 * pair) <= first_words", "scales of a pair"),
     Mutant(
-        "fast/kernels/cuda_latent.py", "shared[at] = weight * scales[1]", "shared[at] = weight * scales[0]", "scale"
+        "fast/kernels/cuda_latent.py",
+        "weight * shared[uint32(held_scales + tokens",
+        "weight * shared[uint32(held_scales",
+        "scale",
+    ),
+    Mutant("fast/kernels/cuda_latent.py", "mean / total if whole else mean", "mean / total", "shares divided twice"),
+    Mutant(
+        "fast/kernels/cuda_latent.py",
+        "first_tile, end = int32(share * each)",
+        "first_tile, end = int32(0)",
+        "tiles twice",
+    ),
+    Mutant(
+        "fast/kernels/cuda_latent.py",
+        "signs[4:], scales[2:], signal",
+        "signs[4:], scales[:2], signal",
+        "upper half's scales",
+    ),
+    Mutant(
+        "fast/kernels/cuda_tiles.py", "(low * c - high * s) * query", "(low * c + high * s) * query", "keys turned back"
     ),
     Mutant(
         "fast/kernels/cuda_latent.py", "<= position else float32(LOWEST)", "< position else float32(LOWEST)", "seen"
