@@ -84,6 +84,7 @@ TESTS = {
     "cuda_batch": "test_cuda.py",
     "cuda_launch": "test_cuda.py",
     "cuda_unpacked": "test_cuda.py",
+    "cuda_tiles": "test_cuda_decode.py",
     "cuda_decode": "test_cuda_decode.py",
     "cuda_latent": "test_cuda_decode.py",
     "steps": "test_cuda_decode.py test_decode_cuda.py",
