@@ -234,6 +234,8 @@ def simulated(monkeypatch):
     one_warp = cuda_launch.Blocks(1, 0, 2)  # a simulator runs idle warps too; simulated_cuda.py has other schedules
     schedule = cuda_launch.Schedule(1, one_warp, one_warp)
     monkeypatch.setattr(cuda_launch, "schedule_for", lambda *sizes: schedule)
+    monkeypatch.setattr(cuda_latent, "WARPS", 4)
+    monkeypatch.setattr(cuda_latent, "THREADS", 128)
     monkeypatch.setattr(dispatch, "cuda_kernels", lambda index: cuda_launch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
