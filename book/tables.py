@@ -222,7 +222,8 @@ def cuda_linear() -> Table:
             if 0 <= other["bits"] - each["bits"] < 0.02
         ]
         cells = [shape_of(each), fixed(each["bits"], 3), fixed(each["time_us"]), fixed(each["dense_us"])]
-        cells += [fixed(each["speedup"]), fixed(peer[0]["time_us"]) if peer else "", fixed(each["gemlite_us"])]
+        times = peer[0]["time_us"] if peer else None, each["gemlite_us"]
+        cells += [fixed(each["speedup"]), *(fixed(time) if time else "" for time in times)]
         lines.append([*cells, fixed(100 * each["fraction_of_copy"])])
     head = ["layer (d_out x d_in)", "stored bits", "packed, µs", "cuBLAS, 16 bits, µs", "times faster"]
     head += ["NanoQuant's GEMV, µs", "gemlite, µs", "% of a copy's speed"]

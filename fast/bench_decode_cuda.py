@@ -160,7 +160,7 @@ def fits(
     needed, (free, _) = memory.total, torch.cuda.mem_get_info()
     if needed < 0.95 * free:
         return True
-    name = "float16" if bits is None else f"{bits:g} bits"
+    name = f"{'float16' if bits is None else f'{bits:g} bits'} with {tokens} tokens in its {kv_cache} cache"
     log.warning("littlebit: %s is left out: it takes %.1f GB, and %.1f GB are free", name, needed / 1e9, free / 1e9)
     return False
 

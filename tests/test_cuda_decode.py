@@ -56,7 +56,7 @@ def test_kernels_compile_without_spills_and_with_the_registers_that_there_are(ca
     plain += [(kernels.gated("half", "silu"), kernels.EIGHTS)]
     plain += [(kernels.logits("half", *of), kernels.EIGHTS) for of in (("8", 1), ("4", 4))]
     latent = [cuda_latent.latents(kept, early) for kept in cuda_latent.KEPT]
-    tiles = TILES if newest else [made._replace(tokens=64 if early else 32, grouped=False) for made in TILES]
+    tiles = TILES if newest else [made._replace(tokens=32, grouped=False) for made in TILES]
     plain += [(cuda_latent.attend_latents(made, early), made.threads) for made in tiles]
     latent += [cuda_latent.expand_latents("single", *of, early) for of in ((64, True), (128, False), (256, True))]
     plain += [(kernel, cuda_latent.THREADS) for kernel in latent]

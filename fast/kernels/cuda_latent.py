@@ -9,7 +9,7 @@ tile of tokens. Its warps expand their keys on tensor cores, as `cuda_batch.prod
 on their way there, and t comes from shared memory. A lane has the same entries of the lower and of the upper half of a
 key, for the same tokens, of one head after the other, so the cosines and sines that rotate them stay in its registers;
 so do the keys, until all that is left of them is their product with the query. Values are not expanded here: the
-weighted sum of t is, once for each head, by `expand_latents`.
+weighted sum of t is, once for each head and share of the tiles, by `expand_latents`.
 
 Tiles are put together as blocks of `cuda_decode.attend` are, relative to the largest score of each.
 """
@@ -389,9 +389,8 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
     def by_warps(sums, signs, scales, signal, place, lane):
         """Sums plus products of both halves of a key with a pair's latents; signs and scales are of a lane's rows."""
         row, chunk = int32(lane & 7), int32(lane >> 3)
-        at = int32(place + int32(row * PAIR_WORDS))
-        sums = first_half(sums, signs, scales, signal, uint32(at + int32(int32(chunk ^ row) << 2)), lane)
-        return second_half(sums, signs, scales, signal, uint32(at + int32(int32(int32(chunk + 4) ^ row) << 2)), lane)
+        sums = first_half(sums, signs, scales, signal, uint32(place_of(place, row, chunk)), lane)
+        return second_half(sums, signs, scales, signal, uint32(place_of(place, row, int32(chunk + 4))), lane)
 
     @cuda.jit(device=True, forceinline=True)
     def by_groups(sums, signs, scales, signal, place, lane):
@@ -441,13 +440,11 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
         held_scores = int32(held_queries + int32(of_block * group) * size)
         held_weights = int32(held + int32(int32(value_chunks + 7) >> 3) * pair_words)
         held_scales = int32(held_weights + int32(of_block * group) * tokens)
-        frequency = int32(16 * int32(warp % warps_of_head) + int32(lane >> 2))
-        mine_first = int32(first + int32(int32(lane & 3) << 1))
-        place = frequency
-        cosines = angles(angle_numbers, (cosine, place, mine_first, int32(capacity - 1)))
-        sines = angles(angle_numbers, (sine, place, mine_first, int32(capacity - 1)))
-        turn = int32(0)
-        key_row = int32(int32(begin + min(int32(warp // warps_of_head), int32(of_keys - 1))) * size + frequency)
+        turn, team, own = int32(0), int32(warp // warps_of_head), int32(warp % warps_of_head)
+        frequency, mine_first = int32(16 * own + int32(lane >> 2)), int32(first + int32(int32(lane & 3) << 1))
+        cosines = angles(angle_numbers, (cosine, frequency, mine_first, int32(capacity - 1)))
+        sines = angles(angle_numbers, (sine, frequency, mine_first, int32(capacity - 1)))
+        key_row = int32(int32(begin + min(team, int32(of_keys - 1))) * size + frequency)
         ready = signs_of(words, key_row, width, int32(0))
         ready_first, ready_second = scales_of(row_scales[0], key_row), scales_of(row_scales[1], key_row)
         if early:
@@ -467,10 +464,10 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
             let_group_read()
         cuda.syncthreads()
 
-        pairs, own = int32(width >> 1), int32(warp % warps_of_head)
+        pairs = int32(width >> 1)
         while turn < of_keys:  # warps of other heads come along, for they may multiply together
             of_first, of_second, sums, pair = ready_first, ready_second, no_keys(), int32(0)
-            key = int32(turn + int32(warp // warps_of_head))
+            key = int32(turn + team)
             following = int32(int32(begin + min(int32(key + heads_at_once), int32(of_keys - 1))) * size + frequency)
             ready_first, ready_second = scales_of(row_scales[0], following), scales_of(row_scales[1], following)
             while pair < pairs:

@@ -492,7 +492,8 @@ class CudaSteps:
             size=made.shared_bytes(*sizes),
             early=self.early,
         )
-        if whole or values.bias is not None:
+        whole = whole or values.bias is not None
+        if whole:
             y, shares = projected.new_empty(rows, heads.heads * heads.size), 1
         else:
             few = self.launching.described(self.index).multiprocessors // (rows * heads.heads)
@@ -500,7 +501,7 @@ class CudaSteps:
             y = torch.empty(rows, heads.heads, shares, heads.size + self.kernels.SUMMARY, device=projected.device)
         width = values.words.shape[1]
         self.start(
-            kernels.expand_latents(self.kind(y), heads.size, y.ndim == 2, self.early),
+            kernels.expand_latents(self.kind(y), heads.size, whole, self.early),
             (heads.heads, rows, shares),
             *(left, values.words, tuple(map(launching.array, values.scales)), positions, y),
             *(group, made.tokens, tiles, width, values.first_words, *values.counts),
