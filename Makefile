@@ -6,17 +6,24 @@ PY := $(VENV)/bin/python
 # uv does not read pip's find-links, where a machine may keep a CPU build of torch.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test test-gpu test-oldest check format mutants fuzz faults soak audit bench notebooks figures results book wheel clean
+.PHONY: help setup demo test test-gpu test-oldest test-newest lock check format mutants fuzz faults soak audit bench notebooks figures results book wheel clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+# $(call environment,FOLDER,CONSTRAINTS): a virtual environment with the project and its development tools, made by uv
+# in seconds, or by pip in minutes where uv is not to be had. setuptools comes first: it builds the project from the
+# lock, not from whatever is newest.
+define environment
+	@echo "Setting up $(1) (about a minute)"
+	@$(PYTHON) -m venv --clear $(1)
+	@$(1)/bin/python -m pip install -qq --disable-pip-version-check -c $(2) setuptools uv \
+	  && $(1)/bin/uv pip install -q -p $(1) -c $(2) --no-build-isolation-package littlebit -e '.[dev]' \
+	  || $(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) -e '.[dev]'
+endef
+
 $(VENV)/.ok: pyproject.toml constraints.txt
-	@echo "Setting up $(VENV) (about a minute)"
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check uv \
-	  && $(VENV)/bin/uv pip install -q -p $(VENV) -c constraints.txt -e '.[dev]' \
-	  || $(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(call environment,$(VENV),constraints.txt)
 	@touch $@
 
 build/types:
@@ -35,29 +42,30 @@ JOBS ?= 2
 test: $(VENV)/.ok  ## Run the tests
 	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
-TRANSFORMERS_TESTS := tests/test_quantizer.py tests/test_families.py tests/test_lora.py
-# The oldest transformers that pyproject.toml allows, in a folder that Python looks into before the environment
-OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)[",].*/\1/p' pyproject.toml)
-
-build/oldest/.ok: $(VENV)/.ok
-	rm -rf build/oldest
-	$(VENV)/bin/uv pip install -q -p $(VENV) --target build/oldest 'transformers==$(OLDEST).*' \
-	  || $(PY) -m pip install -q --disable-pip-version-check --target build/oldest 'transformers==$(OLDEST).*'
+build/oldest/.ok: pyproject.toml constraints-oldest.txt
+	$(call environment,build/oldest,constraints-oldest.txt)
 	@touch $@
 
-CORE_TESTS := tests/test_packing.py tests/test_bits.py tests/test_linear.py
+test-oldest: build/oldest/.ok  ## Run the tests with the oldest dependencies that pyproject.toml allows, but for torch
+	HYPOTHESIS_PROFILE=quick build/oldest/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-build/oldest-core/.ok: $(VENV)/.ok pyproject.toml constraints.txt constraints-oldest.txt
-	$(PYTHON) -m venv --clear build/oldest-core
-	$(VENV)/bin/uv pip install -q -p build/oldest-core -c constraints.txt -c constraints-oldest.txt -e . pytest hypothesis \
-	  || build/oldest-core/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-	     -c constraints-oldest.txt -e . pytest hypothesis
-	@touch $@
+test-newest:  ## Run the tests with the newest dependencies that pyproject.toml allows, but for torch: what does a release break?
+	@mkdir -p build
+	@echo '$(TORCH)' > build/torch.txt
+	$(call environment,build/newest,build/torch.txt)
+	build/newest/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-test-oldest: build/oldest/.ok build/oldest-core/.ok  ## Run tests with the oldest dependencies that are allowed
-	HYPOTHESIS_PROFILE=quick build/oldest-core/bin/python -m pytest $(CORE_TESTS)
-	PYTHONPATH=build/oldest $(PY) -c 'import transformers as t; assert t.__version__.startswith("$(OLDEST)."), t'
-	PYTHONPATH=build/oldest $(PY) -m pytest -n $(JOBS) --dist loadfile $(TRANSFORMERS_TESTS)
+# The torch of both locks. A newer one costs gigabytes of CUDA where no CPU build is at hand.
+TORCH ?= torch==2.13.0
+COMPILE = env -u UV_FIND_LINKS build/lock/bin/uv pip compile -q --universal --python-version 3.11 --upgrade \
+  --custom-compile-command 'make lock' -c build/torch.txt pyproject.toml
+
+lock:  ## Renew constraints.txt (newest versions) and constraints-oldest.txt (oldest), for every supported Python
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/python -m pip install -qq --disable-pip-version-check uv
+	@echo '$(TORCH)' > build/torch.txt
+	$(COMPILE) --all-extras -o constraints.txt
+	$(COMPILE) --extra dev --resolution lowest-direct -o constraints-oldest.txt
 
 test-gpu: $(VENV)/.ok  ## Run the CUDA kernels' tests on a GPU, and each kernel under compute-sanitizer
 	$(PY) -m pytest tests/test_gpu.py tests/test_gpu_decode.py
