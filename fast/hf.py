@@ -141,9 +141,7 @@ def convert(gguf: Path, folder: Path) -> None:
     hf = transformers()
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        model = hf.AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=hf.GgufConfig(dequantize=True), dtype=torch.float32
-        )
+        model = hf.AutoModelForCausalLM.from_pretrained(**where, **gguf_options(), dtype=torch.float32)
         tokenizer = hf.AutoTokenizer.from_pretrained(**where)
     except (ImportError, MemoryError):
         raise
@@ -151,6 +149,15 @@ def convert(gguf: Path, folder: Path) -> None:
         raise CheckpointError(f"{gguf} cannot be read as a GGUF model: {error}") from error
     model.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def gguf_options() -> dict[str, Any]:
+    """Return the arguments with which `from_pretrained` dequantises a GGUF file.
+
+    The first releases of transformers 5 always dequantise, and have no class to ask them for it.
+    """
+    hf = transformers()
+    return {"quantization_config": hf.GgufConfig(dequantize=True)} if hasattr(hf, "GgufConfig") else {}
 
 
 @contextlib.contextmanager

@@ -12,13 +12,13 @@ from compare import assert_same
 from conftest import make_tiny_llama
 from littlebit.fast.embeddings import quantize_embeddings_
 from littlebit.fast.gguf import PRECISIONS, dense_tensors, interleaved, splitting
-from transformers import AutoModelForCausalLM, GgufConfig, Qwen2Config, Qwen3Config
+from littlebit.fast.hf import gguf_options
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 
 def read(path):
     """The model in a file, by transformers' reader."""
-    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **gguf_options())
 
 
 @pytest.fixture(scope="module")
