@@ -53,7 +53,7 @@ def modules(package: str) -> list[str]:
     folder = ROOT / package
     paths = [path.relative_to(folder).with_suffix("") for path in sorted(folder.rglob("*.py"))]
     names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
-    return [name for name in names if name not in ("__init__", "__main__")]
+    return [name for name in names if not name.split(".")[-1].startswith("_")]
 
 
 def docstring(module: str) -> str:

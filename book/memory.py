@@ -54,7 +54,7 @@ def weights_row(name: str, bits: float | None, embedding_bits: int) -> dict[str,
 def cache_row(name: str, bits: float, kind: str) -> dict[str, Any]:
     """A row of Table 4, or of its extension: bytes of a cache, and those of the ordinary one over them."""
     shape = MODEL_SHAPES[name]
-    ordinary, latent = (model_memory(shape, bits, context=CONTEXT, kv_cache=each) for each in ("ordinary", kind))
+    ordinary, latent = (model_memory(shape, bits, context=CONTEXT, kv_cache=each) for each in ("full", kind))
     published = PUBLISHED_REDUCTION.get((name, bits)) if kind == "latent" else None
     widths = latent_widths(latent.ranks)
     return {

@@ -323,14 +323,14 @@ def cache() -> Table:
     return Table(head, lines, ["cpu_cache_llama2", "cpu_cache_llama3"], note)
 
 
-CACHES = {"ordinary": "keys and values", "latent": "latents, float16", "latent-int8": "latents, 8 bits"}
+CACHES = {"full": "keys and values", "latent": "latents, float16", "latent-int8": "latents, 8 bits"}
 
 
 def cuda_cache() -> Table:
     """Decoding on a GPU with a latent cache, beside an ordinary one."""
     lines = []
     for each in rows("cuda_cache"):
-        context, ordinary = each["context"], row("cuda_cache", context=each["context"], kv_cache="ordinary")
+        context, ordinary = each["context"], row("cuda_cache", context=each["context"], kv_cache="full")
         (attention,) = (part["time_us"] for part in each["parts"] if part["part"] == "attention")
         cells = [CACHES[each["kv_cache"]], number(each["kv_bytes_per_token"])]
         cells += [fixed(ordinary["kv_bytes_per_token"] / each["kv_bytes_per_token"])]

@@ -49,11 +49,11 @@ if TYPE_CHECKING:  # what is exported
     from .hf import load_model as load_model, load_tokenizer as load_tokenizer
     from .kv_cache import (
         Latents as Latents,
-        expansion as expansion,
+        apply_rope as apply_rope,
         latent_attention as latent_attention,
         latents as latents,
-        rotate as rotate,
         round_latents as round_latents,
+        up_projection as up_projection,
     )
     from .latent_cache import latent_cache as latent_cache
     from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear

@@ -14,6 +14,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..reference._renamed import renamed_value
 from .completion import SHELLS, completion
 from .fetch import fetch, known_names, resolve
 from .headers import damage, is_checkpoint, is_official
@@ -211,7 +212,13 @@ def generate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--top-p", type=float)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    sub.add_argument("--kv-cache", choices=KV_CACHES, default="ordinary", help="latents take less memory and more time")
+    sub.add_argument(
+        "--kv-cache",
+        type=kv_cache,
+        choices=KV_CACHES,
+        default="full",
+        help="full (keys and values), or latents, which take less memory and more time",
+    )
     add_compute(sub)
 
 
@@ -249,7 +256,7 @@ def memory_arguments(sub: argparse.ArgumentParser) -> None:
         "--embedding-bits", type=int, nargs="+", choices=[16, 8, 4], default=[16, 8, 4], help="of embedding and head"
     )
     sub.add_argument("--context", type=int, default=4096, help="tokens in the key-value cache")
-    sub.add_argument("--kv-cache", choices=KV_CACHES, default="latent", help="of the quantised models")
+    sub.add_argument("--kv-cache", type=kv_cache, choices=KV_CACHES, default="latent", help="of the quantised models")
     add_json(sub)
 
 
@@ -288,7 +295,12 @@ def bench_arguments(sub: argparse.ArgumentParser) -> None:
         help=f"cache: tokens in it (by default {' '.join(map(str, CONTEXTS))}); decode on a GPU: of prompts (128)",
     )
     sub.add_argument(
-        "--kv-cache", choices=KV_CACHES, nargs="+", default=["ordinary"], help="decode on a GPU: of packed models"
+        "--kv-cache",
+        type=kv_cache,
+        choices=KV_CACHES,
+        nargs="+",
+        default=["full"],
+        help="decode on a GPU: of packed models",
     )
     sub.add_argument("--no-peers", action="store_true", help="decode on a GPU: the packed model alone")
     sub.add_argument("--profile", action="store_true", help="decode on a GPU: also say where a token's time goes")
@@ -380,6 +392,11 @@ def shape(text: str) -> tuple[int, int]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not D_OUTxD_IN, such as 4096x11008") from error
     return d_out, d_in
+
+
+def kv_cache(text: str) -> str:
+    """Give the type of a key-value cache its present name: "ordinary" was what is "full" now."""
+    return renamed_value("kv_cache", text)
 
 
 def device(text: str) -> str:
@@ -618,7 +635,7 @@ def blimp_table(result: "BlimpResult") -> str:
 
 def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """A model and its tokenizer: mapped into memory, where the compiled decoder can run it so, else in torch."""
-    if arguments.device == "cpu" and arguments.kv_cache == "ordinary":
+    if arguments.device == "cpu" and arguments.kv_cache == "full":
         from .decode_mapped import NotDecodableError, map_model
         from .tokenizer import Tokenizer
 
@@ -746,7 +763,7 @@ def run_memory(arguments: argparse.Namespace) -> None:
         if name not in MODEL_SHAPES:
             raise ValueError(f"no shape {name!r} is known, only {', '.join(MODEL_SHAPES)}")
         for bits in (None, *arguments.bits):
-            kind = "ordinary" if bits is None else arguments.kv_cache
+            kind = "full" if bits is None else arguments.kv_cache
             for embedding_bits in arguments.embedding_bits:
                 found = model_memory(MODEL_SHAPES[name], bits, arguments.paths, embedding_bits, arguments.context, kind)
                 row = {"shape": name, "bits": bits, "embedding_bits": embedding_bits, "context": arguments.context}

@@ -11,7 +11,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from .bench import alternate, random_path
-from .kv_cache import latent_attention, latents, rotate, round_latents
+from .kv_cache import apply_rope, latent_attention, latents, round_latents
 from .latent_cache import LATENT_TYPES
 from .linear import packed_linear
 from .memory import MODEL_SHAPES, ModelShape, model_memory
@@ -125,7 +125,7 @@ def bench_case(
         return packed_linear(x, paths).unflatten(-1, (-1, shape.head_size)).transpose(1, 2)
 
     def from_keys_and_values() -> Tensor:
-        keys[:, :, -1:] = rotate(heads_of(key_paths), cosine[:, None, -1:], sine[:, None, -1:]).to(kind)
+        keys[:, :, -1:] = apply_rope(heads_of(key_paths), cosine[:, None, -1:], sine[:, None, -1:]).to(kind)
         values[:, :, -1:] = heads_of(value_paths).to(kind)
         return functional.scaled_dot_product_attention(query.to(kind), keys, values, enable_gqa=True)
 

@@ -40,7 +40,7 @@ def bench_decode_cuda(
     tokens: int = 256,
     peers: bool = True,
     profile: bool = False,
-    kv_caches: Sequence[str] = ("ordinary",),
+    kv_caches: Sequence[str] = ("full",),
 ) -> list[dict[str, Any]]:
     """Time greedy decoding of a random model of a published shape, one token of each sequence after the other.
 
@@ -86,7 +86,7 @@ def bench_decode_cuda(
     copy_rate = copy_bytes_per_second()
     common, rows = {"shape": shape, "batch": batch, "tokens": tokens}, []
     for target in (*bits, *([None] if peers else [])):
-        kinds = ["ordinary"] if target is None else kv_caches
+        kinds = ["full"] if target is None else kv_caches
         each = [
             (context, kind)
             for context, kind in itertools.product(contexts, kinds)
@@ -118,7 +118,7 @@ def bench_checkpoint_cuda(
     batch: int = 1,
     tokens: int = 256,
     profile: bool = False,
-    kv_caches: Sequence[str] = ("ordinary",),
+    kv_caches: Sequence[str] = ("full",),
 ) -> list[dict[str, Any]]:
     """Time greedy decoding of a loaded model on a GPU; as rows of `bench_decode_cuda`."""
     copy_rate, rows = copy_bytes_per_second(), []
@@ -152,9 +152,7 @@ def stored_bits(shape: ModelShape, bits: float, paths: int) -> float:
     )
 
 
-def fits(
-    shape: ModelShape, bits: float | None, paths: int, tokens: int, batch: int, kv_cache: str = "ordinary"
-) -> bool:
+def fits(shape: ModelShape, bits: float | None, paths: int, tokens: int, batch: int, kv_cache: str = "full") -> bool:
     """Whether a model and its cache fit the GPU's free memory; a warning says so if they do not."""
     memory = model_memory(shape, bits, paths, context=tokens * batch, kv_cache=kv_cache)
     needed, (free, _) = memory.total, torch.cuda.mem_get_info()
@@ -225,7 +223,7 @@ def timed_engine(
     tokens: int,
     copy_rate: float,
     profile: bool = False,
-    kv_cache: str = "ordinary",
+    kv_cache: str = "full",
 ) -> dict[str, Any]:
     """What the engine takes for a step: the figures of `bench_decode_cuda`."""
     with torch.inference_mode():
@@ -376,7 +374,7 @@ def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: f
     embedding = 0 if shape.tied else model.get_input_embeddings().weight.nbytes
     kept = 4 * shape.layers * shape.kv_heads * shape.head_size * batch * (context + EAGER_TOKENS // 2)
     return {
-        "kv_cache": "ordinary",
+        "kv_cache": "full",
         "kv_bytes_per_token": 4 * shape.layers * shape.kv_heads * shape.head_size,
         "time_ms": 1e3 * seconds,
         "tokens_per_s": batch / seconds,

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
+from ..reference._renamed import renamed_value
 from .decode_cpu import Decodable, NotDecodableError, decode
 from .memory import KV_CACHES
 
@@ -53,7 +54,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     tokenizer: Any = None,
-    kv_cache: str = "ordinary",
+    kv_cache: str = "full",
 ) -> str | list[str]:
     """Text that a model writes after a prompt, or after each of several.
 
@@ -76,7 +77,7 @@ def generate(
     tokenizer : transformers tokenizer, optional
         By default that of the directory or name the model was loaded from.
     kv_cache : str
-        "ordinary", "latent" (float16) or "latent-int8": see `latent_cache`, which takes less memory and more time.
+        "full", "latent" (float16) or "latent-int8": see `latent_cache`, which takes less memory and more time.
 
     Returns
     -------
@@ -87,6 +88,7 @@ def generate(
     ValueError
         If a prompt has no tokens, or a setting is out of range.
     """
+    kv_cache = renamed_value("kv_cache", kv_cache)
     settings = max_new_tokens, temperature, top_k, top_p, seed
     if isinstance(prompt, str):
         return "".join(stream(model, prompt, *settings, chat, tokenizer, kv_cache))
@@ -106,9 +108,10 @@ def stream(
     seed: int = 0,
     chat: bool = False,
     tokenizer: Any = None,
-    kv_cache: str = "ordinary",
+    kv_cache: str = "full",
 ) -> Iterator[str]:
     """`generate` in pieces, each as soon as it is known: the same arguments, errors and, joined, the same text."""
+    kv_cache = renamed_value("kv_cache", kv_cache)
     tokenizer = tokenizer_of(model, tokenizer)
     tokens, pad = prompt_tokens(tokenizer, prompt, chat), pad_token(tokenizer)
     new = stream_tokens(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
@@ -174,7 +177,7 @@ def generate_tokens(
     top_p: float | None = None,
     seed: int = 0,
     pad: int | None = None,
-    kv_cache: str = "ordinary",
+    kv_cache: str = "full",
 ) -> "Tensor":
     """New tokens, (1, at most max_new_tokens), after the prompt `tokens`, (1, length); see `generate`.
 
@@ -198,7 +201,7 @@ def stream_tokens(
     top_p: float | None = None,
     seed: int = 0,
     pad: int | None = None,
-    kv_cache: str = "ordinary",
+    kv_cache: str = "full",
 ) -> Iterator[int]:
     """New tokens after the prompt `tokens`, one by one; see `generate`.
 
@@ -210,7 +213,7 @@ def stream_tokens(
     settings = max_new_tokens, temperature, top_k, top_p, seed
     check_generation(*settings[:4], kv_cache)
     if isinstance(model, Decodable):
-        if kv_cache != "ordinary":
+        if kv_cache != "full":
             raise ValueError(f"a cache of kind {kv_cache!r} needs a model that `load` made")
         return decode(model, tokens, *settings)
     from .decode_loaded import check_settings, decodable, through_transformers
@@ -222,7 +225,7 @@ def stream_tokens(
 
             steps = decode_batch(model, [tokens], *settings, kv_cache)
             return (token for (token,) in steps if token is not None)
-        if kv_cache == "ordinary":
+        if kv_cache == "full":
             return decode(decodable(model), tokens, *settings)
     except NotDecodableError as reason:
         log.warning("littlebit: transformers generates for this model, not its decoder: %s", reason)
@@ -238,7 +241,7 @@ def batch_tokens(
     top_p: float | None = None,
     seed: int = 0,
     pad: int | None = None,
-    kv_cache: str = "ordinary",
+    kv_cache: str = "full",
 ) -> list[list[int]]:
     """New tokens after each of several prompts; see `generate`.
 

@@ -169,7 +169,7 @@ def decode_batch(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    kv_cache: str = "ordinary",
+    kv_cache: str = "full",
 ) -> Iterator[list[int | None]]:
     """New tokens after several prompts, all sequences at once; the next step runs while a token is looked at.
 
@@ -201,7 +201,7 @@ def decode_batch(
     return stream(Loop(engine, Sampling(temperature, top_k, top_p), seed), prompts, max_new_tokens, stop_tokens(model))
 
 
-def engine_for(model: Any, batch: int, capacity: int, kv_cache: str = "ordinary") -> Engine:
+def engine_for(model: Any, batch: int, capacity: int, kv_cache: str = "full") -> Engine:
     """The engine that runs a model.
 
     Raises
@@ -215,7 +215,7 @@ def engine_for(model: Any, batch: int, capacity: int, kv_cache: str = "ordinary"
     try:
         return fused_engine(model, batch, capacity, kv_cache)
     except NotDecodableError as reason:
-        if kv_cache != "ordinary":
+        if kv_cache != "full":
             raise
         log.info("littlebit: transformers' own forward runs this model's steps, not the fused kernels: %s", reason)
     return StaticEngine(model, batch, capacity)

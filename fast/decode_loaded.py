@@ -107,7 +107,7 @@ def through_transformers(
     top_p: float | None,
     seed: int,
     pad: int | None,
-    kv_cache: str = "ordinary",
+    kv_cache: str = "full",
 ) -> list[int]:
     """`decode.stream_tokens` by transformers' generate, all at once."""
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..reference._renamed import renamed_keywords
+
 ROWS = 256  # positions whose logits are turned into float32 at once
 
 
@@ -111,7 +113,8 @@ def kl_loss_vjp(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return torch.autograd.grad(loss, student)[0]
 
 
-def hidden_loss(student: Tensor, teacher: Tensor, normalise: bool = False) -> Tensor:
+@renamed_keywords(normalise="normalize")
+def hidden_loss(student: Tensor, teacher: Tensor, normalize: bool = False) -> Tensor:
     """Mean squared error of one layer's hidden states.
 
     mean (student - teacher)^2 over all entries; normalised, mean over positions of mean (student - teacher)^2 / mean
@@ -121,7 +124,7 @@ def hidden_loss(student: Tensor, teacher: Tensor, normalise: bool = False) -> Te
     ----------
     student, teacher : (..., width) float tensors of one shape
         Autograd reaches the student's states, not the teacher's.
-    normalise : bool
+    normalize : bool
         Whether to divide each position's error by the teacher's mean square there (by 1 where that is 0).
 
     Returns
@@ -136,16 +139,17 @@ def hidden_loss(student: Tensor, teacher: Tensor, normalise: bool = False) -> Te
     Examples
     --------
     >>> teacher = torch.tensor([[1.0, 1.0], [100.0, 100.0]])
-    >>> hidden_loss(1.1 * teacher, teacher), hidden_loss(1.1 * teacher, teacher, normalise=True)
+    >>> hidden_loss(1.1 * teacher, teacher), hidden_loss(1.1 * teacher, teacher, normalize=True)
     (tensor(50.0050), tensor(0.0100))
     """
     check_pair(student, teacher)
     teacher = teacher.detach()
     error = widened(student) - widened(teacher)
-    return ((error * error).mean(dim=-1) / position_scale(teacher, normalise)).mean()
+    return ((error * error).mean(dim=-1) / position_scale(teacher, normalize)).mean()
 
 
-def hidden_loss_vjp(student: Tensor, teacher: Tensor, normalise: bool = False) -> Tensor:
+@renamed_keywords(normalise="normalize")
+def hidden_loss_vjp(student: Tensor, teacher: Tensor, normalize: bool = False) -> Tensor:
     """Gradient of `hidden_loss` with respect to the student's hidden states, by autograd.
 
     2 (student - teacher) / (positions * width), normalised also divided by the teacher's mean square of the position.
@@ -153,7 +157,7 @@ def hidden_loss_vjp(student: Tensor, teacher: Tensor, normalise: bool = False) -
     Parameters
     ----------
     student, teacher : (..., width) float tensors of one shape
-    normalise : bool
+    normalize : bool
 
     Returns
     -------
@@ -171,7 +175,7 @@ def hidden_loss_vjp(student: Tensor, teacher: Tensor, normalise: bool = False) -
     """
     student = student.detach().requires_grad_()
     with torch.enable_grad():
-        loss = hidden_loss(student, teacher, normalise)
+        loss = hidden_loss(student, teacher, normalize)
     return torch.autograd.grad(loss, student)[0]
 
 
@@ -180,11 +184,11 @@ def log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def position_scale(teacher: Tensor, normalise: bool) -> Tensor:
+def position_scale(teacher: Tensor, normalize: bool) -> Tensor:
     """What each position's squared error is divided by, (...)."""
     wide = widened(teacher)
     scale = (wide * wide).mean(dim=-1)
-    return torch.where((scale == 0) | (not normalise), torch.ones_like(scale), scale)
+    return torch.where((scale == 0) | (not normalize), torch.ones_like(scale), scale)
 
 
 def widened(values: Tensor) -> Tensor:

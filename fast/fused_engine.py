@@ -432,7 +432,7 @@ class FusedEngine:
         self.keys, self.values = functional.pad(self.keys, room), functional.pad(self.values, room)
 
 
-def fused_engine(model: Any, batch: int, capacity: int, kv_cache: str = "ordinary") -> FusedEngine:
+def fused_engine(model: Any, batch: int, capacity: int, kv_cache: str = "full") -> FusedEngine:
     """An engine for a loaded model, in float16 on a GPU, else in float32, with a cache of a kind in memory.KV_CACHES.
 
     Raises
@@ -446,10 +446,10 @@ def fused_engine(model: Any, batch: int, capacity: int, kv_cache: str = "ordinar
 
 
 def engine_of(
-    model: Model, batch: int, capacity: int, device: torch.device, dtype: torch.dtype, kv_cache: str = "ordinary"
+    model: Model, batch: int, capacity: int, device: torch.device, dtype: torch.dtype, kv_cache: str = "full"
 ) -> FusedEngine:
     """An engine with a cache of a kind in memory.KV_CACHES."""
-    if kv_cache == "ordinary":
+    if kv_cache == "full":
         return FusedEngine(model, batch, capacity, device, dtype)
     from .latent_engine import LatentEngine
 

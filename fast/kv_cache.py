@@ -69,7 +69,7 @@ def latents(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
     return torch.cat([(x * path.g) @ signs(path.v_words, x.shape[-1]).mT * path.ell for path in paths], dim=-1)
 
 
-def expansion(paths: Sequence[PackedFactors]) -> Tensor:
+def up_projection(paths: Sequence[PackedFactors]) -> Tensor:
     """The matrix that expands latents: B = [h * U_sign] of all paths side by side, (d_out, R) float32."""
     return torch.cat([path.h[:, None] * signs(path.u_words, path.rank) for path in paths], dim=-1)
 
@@ -107,7 +107,7 @@ def round_latents(latent: Tensor, dtype: torch.dtype) -> Latents:
     return Latents((codes.round() if dtype == torch.int8 else codes).to(dtype), scale)
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """The rotary embedding: the two halves of each vector as the parts of complex numbers, turned.
 
     Parameters
@@ -141,7 +141,7 @@ def latent_attention(
 ) -> Tensor:
     """Attention over a latent cache: keys expanded and rotated, values expanded after their mean is taken.
 
-    o = h_v * (U_v (sum_s p_s t_s)) + b_v,  p = softmax(scale * q^T rotate(h_k * (U_k t_s) + b_k))
+    o = h_v * (U_v (sum_s p_s t_s)) + b_v,  p = softmax(scale * q^T apply_rope(h_k * (U_k t_s) + b_k))
 
     Tokens are taken in blocks, and the sums of earlier blocks scaled down whenever a larger score appears (Milakov and
     Gimelshein, arXiv 1805.02867), so that keys and scores are in memory for one block alone.
@@ -168,7 +168,7 @@ def latent_attention(
     """
     *batch, heads, queries, size = query.shape
     tokens = keys.codes.shape[-2]
-    b = expansion(key_paths)  # (d_out, R_k)
+    b = up_projection(key_paths)  # (d_out, R_k)
     kv_heads = b.shape[0] // size
     asked = query.float().unflatten(-3, (kv_heads, -1)).flatten(-3, -2)  # (..., kv_heads, group * queries, size)
     asked = asked * (1 / math.sqrt(size) if scale is None else scale)
@@ -183,7 +183,7 @@ def latent_attention(
         if key_bias is not None:
             expanded += key_bias
         expanded = expanded.unflatten(-1, (kv_heads, size))  # (..., block, kv_heads, size)
-        expanded = rotate(expanded, cosine[..., part, None, :], sine[..., part, None, :]).transpose(-3, -2)
+        expanded = apply_rope(expanded, cosine[..., part, None, :], sine[..., part, None, :]).transpose(-3, -2)
         scores = (asked @ expanded.mT).unflatten(-2, (-1, queries)).flatten(-4, -3)  # (..., heads, queries, block)
         scores = scores.masked_fill(~mask[..., None, :, part], lowest)
         before, largest = largest, torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
@@ -192,7 +192,7 @@ def latent_attention(
         seen = weights.flatten(-3, -2) @ values.tokens(part).values()  # (..., heads * queries, R_v)
         mean = mean * shrink + seen.unflatten(-2, (heads, queries))
     mean = (mean / total).unflatten(-3, (kv_heads, -1)).flatten(-3, -2)  # (..., kv_heads, group * queries, R_v)
-    output = mean @ expansion(value_paths).unflatten(0, (kv_heads, size)).mT
+    output = mean @ up_projection(value_paths).unflatten(0, (kv_heads, size)).mT
     if value_bias is not None:
         output = output + value_bias.unflatten(0, (kv_heads, 1, size))
     return output.unflatten(-2, (-1, queries)).flatten(-4, -3)

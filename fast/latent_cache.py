@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .decode_cpu import MODEL_TYPES, STATIC_ROPE
-from .kv_cache import LARGEST_CODE, latent_attention, latents, rotate
+from .kv_cache import LARGEST_CODE, apply_rope, latent_attention, latents
 from .layers import PackedLinear
 from .model import device_of
 
@@ -108,7 +108,7 @@ def attend(
     queries = hidden_states.shape[1]
     query = attention.q_proj(hidden_states).float().unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     cosine, sine = cache.angles()  # (batch, tokens, size / 2)
-    query = rotate(query, cosine[:, None, -queries:], sine[:, None, -queries:])
+    query = apply_rope(query, cosine[:, None, -queries:], sine[:, None, -queries:])
     output = latent_attention(
         query,
         keys,

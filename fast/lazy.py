@@ -23,7 +23,9 @@ class LazyPackage(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name not in self.exports:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+            from ..reference._renamed import renamed_attribute  # imports NumPy, so only where it is needed
+
+            return renamed_attribute(self.__name__, name)
         value = getattr(importlib.import_module(f"{self.__name__}.{self.exports[name]}"), name)
         setattr(self, name, value)
         return value

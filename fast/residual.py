@@ -5,16 +5,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..reference._renamed import renamed_keywords
 from .dual_svid import dual_svid
 from .factors import Factors
 
 
+@renamed_keywords(factorise="factorize")
 def compensate(
-    weight: Tensor, ranks: Sequence[int], factorise: Callable[[Tensor, int], Factors] = dual_svid
+    weight: Tensor, ranks: Sequence[int], factorize: Callable[[Tensor, int], Factors] = dual_svid
 ) -> list[Factors]:
     """Factorise a weight, then what is left of it, once per rank.
 
-    The first path is the primary one, the second the residual one: factorise(W - W_primary), and so on. Each path's
+    The first path is the primary one, the second the residual one: factorize(W - W_primary), and so on. Each path's
     ell is multiplied by the step that minimises the Frobenius error along that path. The step is within 2 % of 1 on
     the weights of language models; it is there so that a further path never increases the error, whatever the weight.
 
@@ -23,7 +25,7 @@ def compensate(
     weight : (..., d_out, d_in) float tensor
     ranks : sequence of int
         One rank per path; `bits.rank_for_bits` gives those that a budget allows.
-    factorise : callable
+    factorize : callable
         (matrix, rank) -> Factors.
 
     Returns
@@ -40,19 +42,20 @@ def compensate(
     paths = []
     rest = weight
     for rank in ranks:
-        factors = factorise(rest, rank)
+        factors = factorize(rest, rank)
         factors = factors._replace(ell=factors.ell * best_step(rest, factors.to_dense())[..., None])
         paths.append(factors)
         rest = rest - factors.to_dense()
     return paths
 
 
+@renamed_keywords(factorise="factorize")
 def compensate_weighted(
     weight: Tensor,
     ranks: Sequence[int],
     row: Tensor,
     column: Tensor,
-    factorise: Callable[[Tensor, int], Factors] = dual_svid,
+    factorize: Callable[[Tensor, int], Factors] = dual_svid,
 ) -> list[Factors]:
     """`compensate` for the error sum_ij row_i column_j (W - W_hat)_ij^2, which counts important channels more.
 
@@ -66,7 +69,7 @@ def compensate_weighted(
     row : (..., d_out) positive float tensor
     column : (..., d_in) positive float tensor
         See `admm.importance`.
-    factorise : callable
+    factorize : callable
 
     Returns
     -------
@@ -80,7 +83,7 @@ def compensate_weighted(
     if not ((row > 0).all() and (column > 0).all()):
         raise ValueError("importance weights must be positive; shrink them towards their mean first")
     r, c = row.sqrt(), column.sqrt()
-    paths = compensate(r[..., :, None] * weight * c[..., None, :], ranks, factorise)
+    paths = compensate(r[..., :, None] * weight * c[..., None, :], ranks, factorize)
     return [Factors(p.u / r[..., None], p.v / c[..., None], p.h / r, p.ell, p.g / c) for p in paths]
 
 

@@ -119,18 +119,18 @@ def rank_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
     scale = matrix.amax((-2, -1), keepdim=True)  # (..., 1, 1)
     zero = scale == 0
     scaled = matrix / torch.where(zero, 1, scale)  # entries in [0, 1]: squares neither overflow nor vanish
-    right = normalised(scaled.mT @ scaled.sum(-1, keepdim=True))  # (..., n, 1)
+    right = normalized(scaled.mT @ scaled.sum(-1, keepdim=True))  # (..., n, 1)
     for _ in range(RANK_ONE_STEPS):
         previous = right
-        right = normalised(scaled.mT @ (scaled @ right))
+        right = normalized(scaled.mT @ (scaled @ right))
         if (right - previous).abs().max() <= torch.finfo(matrix.dtype).eps:
             break
     left = scaled @ right  # (..., m, 1), its norm is the singular value
     root = (torch.linalg.vector_norm(left, dim=-2, keepdim=True) * scale).sqrt()
-    return (normalised(left) * root).squeeze(-1), (right * root).squeeze(-1)
+    return (normalized(left) * root).squeeze(-1), (right * root).squeeze(-1)
 
 
-def normalised(vector: Tensor) -> Tensor:
+def normalized(vector: Tensor) -> Tensor:
     """Each column (..., n, 1) divided by its Euclidean norm; zero columns stay zero."""
     norm = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
     return vector / torch.where(norm == 0, 1, norm)

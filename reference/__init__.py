@@ -10,6 +10,7 @@ if __name__ != "littlebit.reference":
         "import littlebit.reference"
     )
 
+from . import _renamed
 from .admm import admm as admm, importance as importance, refit_scales as refit_scales
 from .alignment import itq as itq, joint_itq as joint_itq, random_rotation as random_rotation
 from .bits import (
@@ -34,11 +35,11 @@ from .dual_svid import dual_svid as dual_svid, svid as svid
 from .factors import Factors as Factors
 from .kv_cache import (
     Latents as Latents,
-    expansion as expansion,
+    apply_rope as apply_rope,
     latent_attention as latent_attention,
     latents as latents,
-    rotate as rotate,
     round_latents as round_latents,
+    up_projection as up_projection,
 )
 from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
 from .memory import (
@@ -77,3 +78,8 @@ from .train import (
     qat as qat,
     qat_step as qat_step,
 )
+
+
+def __getattr__(name: str) -> object:
+    """Find what had another name in the version before."""
+    return _renamed.renamed_attribute(__name__, name)

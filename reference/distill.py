@@ -6,6 +6,8 @@ error of the hidden states, summed over layers (arXiv 2506.13771, the section on
 
 import numpy as np
 
+from ._renamed import renamed_keywords
+
 
 def kl_loss(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
     """Mean over positions of the Kullback-Leibler divergence from the teacher's distribution to the student's.
@@ -68,7 +70,8 @@ def kl_loss_vjp(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.nd
     return (difference / len(rows(student_logits))).astype(student_logits.dtype)
 
 
-def hidden_loss(student: np.ndarray, teacher: np.ndarray, normalise: bool = False) -> np.ndarray:
+@renamed_keywords(normalise="normalize")
+def hidden_loss(student: np.ndarray, teacher: np.ndarray, normalize: bool = False) -> np.ndarray:
     """Mean squared error of one layer's hidden states.
 
     mean (student - teacher)^2 over all entries; normalised, mean over positions of mean (student - teacher)^2 / mean
@@ -77,7 +80,7 @@ def hidden_loss(student: np.ndarray, teacher: np.ndarray, normalise: bool = Fals
     Parameters
     ----------
     student, teacher : (..., width) float arrays of one shape
-    normalise : bool
+    normalize : bool
         Whether to divide each position's error by the teacher's mean square there (by 1 where that is 0).
 
     Returns
@@ -92,16 +95,17 @@ def hidden_loss(student: np.ndarray, teacher: np.ndarray, normalise: bool = Fals
     Examples
     --------
     >>> teacher = np.array([[1.0, 1.0], [100.0, 100.0]])
-    >>> losses = hidden_loss(1.1 * teacher, teacher), hidden_loss(1.1 * teacher, teacher, normalise=True)
+    >>> losses = hidden_loss(1.1 * teacher, teacher), hidden_loss(1.1 * teacher, teacher, normalize=True)
     >>> [round(float(loss), 4) for loss in losses]
     [50.005, 0.01]
     """
     check_pair(student, teacher)
     error = widened(student) - widened(teacher)
-    return ((error * error).mean(axis=-1) / position_scale(teacher, normalise)).mean()
+    return ((error * error).mean(axis=-1) / position_scale(teacher, normalize)).mean()
 
 
-def hidden_loss_vjp(student: np.ndarray, teacher: np.ndarray, normalise: bool = False) -> np.ndarray:
+@renamed_keywords(normalise="normalize")
+def hidden_loss_vjp(student: np.ndarray, teacher: np.ndarray, normalize: bool = False) -> np.ndarray:
     """Gradient of `hidden_loss` with respect to the student's hidden states.
 
     2 (student - teacher) / (positions * width), normalised also divided by the teacher's mean square of the position.
@@ -109,7 +113,7 @@ def hidden_loss_vjp(student: np.ndarray, teacher: np.ndarray, normalise: bool = 
     Parameters
     ----------
     student, teacher : (..., width) float arrays of one shape
-    normalise : bool
+    normalize : bool
 
     Returns
     -------
@@ -127,7 +131,7 @@ def hidden_loss_vjp(student: np.ndarray, teacher: np.ndarray, normalise: bool = 
     """
     check_pair(student, teacher)
     error = widened(student) - widened(teacher)
-    gradient = 2 * error / position_scale(teacher, normalise)[..., None] / student.size
+    gradient = 2 * error / position_scale(teacher, normalize)[..., None] / student.size
     return gradient.astype(student.dtype)
 
 
@@ -137,11 +141,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def position_scale(teacher: np.ndarray, normalise: bool) -> np.ndarray:
+def position_scale(teacher: np.ndarray, normalize: bool) -> np.ndarray:
     """What each position's squared error is divided by, (...)."""
     wide = widened(teacher)
     scale = (wide * wide).mean(axis=-1)
-    return np.where((scale == 0) | (not normalise), np.ones_like(scale), scale)
+    return np.where((scale == 0) | (not normalize), np.ones_like(scale), scale)
 
 
 def widened(values: np.ndarray) -> np.ndarray:

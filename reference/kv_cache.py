@@ -61,7 +61,7 @@ def latents(x: Array, paths: Sequence[PackedFactors]) -> Array:
     return np.concatenate(parts, axis=-1)
 
 
-def expansion(paths: Sequence[PackedFactors]) -> Array:
+def up_projection(paths: Sequence[PackedFactors]) -> Array:
     """The matrix that expands latents: B = [h * U_sign] of all paths side by side, (d_out, R) float32."""
     return np.concatenate([path.h[:, None] * path.u for path in map(unpack_factors, paths)], axis=-1)
 
@@ -99,7 +99,7 @@ def round_latents(latent: Array, dtype: DTypeLike) -> Latents:
     return Latents((np.rint(codes) if name == "int8" else codes).astype(dtype), scale)
 
 
-def rotate(x: Array, cosine: Array, sine: Array) -> Array:
+def apply_rope(x: Array, cosine: Array, sine: Array) -> Array:
     """The rotary embedding: the two halves of each vector as the parts of complex numbers, turned.
 
     Parameters
@@ -130,7 +130,7 @@ def latent_attention(
 ) -> Array:
     """Attention over a latent cache: keys expanded and rotated, values expanded after their mean is taken.
 
-    o = h_v * (U_v (sum_s p_s t_s)) + b_v,  p = softmax(scale * q^T rotate(h_k * (U_k t_s) + b_k))
+    o = h_v * (U_v (sum_s p_s t_s)) + b_v,  p = softmax(scale * q^T apply_rope(h_k * (U_k t_s) + b_k))
 
     Parameters
     ----------
@@ -154,14 +154,14 @@ def latent_attention(
     """
     heads, _, size = query.shape
     scale = 1 / math.sqrt(size) if scale is None else scale
-    expanded = keys.values() @ expansion(key_paths).T + (0 if key_bias is None else key_bias)  # (tokens, d_out)
-    value_rows = np.split(expansion(value_paths), expanded.shape[-1] // size)  # (size, R_v) for each key head
+    expanded = keys.values() @ up_projection(key_paths).T + (0 if key_bias is None else key_bias)  # (tokens, d_out)
+    value_rows = np.split(up_projection(value_paths), expanded.shape[-1] // size)  # (size, R_v) for each key head
     biases = np.zeros(expanded.shape[-1], np.float32) if value_bias is None else value_bias
     output = []
     for head in range(heads):
         at = head // (heads // len(value_rows))  # a group of query heads asks one key head
         mine = slice(at * size, (at + 1) * size)
-        scores = scale * query[head] @ rotate(expanded[:, mine], cosine, sine).T
+        scores = scale * query[head] @ apply_rope(expanded[:, mine], cosine, sine).T
         scores = np.where(mask, scores, np.finfo(np.float32).min)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)  # (queries, tokens)

@@ -7,11 +7,12 @@ is counted as it is really stored; 1 GB is 10^9 bytes, as in the paper.
 from functools import cache
 from typing import NamedTuple
 
+from ._renamed import renamed_value
 from .bits import WORD_BITS, Ranks, Shape, allocate_ranks, kv_cache_bytes, model_bits
 
 HALF_BYTES = 2
 LATENT_BYTES = {"latent": 2, "latent-int8": 1}  # of one number that a kind of cache keeps
-KV_CACHES = ("ordinary", *LATENT_BYTES)
+KV_CACHES = ("full", *LATENT_BYTES)
 LATENT_SCALE_BYTES = 4  # the float32 scale of each token and projection, see kv_cache.py
 POSITION_BYTES = 4  # of a token, whose keys must be rotated whenever they are read
 TABLE_GROUPS = {8: 64, 4: 32}  # entries of an embedding's row that share a scale, at most
@@ -131,7 +132,7 @@ def model_memory(
     paths: int | None = 2,
     embedding_bits: int = 16,
     context: int = 0,
-    kv_cache: str = "ordinary",
+    kv_cache: str = "full",
     word_bits: int = WORD_BITS,
 ) -> ModelMemory:
     """Bytes that a model of a given shape takes (LittleBit, arXiv 2506.13771, Tables 3 and 4).
@@ -170,9 +171,10 @@ def model_memory(
     >>> [round(model_memory(llama, **each).weights / 1e9, 3) for each in settings]
     [13.477, 0.606, 0.352, 0.245]
     """
+    kv_cache = renamed_value("kv_cache", kv_cache)
     if kv_cache not in KV_CACHES:
         raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
-    if kv_cache != "ordinary" and bits is None:
+    if kv_cache != "full" and bits is None:
         raise ValueError("a dense model has no latents to cache: give bits, or choose the ordinary cache")
     if context < 0:
         raise ValueError(f"context must be a number of tokens, not {context}")
@@ -183,7 +185,7 @@ def model_memory(
         ranks = dict(layer_ranks(shape, bits, paths, word_bits))
         linear_bits = model_bits(shapes, ranks, word_bits=word_bits)
     tables = 1 if shape.tied else 2
-    if kv_cache == "ordinary":
+    if kv_cache == "full":
         cached = kv_cache_bytes(context, [shape.kv_heads * shape.head_size] * (2 * shape.layers))
     else:
         cached = kv_cache_bytes(context, latent_widths(ranks), LATENT_BYTES[kv_cache], LATENT_SCALE_BYTES)

@@ -4,16 +4,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ._renamed import renamed_keywords
 from .dual_svid import dual_svid
 from .factors import Factors
 
 
+@renamed_keywords(factorise="factorize")
 def compensate(
-    weight: np.ndarray, ranks: Sequence[int], factorise: Callable[[np.ndarray, int], Factors] = dual_svid
+    weight: np.ndarray, ranks: Sequence[int], factorize: Callable[[np.ndarray, int], Factors] = dual_svid
 ) -> list[Factors]:
     """Factorise a weight, then what is left of it, once per rank.
 
-    The first path is the primary one, the second the residual one: factorise(W - W_primary), and so on. Each path's
+    The first path is the primary one, the second the residual one: factorize(W - W_primary), and so on. Each path's
     ell is multiplied by the step that minimises the Frobenius error along that path. The step is within 2 % of 1 on
     the weights of language models; it is there so that a further path never increases the error, whatever the weight.
 
@@ -22,7 +24,7 @@ def compensate(
     weight : (d_out, d_in) float array
     ranks : sequence of int
         One rank per path; `bits.rank_for_bits` gives those that a budget allows.
-    factorise : callable
+    factorize : callable
         (matrix, rank) -> Factors.
 
     Returns
@@ -39,19 +41,20 @@ def compensate(
     paths = []
     rest = weight
     for rank in ranks:
-        factors = factorise(rest, rank)
+        factors = factorize(rest, rank)
         factors = factors._replace(ell=factors.ell * best_step(rest, factors.to_dense()))
         paths.append(factors)
         rest = rest - factors.to_dense()
     return paths
 
 
+@renamed_keywords(factorise="factorize")
 def compensate_weighted(
     weight: np.ndarray,
     ranks: Sequence[int],
     row: np.ndarray,
     column: np.ndarray,
-    factorise: Callable[[np.ndarray, int], Factors] = dual_svid,
+    factorize: Callable[[np.ndarray, int], Factors] = dual_svid,
 ) -> list[Factors]:
     """`compensate` for the error sum_ij row_i column_j (W - W_hat)_ij^2, which counts important channels more.
 
@@ -65,7 +68,7 @@ def compensate_weighted(
     row : (d_out,) positive float array
     column : (d_in,) positive float array
         See `admm.importance`.
-    factorise : callable
+    factorize : callable
 
     Returns
     -------
@@ -79,7 +82,7 @@ def compensate_weighted(
     if not ((row > 0).all() and (column > 0).all()):
         raise ValueError("importance weights must be positive; shrink them towards their mean first")
     r, c = np.sqrt(row), np.sqrt(column)
-    paths = compensate(r[:, None] * weight * c, ranks, factorise)
+    paths = compensate(r[:, None] * weight * c, ranks, factorize)
     return [Factors(p.u / r[:, None], p.v / c[:, None], p.h / r, p.ell, p.g / c) for p in paths]
 
 

@@ -33,7 +33,7 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ValueError
         If the matrix is empty or not finite.
     ArithmeticError
-        If `diagonalise` does not converge.
+        If `diagonalize` does not converge.
 
     Examples
     --------
@@ -50,12 +50,12 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return u, s, v
     _, exponent = np.frexp(np.abs(matrix).max())
     scaled = np.ldexp(matrix, -exponent)  # entries in [-1, 1]: squares do not overflow; a power of two rounds nothing
-    q, d, e, p = bidiagonalise(scaled)
-    x, s, y = diagonalise(d, e)
+    q, d, e, p = bidiagonalize(scaled)
+    x, s, y = diagonalize(d, e)
     return q @ x, np.ldexp(s, exponent), p @ y
 
 
-def bidiagonalise(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def bidiagonalize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Orthogonal transformation to upper bidiagonal form (Golub and Van Loan, algorithm 5.4.2).
 
     matrix = q B p^T, where B has the diagonal d and the superdiagonal e. Reflections from the left and from the right
@@ -72,7 +72,7 @@ def bidiagonalise(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     Examples
     --------
     >>> matrix = np.array([[3.0, 1.0, 2.0], [4.0, 0.0, 1.0], [0.0, 2.0, 2.0]])
-    >>> q, d, e, p = bidiagonalise(matrix)
+    >>> q, d, e, p = bidiagonalize(matrix)
     >>> (q.T @ matrix @ p - np.diag(d) - np.diag(e, 1)).round(6) + 0.0
     array([[0., 0., 0.],
            [0., 0., 0.],
@@ -101,7 +101,7 @@ def reflector(x: np.ndarray) -> np.ndarray:
         return np.zeros_like(x)
     w = x / scale  # the squares of tiny entries would vanish
     w[0] += np.copysign(np.sqrt(w @ w), w[0])
-    return normalised(w)
+    return normalized(w)
 
 
 def reflect(block: np.ndarray, w: np.ndarray) -> None:
@@ -120,7 +120,7 @@ def product(reflectors: Sequence[np.ndarray], q: np.ndarray) -> np.ndarray:
     return q
 
 
-def diagonalise(d: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def diagonalize(d: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """SVD of an upper bidiagonal matrix, by implicit-shift QR (Golub and Van Loan, algorithm 8.6.2).
 
     B = x diag(s) y^T. Entries of e below the rounding of B become zero, which splits B into blocks; the last block
@@ -144,7 +144,7 @@ def diagonalise(d: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
     Examples
     --------
-    >>> x, s, y = diagonalise(np.array([3.0, 0.0]), np.array([4.0]))
+    >>> x, s, y = diagonalize(np.array([3.0, 0.0]), np.array([4.0]))
     >>> s
     array([5., 0.])
     """
@@ -195,15 +195,15 @@ def sweep(d: np.ndarray, e: np.ndarray, xt: np.ndarray, yt: np.ndarray) -> None:
     """
     f, g = d[0] * d[0] - wilkinson_shift(d, e), d[0] * e[0]
     for k in range(e.size):
-        c, s, r = rotation(f, g)  # of columns k and k + 1: g is right of the superdiagonal
+        c, s, r = givens(f, g)  # of columns k and k + 1: g is right of the superdiagonal
         if k > 0:
             e[k - 1] = r
         f, e[k] = c * d[k] + s * e[k], c * e[k] - s * d[k]
         g, d[k + 1] = s * d[k + 1], c * d[k + 1]
-        rotate(yt[k : k + 2], c, s)
-        c, s, d[k] = rotation(f, g)  # of rows k and k + 1: g is below the diagonal
+        apply_givens(yt[k : k + 2], c, s)
+        c, s, d[k] = givens(f, g)  # of rows k and k + 1: g is below the diagonal
         e[k], d[k + 1] = c * e[k] + s * d[k + 1], c * d[k + 1] - s * e[k]
-        rotate(xt[k : k + 2], c, s)
+        apply_givens(xt[k : k + 2], c, s)
         if k + 1 < e.size:
             f, g, e[k + 1] = e[k], s * e[k + 1], c * e[k + 1]
 
@@ -226,13 +226,13 @@ def clear_row(d: np.ndarray, e: np.ndarray, xt: np.ndarray) -> None:
     f = e[0]
     d[0] = e[0] = 0
     for k in range(1, d.size):
-        c, s, d[k] = rotation(d[k], f)
-        rotate(xt[k::-k], c, s)  # rows k and 0
+        c, s, d[k] = givens(d[k], f)
+        apply_givens(xt[k::-k], c, s)  # rows k and 0
         if k < e.size:
             f, e[k] = -s * e[k], c * e[k]
 
 
-def rotation(f: np.floating, g: np.floating) -> tuple[np.floating, np.floating, np.floating]:
+def givens(f: np.floating, g: np.floating) -> tuple[np.floating, np.floating, np.floating]:
     """Givens rotation c, s, and the length r that it leaves: [[c, s], [-s, c]] [f, g] = [r, 0]; 1, 0, 0 for zeros."""
     r = np.hypot(f, g)
     if r > 0:
@@ -240,7 +240,7 @@ def rotation(f: np.floating, g: np.floating) -> tuple[np.floating, np.floating, 
     return r + 1, r, r
 
 
-def rotate(pair: np.ndarray, c: np.floating, s: np.floating) -> None:
+def apply_givens(pair: np.ndarray, c: np.floating, s: np.floating) -> None:
     """Replace two rows by [[c, s], [-s, c]] times them, in place."""
     pair[:] = np.array([[c, s], [-s, c]]) @ pair
 
@@ -332,18 +332,18 @@ def rank_one(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if scale == 0:
         return np.zeros_like(matrix[:, 0]), np.zeros_like(matrix[0])
     scaled = matrix / scale  # entries in [0, 1]: squares neither overflow nor vanish
-    right = normalised(scaled.T @ scaled.sum(axis=1))  # (n,)
+    right = normalized(scaled.T @ scaled.sum(axis=1))  # (n,)
     for _ in range(RANK_ONE_STEPS):
         previous = right
-        right = normalised(scaled.T @ (scaled @ right))
+        right = normalized(scaled.T @ (scaled @ right))
         if np.abs(right - previous).max() <= np.finfo(matrix.dtype).eps:
             break
     left = scaled @ right  # (m,), its norm is the singular value
     root = np.sqrt(np.sqrt(left @ left) * scale)
-    return normalised(left) * root, right * root
+    return normalized(left) * root, right * root
 
 
-def normalised(vector: np.ndarray) -> np.ndarray:
+def normalized(vector: np.ndarray) -> np.ndarray:
     """The vector divided by its Euclidean norm."""
     return vector / np.sqrt(vector @ vector)
 

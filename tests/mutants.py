@@ -189,7 +189,7 @@ MUTANTS = [
     Mutant("reference/kv_cache.py", "@ path.v * path.ell", "@ path.v", "ell not in the latents"),
     Mutant("fast/kv_cache.py", ".mT * path.ell", ".mT", "ell not in the latents"),
     Mutant("fast/kv_cache.py", "(x * path.g) @", "x @", "g not in the latents"),
-    Mutant("fast/kv_cache.py", "path.h[:, None] * signs", "signs", "h not in the expansion"),
+    Mutant("fast/kv_cache.py", "path.h[:, None] * signs", "signs", "h not in the up-projection"),
     Mutant(
         "reference/kv_cache.py", "np.where(scale == 0, np.float32(1), scale)", "scale", "a zero token divides by zero"
     ),

@@ -279,7 +279,7 @@ def test_packed_layers_take_what_dense_ones_give():
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize(
     ("bits", "heads", "paths", "kv_cache"),
-    [(2.0, 1, 1, "ordinary"), (None, 2, 1, "ordinary"), (3.0, 2, 2, "latent"), (2.0, 1, 1, "latent-int8")],
+    [(2.0, 1, 1, "full"), (None, 2, 1, "full"), (3.0, 2, 2, "latent"), (2.0, 1, 1, "latent-int8")],
 )
 def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, monkeypatch):
     """Packed layers as siblings, or dense ones and the kernels between them; keys and values, or latents."""
@@ -288,7 +288,7 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, 
     shape = ModelShape("a small one", 64, 80, 1, heads, 1, 64, 40, 256)
     model = random_model(shape, bits, paths, "cpu")
     common = model, 2, 16, torch.device("cpu"), torch.float16
-    if kv_cache == "ordinary":
+    if kv_cache == "full":
         sides = [FusedEngine(*common, kernels) for kernels in (True, False)]
     else:
         monkeypatch.setattr(cuda_launch, "described", lambda index: cuda_launch.Device("any", 4 * heads, 227 << 10))
@@ -302,7 +302,7 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, 
     for mine, theirs in zip(one[1:], two[1:], strict=True):
         assert (mine - theirs).abs().max() <= 2**-7 * theirs.abs().max()
     assert sides[0].positions.tolist() == [4, 2]
-    if kv_cache != "ordinary":
+    if kv_cache != "full":
         for mine, theirs in zip(*(each.cache[0][0] + each.cache[0][1] for each in sides), strict=True):
             assert (mine.float() - theirs.float()).abs().max() <= 2**-6 * theirs.float().abs().max()
             assert mine[0, 3].any()

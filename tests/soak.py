@@ -27,7 +27,7 @@ LARGEST = 400
 FLAT = 0.01
 FULL, FLAT_AT_FIRST = 600, 0.05  # seconds; in shorter runs allocators still fill their pools
 PROMPTS = ("It was the best of times", "Four score and seven years ago", "x", "The whale, the whale!")
-CACHES = ("ordinary", "latent", "latent-int8")
+CACHES = ("full", "latent", "latent-int8")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

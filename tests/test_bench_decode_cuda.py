@@ -47,7 +47,7 @@ def test_a_loaded_models_bytes_are_counted():
 def test_every_context_is_timed_with_every_cache_where_there_is_room(monkeypatch, capsys):
     """As if there were a GPU, on which an engine takes a second for a token of the context."""
 
-    def fits(shape, bits, paths, tokens, batch, kv_cache="ordinary"):
+    def fits(shape, bits, paths, tokens, batch, kv_cache="full"):
         return bits is not None and (kv_cache == "latent" or tokens < 1000)
 
     def timed(model, context, batch, tokens, copy_rate, profile, kind):
@@ -61,11 +61,11 @@ def test_every_context_is_timed_with_every_cache_where_there_is_room(monkeypatch
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "any")
-    words = "bench decode --device cuda --bits 0.1 --tokens 8 --context 128 4096 --kv-cache ordinary latent"
+    words = "bench decode --device cuda --bits 0.1 --tokens 8 --context 128 4096 --kv-cache full latent"
     assert main(words.split()) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[3:5] for line in lines] == [
-        ["context", "cache"], ["128", "ordinary"], ["128", "latent"], ["4096", "latent"]
+        ["context", "cache"], ["128", "full"], ["128", "latent"], ["4096", "latent"]
     ]  # fmt: skip
 
 

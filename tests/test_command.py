@@ -86,7 +86,7 @@ def test_memory_prints_every_part(capsys):
     for row in rows:
         assert row["weights"] == row["linear"] + row["embeddings"] + row["other"]
         assert row["total"] == row["weights"] + row["kv_cache"] + row["activations"]
-    assert rows[0]["kv_kind"] == "ordinary"
+    assert rows[0]["kv_kind"] == "full"
     assert rows[0]["kv_cache"] > 20 * rows[2]["kv_cache"] > 0
     assert main(settings) == 0
     assert f"{rows[3]['weights'] / 1e9:.4f}" in capsys.readouterr().out.splitlines()[-1]

@@ -73,7 +73,7 @@ def test_layers_in_threads_of_all_dtypes_and_thread_counts():
 def test_a_model_loads_and_writes_in_threads(checkpoint):
     """One model for all, and one each, loaded at the same time."""
     model, tokenizer = lb.load(checkpoint), lb.load_tokenizer(checkpoint)
-    cases = [(f"prompt {at}", cache, 0.0 if at % 2 else 1.0) for at, cache in enumerate(("ordinary", "latent") * 4)]
+    cases = [(f"prompt {at}", cache, 0.0 if at % 2 else 1.0) for at, cache in enumerate(("full", "latent") * 4)]
 
     def write(each, case):
         prompt, cache, temperature = case

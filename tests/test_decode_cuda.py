@@ -293,7 +293,7 @@ def test_latents_give_the_logits_of_keys_and_values(kind, monkeypatch):
     monkeypatch.setattr(module, "PREFILL", 4)
     monkeypatch.setattr(latent_engine, "BLOCK", 8)
     model = packed_model("Llama", attention_bias=False, num_key_value_heads=2)
-    sides = [fused_engine(model, 2, 11, kv_cache) for kv_cache in ("ordinary", kind)]
+    sides = [fused_engine(model, 2, 11, kv_cache) for kv_cache in ("full", kind)]
     assert sides[1].larger == 16
     assert sides[1].token_bytes < sides[0].token_bytes
     rounding = 2**-11 if kind == "latent" else 2**-8  # of the largest of a token's latents
@@ -312,7 +312,7 @@ def test_a_latent_cache_writes_what_an_ordinary_one_writes(monkeypatch):
     monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
     model = packed_model("Llama")
     prompts = [prompt(6), prompt(13)]
-    ordinary, latent = (columns(decode_batch(model, prompts, 12, kv_cache=kind)) for kind in ("ordinary", "latent"))
+    ordinary, latent = (columns(decode_batch(model, prompts, 12, kv_cache=kind)) for kind in ("full", "latent"))
     assert ordinary == latent
 
 

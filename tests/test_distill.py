@@ -187,35 +187,35 @@ def test_kl_loss_scales_its_gradient():
 
 
 @given(pairs(), st.booleans())
-def test_hidden_loss_agrees(pair, normalise):
+def test_hidden_loss_agrees(pair, normalize):
     """A sum of squares of differences that are rounded once: nothing cancels, so the loss is its own magnitude."""
     student, teacher = wide(pair)
-    scale = (teacher**2).mean(axis=-1) if normalise else np.ones(student.shape[:-1])
+    scale = (teacher**2).mean(axis=-1) if normalize else np.ones(student.shape[:-1])
     exact = (((student - teacher) ** 2).mean(axis=-1) / np.where(scale == 0, 1, scale)).mean()
-    for actual in both("hidden_loss", pair, normalise):
+    for actual in both("hidden_loss", pair, normalize):
         assert dtype_name(actual) == ("float64" if pair[0].dtype == np.float64 else "float32")
         assert_within(actual, exact, exact, terms_of(student))
 
 
 @given(pairs(), st.booleans())
-def test_hidden_loss_vjp_agrees(pair, normalise):
+def test_hidden_loss_vjp_agrees(pair, normalize):
     student, teacher = wide(pair)
-    scale = (teacher**2).mean(axis=-1, keepdims=True) if normalise else np.ones((*student.shape[:-1], 1))
+    scale = (teacher**2).mean(axis=-1, keepdims=True) if normalize else np.ones((*student.shape[:-1], 1))
     exact = 2 * (student - teacher) / np.where(scale == 0, 1, scale) / student.size
-    for actual in both("hidden_loss_vjp", pair, normalise):
+    for actual in both("hidden_loss_vjp", pair, normalize):
         assert dtype_name(actual) == str(pair[0].dtype)
         assert_within(actual, exact, np.abs(exact), terms_of(student))
 
 
 @given(pairs(dtypes=st.just(np.float64)), st.booleans())
-def test_hidden_loss_vjp_is_the_derivative(pair, normalise):
+def test_hidden_loss_vjp_is_the_derivative(pair, normalize):
     """The loss is quadratic, so that a central difference is exact with any step."""
     student, teacher = pair
     d = np.random.default_rng(0).standard_normal(student.shape)
-    up, down = (ref.hidden_loss(student + step * d, teacher, normalise) for step in (1, -1))
-    slope = (ref.hidden_loss_vjp(student, teacher, normalise) * d).sum()
+    up, down = (ref.hidden_loss(student + step * d, teacher, normalize) for step in (1, -1))
+    slope = (ref.hidden_loss_vjp(student, teacher, normalize) * d).sum()
     scale = (np.abs(student) + np.abs(teacher) + np.abs(d)) ** 2
-    size = ref.hidden_loss(np.sqrt(scale) + np.abs(teacher), np.abs(teacher), normalise)
+    size = ref.hidden_loss(np.sqrt(scale) + np.abs(teacher), np.abs(teacher), normalize)
     assert_within((up - down) / 2, slope, size, terms_of(student))
 
 
@@ -232,14 +232,14 @@ def test_hidden_loss_normalised_takes_a_zero_position():
         assert_same(float(loss), 0.5)
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_hidden_loss_takes_bfloat16(normalise):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_hidden_loss_takes_bfloat16(normalize):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(3, 5, 16, generator=generator).bfloat16() for _ in range(2))
     known = [tensor.float().double().numpy() for tensor in (student, teacher)]
-    exact = ref.hidden_loss(*known, normalise)
-    assert_within(fast.hidden_loss(student, teacher, normalise), exact, exact, terms_of(known[0]))
-    gradient, expected = fast.hidden_loss_vjp(student, teacher, normalise), ref.hidden_loss_vjp(*known, normalise)
+    exact = ref.hidden_loss(*known, normalize)
+    assert_within(fast.hidden_loss(student, teacher, normalize), exact, exact, terms_of(known[0]))
+    gradient, expected = fast.hidden_loss_vjp(student, teacher, normalize), ref.hidden_loss_vjp(*known, normalize)
     assert gradient.dtype == torch.bfloat16
     assert_within(gradient.float(), expected, np.abs(expected) * BFLOAT16, terms=2)
 

@@ -207,7 +207,7 @@ def test_ten_times_the_context_on_the_same_memory():
     shape = MODEL_SHAPES["llama2-7b"]._replace(layers=2, vocabulary=1000)
     model, budget = random_model(shape, 0.1), 1 << 30
     lengths = []
-    for kind in ("ordinary", "latent-int8"):
+    for kind in ("full", "latent-int8"):
         one = engine_of(model, 1, 1, CUDA, torch.float16, kind).token_bytes
         lengths.append(budget // one)
     assert lengths[1] >= 10 * lengths[0]

@@ -164,8 +164,8 @@ def test_latents_and_expansion_are_the_layer_in_two_steps(seed, ranks, d_in):
     t, magnitude = x @ a.T, np.abs(x) @ np.abs(a).T
     for found in (ref.latents(x, mine), lb.latents(torch.from_numpy(x), theirs)):
         assert_within(found, t, magnitude, terms=d_in + 3)
-    assert_same(ref.expansion(mine), b.astype(np.float32))
-    assert_same(lb.expansion(theirs), b.astype(np.float32))
+    assert_same(ref.up_projection(mine), b.astype(np.float32))
+    assert_same(lb.up_projection(theirs), b.astype(np.float32))
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(list(DTYPES)), st.integers(-30, 30))
@@ -201,7 +201,7 @@ def test_rotate_turns_complex_numbers(seed):
     exact = (x[:, :4] + 1j * x[:, 4:].astype(np.float64)) * (cosine + 1j * sine.astype(np.float64))
     low, high = np.abs(x[:, :4]), np.abs(x[:, 4:])
     magnitude = np.concatenate([low * abs(cosine) + high * abs(sine), high * abs(cosine) + low * abs(sine)], axis=1)
-    for found in (ref.rotate(x, cosine, sine), lb.rotate(*map(torch.from_numpy, (x, cosine, sine)))):
+    for found in (ref.apply_rope(x, cosine, sine), lb.apply_rope(*map(torch.from_numpy, (x, cosine, sine)))):
         assert_within(found, np.concatenate([exact.real, exact.imag], axis=1), magnitude, terms=3)
 
 
@@ -366,7 +366,7 @@ def test_generate_takes_the_kind_of_cache(one_packed, tiny_llama, tmp_path, caps
         expected = tokenizer.decode(new[0, tokens.shape[1] :], skip_special_tokens=True)
         assert lb.generate(one_packed, "abc", kv_cache=kind, **settings) == expected
         assert made[-1].layers[0].parts[0].filled().dtype == dtype
-    with pytest.raises(ValueError, match="ordinary, latent, latent-int8, not 'int8'"):
+    with pytest.raises(ValueError, match="full, latent, latent-int8, not 'int8'"):
         lb.generate(one_packed, "abc", kv_cache="int8", **settings)
     lb.save(copy.deepcopy(one_packed), tmp_path / "out", tokenizer)
     command = ["generate", str(tmp_path / "out"), "--prompt", "abc", "--max-new-tokens", "5", "--json"]
@@ -431,7 +431,7 @@ def test_latent_cache_refuses_what_does_not_go_on_from_it(one_packed):
 
 def test_kinds_of_latent_cache_are_those_whose_memory_is_counted():
     assert {kind: dtype.itemsize for kind, dtype in LATENT_TYPES.items()} == LATENT_BYTES
-    assert ("ordinary", *LATENT_TYPES) == KV_CACHES
+    assert ("full", *LATENT_TYPES) == KV_CACHES
 
 
 def test_bench_cache_times_both(tmp_path, capsys, monkeypatch):

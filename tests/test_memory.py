@@ -168,7 +168,7 @@ def test_latent_widths_counts_a_fused_projection_once():
 
 def test_model_memory_refuses_what_makes_no_sense():
     shape = ref.MODEL_SHAPES["llama2-7b"]
-    with pytest.raises(ValueError, match="must be one of ordinary, latent, latent-int8"):
+    with pytest.raises(ValueError, match="must be one of full, latent, latent-int8"):
         ref.model_memory(shape, 0.1, kv_cache="int4")
     with pytest.raises(ValueError, match="no latents to cache"):
         ref.model_memory(shape, kv_cache="latent")

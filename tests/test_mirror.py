@@ -10,13 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = ("bits", "memory")  # one module each, exported twice
-MODULES = sorted(path.stem for path in (ROOT / "reference").glob("*.py") if path.stem != "__init__")
+MODULES = sorted(path.stem for path in (ROOT / "reference").glob("*.py") if not path.stem.startswith("_"))
 
 # What only one side has, and why.
 ONLY_REFERENCE = {
     "svd": {  # the decomposition itself, which fast takes from torch
-        *("bidiagonalise", "reflector", "reflect", "product", "diagonalise", "sort_values", "step", "sweep"),
-        *("wilkinson_shift", "clear_row", "rotation", "rotate"),
+        *("bidiagonalize", "reflector", "reflect", "product", "diagonalize", "sort_values", "step", "sweep"),
+        *("wilkinson_shift", "clear_row", "givens", "apply_givens"),
     },
     "linear": {"path_linear", "path_vjp"},  # fast folds all paths into one pair of factors
     # the backward pass by hand, which autograd does in fast

@@ -18,7 +18,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
-from littlebit.reference.svd import bidiagonalise, orthonormal, range_finder, rotation
+from littlebit.reference.svd import bidiagonalize, givens, orthonormal, range_finder
 from strategies import weights
 
 ERROR = 8
@@ -213,9 +213,9 @@ def test_assert_svd_fails_on_wrong_input(wrong, rng):
 
 @DTYPES
 @given(m=SIZES, n=SIZES, seed=SEEDS)
-def test_bidiagonalise_is_an_orthogonal_transformation(dtype, m, n, seed):
+def test_bidiagonalize_is_an_orthogonal_transformation(dtype, m, n, seed):
     matrix = np.random.default_rng(seed).standard_normal((max(m, n), n)).astype(dtype)
-    q, d, e, p = bidiagonalise(matrix)
+    q, d, e, p = bidiagonalize(matrix)
     assert_orthonormal(q)
     assert_orthonormal(p)
     product = q.astype(np.float64) @ (np.diag(d) + np.diag(e, 1)) @ p.T.astype(np.float64)
@@ -224,9 +224,9 @@ def test_bidiagonalise_is_an_orthogonal_transformation(dtype, m, n, seed):
 
 @DTYPES
 @given(f=st.floats(-1, 1), g=st.floats(-1, 1))
-def test_rotation_clears_the_second_entry(dtype, f, g):
+def test_givens_clears_the_second_entry(dtype, f, g):
     f, g = dtype(f), dtype(g)
-    c, s, r = rotation(f, g)
+    c, s, r = givens(f, g)
     assert c.dtype == s.dtype == r.dtype == dtype
     if max(abs(f), abs(g)) >= np.finfo(dtype).tiny:
         assert_within(c * c + s * s, np.ones(()), np.ones(()), terms=4)
@@ -235,8 +235,8 @@ def test_rotation_clears_the_second_entry(dtype, f, g):
 
 
 @DTYPES
-def test_rotation_of_zeros_is_the_identity(dtype):
-    assert rotation(dtype(0), dtype(0)) == (1, 0, 0)
+def test_givens_of_zeros_is_the_identity(dtype):
+    assert givens(dtype(0), dtype(0)) == (1, 0, 0)
 
 
 @DTYPES

@@ -213,7 +213,7 @@ def test_train_lowers_the_hidden_state_loss(models):
                 copy.deepcopy(each)(TEXT[None], output_hidden_states=True, use_cache=False).hidden_states[1:-1]
                 for each in (student, models[0])
             )
-        return sum(float(hidden_loss(*pair, normalise=True)) for pair in zip(mine, theirs, strict=True))
+        return sum(float(hidden_loss(*pair, normalize=True)) for pair in zip(mine, theirs, strict=True))
 
     trained, log = train(models, tokens=40 * 128, hidden=10.0)
     assert hidden(trained) < hidden(models[1]) / 2

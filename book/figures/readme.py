@@ -99,7 +99,7 @@ def table_of_results() -> str:
     published = publication("memory_GB", "Llama-2-70B", "LittleBit", 0.1)
     cut = publication("kv_cache_reduction_x", "Llama-2-7B", "LittleBit", 0.1)
     llama70 = row("memory", table="weights", shape="llama2-70b", bits=0.1, embedding_bits=16)["weights_GB"]
-    cache, ordinary = (row("cuda_cache", kv_cache=kind, context=8192) for kind in ("latent", "ordinary"))
+    cache, ordinary = (row("cuda_cache", kv_cache=kind, context=8192) for kind in ("latent", "full"))
     decoding = min(rows("cuda_decode", engine="packed"), key=lambda each: each["bits"])
     dense, eager = (row("cuda_decode", engine=engine) for engine in ("float16", "transformers"))
     lines = [

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..decode_cpu import NotDecodableError
 from ..embeddings import QuantizedEmbedding, QuantizedHead, Table
-from ..kv_cache import Latents, latent_attention, rotate, round_latents
+from ..kv_cache import Latents, apply_rope, latent_attention, round_latents
 from ..layers import PackedLinear
 from ..packing import pack_signs
 from .dispatch import signs
@@ -279,7 +279,7 @@ def split_heads(
     query, key, value = parts.split([heads.heads, heads.kv_heads, heads.kv_heads], -2)
     if norms:
         query, key = (rms_norm(x, weight, eps) for x, weight in zip((query, key), norms, strict=True))
-    return rotate(query, cosine, sine), rotate(key, cosine, sine), value
+    return apply_rope(query, cosine, sine), apply_rope(key, cosine, sine), value
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -536,7 +536,7 @@ class CudaSteps:
             if times:
                 return made, min(times, key=times.__getitem__)
         wide = f"latents of {sum(keys.counts)} and {sum(values.counts)} entries do not fit the GPU's shared memory"
-        raise NotDecodableError(f"{wide}; keep keys and values instead (kv_cache='ordinary')")
+        raise NotDecodableError(f"{wide}; keep keys and values instead (kv_cache='full')")
 
 
 def table_arrays(table: Table) -> tuple[str, tuple[Tensor, Tensor, Tensor], int, int]:
