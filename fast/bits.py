@@ -1,4 +1,4 @@
-"""Counting bits honestly: the arithmetic of `littlebit.reference.bits`, which is exact and is not said twice."""
+"""Re-export `littlebit.reference.bits`: exact integer arithmetic, which both packages share."""
 
 from ..reference.bits import (
     SCALE_BITS as SCALE_BITS,

@@ -1,7 +1,8 @@
-"""What a student is trained on: the teacher's logits and hidden states (Hinton et al., arXiv 1503.02531).
+"""Compare a student with its teacher: distillation losses on logits and hidden states, and their gradients.
 
-LittleBit's quantisation-aware training minimises KL(teacher || student) on the logits plus 10 times the mean squared
-error of the hidden states, summed over layers (arXiv 2506.13771, the section on quantisation-aware training).
+Distillation trains a student on a teacher's outputs (Hinton et al., arXiv 1503.02531). LittleBit's quantization-aware
+training minimizes KL(teacher || student) on the logits plus 10 times the mean squared error of the hidden states,
+summed over layers (arXiv 2506.13771, the section on quantization-aware training).
 """
 
 from collections.abc import Callable
@@ -17,14 +18,15 @@ ROWS = 256  # positions whose logits are turned into float32 at once
 
 
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean over positions of the Kullback-Leibler divergence from the teacher's distribution to the student's.
+    """Average the Kullback-Leibler divergence (KL) of the student from the teacher over positions.
 
-    KL(p || q) = sum over the vocabulary of p (log p - log q), p = softmax(teacher), q = softmax(student). The
-    authors' loss is the sum over a sequence's positions, so theirs is this one times the length of a sequence, and so
-    is its weight against the hidden-state term.
+    KL(p || q) = sum over the vocabulary of p (log p - log q),  p = softmax(teacher),  q = softmax(student)
 
-    Autograd reaches the student's logits, not the teacher's. Besides the logits there is one more tensor of their
-    size, the gradient in the student's dtype; float32 copies are made of ROWS positions at a time.
+    The authors add positions up instead. Their loss, and its weight against the hidden-state loss, is larger by the
+    length of a sequence.
+
+    Autograd reaches the student's logits, not the teacher's. Beside the logits there is one more tensor of their size,
+    the gradient in the student's dtype. float32 copies are made of ROWS positions at a time.
 
     Parameters
     ----------
@@ -32,7 +34,7 @@ def kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Returns
     -------
-    () tensor in nats; float16 and bfloat16 logits are computed with, and the loss is returned, in float32.
+    () tensor in nats; at least float32, in which float16 and bfloat16 logits are computed with.
 
     Raises
     ------
@@ -50,11 +52,11 @@ def kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 class KLLoss(torch.autograd.Function):
-    """`kl_loss`, whose forward already stores q - p, so that no float32 logits wait for the backward."""
+    """Compute `kl_loss`, and store q - p in the forward pass: no float32 logits wait for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, part_loss: Callable) -> Tensor:
-        """The loss, ROWS positions at a time; `part_loss` is `kl_rows`, or that compiled."""
+        """Compute the loss, ROWS positions at a time; `part_loss` is `kl_rows`, compiled or not."""
         logits, targets = rows(student), rows(teacher)
         difference = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         losses = []
@@ -71,23 +73,32 @@ class KLLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Gradient (q - p) / positions; the division comes last, so that float16 keeps small entries."""
+        """Compute the gradient (q - p) / positions.
+
+        The division comes last, so that float16 keeps small entries.
+        """
         (difference,) = ctx.saved_tensors
         return (difference * (grad / len(difference))).reshape(ctx.shape), None, None
 
 
 def kl_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over rows of KL(p || q), and q - p in the student's dtype; both arguments are (rows, vocabulary) logits."""
+    """Sum KL(p || q) over rows of logits, and compute q - p in the student's dtype.
+
+    Both arguments are (rows, vocabulary).
+    """
     log_q, log_p = log_softmax(logits), log_softmax(targets)
     p = log_p.exp()
     return (p * (log_p - log_q)).sum(), (log_q.exp() - p).to(logits.dtype)
 
 
 def kl_loss_vjp(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Gradient of `kl_loss` with respect to the student's logits, by autograd.
+    """Compute the gradient of `kl_loss` with respect to the student's logits, by autograd.
 
-    Of log q_i = x_i - log sum exp(x) only the last term depends on the other entries, and its derivative is q, so
-    that d/dx_j of -sum p_i log q_i = -p_j + q_j sum p_i = q_j - p_j; the mean divides by the number of positions.
+    dL/dx_j = (q_j - p_j) / positions
+
+    Derivation: in log q_i = x_i - log sum_k exp(x_k), the last term depends on every entry, and its derivative by x_j
+    is q_j. So d/dx_j of -sum_i p_i log q_i is -p_j + q_j sum_i p_i = q_j - p_j. The mean divides by the number of
+    positions.
 
     Parameters
     ----------
@@ -115,10 +126,12 @@ def kl_loss_vjp(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 @renamed_keywords(normalise="normalize")
 def hidden_loss(student: Tensor, teacher: Tensor, normalize: bool = False) -> Tensor:
-    """Mean squared error of one layer's hidden states.
+    """Compute the mean squared error of one layer's hidden states.
 
-    mean (student - teacher)^2 over all entries; normalised, mean over positions of mean (student - teacher)^2 / mean
-    teacher^2, so that the few positions with massive activations (Sun et al., arXiv 2402.17762) cannot swamp the rest.
+    mean over positions of mean (student - teacher)^2 [/ mean teacher^2 of the position, if normalized]
+
+    The paper does not normalize. Normalizing keeps the few positions with massive activations (Sun et al., arXiv
+    2402.17762) from swamping the rest.
 
     Parameters
     ----------
@@ -129,7 +142,7 @@ def hidden_loss(student: Tensor, teacher: Tensor, normalize: bool = False) -> Te
 
     Returns
     -------
-    () tensor; float16 and bfloat16 states are computed with, and the loss is returned, in float32.
+    () tensor, at least float32, in which float16 and bfloat16 states are computed with.
 
     Raises
     ------
@@ -150,9 +163,9 @@ def hidden_loss(student: Tensor, teacher: Tensor, normalize: bool = False) -> Te
 
 @renamed_keywords(normalise="normalize")
 def hidden_loss_vjp(student: Tensor, teacher: Tensor, normalize: bool = False) -> Tensor:
-    """Gradient of `hidden_loss` with respect to the student's hidden states, by autograd.
+    """Compute the gradient of `hidden_loss` with respect to the student's hidden states, by autograd.
 
-    2 (student - teacher) / (positions * width), normalised also divided by the teacher's mean square of the position.
+    2 (student - teacher) / (positions * width) [/ mean teacher^2 of the position, if normalized]
 
     Parameters
     ----------
@@ -180,29 +193,32 @@ def hidden_loss_vjp(student: Tensor, teacher: Tensor, normalize: bool = False) -
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Logarithm of softmax, at least in float32; the largest logit is subtracted, so nothing overflows."""
+    """Compute the logarithm of softmax in float32 or wider.
+
+    The largest logit is subtracted first, so nothing overflows.
+    """
     return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def position_scale(teacher: Tensor, normalize: bool) -> Tensor:
-    """What each position's squared error is divided by, (...)."""
+    """Compute the divisor (...) of each position's squared error: the teacher's mean square, or 1."""
     wide = widened(teacher)
     scale = (wide * wide).mean(dim=-1)
     return torch.where((scale == 0) | (not normalize), torch.ones_like(scale), scale)
 
 
 def widened(values: Tensor) -> Tensor:
-    """The values in float32, or in their own dtype if that is wider."""
+    """Convert values to float32, or keep a wider dtype."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def rows(values: Tensor) -> Tensor:
-    """The positions as the rows of a matrix."""
+    """Reshape to a matrix with one row for each position."""
     return values.reshape(-1, values.shape[-1])
 
 
 def check_pair(student: Tensor, teacher: Tensor) -> None:
-    """Raise ValueError unless both have the same shape and at least one entry."""
+    """Raise ValueError unless student and teacher have the same shape and at least one entry."""
     if student.shape != teacher.shape or student.numel() == 0:
         raise ValueError(
             "student and teacher must have the same shape and at least one position, but theirs are "

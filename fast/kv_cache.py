@@ -1,18 +1,23 @@
-"""The latent key-value cache: what is stored for a token, and how attention reads it (LittleBit, arXiv 2506.13771).
+"""Keep latents instead of keys and values: the latent key-value cache (LittleBit, arXiv 2506.13771).
 
-Keys and values are linear in what their layers' paths have already computed: with t = ell * (V_sign^T (g * x)),
+DeepSeek calls such a cache multi-head latent attention (MLA, arXiv 2405.04434), with V as down-projection and U as
+up-projection. A model factorized by LittleBit has it without further training, because k_proj and v_proj compute the
+latents t = ell * (V_sign^T (g * x)) anyway, and keys and values are linear in them:
 
     k = h * (U_sign t) + bias,
 
-summed over paths. A token is kept as its t, R numbers for a total rank R instead of d_kv. Keys are expanded and
-rotated when they are read, a block of tokens at a time, since the rotary embedding lies between U_sign and the product
-with the query. Values are never expanded: attention is a weighted mean, so h * U_sign is applied once to the mean of
-the latents,
+summed over paths. A token is kept as its t: R numbers for a total rank R, instead of d_kv.
+
+Keys must be up-projected and rotated at every read, because the rotary embedding (RoPE) lies between U_sign and the
+product with the query; this goes through a block of tokens at a time. Values need it once: attention is a weighted
+mean, so the up-projection is applied to the mean of the latents (MLA calls this absorbing the matrix),
 
     sum_s p_s v_s = h * (U_sign (sum_s p_s t_s)) + bias,    as sum_s p_s = 1.
 
-A step thus reads R_k + R_v numbers for each past token instead of 2 d_kv, and spends d_kv * R_k multiplications on it.
-hf_cache.py is the cache that transformers uses.
+Values are cheap, not free: each head averages R_v latents of every token, a full cache only the head's own numbers.
+
+A step thus reads R_k + R_v numbers per past token instead of 2 d_kv. It spends d_kv * R_k multiply-adds on the token's
+key and heads * R_v on its value. hf_cache.py is the cache that transformers uses.
 """
 
 import math
@@ -31,7 +36,7 @@ LARGEST_CODE = {torch.float16: 1.0, torch.int8: 127.0}  # what a token's largest
 
 
 class Latents(NamedTuple):
-    """Latents of tokens as they are stored: t = codes * scale.
+    """Hold the latents of tokens as a cache stores them: t = codes * scale.
 
     Attributes
     ----------
@@ -43,16 +48,16 @@ class Latents(NamedTuple):
     scale: Tensor
 
     def values(self) -> Tensor:
-        """The latents in float32."""
+        """Return the latents in float32, codes * scale."""
         return self.codes.float() * self.scale
 
     def tokens(self, part: slice) -> "Latents":
-        """Those of some of the tokens."""
+        """Select the latents of some of the tokens."""
         return Latents(self.codes[..., part, :], self.scale[..., part, :])
 
 
 def latents(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
-    """What a layer knows of its input between V and U, all paths side by side.
+    """Compute the latents of a layer's input, its down-projection by V, all paths side by side.
 
     t = ell * (V_sign^T (g * x))
 
@@ -70,15 +75,27 @@ def latents(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
 
 
 def up_projection(paths: Sequence[PackedFactors]) -> Tensor:
-    """The matrix that expands latents: B = [h * U_sign] of all paths side by side, (d_out, R) float32."""
+    """Build the up-projection matrix of a layer: [h * U_sign] of all paths side by side.
+
+    Keys or values are latents @ up_projection(paths).T + bias.
+
+    Parameters
+    ----------
+    paths : sequence of PackedFactors
+
+    Returns
+    -------
+    (d_out, R) float32 tensor, R the sum of the ranks.
+    """
     return torch.cat([path.h[:, None] * signs(path.u_words, path.rank) for path in paths], dim=-1)
 
 
 def round_latents(latent: Tensor, dtype: torch.dtype) -> Latents:
-    """Latents as a cache stores them: as they are in float32, else over the largest magnitude of each token.
+    """Round latents to the dtype in which a cache stores them, with one scale for each token.
 
-    Dividing by the largest keeps float16 from overflowing, and gives int8 all of its range. The error of an entry is
-    at most scale (|t / scale| 2^-11 + 2^-25) in float16 and scale / 2 in int8, apart from float32's rounding.
+    The largest magnitude of a token becomes 1 in float16, which then cannot overflow, and 127 in int8, which then uses
+    its whole range. float32 latents stay as they are. The error of an entry t is at most scale (|t / scale| 2^-11 +
+    2^-25) in float16 and scale / 2 in int8, apart from float32's rounding.
 
     Parameters
     ----------
@@ -108,12 +125,16 @@ def round_latents(latent: Tensor, dtype: torch.dtype) -> Latents:
 
 
 def apply_rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The rotary embedding: the two halves of each vector as the parts of complex numbers, turned.
+    """Apply the rotary position embedding (RoPE) to vectors (Su et al., arXiv 2104.09864).
+
+    Entries i and i + size / 2 of a vector are a pair, turned by the i-th angle of the token's position: the layout of
+    Llama in transformers.
 
     Parameters
     ----------
     x : (..., size) float tensor
     cosine, sine : (..., size / 2) float tensor
+        Of the angles.
 
     Returns
     -------
@@ -139,32 +160,36 @@ def latent_attention(
     value_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention over a latent cache: keys expanded and rotated, values expanded after their mean is taken.
+    """Compute attention over a latent cache: up-project and rotate each key, up-project the mean of the values.
 
-    o = h_v * (U_v (sum_s p_s t_s)) + b_v,  p = softmax(scale * q^T apply_rope(h_k * (U_k t_s) + b_k))
+    o = h_v * (U_v (sum_s p_s t_s)) + b_v,  p = softmax(scale * q^T RoPE(h_k * (U_k t_s) + b_k))
 
-    Tokens are taken in blocks, and the sums of earlier blocks scaled down whenever a larger score appears (Milakov and
-    Gimelshein, arXiv 1805.02867), so that keys and scores are in memory for one block alone.
+    Up-projecting keys takes d_out * R_k multiply-adds a token, which queries share. Averaging latents takes heads * R_v
+    a token and query, where a full cache takes heads * size. Up-projecting the mean takes heads * size * R_v a query.
+
+    Softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), as in FlashAttention: tokens are taken in
+    blocks, and earlier sums are scaled down whenever a larger score appears. So keys and scores are in memory for one
+    block alone.
 
     Parameters
     ----------
     query : (..., heads, queries, size) float tensor
-        Rotated.
+        With RoPE applied.
     keys, values : Latents
         Of all tokens, (..., tokens, R).
     key_paths, value_paths : sequence of PackedFactors
-        Of k_proj and v_proj; their d_out is size times the number of key heads, which divides the number of heads.
+        Of k_proj and v_proj. Their d_out is size times the number of key heads, which divides the number of heads.
     cosine, sine : (..., tokens, size / 2) float tensor
         Of each token's position.
     mask : (..., queries, tokens) bool tensor
-        Whether a query may see a token. One that may see none gets the mean of all.
+        Whether a query may see a token. A query that may see no token gets the mean of all.
     key_bias, value_bias : (d_out) float tensor, optional
     scale : float, optional
         By default 1 / sqrt(size).
 
     Returns
     -------
-    (..., heads, queries, size) float32 tensor; d_out * (R_k + R_v) multiplications for each token, respectively query.
+    (..., heads, queries, size) float32 tensor.
     """
     *batch, heads, queries, size = query.shape
     tokens = keys.codes.shape[-2]

@@ -1,4 +1,4 @@
-"""The layer itself: y = W_hat x + b, without ever forming W_hat (LittleBit, arXiv 2506.13771)."""
+"""Apply a factorized layer, forward and backward, without forming its dense weight (LittleBit, arXiv 2506.13771)."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,11 @@ from .signs import named_rule
 
 
 def linear(x: Tensor, paths: Sequence[Factors], bias: Tensor | None = None, rule: str = "smooth_sign") -> Tensor:
-    """Sum of the paths' outputs.
+    """Compute the output of a LittleBit layer: the sum of its paths, plus the bias.
 
-    y = sum over paths of ((((x * g) V_sign) * ell) U_sign^T) * h, plus the bias. All paths are folded into one pair
-    of factors, y = B (A x), so that the scales cost nothing per row of x.
+    y = sum over paths of ((((x * g) V_sign) * ell) U_sign^T) * h + bias
+
+    All paths are folded into one pair of matrices, y = B (A x), so the scales cost nothing per row of x.
 
     Parameters
     ----------
@@ -24,11 +25,12 @@ def linear(x: Tensor, paths: Sequence[Factors], bias: Tensor | None = None, rule
     paths : sequence of Factors
     bias : (d_out,) float tensor, optional
     rule : str
-        What autograd takes the derivative of a sign for: a name in `signs.RULES`. It does not change the output.
+        The gradient that autograd gives a sign: a name in `signs.RULES`. It does not change the output.
 
     Returns
     -------
-    (..., d_out) tensor of x's dtype; 2 * rank * (d_in + d_out) additions per row of x and path.
+    (..., d_out) tensor of x's dtype. Each row of x takes rank * (d_in + d_out) multiply-adds a path; a dense layer
+    takes d_in * d_out.
 
     Raises
     ------
@@ -49,7 +51,11 @@ def linear(x: Tensor, paths: Sequence[Factors], bias: Tensor | None = None, rule
 
 
 def folded(paths: Sequence[Factors], rule: str = "smooth_sign") -> tuple[Tensor, Tensor]:
-    """All paths as one pair: A = [V_sign * g]^T stacked, (R, d_in), and B = [h * U_sign * ell] in a row, (d_out, R)."""
+    """Fold the scales and all paths into one pair of matrices, for y = B (A x).
+
+    A, (R, d_in), stacks [V_sign * g]^T of all paths. B, (d_out, R), has [h * U_sign * ell] side by side. R is the sum
+    of the ranks.
+    """
     signs = named_rule(rule)
     a = torch.cat([(path.g[..., :, None] * signs(path.v)).mT for path in paths], dim=-2)
     b = torch.cat([path.h[..., :, None] * signs(path.u) * path.ell[..., None, :] for path in paths], dim=-1)
@@ -59,14 +65,15 @@ def folded(paths: Sequence[Factors], rule: str = "smooth_sign") -> tuple[Tensor,
 def linear_vjp(
     x: Tensor, paths: Sequence[Factors], grad: Tensor, rule: str = "smooth_sign"
 ) -> tuple[Tensor, list[Factors], Tensor]:
-    """Gradients of a loss with respect to the layer's input and every parameter.
+    """Compute the gradients of a loss with respect to a layer's input and all its parameters.
 
-    For each path, with one row for every row of x, V and U the signs of v and u:
+    This is the vector-Jacobian product (vjp) of `linear`. For each path, with one row for every row of x, V and U the
+    signs of v and u:
 
         a = x * g,  s = a V,  t = s * ell,  z = t U^T,  y = sum over paths of z * h, plus the bias
 
-    The chain rule read from right to left, with dq short for dL/dq and dy given; scales and bias act on every row,
-    so their gradients sum over rows. Autograd applies it to `linear` here:
+    The chain rule goes from right to left; autograd applies it to `linear`. Write dq for dL/dq; dy is given. Scales and
+    bias act on every row, so their gradients sum over rows:
 
         dbias = sum dy,           from y = ... + bias
         dh    = sum dy * z,       dz = dy * h,       from y = z * h
@@ -83,7 +90,7 @@ def linear_vjp(
     grad : (..., d_out) float tensor
         Gradient of the loss with respect to the output.
     rule : str
-        What the derivative of a sign is taken for: a name in `signs.RULES`.
+        The gradient of a sign: a name in `signs.RULES`.
 
     Returns
     -------
@@ -92,7 +99,7 @@ def linear_vjp(
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, `grad` is not of the output's shape, or there is no such rule.
+        If x's last axis is not d_in, `grad` does not have the output's shape, or there is no such rule.
 
     Examples
     --------
@@ -118,12 +125,9 @@ def linear_vjp(
 
 
 def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None = None) -> Tensor:
-    """`linear` from packed words, accumulated in float32.
+    """Compute the output of a LittleBit layer from packed words, accumulated in float32.
 
-    On a CPU few rows of x are looked up in packed words, and so are up to 1024 rows of 16 bits, or 32 of float32, on an
-    NVIDIA GPU of compute capability 8.0 or later. Else the signs of both factors are unpacked, for as long as the call
-    lasts, and a float16 or bfloat16 input is multiplied in its own dtype (`dispatch.unpacked_linear`). Autograd gives x
-    its gradient, so that adapters can be trained around a packed layer; signs and scales have none.
+    The kernels of `kernels.dispatch`, for CPUs and for CUDA, read the packed words.
 
     Parameters
     ----------
@@ -138,7 +142,7 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, x is on another device than the words, or the words do not fit the scales.
+        If x's last axis is not d_in, x is on another device than the words, or words and scales do not fit together.
     """
     check_input(x, paths)
     y = dispatch.packed_linear(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), paths)  # (rows, d_out) float32

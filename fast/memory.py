@@ -1,4 +1,4 @@
-"""What a whole model takes, in bytes: the arithmetic of `littlebit.reference.memory`, which is not said twice."""
+"""Re-export `littlebit.reference.memory`: exact integer arithmetic, which both packages share."""
 
 from ..reference.memory import (
     KV_CACHES as KV_CACHES,

@@ -1,10 +1,11 @@
-"""Packing: one sign, one bit, in words of 8, 16 or 32 bits.
+"""Pack signs into words of 8, 16 or 32 bits, one bit a sign.
 
-Bit 1 means -1. The least significant bit of a word comes first, and pad bits are 0. V is packed along d_in (one row
-of words per latent dimension), U along the rank (one row of words per output). A row takes the narrowest words that
-hold it (`bits.word_width`); rows of more than 16 signs are the 32-bit words that the authors' checkpoints hold. Words
-of more than 8 bits are kept as int16 and int32, whose bits are those of the reference's uint16 and uint32: torch cannot
-shift these on a CPU.
+Bit 1 means -1. The least significant bit of a word comes first, and pad bits are 0. V is packed along d_in (one row of
+words per latent dimension), U along the rank (one row of words per output). A row takes the narrowest words that hold
+it (`bits.word_width`). Rows of more than 16 signs are 32-bit words, as in the authors' checkpoints.
+
+Words of 16 and 32 bits are int16 and int32 tensors here, with the bits of the reference's uint16 and uint32: torch
+cannot shift unsigned words on a CPU.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,7 @@ WORD_TYPES = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 
 class PackedFactors(NamedTuple):
-    """One path as it is stored: sign words and float16 scales.
+    """Hold one path as it is stored: packed signs and float16 scales.
 
     Attributes
     ----------
@@ -38,12 +39,12 @@ class PackedFactors(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Number of latent dimensions."""
+        """Return the rank, the number of latent dimensions."""
         return self.ell.shape[-1]
 
 
 def row_words(count: int) -> tuple[int, torch.dtype]:
-    """Number and dtype of the words that a row of `count` signs is stored in; see `bits.word_width`.
+    """Give the number and dtype of the words that store a row of `count` signs; see `bits.word_width`.
 
     Examples
     --------
@@ -87,12 +88,12 @@ def pack_signs(signs: Tensor) -> Tensor:
 
 
 def unpack_signs(words: Tensor, count: int) -> Tensor:
-    """The first `count` signs of each row of words: the inverse of `pack_signs`.
+    """Unpack the first `count` signs of each row of words: the inverse of `pack_signs`.
 
     Parameters
     ----------
     words : (..., words) uint8, int16 or int32 tensor
-        As `row_words` asks for.
+        In the number and dtype that `row_words` gives.
     count : int
         Signs per row.
 
@@ -103,7 +104,7 @@ def unpack_signs(words: Tensor, count: int) -> Tensor:
     Raises
     ------
     ValueError
-        If the rows are not exactly the words that `count` signs need, in number and dtype, or a pad bit is set.
+        If `count` signs need words of another number or dtype, or a pad bit is set.
 
     Examples
     --------
@@ -118,13 +119,13 @@ def unpack_signs(words: Tensor, count: int) -> Tensor:
 
 
 def row_bits(words: Tensor) -> Tensor:
-    """All bits of each row of words, pad bits included: (..., words) to (..., words * width) of the words' dtype."""
+    """Unpack all bits of each row of words, pad bits included: (..., words) to (..., words * width), same dtype."""
     place = torch.arange(8 * words.itemsize, dtype=words.dtype, device=words.device)
     return ((words[..., None] >> place) & 1).flatten(-2)  # & 1 drops the copies of the sign bit that >> brings
 
 
 def check_words(words: Tensor, count: int) -> None:
-    """Raise ValueError unless each row of words has the number and dtype that `count` signs are stored in."""
+    """Raise ValueError unless each row of words has the number and dtype that `count` signs need."""
     number, dtype = row_words(count)
     if words.shape[-1] != number or words.dtype != dtype:
         raise ValueError(
@@ -134,7 +135,7 @@ def check_words(words: Tensor, count: int) -> None:
 
 
 def pack_factors(factors: Factors) -> PackedFactors:
-    """Round a path to what is stored: the signs of its latents, its scales as float16.
+    """Round a path to what is stored: the signs of its latents, and its scales as float16.
 
     Raises
     ------
@@ -150,12 +151,12 @@ def pack_factors(factors: Factors) -> PackedFactors:
 
 
 def unpack_factors(packed: PackedFactors) -> Factors:
-    """The float32 path that a packed one stands for; its latents are the signs.
+    """Unpack a stored path to float32 factors, whose latents are the signs.
 
     Raises
     ------
     ValueError
-        If the words do not fit the scales' lengths, in number and dtype, or a pad bit is set.
+        If words and scales do not fit together, or a pad bit is set.
     """
     u_sign = unpack_signs(packed.u_words, packed.ell.shape[-1])  # (..., d_out, rank)
     v_sign = unpack_signs(packed.v_words, packed.g.shape[-1]).mT  # (..., d_in, rank)
@@ -163,7 +164,7 @@ def unpack_factors(packed: PackedFactors) -> Factors:
 
 
 def to_half(name: str, scale: Tensor) -> Tensor:
-    """`scale` as float16, or a ValueError if that is not finite."""
+    """Convert a scale vector to float16; raise ValueError if an entry is not finite then."""
     half = scale.to(torch.float16)
     if not torch.isfinite(half).all():
         raise ValueError(

@@ -1,7 +1,9 @@
-"""Signs: the one-bit half of every number that LittleBit stores, and the two rules that train them.
+"""Take signs, and differentiate through them: the straight-through estimator (STE) and SmoothSign.
 
-The derivative of a sign is zero wherever it exists. To train the latents behind the signs, a rule puts another
-derivative in its place: forward is `sign`, backward the derivative of something smoother.
+LittleBit stores the signs of its factors, one bit each. The derivative of a sign is zero wherever it exists, so plain
+gradient descent could never flip one. Both rules here take the sign in the forward pass. In the backward pass they put
+the derivative of a smoother function in the place of the sign's (a surrogate gradient), which moves the latents: the
+real numbers behind the signs.
 """
 
 from collections.abc import Callable
@@ -15,12 +17,12 @@ FLAT = 10.0  # SmoothSign's slope here and beyond is zero in every float dtype
 
 
 def sign(x: Tensor) -> Tensor:
-    """Sign of each entry, with sign(0) = +1, so that one bit is enough.
+    """Take the sign of each entry, with sign(0) = +1, so that one bit is enough.
 
     Parameters
     ----------
     x : (...) float tensor
-        -0.0 counts as 0, and so does NaN, which packing refuses.
+        -0.0 counts as 0. NaN gives +1 here; packing refuses it.
 
     Returns
     -------
@@ -36,7 +38,9 @@ def sign(x: Tensor) -> Tensor:
 
 
 def straight_through(x: Tensor) -> Tensor:
-    """`sign`, differentiated by `straight_through_vjp`.
+    """Take signs whose gradient is the straight-through estimator's.
+
+    The forward pass is `sign`; autograd calls `straight_through_vjp` in the backward pass.
 
     Examples
     --------
@@ -47,9 +51,12 @@ def straight_through(x: Tensor) -> Tensor:
 
 
 def straight_through_vjp(x: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of a sign as if it were the identity between -1 and 1 (Bengio et al., arXiv 1308.3432).
+    """Compute the gradient of a sign as if it were the identity between -1 and 1 (straight-through estimator, STE).
 
     grad * (|x| < 1)
+
+    The rule is that of Bengio et al. (arXiv 1308.3432), clipped. A latent with |x| >= 1 gets no gradient: it stays
+    where it is, and its sign never flips. Factors of `admm` may have many latents there.
 
     Parameters
     ----------
@@ -71,7 +78,9 @@ def straight_through_vjp(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def smooth_sign(x: Tensor) -> Tensor:
-    """`sign`, differentiated by `smooth_sign_vjp`.
+    """Take signs whose gradient is SmoothSign's.
+
+    The forward pass is `sign`; autograd calls `smooth_sign_vjp` in the backward pass.
 
     Examples
     --------
@@ -82,11 +91,14 @@ def smooth_sign(x: Tensor) -> Tensor:
 
 
 def smooth_sign_vjp(x: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of a sign as if it were tanh(100 x) (SmoothSign; LittleBit, arXiv 2506.13771).
+    """Compute the gradient of a sign as if it were tanh(100 x) (SmoothSign; LittleBit, arXiv 2506.13771).
 
-    grad * 100 (1 - tanh^2(100 x)), computed as grad * 100 * 4 e / (1 + e)^2 with e = exp(-200 |x|): equal, but
-    accurate also where the tanh rounds to one. The slope is 100 at zero, 7 at |x| = 0.02 and 0.02 at |x| = 0.05: only
-    latents near zero, whose signs are in doubt, are moved.
+    grad * 100 (1 - tanh^2(100 x))
+
+    The code uses grad * 100 * 4 e / (1 + e)^2 with e = exp(-200 |x|), which is equal, and accurate where tanh rounds to
+    1. The slope is 100 at 0, 7 at |x| = 0.02, 1 at 0.03 and 0.02 at 0.05. Plain gradient descent would thus move only
+    latents near 0. Adam reaches further: it divides a gradient by the size of past ones, so the slope cancels until
+    slope * gradient falls to Adam's eps. With eps = 1e-8 latents up to about |x| = 0.1 move.
 
     Parameters
     ----------
@@ -109,18 +121,18 @@ def smooth_sign_vjp(x: Tensor, grad: Tensor) -> Tensor:
 
 
 class SignWithRule(torch.autograd.Function):
-    """Forward `sign`, backward the rule's vjp."""
+    """Take signs in the forward pass, and apply a rule's vector-Jacobian product (vjp) in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, vjp: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Signs of the latents."""
+        """Return the signs of the latents."""
         ctx.save_for_backward(x)
         ctx.vjp = vjp
         return sign(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Gradient with respect to the latents."""
+        """Return the gradient with respect to the latents."""
         (x,) = ctx.saved_tensors
         return ctx.vjp(x, grad), None
 
@@ -133,12 +145,14 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def named_rule(rule: str) -> Callable[[Tensor], Tensor]:
-    """The entry of RULES for a name: here latents -> signs, with the rule's derivative.
+    """Look up a rule in RULES by its name.
+
+    The result maps latents to signs, and has the rule's gradient.
 
     Raises
     ------
     ValueError
-        If there is no such rule.
+        If RULES has no such name.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, not {rule!r}")

@@ -1,4 +1,7 @@
-"""The decompositions that Dual-SVID needs, over batches of matrices of equal shape."""
+"""Decompose batches of matrices of equal shape: SVD, truncated SVD and rank-one fit.
+
+Dual-SVID needs all three. The SVD itself is LAPACK's or cuSOLVER's; `littlebit.reference.svd` writes it out.
+"""
 
 import torch
 from torch import Tensor
@@ -8,14 +11,17 @@ POWER_STEPS = 4
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin singular value decomposition.
+    """Compute the thin singular value decomposition (SVD) of a matrix.
 
     matrix = u diag(s) v^T, u^T u = v^T v = 1
+
+    LAPACK computes it on a CPU, cuSOLVER on a GPU. The error of a singular value is a few eps * s[0], so values below
+    that have no correct digit.
 
     Parameters
     ----------
     matrix : (..., m, n) float32 or float64 tensor
-        Its precision is also that of the computation, which LAPACK or cuSOLVER does.
+        Computations have its precision.
 
     Returns
     -------
@@ -25,7 +31,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises
     ------
     ValueError
-        If the matrix is empty or not finite.
+        If the matrix is empty, or holds NaN or infinity.
 
     Examples
     --------
@@ -42,10 +48,12 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def truncated_svd(matrix: Tensor, rank: int, sketch: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets: the best approximation of a given rank (Eckart and Young, 1936).
+    """Compute the leading singular triplets: the best low-rank approximation of a matrix (Eckart and Young, 1936).
 
-    matrix ~ u diag(s) v^T. With a sketch, the randomised range finder of Halko, Martinsson and Tropp (2011,
-    algorithms 4.4 and 5.1) finds them approximately, in 10 * m * n * k rather than O(m n min(m, n)) multiplications.
+    matrix ~ u diag(s) v^T
+
+    Without a sketch the result is exact and takes O(m n min(m, n)) flops. With one it is approximate and takes about 10
+    m n k multiplications: the randomized range finder of Halko, Martinsson and Tropp (2011, algorithms 4.4 and 5.1).
 
     Parameters
     ----------
@@ -53,7 +61,7 @@ def truncated_svd(matrix: Tensor, rank: int, sketch: Tensor | None = None) -> tu
     rank : int
         1 <= rank <= min(m, n).
     sketch : (n, k) tensor of the matrix's dtype, optional
-        Gaussian test matrix, rank <= k <= min(m, n); a dozen columns more than the rank make the result accurate.
+        Gaussian random numbers, rank <= k <= min(m, n). A k of rank + 12 or more makes the result accurate.
 
     Returns
     -------
@@ -62,7 +70,7 @@ def truncated_svd(matrix: Tensor, rank: int, sketch: Tensor | None = None) -> tu
     Raises
     ------
     ValueError
-        If the matrix is not finite, or the rank is out of range.
+        If the matrix holds NaN or infinity, or the rank is out of range.
 
     Examples
     --------
@@ -81,7 +89,11 @@ def truncated_svd(matrix: Tensor, rank: int, sketch: Tensor | None = None) -> tu
 
 
 def range_finder(matrix: Tensor, sketch: Tensor) -> Tensor:
-    """Orthonormal basis, (..., m, k), of nearly the space that the leading k left singular vectors span."""
+    """Find an orthonormal basis of nearly the space that the leading k left singular vectors span.
+
+    Randomized subspace iteration (Halko, Martinsson and Tropp, 2011, algorithm 4.4): the sketch is multiplied by the
+    matrix and its transpose in turn, and made orthonormal after each product. Returns (..., m, k).
+    """
     basis = orthonormal(matrix @ sketch)  # (..., m, k)
     for _ in range(POWER_STEPS):
         across = orthonormal(matrix.mT @ basis)  # (..., n, k)
@@ -90,16 +102,22 @@ def range_finder(matrix: Tensor, sketch: Tensor) -> Tensor:
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
-    """Orthonormal basis, (..., m, min(m, n)), of the columns' span: Q of Householder QR (Golub and Van Loan, 5.2.1)."""
+    """Compute an orthonormal basis of the columns' span: Q of the QR decomposition.
+
+    Returns (..., m, min(m, n)).
+    """
     return torch.linalg.qr(matrix)[0]
 
 
 def rank_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Best rank-one approximation of a non-negative matrix, by power iteration.
+    """Compute the best rank-one approximation of a non-negative matrix by power iteration.
 
-    matrix ~ left right^T with ||left|| = ||right||. The leading singular vectors of a non-negative matrix are
-    non-negative (Perron and Frobenius), so the iteration starts from the row sums, which cannot be orthogonal to
-    them. It stops when a step moves no right vector by more than the rounding of the matrix's dtype.
+    matrix ~ left right^T,  ||left|| = ||right||
+
+    The leading singular vectors of a non-negative matrix are non-negative (Perron and Frobenius). So the row sums,
+    where the iteration starts, are not orthogonal to them. It stops when a step changes no entry of `right` by more
+    than eps, or after 100 steps (RANK_ONE_STEPS). If the two largest singular values nearly agree, 100 steps may end
+    short of the best.
 
     Parameters
     ----------
@@ -131,7 +149,7 @@ def rank_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalized(vector: Tensor) -> Tensor:
-    """Each column (..., n, 1) divided by its Euclidean norm; zero columns stay zero."""
+    """Divide each column (..., n, 1) by its Euclidean norm; zero columns stay zero."""
     norm = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
     return vector / torch.where(norm == 0, 1, norm)
 

@@ -1,7 +1,9 @@
-"""Quantisation-aware training, written out for a small network: forward, loss, backward, Adam.
+"""Train a small quantized network step by step: forward, loss, backward, Adam.
 
-The network is a multi-layer perceptron, layers with a ReLU between: dense ones make the teacher, LittleBit ones the
-student, which learns the teacher's logits (LittleBit, arXiv 2506.13771, the section on quantisation-aware training).
+This is quantization-aware training (QAT). The network is a multi-layer perceptron with a ReLU between layers. Dense
+layers make the teacher. LittleBit layers make the student, which learns the teacher's logits. The paper's QAT
+(LittleBit, arXiv 2506.13771) also has a loss on hidden states (`distill.hidden_loss`), and uses AdamW with a cosine
+schedule.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +19,7 @@ from .linear import linear
 
 
 class AdamState(NamedTuple):
-    """What Adam remembers between steps: one moment of either kind for every parameter.
+    """Hold what Adam remembers between steps: two running means for every parameter.
 
     Attributes
     ----------
@@ -35,7 +37,7 @@ class AdamState(NamedTuple):
 
 
 def adam_start(parameters: Sequence[Tensor]) -> AdamState:
-    """Adam's state before the first step: zeros.
+    """Make the state of Adam before the first step: zeros for every parameter.
 
     Examples
     --------
@@ -53,10 +55,10 @@ def adam_step(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> tuple[list[Tensor], AdamState]:
-    """One step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1).
+    """Update parameters by one step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1).
 
-    m <- b1 m + (1 - b1) grad,  v <- b2 v + (1 - b2) grad^2,
-    p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) at step t = 1, 2, ...
+    m <- b1 m + (1 - b1) grad,  v <- b2 v + (1 - b2) grad^2, p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    at step t = 1, 2, ...
 
     Parameters
     ----------
@@ -69,12 +71,12 @@ def adam_step(
 
     Returns
     -------
-    The parameters and the state after the step; the arguments are left as they were.
+    The new parameters and the new state; the arguments do not change.
 
     Raises
     ------
     ValueError
-        If gradients, state or learning rates are not one per parameter.
+        If there is not one gradient, one moment and one learning rate per parameter.
 
     Examples
     --------
@@ -95,7 +97,7 @@ def adam_step(
 
 
 def check_counts(parameters: Sequence, grads: Sequence, moments: Sequence, rates: Sequence[float]) -> None:
-    """Raise ValueError unless there is one gradient, moment and learning rate per parameter."""
+    """Raise ValueError unless there is one gradient, one moment and one learning rate per parameter."""
     if not len(parameters) == len(grads) == len(moments) == len(rates):
         raise ValueError(
             f"gradients, state and learning rates must be one per parameter, but {len(parameters)} parameters came "
@@ -104,7 +106,7 @@ def check_counts(parameters: Sequence, grads: Sequence, moments: Sequence, rates
 
 
 class Dense(NamedTuple):
-    """A dense layer of the teacher, y = W x + b.
+    """Hold a dense layer of the teacher, y = W x + b.
 
     Attributes
     ----------
@@ -117,7 +119,7 @@ class Dense(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A LittleBit layer of the student; see `linear`.
+    """Hold a LittleBit layer of the student; `linear` computes its output.
 
     Attributes
     ----------
@@ -130,7 +132,9 @@ class Layer(NamedTuple):
 
 
 def dense_mlp(x: Tensor, layers: Sequence[Dense]) -> Tensor:
-    """Output of a dense multi-layer perceptron: y = W relu(... relu(W x + b) ...) + b.
+    """Compute the output of a dense multi-layer perceptron.
+
+    y = W relu(... relu(W x + b) ...) + b
 
     Parameters
     ----------
@@ -154,14 +158,14 @@ def dense_mlp(x: Tensor, layers: Sequence[Dense]) -> Tensor:
 
 
 def mlp(x: Tensor, layers: Sequence[Layer], rule: str = "smooth_sign") -> Tensor:
-    """Output of a LittleBit multi-layer perceptron: `linear` layers with a ReLU between.
+    """Compute the output of a LittleBit multi-layer perceptron: `linear` layers with a ReLU between.
 
     Parameters
     ----------
     x : (..., d_in) float tensor
     layers : sequence of Layer
     rule : str
-        What autograd takes the derivative of a sign for: a name in `signs.RULES`. It does not change the output.
+        The gradient that autograd gives a sign: a name in `signs.RULES`. It does not change the output.
 
     Returns
     -------
@@ -181,10 +185,9 @@ def mlp(x: Tensor, layers: Sequence[Layer], rule: str = "smooth_sign") -> Tensor
 
 
 def mlp_vjp(x: Tensor, layers: Sequence[Layer], grad: Tensor, rule: str = "smooth_sign") -> tuple[Tensor, list[Layer]]:
-    """Gradients of a loss with respect to the input and every parameter of `mlp`, by autograd.
+    """Compute the gradients of a loss with respect to the input and all parameters of `mlp`.
 
-    From the last layer to the first: `linear_vjp` takes the gradient of a layer's output to that of its input and
-    parameters; the ReLU before it lets the gradient pass where its output is positive.
+    Backpropagation by autograd.
 
     Parameters
     ----------
@@ -193,7 +196,7 @@ def mlp_vjp(x: Tensor, layers: Sequence[Layer], grad: Tensor, rule: str = "smoot
     grad : (..., d_out) float tensor
         Gradient of the loss with respect to the output.
     rule : str
-        A name in `signs.RULES`.
+        The gradient of a sign: a name in `signs.RULES`.
 
     Returns
     -------
@@ -223,14 +226,14 @@ def mlp_vjp(x: Tensor, layers: Sequence[Layer], grad: Tensor, rule: str = "smoot
 def dense_step(
     layers: Sequence[Dense], x: Tensor, targets: Tensor, state: AdamState, lr: float | Sequence[float]
 ) -> tuple[list[Dense], AdamState, float]:
-    """One step of training a dense network: forward, cross-entropy, backward, Adam.
+    """Train a dense network by one step: forward, cross-entropy, backward, Adam.
 
     Parameters
     ----------
     layers : sequence of Dense
     x : (..., d_in) float tensor
     targets : (...) integer tensor
-        The right class of each row.
+        Correct class of each row.
     state : AdamState
         `adam_start(dense_parameters(layers))` before the first step.
     lr : float, or one float per parameter
@@ -265,7 +268,11 @@ def qat_step(
     lr: float | Sequence[float],
     rule: str = "smooth_sign",
 ) -> tuple[list[Layer], AdamState, float]:
-    """One step of quantisation-aware training: forward, KL to the teacher, backward, Adam.
+    """Train a LittleBit network by one step of QAT: forward, KL to the teacher, backward, Adam.
+
+    loss = KL(teacher || student)
+
+    The paper adds 10 times the sum over layers of `hidden_loss`, which this step leaves out.
 
     Parameters
     ----------
@@ -277,7 +284,7 @@ def qat_step(
         `adam_start(parameters(layers))` before the first step.
     lr : float, or one float per parameter
     rule : str
-        A name in `signs.RULES`.
+        The gradient of a sign: a name in `signs.RULES`.
 
     Returns
     -------
@@ -313,7 +320,7 @@ def qat(
     rule: str = "smooth_sign",
     state: AdamState | None = None,
 ) -> tuple[list[Layer], AdamState, list[float]]:
-    """Quantisation-aware training, one `qat_step` for each batch.
+    """Train a LittleBit network by quantization-aware training (QAT), one `qat_step` for each batch.
 
     Parameters
     ----------
@@ -321,9 +328,9 @@ def qat(
     batches : iterable of (x, teacher_logits)
     lr : float, or one float per parameter
     rule : str
-        A name in `signs.RULES`.
+        The gradient of a sign: a name in `signs.RULES`.
     state : AdamState, optional
-        What an earlier call returned, to go on from there, at another learning rate for instance.
+        Returned by an earlier call, to continue from there, for instance at another learning rate.
 
     Returns
     -------
@@ -353,27 +360,30 @@ def qat(
 
 
 def dense_parameters(layers: Sequence[Dense]) -> list[Tensor]:
-    """Weight and bias of each layer."""
+    """List weight and bias of each layer."""
     return [tensor for layer in layers for tensor in layer]
 
 
 def with_dense_parameters(layers: Sequence[Dense], values: Iterable[Tensor]) -> list[Dense]:
-    """Layers like the given ones with other parameters, in the order of `dense_parameters`."""
+    """Rebuild dense layers with other parameters, in the order of `dense_parameters`."""
     rest = iter(values)
     return [Dense(*(next(rest) for _ in layer)) for layer in layers]
 
 
 def parameters(layers: Sequence[Layer]) -> list[Tensor]:
-    """u, v, h, ell and g of each path, then the bias, of each layer."""
+    """List u, v, h, ell and g of each path, then the bias, for each layer."""
     return [tensor for layer in layers for tensor in (*(tensor for path in layer.paths for tensor in path), layer.bias)]
 
 
 def with_parameters(layers: Sequence[Layer], values: Iterable[Tensor]) -> list[Layer]:
-    """Layers like the given ones with other parameters, in the order of `parameters`."""
+    """Rebuild LittleBit layers with other parameters, in the order of `parameters`."""
     rest = iter(values)
     return [Layer([Factors(*(next(rest) for _ in path)) for path in layer.paths], next(rest)) for layer in layers]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over positions of -log softmax(logits)[target], in nats; logits (..., classes), targets (...)."""
+    """Compute the mean over positions of -log softmax(logits)[target], in nats.
+
+    Logits are (..., classes), targets (...).
+    """
     return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))

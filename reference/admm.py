@@ -1,7 +1,12 @@
-"""Latent-binary ADMM: factors found for their signs, not rounded to them (NanoQuant, arXiv 2602.06694).
+"""Find factors that are binary while they are solved for, by ADMM (after NanoQuant, arXiv 2602.06694).
 
-After Double Binary Factorisation (arXiv 2505.11076). Dual-SVID finds real factors and then takes signs; here two least
-squares problems are solved again and again, each with the other factor already binary.
+ADMM is the alternating direction method of multipliers. Dual-SVID finds real factors and then rounds them to signs.
+Here two least-squares problems alternate, each with the other factor already binary, as in Double Binary Factorization
+(arXiv 2505.11076).
+
+Differences from NanoQuant: the start is the SVD, so the result is deterministic; B is solved for with the new A
+(Gauss-Seidel) instead of the old one (Jacobi); penalty and ridge are not multiplied by the mean of the system's
+diagonal; and there is a middle scale, ell.
 """
 
 import numpy as np
@@ -15,23 +20,32 @@ REFIT_SWEEPS = 3
 
 
 def project(matrix: np.ndarray) -> np.ndarray:
-    """The SVID approximation as a matrix: sign(X) * (row column^T), the binary set that ADMM projects onto."""
+    """Project a matrix onto sign matrices with rank-one magnitudes: sign(X) * (row column^T), by SVID.
+
+    ADMM pulls its factors to this set.
+    """
     signs, row, column = svid(matrix)
     return signs * row[:, None] * column
 
 
 def solve_factor(target: np.ndarray, fixed: np.ndarray, pull: np.ndarray, rho: float) -> np.ndarray:
-    """The factor A that fits target ~ A X^T and stays near `pull`: ridge least squares (the update of NanoQuant).
+    """Solve for the factor A that fits target ~ A X^T and stays near `pull`, by ridge least squares.
 
-    X is `fixed` with columns of norm 1. A minimises ||target - A X^T||^2 + rho ||A - pull||^2 + RIDGE ||A||^2, that is
-    (X^T X + (rho + RIDGE) 1) A^T = X^T target^T + rho pull^T.
+    A = argmin ||target - A X^T||^2 + rho ||A - pull||^2 + RIDGE ||A||^2
+
+    X is `fixed` with columns of norm 1. The normal equations are (X^T X + (rho + RIDGE) 1) A^T = X^T target^T + rho
+    pull^T (NanoQuant's update). A solve takes 2 m n rank flops and more.
 
     Parameters
     ----------
     target : (m, n) float array
+        The weight, or its transpose.
     fixed : (n, rank) float array
+        The other factor, projected.
     pull : (m, rank) float array
+        Projection of A minus its dual.
     rho : float
+        Penalty.
 
     Returns
     -------
@@ -46,13 +60,17 @@ def solve_factor(target: np.ndarray, fixed: np.ndarray, pull: np.ndarray, rho: f
 def admm(
     weight: np.ndarray, rank: int, sketch: np.ndarray | None = None, steps: int = ADMM_STEPS, sweeps: int = REFIT_SWEEPS
 ) -> Factors:
-    """Factors of a weight by latent-binary ADMM and a least-squares refit of the scales.
+    """Factorize a weight by latent-binary ADMM, then refit the scales by least squares (after NanoQuant).
 
-    A, B start as in Dual-SVID; Z = project(A), dual L = A - Z, likewise for B. For t = 1..T with rho = (t / T)^3: A is
-    solved for with Z_B fixed and pulled towards Z_A - L_A, then Z_A = project(A + L_A) and L_A += A - Z_A; then B in
-    the same way. The latents are A + L_A and B + L_B; scales are read off them and refitted.
+    A and B start as in Dual-SVID. Z_A = project(A), the dual is L_A = A - Z_A, and the same for B. At step t of T, with
+    the penalty rho = (t / T)^3:
 
-    The weight is divided by the root of its mean square first, so that rho and the ridge mean the same for any weight.
+        A <- solve_factor(W, Z_B, Z_A - L_A, rho),  Z_A <- project(A + L_A),  L_A <- L_A + A - Z_A
+        B <- solve_factor(W^T, Z_A, Z_B - L_B, rho),  Z_B <- project(B + L_B),  L_B <- L_B + B - Z_B
+
+    The latents are A + L_A and B + L_B. SVID reads their scales off, and `refit_scales` improves them. W is divided by
+    its root mean square first, so that penalty and ridge mean the same for any weight. Latents are not bounded by 1:
+    the straight-through estimator never moves the ones beyond.
 
     Parameters
     ----------
@@ -60,11 +78,11 @@ def admm(
     rank : int
         1 <= rank <= min(d_out, d_in).
     sketch : (d_in, k) array, optional
-        See `svd.truncated_svd`.
+        Random numbers for a faster, approximate SVD; see `svd.truncated_svd`.
     steps : int
-        T above; 150 to 400 are usual.
+        T; 150 to 400 are usual.
     sweeps : int
-        Of the scale refit.
+        Sweeps of `refit_scales`.
 
     Returns
     -------
@@ -102,7 +120,7 @@ def admm(
 
 
 def root_mean_square(matrix: np.ndarray) -> np.ndarray:
-    """Root of the mean square of all entries, or 1 for a zero matrix, a scalar array."""
+    """Compute the root mean square of all entries of a matrix; 1 for a zero matrix."""
     largest = np.abs(matrix).max(initial=0.0)
     unit = matrix / np.where(largest == 0, 1, largest)
     root = np.sqrt((unit * unit).mean()) * largest
@@ -110,20 +128,22 @@ def root_mean_square(matrix: np.ndarray) -> np.ndarray:
 
 
 def balance(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The factors with one number moved between them, so that their mean squares are equal."""
+    """Move one scalar between two factors, so that their mean squares are equal and their product is unchanged."""
     ratio = np.sqrt(root_mean_square(u) / root_mean_square(v))
     return u / ratio, v * ratio
 
 
 def refit_scales(weight: np.ndarray, factors: Factors, sweeps: int = REFIT_SWEEPS) -> Factors:
-    """Scales by least squares with the signs fixed: ell, h and g in turn, none of which can increase the error.
+    """Refit ell, h and g in turn by least squares, with the signs fixed.
+
+    Each refit minimizes ||W - W_hat||_F over one scale vector, so no refit increases the error.
 
     Parameters
     ----------
     weight : (d_out, d_in) float array
     factors : Factors
     sweeps : int
-        Times each scale vector is refitted.
+        How often each scale vector is refitted.
 
     Returns
     -------
@@ -135,10 +155,12 @@ def refit_scales(weight: np.ndarray, factors: Factors, sweeps: int = REFIT_SWEEP
 
 
 def refit_ell(weight: np.ndarray, factors: Factors) -> Factors:
-    """The ell that minimises ||W - W_hat||_F, all else fixed.
+    """Find the ell that minimizes ||W - W_hat||_F, with signs, h and g fixed.
 
-    With U = diag(h) U_sign and V = diag(g) V_sign: ((U^T U) * (V^T V)) ell = diag(U^T W V). The system may be singular,
-    so a step is taken from the present ell with a small ridge, which cannot increase the error either.
+    ((U^T U) * (V^T V)) ell = diag(U^T W V),  U = diag(h) U_sign,  V = diag(g) V_sign
+
+    The system may be singular. So the code solves for a change of the present ell, with a small ridge, which cannot
+    increase the error either.
     """
     u = factors.h[:, None] * factors.u_sign  # (d_out, rank)
     v = factors.g[:, None] * factors.v_sign  # (d_in, rank)
@@ -153,34 +175,40 @@ def refit_ell(weight: np.ndarray, factors: Factors) -> Factors:
 
 
 def refit_h(weight: np.ndarray, factors: Factors) -> Factors:
-    """The h that minimises ||W - W_hat||_F, all else fixed: a ratio of inner products for each row."""
+    """Find the h that minimizes ||W - W_hat||_F, with signs, ell and g fixed.
+
+    h_i = <W_i, M_i> / <M_i, M_i> for the rows of W and of M, which is W_hat without h
+    """
     unscaled = factors._replace(h=np.ones_like(factors.h)).to_dense()  # (d_out, d_in)
     return factors._replace(h=ratio((weight * unscaled).sum(axis=1), (unscaled * unscaled).sum(axis=1), factors.h))
 
 
 def refit_g(weight: np.ndarray, factors: Factors) -> Factors:
-    """The g that minimises ||W - W_hat||_F, all else fixed: a ratio of inner products for each column."""
+    """Find the g that minimizes ||W - W_hat||_F, with signs, h and ell fixed.
+
+    g_j = <W_j, M_j> / <M_j, M_j> for the columns of W and of M, which is W_hat without g
+    """
     unscaled = factors._replace(g=np.ones_like(factors.g)).to_dense()  # (d_out, d_in)
     return factors._replace(g=ratio((weight * unscaled).sum(axis=0), (unscaled * unscaled).sum(axis=0), factors.g))
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """Entrywise quotient, and `otherwise` where the denominator is zero."""
+    """Divide entry by entry, and return `otherwise` where the denominator is zero."""
     zero = denominator == 0
     return np.where(zero, otherwise, numerator / np.where(zero, 1, denominator))
 
 
 def importance(second_moment: np.ndarray, shrink: float = 0.4) -> np.ndarray:
-    """Weights of a layer's input or output channels from the second moments of what passes through them.
+    """Turn second moments of channels into positive importance weights of mean 1 (after NanoQuant).
 
-    Normalised to mean 1 and shrunk towards it: w <- (1 - shrink) w + shrink (after NanoQuant).
+    w <- (1 - shrink) w / mean(w) + shrink
 
     Parameters
     ----------
     second_moment : (d,) non-negative float array
-        Mean of x^2 per input channel, or of (dL/dy)^2 per output channel, over calibration text.
+        Mean over calibration text of x^2 for each input channel, or of (dL/dy)^2 for each output channel.
     shrink : float
-        From 0 to 1, where all channels weigh the same.
+        How far weights move to their mean: 0 keeps their ratios, 1 makes all equal.
 
     Returns
     -------

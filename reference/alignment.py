@@ -1,4 +1,8 @@
-"""Joint-ITQ: rotate the factors towards signs before their signs are taken (LittleBit-2, arXiv 2603.00042)."""
+"""Rotate real factors before taking their signs: Joint-ITQ (LittleBit-2, arXiv 2603.00042).
+
+ITQ is short for Iterative Quantization (Gong and Lazebnik, 2011). A rotation of both factors leaves their product as it
+is, and changes what the signs lose of it.
+"""
 
 import numpy as np
 
@@ -11,7 +15,9 @@ ITQ_STEPS = 50
 
 
 def random_rotation(gaussian: np.ndarray) -> np.ndarray:
-    """An orthogonal matrix, uniformly distributed up to column signs if the entries of `gaussian` are normal.
+    """Make a random orthogonal matrix from a matrix of normal random numbers.
+
+    Q of its QR decomposition is uniformly (Haar) distributed, up to the signs of its columns.
 
     Parameters
     ----------
@@ -25,11 +31,13 @@ def random_rotation(gaussian: np.ndarray) -> np.ndarray:
 
 
 def joint_itq(z: np.ndarray, rotation: np.ndarray, steps: int = ITQ_STEPS) -> np.ndarray:
-    """Rotation that brings Z R close to a matrix of signs (Iterative Quantisation, Gong and Lazebnik, 2011).
+    """Find a rotation R that brings Z R close to a matrix of signs (Iterative Quantization, ITQ).
 
-    Signs and rotation take turns: B = sign(Z R) is the closest sign matrix for a rotation; with the SVD
-    B^T Z = P S Q^T, R = Q P^T is the rotation that brings Z closest to B (orthogonal Procrustes). Neither half of a
-    step decreases the agreement <B, Z R> = ||Z R||_1.
+    B = sign(Z R),  then R = Q P^T from the SVD B^T Z = P S Q^T
+
+    Two half-steps alternate (Gong and Lazebnik, 2011). The first finds the closest sign matrix B for a rotation. The
+    second finds the rotation that brings Z closest to B, which is the orthogonal Procrustes problem. Neither decreases
+    the agreement <B, Z R> = ||Z R||_1. The limit depends on where the iteration starts.
 
     Parameters
     ----------
@@ -38,6 +46,7 @@ def joint_itq(z: np.ndarray, rotation: np.ndarray, steps: int = ITQ_STEPS) -> np
     rotation : (rank, rank) orthogonal array
         Where the iteration starts.
     steps : int
+        Each takes 4 n rank^2 flops and an SVD of a rank x rank matrix.
 
     Returns
     -------
@@ -53,10 +62,14 @@ def joint_itq(z: np.ndarray, rotation: np.ndarray, steps: int = ITQ_STEPS) -> np
 def itq(
     weight: np.ndarray, rank: int, rotation: np.ndarray, sketch: np.ndarray | None = None, steps: int = ITQ_STEPS
 ) -> Factors:
-    """Factors of a weight by Dual-SVID of rotated factors (LittleBit-2, Joint-ITQ).
+    """Factorize a weight by Dual-SVID after a rotation of its real factors (Joint-ITQ; LittleBit-2, arXiv 2603.00042).
 
-    W ~ U' V'^T = (U' R) (V' R)^T: a rotation leaves the product as it is, but factors without a preferred axis lose
-    less when only their signs and a rank-one magnitude are kept. Most of the gain comes with any rotation.
+    W ~ U' V'^T = (U' R) (V' R)^T
+
+    Most of the gain comes with any rotation; ITQ adds the rest. Without a rotation each singular direction gets one
+    column of signs, however large the rank, and keeps the error of that column. A rotation spreads every direction over
+    all columns, whose errors partly average out. It helps where a few directions dominate. It hardly helps a flat
+    spectrum, as in MLPs, and not at all on top of `admm`.
 
     Parameters
     ----------
@@ -66,9 +79,9 @@ def itq(
     rotation : (rank, rank) orthogonal array
         Where the iteration starts; see `random_rotation`.
     sketch : (d_in, k) array, optional
-        See `svd.truncated_svd`.
+        Random numbers for a faster, approximate SVD; see `svd.truncated_svd`.
     steps : int
-        0 keeps the rotation that is given.
+        Steps of `joint_itq`; 0 uses the rotation as it is.
 
     Returns
     -------

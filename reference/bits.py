@@ -1,7 +1,8 @@
-"""Counting bits honestly: what a layer stores, what a budget buys.
+"""Count the bits that layers really store, and find the ranks that a bit budget allows.
 
-"Bits" are bits per weight that are really stored: signs, the pad bits of the last word of each row, and every scale
-at its stored width, divided by d_out * d_in. A target is a ceiling for the whole model.
+"Bits" are stored bits per weight: signs, the pad bits of the last word of each row, and every scale at its stored
+width, divided by d_out * d_in. A budget is a ceiling for the whole model. The paper's count (LittleBit, arXiv
+2506.13771, Appendix D) leaves padding out; `word_bits=1` gives it.
 """
 
 import heapq
@@ -19,17 +20,17 @@ Ranks = tuple[int, ...]
 
 
 def path_bits(d_out: int, d_in: int, rank: int, scale_bits: int = SCALE_BITS, word_bits: int = WORD_BITS) -> int:
-    """Bits that one path stores (LittleBit, arXiv 2506.13771, Appendix D, plus padding).
+    """Count the bits that one path stores (LittleBit, arXiv 2506.13771, Appendix D, plus padding).
 
-    rank * pad(d_in) + d_out * pad(rank) + scale_bits * (d_out + d_in + rank), where pad is `padded`
+    rank * padded(d_in) + d_out * padded(rank) + scale_bits * (d_out + d_in + rank)
 
     Parameters
     ----------
     d_out, d_in, rank : int
     scale_bits : int
-        Stored width of one scale.
+        Stored width of a scale.
     word_bits : int
-        Width of the widest words, see `word_width`; 1 gives the paper's count, which ignores padding.
+        Width of the widest words, see `word_width`; 1 gives the paper's count, without padding.
 
     Examples
     --------
@@ -41,11 +42,11 @@ def path_bits(d_out: int, d_in: int, rank: int, scale_bits: int = SCALE_BITS, wo
 
 
 def word_width(count: int, word_bits: int = WORD_BITS) -> int:
-    """Bits of each word that a row of `count` signs is stored in: the narrowest words that hold it.
+    """Find the width in bits of the words that store a row of signs.
 
-    Words are halved, from `word_bits` down to 8, while one half-word still holds the whole row. A row of up to 8
-    signs is thus one 8-bit word, a row of up to 16 one 16-bit word, and a longer row whole 32-bit words. The rule is
-    the same for U (rows along the rank) and V (rows along d_in), in memory and in files.
+    Words are halved, from `word_bits` down to 8, while half a word still holds the whole row. So a row of up to 8 signs
+    is one 8-bit word, a row of up to 16 one 16-bit word, and a longer row whole 32-bit words. The rule is the same for
+    U (rows along the rank) and V (rows along d_in), in memory and in files.
 
     Parameters
     ----------
@@ -65,7 +66,7 @@ def word_width(count: int, word_bits: int = WORD_BITS) -> int:
 
 
 def padded(count: int, word_bits: int = WORD_BITS) -> int:
-    """Bits that a row of `count` signs is stored in: `count` rounded up to whole words of its `word_width`.
+    """Count the bits of a row of `count` signs with its padding: whole words of its `word_width`.
 
     Examples
     --------
@@ -77,9 +78,10 @@ def padded(count: int, word_bits: int = WORD_BITS) -> int:
 
 
 def filled(rank: int, word_bits: int = WORD_BITS) -> int:
-    """The largest rank up to `rank` whose words of U are full; ranks below the narrowest word are left as they are.
+    """Round a rank down to where the words of U are full; leave ranks up to 8 as they are.
 
-    The first rank of a new word costs the whole word, in every row of U; the others of that word cost V alone.
+    The first rank of a new word costs a whole word in every row of U. The other ranks of that word cost bits of V
+    alone.
 
     Examples
     --------
@@ -94,7 +96,7 @@ def filled(rank: int, word_bits: int = WORD_BITS) -> int:
 def layer_bits(
     d_out: int, d_in: int, ranks: Sequence[int], scale_bits: int = SCALE_BITS, word_bits: int = WORD_BITS
 ) -> int:
-    """Bits that a layer with one path per rank stores; see `path_bits`.
+    """Count the bits that a layer with one path per rank stores; see `path_bits`.
 
     Examples
     --------
@@ -107,7 +109,10 @@ def layer_bits(
 def rank_for_bits(
     d_out: int, d_in: int, bits: float, paths: int = 2, scale_bits: int = SCALE_BITS, word_bits: int = WORD_BITS
 ) -> int:
-    """Largest rank, the same for each path, at which a layer stays within its bits per weight.
+    """Find the largest rank, the same for each path, at which a layer stays within its bits per weight.
+
+    Without padding it is r = (b d_out d_in - 16 P (d_out + d_in)) / (P (d_out + d_in + 16)), rounded down, for b bits
+    per weight and P paths (LittleBit, Appendix D).
 
     Parameters
     ----------
@@ -122,11 +127,11 @@ def rank_for_bits(
     Raises
     ------
     ValueError
-        If even rank 1 exceeds the ceiling; the message says what the smallest possible value is.
+        If even rank 1 exceeds the ceiling. The message gives the smallest possible value.
 
     Examples
     --------
-    The paper's count for a 4096 x 4096 layer at 0.55 bits, and what fits with padding to words:
+    The paper's count for a 4096 x 4096 layer at 0.55 bits, then what fits with padding:
 
     >>> rank_for_bits(4096, 4096, 0.55, word_bits=1), rank_for_bits(4096, 4096, 0.55)
     (546, 544)
@@ -144,10 +149,10 @@ def rank_for_bits(
 
 
 def official_rank(d_out: int, d_in: int, bits: float, paths: int = 2, factor: float = 1.0) -> int:
-    """The rank of each path that the authors' program gives a layer: a multiple of 8, at least 8, by their count.
+    """Compute the rank that the authors' program gives each path of a layer: a multiple of 8, at least 8.
 
-    They count paths * (rank (d_out + d_in + 16) + 16 (d_out + d_in)) bits, no padding, and do not lower other layers'
-    ranks for small ones that exceed the target. Their loader builds its layers by this rule, so a checkpoint for it
+    It counts paths * (rank (d_out + d_in + 16) + 16 (d_out + d_in)) bits, without padding. A small layer may exceed the
+    target, and no other layer makes up for it. The authors' loader builds layers by this rule, so a checkpoint for it
     must follow it.
 
     Parameters
@@ -158,7 +163,7 @@ def official_rank(d_out: int, d_in: int, bits: float, paths: int = 2, factor: fl
     paths : int
         1, or 2 for primary and residual.
     factor : float
-        What the rank is multiplied by before it is rounded down (k_proj and v_proj of grouped queries).
+        Multiplies the rank before rounding. The paper uses 4 for k_proj and v_proj of grouped-query attention (GQA).
 
     Examples
     --------
@@ -171,17 +176,17 @@ def official_rank(d_out: int, d_in: int, bits: float, paths: int = 2, factor: fl
 
 
 def paths_for_bits(d_out: int, d_in: int, bits: float, scale_bits: int = SCALE_BITS) -> int:
-    """1 or 2 paths for a layer, by what the second path's scales would cost.
+    """Choose 1 or 2 paths for a layer by what the scales of a second path would cost.
 
-    A residual path helps while its own scales are a small part of the budget, and hurts when they are not: in the
-    paper at 0.1 bits (OPT-1.3B: perplexity 48.5 without it, 60.0 with it; scales of a second path are 15 % of a
-    2048 x 2048 layer's budget there, and 5 % at 0.3 bits, where it helps). The line is drawn at a tenth.
+    A second path helps while its scales are a small part of the budget, and hurts otherwise. In the paper at 0.1 bits
+    OPT-1.3B has perplexity 48.5 without it and 60.0 with it. There, the scales of a second path take 16 % of the budget
+    of a 2048 x 2048 layer; at 0.3 bits, where it helps, they take 5 %. The limit here is a tenth.
 
     Parameters
     ----------
     d_out, d_in : int
     bits : float
-        The layer's bits per weight.
+        Budget of the layer in bits per weight.
     scale_bits : int
         See `path_bits`.
 
@@ -202,14 +207,13 @@ def allocate_ranks(
     word_bits: int = WORD_BITS,
     shares: Mapping[str, float] | None = None,
 ) -> dict[str, Ranks]:
-    """Ranks for every layer of a model under one budget.
+    """Choose the ranks of every layer of a model under one bit budget.
 
-    Without gains the layers are as equal in sign bits per weight as full words of U allow: every layer gets the ranks
-    of the highest common level that the budget affords, but at least rank 1, so that a layer whose scales alone are
-    too much for the target borrows from the others. With gains the budget goes to the layer that gains most per bit.
-    Ranks rise to 8, 16, 32, 64, 96 and so on, because a word costs the same full or not. In both cases what is left
-    goes to the layer that has the fewest sign bits per weight, a word and then one rank at a time, until the cheapest
-    step no longer fits.
+    Without gains, all layers get the same sign bits per weight, as nearly as full words of U allow: the ranks of the
+    highest common level that the budget affords. Each gets at least rank 1, so a layer whose scales alone exceed the
+    target borrows from the others. With gains, the budget goes to the layer that gains most per bit. Ranks rise to 8,
+    16, 32, 64, 96 and so on, because a word costs the same full or not. In both cases the layer with the fewest sign
+    bits per weight gets what is left, a word and then one rank at a time, until the cheapest step no longer fits.
 
     Parameters
     ----------
@@ -219,12 +223,12 @@ def allocate_ranks(
     paths : int, optional
         Paths in each layer; None chooses 1 or 2 for each layer by `paths_for_bits`.
     gains : mapping of layer name to a sequence of float, optional
-        gains[name][k] is the loss that the layer's rank k + 1 saves, counted over all its paths; missing ones save
+        gains[name][k] is the loss that rank k + 1 of the layer saves, counted over all its paths. Missing ones save
         nothing.
     scale_bits, word_bits : int
         See `path_bits`.
     shares : mapping of layer name to float, optional
-        How many times the sign bits per weight of other layers these layers get, without gains.
+        Without gains: sign bits per weight of a layer as a multiple of the common level; 1 for layers that are missing.
 
     Returns
     -------
@@ -233,7 +237,7 @@ def allocate_ranks(
     Raises
     ------
     ValueError
-        If even rank 1 everywhere exceeds the budget; the message says what the smallest possible value is.
+        If even rank 1 everywhere exceeds the budget. The message gives the smallest possible value.
 
     Examples
     --------
@@ -268,7 +272,7 @@ def allocate_ranks(
 def model_bits(
     shapes: Mapping[str, Shape], ranks: Mapping[str, Ranks], scale_bits: int = SCALE_BITS, word_bits: int = WORD_BITS
 ) -> int:
-    """Bits that all layers of a model store; see `path_bits`.
+    """Count the bits that all layers of a model store; see `path_bits`.
 
     Examples
     --------
@@ -287,7 +291,7 @@ def equal_ranks(
     scale_bits: int,
     word_bits: int,
 ) -> dict[str, Ranks]:
-    """The ranks of the highest common level of sign bits per weight that `budget` bits afford, found by bisection."""
+    """Find the ranks of the highest common level of sign bits per weight within `budget` bits, by bisection."""
 
     def at_level(level: float) -> dict[str, Ranks]:
         kinds = {}
@@ -312,7 +316,7 @@ def best_ranks(
     scale_bits: int,
     word_bits: int,
 ) -> dict[str, Ranks]:
-    """Ranks raised from `ranks`, by full words of U, where they gain most per bit, as long as `rest` bits allow.
+    """Raise ranks by full words of U where they gain most per bit, until `rest` bits are spent.
 
     Gains that fall with the rank make this greedy choice the best one, up to what no longer fits at the end.
     """
@@ -349,9 +353,10 @@ def spend_rest(
     scale_bits: int,
     word_bits: int,
 ) -> None:
-    """Raise `ranks` in place until no step costs at most the `rest` of the budget, in bits.
+    """Raise `ranks` in place until no step fits the `rest` of the budget, in bits.
 
-    A step is one rank (`step_bits` 1) or what fills the words of U.
+    A step is one rank (`step_bits` 1), or as many as fill the words of U. It goes to the layer with the fewest sign
+    bits per weight, divided by its share.
     """
     widths = scale_bits, word_bits
     while True:
@@ -371,14 +376,17 @@ def spend_rest(
 
 
 def next_ranks(ranks: Ranks, largest: int, word_bits: int = 1) -> Ranks:
-    """`ranks` with the first of the smallest ones raised to what one rank more is padded to, at most to `largest`."""
+    """Raise the smallest rank of a layer to what one rank more is padded to, at most to `largest`.
+
+    Of equal ranks the first is raised.
+    """
     smallest = min(ranks)
     at = ranks.index(smallest)
     return (*ranks[:at], min(largest, padded(smallest + 1, word_bits)), *ranks[at + 1 :])
 
 
 def largest_rank(shape: Shape, budget: int, paths: int, scale_bits: int, word_bits: int) -> int:
-    """Largest common rank of `paths` paths that stays within `budget` bits, 0 if there is none."""
+    """Find the largest common rank of `paths` paths within `budget` bits; 0 if not even rank 1 fits."""
     low, high = 0, min(shape)
     while low < high:  # invariant: rank `low` fits (0 by definition), every rank above `high` does not
         middle = (low + high + 1) // 2
@@ -388,14 +396,14 @@ def largest_rank(shape: Shape, budget: int, paths: int, scale_bits: int, word_bi
 
 
 def bits_budget(bits: float, weights: int) -> int:
-    """Whole bits that `weights` weights may use: the most whose ratio, as a float, is within `bits`."""
+    """Convert bits per weight to whole bits: the most whose ratio to `weights`, as a float, is within `bits`."""
     exact = math.floor(Fraction(bits) * weights)
     # A float below the decimal that was typed, as 1.2 is, does not cost the bit with which the ratio is 1.2 again.
     return exact + ((exact + 1) / weights <= bits)
 
 
 def check_bits(bits: float, paths: int) -> None:
-    """Raise ValueError unless `bits` is a positive finite number and `paths` a positive whole one."""
+    """Raise ValueError unless `bits` is positive and finite, and `paths` at least 1."""
     if not (math.isfinite(bits) and bits > 0):
         raise ValueError(f"bits must be a positive number of bits per weight, not {bits}")
     if paths < 1:
@@ -403,7 +411,7 @@ def check_bits(bits: float, paths: int) -> None:
 
 
 def kv_cache_bytes(tokens: int, widths: Sequence[int], element_bytes: int = 2, scale_bytes: int = 0) -> int:
-    """Bytes of a key-value cache (LittleBit, arXiv 2506.13771, Table 4).
+    """Count the bytes of a key-value cache (LittleBit, arXiv 2506.13771, Table 4).
 
     tokens * (sum(widths) * element_bytes + len(widths) * scale_bytes)
 
@@ -412,19 +420,19 @@ def kv_cache_bytes(tokens: int, widths: Sequence[int], element_bytes: int = 2, s
     tokens : int
         Context length times batch size.
     widths : sequence of int
-        Numbers kept per token by each k_proj and v_proj: d_kv of an ordinary cache, or the layer's total rank when
-        the latents t = ell * (V_sign^T (g * x)) are kept instead.
+        Numbers kept per token by each k_proj and v_proj: d_kv in a full cache, the layer's total rank in a latent
+        cache, which keeps t = ell * (V_sign^T (g * x)), as multi-head latent attention (MLA) does.
     element_bytes : int
         2 for float16.
     scale_bytes : int
-        Of a scale for each token and projection, if there is one.
+        Bytes of the scale of each token and projection; 0 if there is none.
 
     Examples
     --------
-    Llama-2-7B at a context of 4096, and with the latents of a rank of 192:
+    Llama-2-7B at a context of 4096, in full and with latents of rank 192:
 
-    >>> ordinary = kv_cache_bytes(4096, [4096] * 64)
-    >>> ordinary, round(ordinary / kv_cache_bytes(4096, [192] * 64), 1)
+    >>> full = kv_cache_bytes(4096, [4096] * 64)
+    >>> full, round(full / kv_cache_bytes(4096, [192] * 64), 1)
     (2147483648, 21.3)
     """
     return tokens * (sum(widths) * element_bytes + len(widths) * scale_bytes)

@@ -1,7 +1,8 @@
-"""What a student is trained on: the teacher's logits and hidden states (Hinton et al., arXiv 1503.02531).
+"""Compare a student with its teacher: distillation losses on logits and hidden states, and their gradients.
 
-LittleBit's quantisation-aware training minimises KL(teacher || student) on the logits plus 10 times the mean squared
-error of the hidden states, summed over layers (arXiv 2506.13771, the section on quantisation-aware training).
+Distillation trains a student on a teacher's outputs (Hinton et al., arXiv 1503.02531). LittleBit's quantization-aware
+training minimizes KL(teacher || student) on the logits plus 10 times the mean squared error of the hidden states,
+summed over layers (arXiv 2506.13771, the section on quantization-aware training).
 """
 
 import numpy as np
@@ -10,11 +11,12 @@ from ._renamed import renamed_keywords
 
 
 def kl_loss(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
-    """Mean over positions of the Kullback-Leibler divergence from the teacher's distribution to the student's.
+    """Average the Kullback-Leibler divergence (KL) of the student from the teacher over positions.
 
-    KL(p || q) = sum over the vocabulary of p (log p - log q), p = softmax(teacher), q = softmax(student). The
-    authors' loss is the sum over a sequence's positions, so theirs is this one times the length of a sequence, and so
-    is its weight against the hidden-state term.
+    KL(p || q) = sum over the vocabulary of p (log p - log q),  p = softmax(teacher),  q = softmax(student)
+
+    The authors add positions up instead. Their loss, and its weight against the hidden-state loss, is larger by the
+    length of a sequence.
 
     Parameters
     ----------
@@ -22,7 +24,7 @@ def kl_loss(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarra
 
     Returns
     -------
-    () array in nats; float16 logits are computed with, and the loss is returned, in float32.
+    () array in nats; at least float32, in which float16 logits are computed with.
 
     Raises
     ------
@@ -42,10 +44,13 @@ def kl_loss(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarra
 
 
 def kl_loss_vjp(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
-    """Gradient of `kl_loss` with respect to the student's logits.
+    """Compute the gradient of `kl_loss` with respect to the student's logits.
 
-    Of log q_i = x_i - log sum exp(x) only the last term depends on the other entries, and its derivative is q, so
-    that d/dx_j of -sum p_i log q_i = -p_j + q_j sum p_i = q_j - p_j; the mean divides by the number of positions.
+    dL/dx_j = (q_j - p_j) / positions
+
+    Derivation: in log q_i = x_i - log sum_k exp(x_k), the last term depends on every entry, and its derivative by x_j
+    is q_j. So d/dx_j of -sum_i p_i log q_i is -p_j + q_j sum_i p_i = q_j - p_j. The mean divides by the number of
+    positions.
 
     Parameters
     ----------
@@ -72,10 +77,12 @@ def kl_loss_vjp(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.nd
 
 @renamed_keywords(normalise="normalize")
 def hidden_loss(student: np.ndarray, teacher: np.ndarray, normalize: bool = False) -> np.ndarray:
-    """Mean squared error of one layer's hidden states.
+    """Compute the mean squared error of one layer's hidden states.
 
-    mean (student - teacher)^2 over all entries; normalised, mean over positions of mean (student - teacher)^2 / mean
-    teacher^2, so that the few positions with massive activations (Sun et al., arXiv 2402.17762) cannot swamp the rest.
+    mean over positions of mean (student - teacher)^2 [/ mean teacher^2 of the position, if normalized]
+
+    The paper does not normalize. Normalizing keeps the few positions with massive activations (Sun et al., arXiv
+    2402.17762) from swamping the rest.
 
     Parameters
     ----------
@@ -85,7 +92,7 @@ def hidden_loss(student: np.ndarray, teacher: np.ndarray, normalize: bool = Fals
 
     Returns
     -------
-    () array; float16 states are computed with, and the loss is returned, in float32.
+    () array, at least float32, in which float16 states are computed with.
 
     Raises
     ------
@@ -106,9 +113,9 @@ def hidden_loss(student: np.ndarray, teacher: np.ndarray, normalize: bool = Fals
 
 @renamed_keywords(normalise="normalize")
 def hidden_loss_vjp(student: np.ndarray, teacher: np.ndarray, normalize: bool = False) -> np.ndarray:
-    """Gradient of `hidden_loss` with respect to the student's hidden states.
+    """Compute the gradient of `hidden_loss` with respect to the student's hidden states.
 
-    2 (student - teacher) / (positions * width), normalised also divided by the teacher's mean square of the position.
+    2 (student - teacher) / (positions * width) [/ mean teacher^2 of the position, if normalized]
 
     Parameters
     ----------
@@ -136,30 +143,33 @@ def hidden_loss_vjp(student: np.ndarray, teacher: np.ndarray, normalize: bool = 
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logarithm of softmax, at least in float32; the largest logit is subtracted, so nothing overflows."""
+    """Compute the logarithm of softmax in float32 or wider.
+
+    The largest logit is subtracted first, so nothing overflows.
+    """
     shifted = widened(logits) - widened(logits).max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def position_scale(teacher: np.ndarray, normalize: bool) -> np.ndarray:
-    """What each position's squared error is divided by, (...)."""
+    """Compute the divisor (...) of each position's squared error: the teacher's mean square, or 1."""
     wide = widened(teacher)
     scale = (wide * wide).mean(axis=-1)
     return np.where((scale == 0) | (not normalize), np.ones_like(scale), scale)
 
 
 def widened(values: np.ndarray) -> np.ndarray:
-    """The values in float32, or in their own dtype if that is wider."""
+    """Convert values to float32, or keep a wider dtype."""
     return values.astype(np.result_type(values.dtype, np.float32))
 
 
 def rows(values: np.ndarray) -> np.ndarray:
-    """The positions as the rows of a matrix."""
+    """Reshape to a matrix with one row for each position."""
     return values.reshape(-1, values.shape[-1])
 
 
 def check_pair(student: np.ndarray, teacher: np.ndarray) -> None:
-    """Raise ValueError unless both have the same shape and at least one entry."""
+    """Raise ValueError unless student and teacher have the same shape and at least one entry."""
     if student.shape != teacher.shape or student.size == 0:
         raise ValueError(
             "student and teacher must have the same shape and at least one position, but theirs are "

@@ -1,4 +1,7 @@
-"""Dual-SVID: where training starts (LittleBit, arXiv 2506.13771)."""
+"""Initialize a path from a weight: Dual Sign-Value-Independent Decomposition (Dual-SVID; LittleBit, arXiv 2506.13771).
+
+Quantization-aware training starts from the result.
+"""
 
 import numpy as np
 
@@ -8,10 +11,12 @@ from .svd import rank_one, truncated_svd
 
 
 def svid(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sign-Value-Independent Decomposition: signs kept exactly, magnitudes as a rank-one matrix.
+    """Decompose a matrix into its signs and a rank-one matrix of magnitudes (SVID; OneBit, arXiv 2402.11295).
 
-    matrix ~ sign(matrix) * (row column^T), with row column^T the best rank-one approximation of |matrix|
-    (SVID of OneBit, arXiv 2402.11295).
+    matrix ~ sign(matrix) * (row column^T)
+
+    SVID is short for Sign-Value-Independent Decomposition: signs are kept exactly, and row column^T is the best
+    rank-one approximation of |matrix| (`svd.rank_one`).
 
     Parameters
     ----------
@@ -33,10 +38,12 @@ def svid(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def dual_svid(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -> Factors:
-    """Factors of a weight from its truncated SVD and one SVID of each side (LittleBit, Dual-SVID).
+    """Factorize a weight by a truncated SVD and one SVID of each factor (Dual-SVID; LittleBit, arXiv 2506.13771).
 
-    W ~ U' V'^T with sqrt(S) on both sides; |U'| ~ h ell_u^T and |V'| ~ g ell_v^T; ell = ell_u * ell_v. The latents
-    are U' and V' themselves.
+    W ~ U' V'^T,  |U'| ~ h ell_u^T,  |V'| ~ g ell_v^T,  ell = ell_u * ell_v
+
+    The truncated SVD gives U' and V', each with sqrt(S). SVID of U' gives h and ell_u, SVID of V' gives g and ell_v.
+    The latents are U' and V' themselves.
 
     Parameters
     ----------
@@ -44,7 +51,7 @@ def dual_svid(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -
     rank : int
         1 <= rank <= min(d_out, d_in).
     sketch : (d_in, k) array, optional
-        See `svd.truncated_svd`.
+        Random numbers for a faster, approximate SVD; see `svd.truncated_svd`.
 
     Returns
     -------
@@ -65,7 +72,7 @@ def dual_svid(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -
 
 
 def balanced_factors(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The best factors of a given rank, W ~ U' V'^T, with sqrt(S) on both sides; see `dual_svid`.
+    """Compute the best real factors of a given rank, W ~ U' V'^T, with sqrt(S) in each.
 
     Returns
     -------
@@ -77,9 +84,9 @@ def balanced_factors(weight: np.ndarray, rank: int, sketch: np.ndarray | None = 
 
 
 def factors_from(u: np.ndarray, v: np.ndarray) -> Factors:
-    """Factors with the latents u, v and the scales that one SVID of each side reads off them.
+    """Read the scales off two latent matrices by one SVID each, and return latents and scales.
 
-    |u| ~ h ell_u^T and |v| ~ g ell_v^T; ell = ell_u * ell_v.
+    |u| ~ h ell_u^T,  |v| ~ g ell_v^T,  ell = ell_u * ell_v
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Factors: the five arrays that stand for one low-rank path of a weight matrix."""
+"""Store one low-rank path of a weight matrix as five arrays: two binary factors and three scale vectors."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ from .signs import sign
 
 
 class Factors(NamedTuple):
-    """One path of a LittleBit layer (LittleBit, arXiv 2506.13771).
+    """Hold one path of a LittleBit layer: two binary factors and three scale vectors (LittleBit, arXiv 2506.13771).
 
-    W ~ diag(h) U_sign diag(ell) V_sign^T diag(g)
+    W ~ diag(h) U_sign diag(ell) V_sign^T diag(g),  U_sign = sign(u),  V_sign = sign(v)
 
-    `u` and `v` are the latents: real matrices whose signs are what is stored. Training moves the latents; inference
-    reads their signs alone, so for a path read from packed bits they are simply -1 and +1.
+    `u` and `v` are the latents: real matrices that training moves. Inference uses their signs alone, so a path that was
+    read from packed bits has -1 and +1 for latents.
 
     Attributes
     ----------
@@ -38,21 +38,21 @@ class Factors(NamedTuple):
 
     @property
     def u_sign(self) -> np.ndarray:
-        """(d_out, rank) array of -1 and +1."""
+        """Return the signs of `u`, a (d_out, rank) array of -1 and +1."""
         return sign(self.u)
 
     @property
     def v_sign(self) -> np.ndarray:
-        """(d_in, rank) array of -1 and +1."""
+        """Return the signs of `v`, a (d_in, rank) array of -1 and +1."""
         return sign(self.v)
 
     @property
     def rank(self) -> int:
-        """Number of latent dimensions."""
+        """Return the rank, the number of latent dimensions."""
         return self.ell.shape[-1]
 
     def to_dense(self) -> np.ndarray:
-        """The weight that this path stands for, (d_out, d_in); 2 * d_out * d_in * rank flops."""
+        """Multiply the factors out to the dense weight, (d_out, d_in), in 2 * d_out * d_in * rank flops."""
         left = self.h[..., :, None] * self.u_sign * self.ell[..., None, :]  # (d_out, rank)
         right = self.g[..., :, None] * self.v_sign  # (d_in, rank)
         return left @ np.swapaxes(right, -1, -2)  # (d_out, d_in)

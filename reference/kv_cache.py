@@ -1,14 +1,20 @@
-"""The latent key-value cache: what is stored for a token, and how attention reads it (LittleBit, arXiv 2506.13771).
+"""Keep latents instead of keys and values: the latent key-value cache (LittleBit, arXiv 2506.13771).
 
-Keys and values are linear in what their layers' paths have already computed: with t = ell * (V_sign^T (g * x)),
+DeepSeek calls such a cache multi-head latent attention (MLA, arXiv 2405.04434), with V as down-projection and U as
+up-projection. A model factorized by LittleBit has it without further training, because k_proj and v_proj compute the
+latents t = ell * (V_sign^T (g * x)) anyway, and keys and values are linear in them:
 
     k = h * (U_sign t) + bias,
 
-summed over paths. A token is kept as its t, R numbers for a total rank R instead of d_kv. Keys are expanded and
-rotated when they are read, since the rotary embedding lies between U_sign and the product with the query. Values are
-never expanded: attention is a weighted mean, so h * U_sign is applied once to the mean of the latents,
+summed over paths. A token is kept as its t: R numbers for a total rank R, instead of d_kv.
+
+Keys must be up-projected and rotated at every read, because the rotary embedding (RoPE) lies between U_sign and the
+product with the query. Values need it once: attention is a weighted mean, so the up-projection is applied to the mean
+of the latents (MLA calls this absorbing the matrix),
 
     sum_s p_s v_s = h * (U_sign (sum_s p_s t_s)) + bias,    as sum_s p_s = 1.
+
+Values are cheap, not free: each head averages R_v latents of every token, a full cache only the head's own numbers.
 """
 
 import math
@@ -25,7 +31,7 @@ LARGEST_CODE = {"float16": 1.0, "int8": 127.0}  # what a token's largest latent 
 
 
 class Latents(NamedTuple):
-    """Latents of tokens as they are stored: t = codes * scale.
+    """Hold the latents of tokens as a cache stores them: t = codes * scale.
 
     Attributes
     ----------
@@ -37,12 +43,12 @@ class Latents(NamedTuple):
     scale: Array
 
     def values(self) -> Array:
-        """The latents in float32."""
+        """Return the latents in float32, codes * scale."""
         return self.codes.astype(np.float32) * self.scale
 
 
 def latents(x: Array, paths: Sequence[PackedFactors]) -> Array:
-    """What a layer knows of its input between V and U, all paths side by side.
+    """Compute the latents of a layer's input, its down-projection by V, all paths side by side.
 
     t = ell * (V_sign^T (g * x))
 
@@ -62,15 +68,27 @@ def latents(x: Array, paths: Sequence[PackedFactors]) -> Array:
 
 
 def up_projection(paths: Sequence[PackedFactors]) -> Array:
-    """The matrix that expands latents: B = [h * U_sign] of all paths side by side, (d_out, R) float32."""
+    """Build the up-projection matrix of a layer: [h * U_sign] of all paths side by side.
+
+    Keys or values are latents @ up_projection(paths).T + bias.
+
+    Parameters
+    ----------
+    paths : sequence of PackedFactors
+
+    Returns
+    -------
+    (d_out, R) float32 array, R the sum of the ranks.
+    """
     return np.concatenate([path.h[:, None] * path.u for path in map(unpack_factors, paths)], axis=-1)
 
 
 def round_latents(latent: Array, dtype: DTypeLike) -> Latents:
-    """Latents as a cache stores them: as they are in float32, else over the largest magnitude of each token.
+    """Round latents to the dtype in which a cache stores them, with one scale for each token.
 
-    Dividing by the largest keeps float16 from overflowing, and gives int8 all of its range. The error of an entry is
-    at most scale (|t / scale| 2^-11 + 2^-25) in float16 and scale / 2 in int8, apart from float32's rounding.
+    The largest magnitude of a token becomes 1 in float16, which then cannot overflow, and 127 in int8, which then uses
+    its whole range. float32 latents stay as they are. The error of an entry t is at most scale (|t / scale| 2^-11 +
+    2^-25) in float16 and scale / 2 in int8, apart from float32's rounding.
 
     Parameters
     ----------
@@ -100,12 +118,16 @@ def round_latents(latent: Array, dtype: DTypeLike) -> Latents:
 
 
 def apply_rope(x: Array, cosine: Array, sine: Array) -> Array:
-    """The rotary embedding: the two halves of each vector as the parts of complex numbers, turned.
+    """Apply the rotary position embedding (RoPE) to vectors (Su et al., arXiv 2104.09864).
+
+    Entries i and i + size / 2 of a vector are a pair, turned by the i-th angle of the token's position: the layout of
+    Llama in transformers.
 
     Parameters
     ----------
     x : (..., size) float array
     cosine, sine : (..., size / 2) float array
+        Of the angles.
 
     Returns
     -------
@@ -128,29 +150,32 @@ def latent_attention(
     value_bias: Array | None = None,
     scale: float | None = None,
 ) -> Array:
-    """Attention over a latent cache: keys expanded and rotated, values expanded after their mean is taken.
+    """Compute attention over a latent cache: up-project and rotate each key, up-project the mean of the values.
 
-    o = h_v * (U_v (sum_s p_s t_s)) + b_v,  p = softmax(scale * q^T apply_rope(h_k * (U_k t_s) + b_k))
+    o = h_v * (U_v (sum_s p_s t_s)) + b_v,  p = softmax(scale * q^T RoPE(h_k * (U_k t_s) + b_k))
+
+    Up-projecting keys takes d_out * R_k multiply-adds a token, which queries share. Averaging latents takes heads * R_v
+    a token and query, where a full cache takes heads * size. Up-projecting the mean takes heads * size * R_v a query.
 
     Parameters
     ----------
     query : (heads, queries, size) float array
-        Rotated.
+        With RoPE applied.
     keys, values : Latents
         Of all tokens, (tokens, R).
     key_paths, value_paths : sequence of PackedFactors
-        Of k_proj and v_proj; their d_out is size times the number of key heads, which divides the number of heads.
+        Of k_proj and v_proj. Their d_out is size times the number of key heads, which divides the number of heads.
     cosine, sine : (tokens, size / 2) float array
         Of each token's position.
     mask : (queries, tokens) bool array
-        Whether a query may see a token. One that may see none gets the mean of all.
+        Whether a query may see a token. A query that may see no token gets the mean of all.
     key_bias, value_bias : (d_out) float array, optional
     scale : float, optional
         By default 1 / sqrt(size).
 
     Returns
     -------
-    (heads, queries, size) float32 array; d_out * (R_k + R_v) multiplications for each token, respectively query.
+    (heads, queries, size) float32 array.
     """
     heads, _, size = query.shape
     scale = 1 / math.sqrt(size) if scale is None else scale

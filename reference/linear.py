@@ -1,4 +1,4 @@
-"""The layer itself: y = W_hat x + b, without ever forming W_hat (LittleBit, arXiv 2506.13771)."""
+"""Apply a factorized layer, forward and backward, without forming its dense weight (LittleBit, arXiv 2506.13771)."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from .signs import named_rule
 
 
 def linear(x: np.ndarray, paths: Sequence[Factors], bias: np.ndarray | None = None) -> np.ndarray:
-    """Sum of the paths' outputs.
+    """Compute the output of a LittleBit layer: the sum of its paths, plus the bias.
 
-    y = sum over paths of ((((x * g) V_sign) * ell) U_sign^T) * h, plus the bias
+    y = sum over paths of ((((x * g) V_sign) * ell) U_sign^T) * h + bias
 
     Parameters
     ----------
@@ -22,7 +22,8 @@ def linear(x: np.ndarray, paths: Sequence[Factors], bias: np.ndarray | None = No
 
     Returns
     -------
-    (..., d_out) float array; 2 * rank * (d_in + d_out) additions per row of x and path.
+    (..., d_out) float array. Each row of x takes rank * (d_in + d_out) additions a path; a dense layer takes
+    d_in * d_out multiply-adds.
 
     Raises
     ------
@@ -44,7 +45,7 @@ def linear(x: np.ndarray, paths: Sequence[Factors], bias: np.ndarray | None = No
 
 
 def path_linear(x: np.ndarray, path: Factors) -> np.ndarray:
-    """One path's output: ((((x * g) V_sign) * ell) U_sign^T) * h."""
+    """Compute the output of one path: ((((x * g) V_sign) * ell) U_sign^T) * h."""
     t = (x * path.g) @ path.v_sign  # (..., rank)
     return (t * path.ell) @ path.u_sign.T * path.h  # (..., d_out)
 
@@ -52,14 +53,15 @@ def path_linear(x: np.ndarray, path: Factors) -> np.ndarray:
 def linear_vjp(
     x: np.ndarray, paths: Sequence[Factors], grad: np.ndarray, rule: str = "smooth_sign"
 ) -> tuple[np.ndarray, list[Factors], np.ndarray]:
-    """Gradients of a loss with respect to the layer's input and every parameter.
+    """Compute the gradients of a loss with respect to a layer's input and all its parameters.
 
-    For each path, with one row for every row of x, V and U the signs of v and u:
+    This is the vector-Jacobian product (vjp) of `linear`. For each path, with one row for every row of x, V and U the
+    signs of v and u:
 
         a = x * g,  s = a V,  t = s * ell,  z = t U^T,  y = sum over paths of z * h, plus the bias
 
-    The chain rule read from right to left, with dq short for dL/dq and dy given; scales and bias act on every row,
-    so their gradients sum over rows:
+    The chain rule goes from right to left. Write dq for dL/dq; dy is given. Scales and bias act on every row, so their
+    gradients sum over rows:
 
         dbias = sum dy,           from y = ... + bias
         dh    = sum dy * z,       dz = dy * h,       from y = z * h
@@ -76,7 +78,7 @@ def linear_vjp(
     grad : (..., d_out) float array
         Gradient of the loss with respect to the output.
     rule : str
-        What the derivative of a sign is taken for: a name in `signs.RULES`.
+        The gradient of a sign: a name in `signs.RULES`.
 
     Returns
     -------
@@ -85,7 +87,7 @@ def linear_vjp(
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, `grad` is not of the output's shape, or there is no such rule.
+        If x's last axis is not d_in, `grad` does not have the output's shape, or there is no such rule.
 
     Examples
     --------
@@ -109,7 +111,7 @@ def linear_vjp(
 
 
 def path_vjp(x: np.ndarray, path: Factors, dy: np.ndarray, rule: str) -> tuple[np.ndarray, Factors]:
-    """One path's gradients (grad_x, grad_path) for rows x (n, d_in) and dy (n, d_out): the chain of `linear_vjp`."""
+    """Compute the gradients of one path for rows x (n, d_in) and dy (n, d_out), as `linear_vjp` derives them."""
     latent_vjp = named_rule(rule)
     u_sign, v_sign = path.u_sign, path.v_sign
     a = x * path.g  # (n, d_in)
@@ -131,7 +133,9 @@ def path_vjp(x: np.ndarray, path: Factors, dy: np.ndarray, rule: str) -> tuple[n
 
 
 def packed_linear(x: np.ndarray, paths: Sequence[PackedFactors], bias: np.ndarray | None = None) -> np.ndarray:
-    """`linear` from packed words, in float32.
+    """Compute the output of a LittleBit layer from packed words, accumulated in float32.
+
+    The signs are unpacked first. `littlebit.fast` multiplies packed words without unpacking them.
 
     Parameters
     ----------
@@ -146,7 +150,7 @@ def packed_linear(x: np.ndarray, paths: Sequence[PackedFactors], bias: np.ndarra
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, or the words do not fit the scales.
+        If x's last axis is not d_in, or words and scales do not fit together.
     """
     y = linear(x.astype(np.float32), [unpack_factors(path) for path in paths])
     return y if bias is None else y + bias.astype(np.float32)

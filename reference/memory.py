@@ -1,7 +1,7 @@
-"""What a whole model takes: weights, embeddings, key-value cache and activations, in bytes, from its shape alone.
+"""Count the bytes of a whole model from its shape: weights, embeddings, key-value cache and activations.
 
-Tables 3 and 4 of LittleBit (arXiv 2506.13771) for any shape, budget, context and embedding: `model_memory`. Everything
-is counted as it is really stored; 1 GB is 10^9 bytes, as in the paper.
+`model_memory` gives Tables 3 and 4 of LittleBit (arXiv 2506.13771) for any shape, budget, context and embedding. It
+counts everything as it is stored. 1 GB is 10^9 bytes, as in the paper.
 """
 
 from functools import cache
@@ -19,7 +19,7 @@ TABLE_GROUPS = {8: 64, 4: 32}  # entries of an embedding's row that share a scal
 
 
 class ModelShape(NamedTuple):
-    """The sizes of a decoder-only transformer, as its configuration has them.
+    """Describe the sizes of a decoder-only transformer, as its configuration gives them.
 
     Attributes
     ----------
@@ -27,7 +27,7 @@ class ModelShape(NamedTuple):
         Where the sizes were published.
     hidden, intermediate, layers, heads, kv_heads, head_size, vocabulary : int
     context : int
-        Tokens that it was trained to attend to.
+        Longest sequence in training, in tokens.
     tied : bool
         Whether the output head is the embedding.
     biases : str
@@ -35,7 +35,7 @@ class ModelShape(NamedTuple):
     gated : bool
         Whether the MLP has gate_proj, up_proj and down_proj, or two layers.
     fused : bool
-        Whether query, key and value are one layer, and gate and up another.
+        Whether q_proj, k_proj and v_proj are one layer, and gate_proj and up_proj another.
     positions : int
         Rows of a learned position embedding.
     """
@@ -92,18 +92,18 @@ MODEL_SHAPES = {
 
 
 class ModelMemory(NamedTuple):
-    """Bytes of each part of a model, and the ranks of its layers.
+    """Hold the bytes of each part of a model, and the ranks of its layers.
 
     Attributes
     ----------
     linear : int
         Weights of the linear layers: packed, or two bytes each.
     embeddings : int
-        Token embedding and output head (once, if they are tied).
+        Token embedding and output head; once, if they are tied.
     other : int
         Norms, biases and learned positions, two bytes each.
     kv_cache, activations : int
-        At the context asked for.
+        At the given context.
     ranks : dict of layer name to Ranks
         Empty for a dense model.
     """
@@ -117,12 +117,12 @@ class ModelMemory(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """Bytes of all parameters, which is what a file holds (LittleBit, Table 3)."""
+        """Return the bytes of all parameters: the size of a file (LittleBit, Table 3)."""
         return self.linear + self.embeddings + self.other
 
     @property
     def total(self) -> int:
-        """Bytes of everything while the model runs."""
+        """Return the bytes of everything that is in memory while the model runs."""
         return self.weights + self.kv_cache + self.activations
 
 
@@ -135,10 +135,10 @@ def model_memory(
     kv_cache: str = "full",
     word_bits: int = WORD_BITS,
 ) -> ModelMemory:
-    """Bytes that a model of a given shape takes (LittleBit, arXiv 2506.13771, Tables 3 and 4).
+    """Count the bytes that a model of a given shape takes (LittleBit, arXiv 2506.13771, Tables 3 and 4).
 
-    Linear layers inside the blocks are quantised, as in the paper; embedding and head are kept in `embedding_bits`,
-    norms and biases in 16. Ranks are those that `allocate_ranks` gives the whole model.
+    Linear layers inside the blocks are quantized, as in the paper. Embedding and head take `embedding_bits` an entry,
+    norms and biases 16. `allocate_ranks` chooses the ranks for the whole model.
 
     Parameters
     ----------
@@ -150,21 +150,22 @@ def model_memory(
     embedding_bits : int
         16, 8 or 4, see `table_bytes`.
     context : int
-        Tokens in the key-value cache, batch size times length; the activations are those of one more token.
+        Tokens in the key-value cache, batch size times length. Activations are counted for one more token.
     kv_cache : str
-        "ordinary" (float16 keys and values), "latent" (float16 latents) or "latent-int8", see kv_cache.py.
+        "full" (keys and values, float16), "latent" (float16) or "latent-int8". A latent cache, as in multi-head latent
+        attention (MLA), keeps R numbers for each token and projection; see kv_cache.py.
     word_bits : int
-        1 gives the paper's count, which ignores padding; see `path_bits`.
+        1 gives the paper's count, without padding; see `path_bits`.
 
     Raises
     ------
     ValueError
-        If the bits cannot be met, the model is dense and the cache is not, or there is no such cache or embedding.
+        If the bits cannot be met, the model is dense and the cache latent, or a setting is out of range.
 
     Examples
     --------
-    Llama-2-7B in float16, at 0.1 bits, and that with embedding and head of 8 and of 4 bits, in GB (the paper says
-    13.49 and 0.63):
+    Llama-2-7B in GB: float16, then 0.1 bits with an embedding and a head of 16, 8 and 4 bits (the paper has 13.49 and
+    0.63 for the first two):
 
     >>> llama = MODEL_SHAPES["llama2-7b"]
     >>> settings = {}, {"bits": 0.1}, {"bits": 0.1, "embedding_bits": 8}, {"bits": 0.1, "embedding_bits": 4}
@@ -201,7 +202,7 @@ def model_memory(
 
 
 def linear_shapes(shape: ModelShape) -> dict[str, Shape]:
-    """(d_out, d_in) of every linear layer of the blocks, by name.
+    """List the shape (d_out, d_in) of every linear layer in the blocks, by name.
 
     Examples
     --------
@@ -231,12 +232,14 @@ def linear_shapes(shape: ModelShape) -> dict[str, Shape]:
 
 @cache
 def layer_ranks(shape: ModelShape, bits: float, paths: int | None, word_bits: int) -> dict[str, Ranks]:
-    """`allocate_ranks` for a model's shape, remembered: it takes seconds for hundreds of layers."""
+    """Allocate the ranks of a model's layers once, and remember them: hundreds of layers take seconds."""
     return allocate_ranks(linear_shapes(shape), bits, paths, word_bits=word_bits)
 
 
 def latent_widths(ranks: dict[str, Ranks]) -> list[int]:
-    """Latents that each projection to keys and values leaves per token: its total rank; a fused one leaves them once.
+    """List the latents that each projection to keys and values leaves per token: its total rank.
+
+    A fused projection leaves them once.
 
     Examples
     --------
@@ -247,7 +250,9 @@ def latent_widths(ranks: dict[str, Ranks]) -> list[int]:
 
 
 def table_bytes(rows: int, size: int, bits: int = 16) -> int:
-    """Bytes of an embedding or head: float16, or codes of 8 or 4 bits and their groups' float16 scales (and offsets).
+    """Count the bytes of an embedding or output head of `rows` rows.
+
+    16 bits: float16. 8 or 4 bits: codes, with a float16 scale (and an offset, with 4 bits) for each group of entries.
 
     Examples
     --------
@@ -266,7 +271,7 @@ def table_bytes(rows: int, size: int, bits: int = 16) -> int:
 
 
 def other_parameters(shape: ModelShape) -> int:
-    """How many parameters there are outside linear weights, embedding and head: norms, biases, learned positions."""
+    """Count the parameters outside linear weights, embedding and head: norms, biases, learned positions."""
     query, key = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     norm = shape.hidden * (2 if shape.biases == "all" else 1)
     biases = {"none": 0, "qkv": query + 2 * key, "all": query + 2 * key + 2 * shape.hidden + shape.intermediate}
@@ -275,12 +280,12 @@ def other_parameters(shape: ModelShape) -> int:
 
 
 def activation_numbers(shape: ModelShape) -> int:
-    """Numbers that must be in memory at once while one token passes through the model, apart from the cache.
+    """Count the numbers in memory at once while one token passes through the model, without the cache.
 
-    The residual stream, and the widest of what is made beside it: in attention the normed input, query, key, value,
-    their mixture and the output; in the MLP the normed input, one or two intermediate vectors, their product and
-    the output; at the end the normed input and the logits. Scores are not counted: an attention that goes through
-    the cache in blocks keeps few of them.
+    They are the residual stream and the widest set beside it: in attention the normed input, query, key, value, their
+    weighted mean and the output; in the MLP the normed input, one or two intermediate vectors, their product and the
+    output; at the end the normed input and the logits. Attention scores are left out: attention goes through the cache
+    in blocks and keeps few of them.
     """
     query, key = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = 2 * shape.hidden + 2 * query + 2 * key

@@ -1,8 +1,8 @@
-"""Packing: one sign, one bit, in words of 8, 16 or 32 bits.
+"""Pack signs into words of 8, 16 or 32 bits, one bit a sign.
 
-Bit 1 means -1. The least significant bit of a word comes first, and pad bits are 0. V is packed along d_in (one row
-of words per latent dimension), U along the rank (one row of words per output). A row takes the narrowest words that
-hold it (`bits.word_width`); rows of more than 16 signs are the 32-bit words that the authors' checkpoints hold.
+Bit 1 means -1. The least significant bit of a word comes first, and pad bits are 0. V is packed along d_in (one row of
+words per latent dimension), U along the rank (one row of words per output). A row takes the narrowest words that hold
+it (`bits.word_width`). Rows of more than 16 signs are 32-bit words, as in the authors' checkpoints.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ WORD_TYPES = {width: np.dtype(f"uint{width}") for width in (8, 16, 32)}
 
 
 class PackedFactors(NamedTuple):
-    """One path as it is stored: sign words and float16 scales.
+    """Hold one path as it is stored: packed signs and float16 scales.
 
     Attributes
     ----------
@@ -35,12 +35,12 @@ class PackedFactors(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Number of latent dimensions."""
+        """Return the rank, the number of latent dimensions."""
         return self.ell.shape[-1]
 
 
 def row_words(count: int) -> tuple[int, np.dtype]:
-    """Number and dtype of the words that a row of `count` signs is stored in; see `bits.word_width`.
+    """Give the number and dtype of the words that store a row of `count` signs; see `bits.word_width`.
 
     Examples
     --------
@@ -85,12 +85,12 @@ def pack_signs(signs: np.ndarray) -> np.ndarray:
 
 
 def unpack_signs(words: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` signs of each row of words: the inverse of `pack_signs`.
+    """Unpack the first `count` signs of each row of words: the inverse of `pack_signs`.
 
     Parameters
     ----------
     words : (..., words) uint8, uint16 or uint32 array
-        As `row_words` asks for.
+        In the number and dtype that `row_words` gives.
     count : int
         Signs per row.
 
@@ -101,7 +101,7 @@ def unpack_signs(words: np.ndarray, count: int) -> np.ndarray:
     Raises
     ------
     ValueError
-        If the rows are not exactly the words that `count` signs need, in number and dtype, or a pad bit is set.
+        If `count` signs need words of another number or dtype, or a pad bit is set.
 
     Examples
     --------
@@ -116,13 +116,13 @@ def unpack_signs(words: np.ndarray, count: int) -> np.ndarray:
 
 
 def row_bits(words: np.ndarray) -> np.ndarray:
-    """All bits of each row of words, pad bits included: (..., words) to (..., words * width) uint8."""
+    """Unpack all bits of each row of words, pad bits included: (..., words) to (..., words * width) uint8."""
     octets = np.ascontiguousarray(words, dtype=words.dtype.newbyteorder("<")).view(np.uint8)
     return np.unpackbits(octets, axis=-1, bitorder="little")
 
 
 def check_words(words: np.ndarray, count: int) -> None:
-    """Raise ValueError unless each row of words has the number and dtype that `count` signs are stored in."""
+    """Raise ValueError unless each row of words has the number and dtype that `count` signs need."""
     number, dtype = row_words(count)
     if words.shape[-1] != number or words.dtype != dtype:
         raise ValueError(
@@ -132,7 +132,7 @@ def check_words(words: np.ndarray, count: int) -> None:
 
 
 def pack_factors(factors: Factors) -> PackedFactors:
-    """Round a path to what is stored: the signs of its latents, its scales as float16.
+    """Round a path to what is stored: the signs of its latents, and its scales as float16.
 
     Raises
     ------
@@ -148,12 +148,12 @@ def pack_factors(factors: Factors) -> PackedFactors:
 
 
 def unpack_factors(packed: PackedFactors) -> Factors:
-    """The float32 path that a packed one stands for; its latents are the signs.
+    """Unpack a stored path to float32 factors, whose latents are the signs.
 
     Raises
     ------
     ValueError
-        If the words do not fit the scales' lengths, in number and dtype, or a pad bit is set.
+        If words and scales do not fit together, or a pad bit is set.
     """
     u_sign = unpack_signs(packed.u_words, packed.ell.shape[-1])  # (d_out, rank)
     v_sign = np.swapaxes(unpack_signs(packed.v_words, packed.g.shape[-1]), -1, -2)  # (d_in, rank)
@@ -162,7 +162,7 @@ def unpack_factors(packed: PackedFactors) -> Factors:
 
 
 def to_half(name: str, scale: np.ndarray) -> np.ndarray:
-    """`scale` as float16, or a ValueError if that is not finite."""
+    """Convert a scale vector to float16; raise ValueError if an entry is not finite then."""
     with np.errstate(over="ignore"):
         half = scale.astype(np.float16)
     if not np.isfinite(half).all():

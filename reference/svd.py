@@ -1,8 +1,10 @@
-"""The decompositions that Dual-SVID needs: an SVD from scratch, a truncated SVD and a best rank-one approximation.
+"""Decompose matrices from scratch: a singular value decomposition (SVD), a truncated SVD and a rank-one fit.
 
-The SVD is that of Golub and Reinsch (Numerische Mathematik 14, 1970), as in Golub and Van Loan, Matrix Computations,
-Section 8.6. Reflections make the matrix bidiagonal, A = Q B P^T. Rotations then make B diagonal, B = X S Y^T, so that
-A = (Q X) S (P Y)^T.
+Dual-SVID needs all three. The SVD is the method of Golub and Reinsch (Numerische Mathematik 14, 1970), as in Golub and
+Van Loan, Matrix Computations, Section 8.6. It has two stages. Golub-Kahan bidiagonalization: Householder reflections
+from both sides give A = Q B P^T, where B is zero outside its diagonal and superdiagonal. Implicit-shift QR: Givens
+rotations chase a bulge down B again and again until the superdiagonal is zero, B = X S Y^T. Together A = (Q X) S (P
+Y)^T.
 """
 
 from collections.abc import Sequence
@@ -15,14 +17,18 @@ STEPS_PER_VALUE = 30
 
 
 def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Thin singular value decomposition.
+    """Compute the thin singular value decomposition (SVD) of a matrix.
 
     matrix = u diag(s) v^T, u^T u = v^T v = 1
+
+    Golub-Kahan bidiagonalization, then implicit-shift QR: about 8 m n^2 + 13 n^3 flops for m >= n. The error of a
+    singular value is a few eps * s[0], so values below that have no correct digit. Where entries come near the largest
+    float, s overflows to infinity with a RuntimeWarning.
 
     Parameters
     ----------
     matrix : (m, n) float32 or float64 array
-        Its precision is also that of the computation, about 8 m n^2 + 13 n^3 flops for m >= n.
+        Computations have its precision.
 
     Returns
     -------
@@ -31,7 +37,7 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Raises
     ------
     ValueError
-        If the matrix is empty or not finite.
+        If the matrix is empty, or holds NaN or infinity.
     ArithmeticError
         If `diagonalize` does not converge.
 
@@ -56,10 +62,12 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def bidiagonalize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Orthogonal transformation to upper bidiagonal form (Golub and Van Loan, algorithm 5.4.2).
+    """Reduce a matrix to upper bidiagonal form by Householder reflections (Golub and Van Loan, algorithm 5.4.2).
 
-    matrix = q B p^T, where B has the diagonal d and the superdiagonal e. Reflections from the left and from the right
-    take turns: one clears a column below the diagonal, the next clears a row beyond the superdiagonal.
+    matrix = q B p^T, with the diagonal d and the superdiagonal e of B
+
+    Reflections from the left and from the right alternate (Golub and Kahan, 1965). One zeroes a column below the
+    diagonal, the next zeroes a row right of the superdiagonal.
 
     Parameters
     ----------
@@ -92,9 +100,11 @@ def bidiagonalize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def reflector(x: np.ndarray) -> np.ndarray:
-    """Unit vector w for which (1 - 2 w w^T) x is a multiple of the first unit vector; zeros for a zero vector.
+    """Find the unit vector w of the Householder reflection that maps x to a multiple of e_0.
 
-    w ~ x + sign(x_0) ||x|| e_0 (Householder, 1958), the sign that cancels nothing.
+    (1 - 2 w w^T) x = -sign(x_0) ||x|| e_0,  w ~ x + sign(x_0) ||x|| e_0  (Householder, 1958)
+
+    With this sign nothing cancels in w_0. A zero vector gives w = 0, which reflects nothing.
     """
     scale = np.abs(x).max(initial=0.0)
     if scale == 0:
@@ -105,14 +115,15 @@ def reflector(x: np.ndarray) -> np.ndarray:
 
 
 def reflect(block: np.ndarray, w: np.ndarray) -> None:
-    """Replace a block by (1 - 2 w w^T) block, a rank-one update in place."""
+    """Apply the Householder reflection 1 - 2 w w^T to a block in place: a rank-one update."""
     block -= np.outer(2 * w, w @ block)
 
 
 def product(reflectors: Sequence[np.ndarray], q: np.ndarray) -> np.ndarray:
-    """H_0 H_1 ... H_last q, in place, for columns q of the identity; H_k acts on as many last rows as w_k is long.
+    """Multiply the reflections H_0 H_1 ... H_last into q in place, where q starts as columns of the identity.
 
-    From the last to the first: H_k then finds the identity in all rows and columns before its own.
+    H_k acts on the last len(w_k) rows. From the last reflection to the first, H_k finds the identity in all rows and
+    columns before its own, so only the block after them changes.
     """
     for w in reversed(reflectors):
         first = len(q) - len(w)
@@ -121,17 +132,20 @@ def product(reflectors: Sequence[np.ndarray], q: np.ndarray) -> np.ndarray:
 
 
 def diagonalize(d: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """SVD of an upper bidiagonal matrix, by implicit-shift QR (Golub and Van Loan, algorithm 8.6.2).
+    """Compute the SVD of an upper bidiagonal matrix by implicit-shift QR (Golub and Van Loan, algorithm 8.6.2).
 
-    B = x diag(s) y^T. Entries of e below the rounding of B become zero, which splits B into blocks; the last block
-    larger than 1 x 1 takes the next step. A singular value needs about two steps.
+    B = x diag(s) y^T
+
+    Entries of e up to eps (max |d| + max |e|) count as zero and split B into blocks; the last block larger than 1 x 1
+    takes the next step. A singular value needs about two steps. The threshold is absolute, so singular values far below
+    the largest have no relative accuracy (the zero-shift QR of Demmel and Kahan, 1990, would give it).
 
     Parameters
     ----------
     d : (n,) float array
-        The diagonal.
+        Diagonal.
     e : (n - 1,) float array
-        The superdiagonal.
+        Superdiagonal.
 
     Returns
     -------
@@ -140,7 +154,7 @@ def diagonalize(d: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     Raises
     ------
     ArithmeticError
-        If 30 steps per singular value are not enough, which no finite matrix is known to need.
+        If 30 steps per singular value are not enough. No finite matrix is known to need them.
 
     Examples
     --------
@@ -166,17 +180,21 @@ def diagonalize(d: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
 
 def sort_values(xt: np.ndarray, d: np.ndarray, yt: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The SVD x diag(s) y^T of a matrix x diag(d) y^T: signs move into y, and s descends."""
+    """Turn x diag(d) y^T into an SVD: move negative signs into y and sort in descending order.
+
+    Arguments are x^T, d and y^T; results are x, s and y.
+    """
     yt[d < 0] *= -1
     order = np.argsort(-np.abs(d), kind="stable")
     return xt[order].T, np.abs(d)[order], yt[order].T
 
 
 def step(d: np.ndarray, e: np.ndarray, xt: np.ndarray, yt: np.ndarray, tiny: float) -> None:
-    """One step, in place, on a block of B whose superdiagonal e has no zeros.
+    """Run one QR step in place on a block of B whose superdiagonal e has no zeros.
 
-    A zero on the diagonal splits the block. If it is the last one it clears its column instead of its row, which is
-    the same thing seen from the other corner: reversing rows and columns of B^T gives an upper bidiagonal matrix.
+    A zero on the diagonal splits the block: `clear_row` chases its superdiagonal entry out of the block. If the zero is
+    the last diagonal entry, its column is cleared instead. Reversing the rows and columns of B^T gives an upper
+    bidiagonal matrix, so the same function does it.
     """
     zeros = np.flatnonzero(np.abs(d) <= tiny)
     if zeros.size == 0:
@@ -188,10 +206,11 @@ def step(d: np.ndarray, e: np.ndarray, xt: np.ndarray, yt: np.ndarray, tiny: flo
 
 
 def sweep(d: np.ndarray, e: np.ndarray, xt: np.ndarray, yt: np.ndarray) -> None:
-    """Golub-Kahan step: a QR step on B^T B - shift that never forms it (Golub and Van Loan, algorithm 8.6.1).
+    """Chase the bulge: run one implicit-shift QR step on B^T B without forming it.
 
-    The first rotation is that of the shifted QR step. It leaves an entry g below the diagonal, which rotations of rows
-    and of columns in turn chase down the band and out of the block.
+    This is the Golub-Kahan step (Golub and Van Loan, algorithm 8.6.1). The first Givens rotation is the one that an
+    explicit QR step on B^T B - shift would start with. It creates an entry g below the diagonal, the bulge. Rotations
+    of rows and of columns in turn chase it down the band and out of the block.
     """
     f, g = d[0] * d[0] - wilkinson_shift(d, e), d[0] * e[0]
     for k in range(e.size):
@@ -209,7 +228,11 @@ def sweep(d: np.ndarray, e: np.ndarray, xt: np.ndarray, yt: np.ndarray) -> None:
 
 
 def wilkinson_shift(d: np.ndarray, e: np.ndarray) -> np.floating:
-    """The eigenvalue of the last 2 x 2 block [[a, b], [b, c]] of B^T B that is closer to c (Wilkinson, 1968)."""
+    """Compute the eigenvalue of the last 2 x 2 block of B^T B that is closer to its last entry.
+
+    For the block [[a, b], [b, c]] that is the one closer to c. As the shift of a QR step (Wilkinson, 1968) it makes the
+    last entry of e converge fast, usually cubically.
+    """
     diagonal = d * d
     diagonal[1:] += e * e
     a, c = diagonal[-2:]
@@ -219,9 +242,10 @@ def wilkinson_shift(d: np.ndarray, e: np.ndarray) -> np.floating:
 
 
 def clear_row(d: np.ndarray, e: np.ndarray, xt: np.ndarray) -> None:
-    """Clear the first row of a block of B whose first diagonal entry counts as zero, in place.
+    """Zero the first row of a block of B, whose first diagonal entry counts as zero, in place.
 
-    The row's only entry f = e_0 meets d_1 in a rotation of rows, which moves it right, and so on out of the block.
+    The only other entry of the row, f = e_0, is rotated against d_1. That moves it one column to the right, and so on
+    until it leaves the block.
     """
     f = e[0]
     d[0] = e[0] = 0
@@ -233,7 +257,12 @@ def clear_row(d: np.ndarray, e: np.ndarray, xt: np.ndarray) -> None:
 
 
 def givens(f: np.floating, g: np.floating) -> tuple[np.floating, np.floating, np.floating]:
-    """Givens rotation c, s, and the length r that it leaves: [[c, s], [-s, c]] [f, g] = [r, 0]; 1, 0, 0 for zeros."""
+    """Compute the Givens rotation (c, s) that maps (f, g) to (r, 0), and r.
+
+    [[c, s], [-s, c]] [f, g] = [r, 0],  r = sqrt(f^2 + g^2)
+
+    For f = g = 0 the result is c, s, r = 1, 0, 0.
+    """
     r = np.hypot(f, g)
     if r > 0:
         return f / r, g / r, r
@@ -241,17 +270,19 @@ def givens(f: np.floating, g: np.floating) -> tuple[np.floating, np.floating, np
 
 
 def apply_givens(pair: np.ndarray, c: np.floating, s: np.floating) -> None:
-    """Replace two rows by [[c, s], [-s, c]] times them, in place."""
+    """Apply the Givens rotation [[c, s], [-s, c]] to a pair of rows in place."""
     pair[:] = np.array([[c, s], [-s, c]]) @ pair
 
 
 def truncated_svd(
     matrix: np.ndarray, rank: int, sketch: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Leading singular triplets: the best approximation of a given rank (Eckart and Young, 1936).
+    """Compute the leading singular triplets: the best low-rank approximation of a matrix (Eckart and Young, 1936).
 
-    matrix ~ u diag(s) v^T. With a sketch, the randomised range finder of Halko, Martinsson and Tropp (2011,
-    algorithms 4.4 and 5.1) finds them approximately, in 10 * m * n * k rather than O(m n min(m, n)) multiplications.
+    matrix ~ u diag(s) v^T
+
+    Without a sketch the result is exact and takes O(m n min(m, n)) flops. With one it is approximate and takes about 10
+    m n k multiplications: the randomized range finder of Halko, Martinsson and Tropp (2011, algorithms 4.4 and 5.1).
 
     Parameters
     ----------
@@ -259,7 +290,7 @@ def truncated_svd(
     rank : int
         1 <= rank <= min(m, n).
     sketch : (n, k) array of the matrix's dtype, optional
-        Gaussian test matrix, rank <= k <= min(m, n); a dozen columns more than the rank make the result accurate.
+        Gaussian random numbers, rank <= k <= min(m, n). A k of rank + 12 or more makes the result accurate.
 
     Returns
     -------
@@ -268,7 +299,7 @@ def truncated_svd(
     Raises
     ------
     ValueError
-        If the matrix is not finite, or the rank is out of range.
+        If the matrix holds NaN or infinity, or the rank is out of range.
 
     Examples
     --------
@@ -287,7 +318,11 @@ def truncated_svd(
 
 
 def range_finder(matrix: np.ndarray, sketch: np.ndarray) -> np.ndarray:
-    """Orthonormal basis, (m, k), of nearly the space that the leading k left singular vectors span."""
+    """Find an orthonormal basis of nearly the space that the leading k left singular vectors span.
+
+    Randomized subspace iteration (Halko, Martinsson and Tropp, 2011, algorithm 4.4): the sketch is multiplied by the
+    matrix and its transpose in turn, and made orthonormal after each product. Returns (m, k).
+    """
     basis = orthonormal(matrix @ sketch)  # (m, k)
     for _ in range(POWER_STEPS):
         across = orthonormal(matrix.T @ basis)  # (n, k)
@@ -296,7 +331,10 @@ def range_finder(matrix: np.ndarray, sketch: np.ndarray) -> np.ndarray:
 
 
 def orthonormal(matrix: np.ndarray) -> np.ndarray:
-    """Orthonormal basis, (m, min(m, n)), of the columns' span: Q of Householder QR (Golub and Van Loan, 5.2.1)."""
+    """Compute an orthonormal basis of the columns' span: Q of the QR decomposition.
+
+    By Householder reflections (Golub and Van Loan, algorithm 5.2.1). Returns (m, min(m, n)).
+    """
     a = np.array(matrix, order="C")
     m, n = a.shape
     reflectors = []
@@ -307,11 +345,14 @@ def orthonormal(matrix: np.ndarray) -> np.ndarray:
 
 
 def rank_one(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Best rank-one approximation of a non-negative matrix, by power iteration.
+    """Compute the best rank-one approximation of a non-negative matrix by power iteration.
 
-    matrix ~ left right^T with ||left|| = ||right||. The leading singular vectors of a non-negative matrix are
-    non-negative (Perron and Frobenius), so the iteration starts from the row sums, which cannot be orthogonal to
-    them. It stops when a step moves the right vector by less than the rounding of the matrix's dtype.
+    matrix ~ left right^T,  ||left|| = ||right||
+
+    The leading singular vectors of a non-negative matrix are non-negative (Perron and Frobenius). So the row sums,
+    where the iteration starts, are not orthogonal to them. It stops when a step changes no entry of `right` by more
+    than eps, or after 100 steps (RANK_ONE_STEPS). If the two largest singular values nearly agree, 100 steps may end
+    short of the best.
 
     Parameters
     ----------
@@ -344,7 +385,7 @@ def rank_one(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalized(vector: np.ndarray) -> np.ndarray:
-    """The vector divided by its Euclidean norm."""
+    """Divide a vector by its Euclidean norm."""
     return vector / np.sqrt(vector @ vector)
 
 

@@ -1,7 +1,9 @@
-"""Quantisation-aware training, written out for a small network: forward, loss, backward, Adam.
+"""Train a small quantized network step by step: forward, loss, backward, Adam.
 
-The network is a multi-layer perceptron, layers with a ReLU between: dense ones make the teacher, LittleBit ones the
-student, which learns the teacher's logits (LittleBit, arXiv 2506.13771, the section on quantisation-aware training).
+This is quantization-aware training (QAT). The network is a multi-layer perceptron with a ReLU between layers. Dense
+layers make the teacher. LittleBit layers make the student, which learns the teacher's logits. The paper's QAT
+(LittleBit, arXiv 2506.13771) also has a loss on hidden states (`distill.hidden_loss`), and uses AdamW with a cosine
+schedule.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +17,7 @@ from .linear import linear, linear_vjp
 
 
 class AdamState(NamedTuple):
-    """What Adam remembers between steps: one moment of either kind for every parameter.
+    """Hold what Adam remembers between steps: two running means for every parameter.
 
     Attributes
     ----------
@@ -33,7 +35,7 @@ class AdamState(NamedTuple):
 
 
 def adam_start(parameters: Sequence[np.ndarray]) -> AdamState:
-    """Adam's state before the first step: zeros.
+    """Make the state of Adam before the first step: zeros for every parameter.
 
     Examples
     --------
@@ -51,10 +53,10 @@ def adam_step(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> tuple[list[np.ndarray], AdamState]:
-    """One step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1).
+    """Update parameters by one step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1).
 
-    m <- b1 m + (1 - b1) grad,  v <- b2 v + (1 - b2) grad^2,
-    p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) at step t = 1, 2, ...
+    m <- b1 m + (1 - b1) grad,  v <- b2 v + (1 - b2) grad^2, p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    at step t = 1, 2, ...
 
     Parameters
     ----------
@@ -67,12 +69,12 @@ def adam_step(
 
     Returns
     -------
-    The parameters and the state after the step; the arguments are left as they were.
+    The new parameters and the new state; the arguments do not change.
 
     Raises
     ------
     ValueError
-        If gradients, state or learning rates are not one per parameter.
+        If there is not one gradient, one moment and one learning rate per parameter.
 
     Examples
     --------
@@ -93,7 +95,7 @@ def adam_step(
 
 
 def check_counts(parameters: Sequence, grads: Sequence, moments: Sequence, rates: Sequence[float]) -> None:
-    """Raise ValueError unless there is one gradient, moment and learning rate per parameter."""
+    """Raise ValueError unless there is one gradient, one moment and one learning rate per parameter."""
     if not len(parameters) == len(grads) == len(moments) == len(rates):
         raise ValueError(
             f"gradients, state and learning rates must be one per parameter, but {len(parameters)} parameters came "
@@ -102,7 +104,7 @@ def check_counts(parameters: Sequence, grads: Sequence, moments: Sequence, rates
 
 
 class Dense(NamedTuple):
-    """A dense layer of the teacher, y = W x + b.
+    """Hold a dense layer of the teacher, y = W x + b.
 
     Attributes
     ----------
@@ -115,7 +117,7 @@ class Dense(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A LittleBit layer of the student; see `linear`.
+    """Hold a LittleBit layer of the student; `linear` computes its output.
 
     Attributes
     ----------
@@ -128,7 +130,9 @@ class Layer(NamedTuple):
 
 
 def dense_mlp(x: np.ndarray, layers: Sequence[Dense]) -> np.ndarray:
-    """Output of a dense multi-layer perceptron: y = W relu(... relu(W x + b) ...) + b.
+    """Compute the output of a dense multi-layer perceptron.
+
+    y = W relu(... relu(W x + b) ...) + b
 
     Parameters
     ----------
@@ -150,7 +154,7 @@ def dense_mlp(x: np.ndarray, layers: Sequence[Dense]) -> np.ndarray:
 
 
 def mlp(x: np.ndarray, layers: Sequence[Layer]) -> np.ndarray:
-    """Output of a LittleBit multi-layer perceptron: `linear` layers with a ReLU between.
+    """Compute the output of a LittleBit multi-layer perceptron: `linear` layers with a ReLU between.
 
     Parameters
     ----------
@@ -175,10 +179,10 @@ def mlp(x: np.ndarray, layers: Sequence[Layer]) -> np.ndarray:
 def mlp_vjp(
     x: np.ndarray, layers: Sequence[Layer], grad: np.ndarray, rule: str = "smooth_sign"
 ) -> tuple[np.ndarray, list[Layer]]:
-    """Gradients of a loss with respect to the input and every parameter of `mlp`.
+    """Compute the gradients of a loss with respect to the input and all parameters of `mlp`.
 
-    From the last layer to the first: `linear_vjp` takes the gradient of a layer's output to that of its input and
-    parameters; the ReLU before it lets the gradient pass where its output is positive.
+    Backpropagation, from the last layer to the first: `linear_vjp` turns the gradient of a layer's output into the
+    gradients of its input and parameters. The ReLU before a layer passes the gradient where its own output is positive.
 
     Parameters
     ----------
@@ -187,7 +191,7 @@ def mlp_vjp(
     grad : (..., d_out) float array
         Gradient of the loss with respect to the output.
     rule : str
-        A name in `signs.RULES`.
+        The gradient of a sign: a name in `signs.RULES`.
 
     Returns
     -------
@@ -213,14 +217,14 @@ def mlp_vjp(
 def dense_step(
     layers: Sequence[Dense], x: np.ndarray, targets: np.ndarray, state: AdamState, lr: float | Sequence[float]
 ) -> tuple[list[Dense], AdamState, float]:
-    """One step of training a dense network: forward, cross-entropy, backward, Adam.
+    """Train a dense network by one step: forward, cross-entropy, backward, Adam.
 
     Parameters
     ----------
     layers : sequence of Dense
     x : (..., d_in) float array
     targets : (...) integer array
-        The right class of each row.
+        Correct class of each row.
     state : AdamState
         `adam_start(dense_parameters(layers))` before the first step.
     lr : float, or one float per parameter
@@ -254,7 +258,11 @@ def qat_step(
     lr: float | Sequence[float],
     rule: str = "smooth_sign",
 ) -> tuple[list[Layer], AdamState, float]:
-    """One step of quantisation-aware training: forward, KL to the teacher, backward, Adam.
+    """Train a LittleBit network by one step of QAT: forward, KL to the teacher, backward, Adam.
+
+    loss = KL(teacher || student)
+
+    The paper adds 10 times the sum over layers of `hidden_loss`, which this step leaves out.
 
     Parameters
     ----------
@@ -266,7 +274,7 @@ def qat_step(
         `adam_start(parameters(layers))` before the first step.
     lr : float, or one float per parameter
     rule : str
-        A name in `signs.RULES`.
+        The gradient of a sign: a name in `signs.RULES`.
 
     Returns
     -------
@@ -301,7 +309,7 @@ def qat(
     rule: str = "smooth_sign",
     state: AdamState | None = None,
 ) -> tuple[list[Layer], AdamState, list[float]]:
-    """Quantisation-aware training, one `qat_step` for each batch.
+    """Train a LittleBit network by quantization-aware training (QAT), one `qat_step` for each batch.
 
     Parameters
     ----------
@@ -309,9 +317,9 @@ def qat(
     batches : iterable of (x, teacher_logits)
     lr : float, or one float per parameter
     rule : str
-        A name in `signs.RULES`.
+        The gradient of a sign: a name in `signs.RULES`.
     state : AdamState, optional
-        What an earlier call returned, to go on from there, at another learning rate for instance.
+        Returned by an earlier call, to continue from there, for instance at another learning rate.
 
     Returns
     -------
@@ -341,29 +349,29 @@ def qat(
 
 
 def dense_parameters(layers: Sequence[Dense]) -> list[np.ndarray]:
-    """Weight and bias of each layer."""
+    """List weight and bias of each layer."""
     return [array for layer in layers for array in layer]
 
 
 def with_dense_parameters(layers: Sequence[Dense], values: Iterable[np.ndarray]) -> list[Dense]:
-    """Layers like the given ones with other parameters, in the order of `dense_parameters`."""
+    """Rebuild dense layers with other parameters, in the order of `dense_parameters`."""
     rest = iter(values)
     return [Dense(*(next(rest) for _ in layer)) for layer in layers]
 
 
 def parameters(layers: Sequence[Layer]) -> list[np.ndarray]:
-    """u, v, h, ell and g of each path, then the bias, of each layer."""
+    """List u, v, h, ell and g of each path, then the bias, for each layer."""
     return [array for layer in layers for array in (*(array for path in layer.paths for array in path), layer.bias)]
 
 
 def with_parameters(layers: Sequence[Layer], values: Iterable[np.ndarray]) -> list[Layer]:
-    """Layers like the given ones with other parameters, in the order of `parameters`."""
+    """Rebuild LittleBit layers with other parameters, in the order of `parameters`."""
     rest = iter(values)
     return [Layer([Factors(*(next(rest) for _ in path)) for path in layer.paths], next(rest)) for layer in layers]
 
 
 def forward(x: np.ndarray, layers: Sequence[Any], apply: Callable[[np.ndarray, Any], np.ndarray]) -> list[np.ndarray]:
-    """The input of each layer, and the output of the last."""
+    """Compute the input of each layer, and the output of the last."""
     values = [x]
     for layer in layers[:-1]:
         values.append(np.maximum(apply(values[-1], layer), 0))  # ReLU
@@ -373,7 +381,10 @@ def forward(x: np.ndarray, layers: Sequence[Any], apply: Callable[[np.ndarray, A
 def backward(
     values: Sequence[np.ndarray], layers: Sequence[Any], grad: np.ndarray, vjp: Callable
 ) -> tuple[np.ndarray, list]:
-    """Gradients of the input and of each layer, from the values of `forward` and the gradient of the output."""
+    """Compute the gradients of the input and of each layer.
+
+    They follow from the values of `forward` and the gradient of the output.
+    """
     grads = []
     for at in reversed(range(len(layers))):
         grad, grad_layer = vjp(values[at], layers[at], grad)
@@ -384,12 +395,12 @@ def backward(
 
 
 def little(x: np.ndarray, layer: Layer) -> np.ndarray:
-    """A LittleBit layer's output."""
+    """Compute the output of a LittleBit layer."""
     return linear(x, layer.paths, layer.bias)
 
 
 def little_vjp(rule: str) -> Callable[[np.ndarray, Layer, np.ndarray], tuple[np.ndarray, Layer]]:
-    """The function (x, layer, grad) -> (grad_x, grad_layer) of a LittleBit layer under a rule."""
+    """Make the function (x, layer, grad) -> (grad_x, grad_layer) of a LittleBit layer under a rule."""
 
     def vjp(x: np.ndarray, layer: Layer, grad: np.ndarray) -> tuple[np.ndarray, Layer]:
         grad_x, grad_paths, grad_bias = linear_vjp(x, layer.paths, grad, rule)
@@ -399,23 +410,26 @@ def little_vjp(rule: str) -> Callable[[np.ndarray, Layer, np.ndarray], tuple[np.
 
 
 def dense(x: np.ndarray, layer: Dense) -> np.ndarray:
-    """A dense layer's output."""
+    """Compute the output of a dense layer."""
     return x @ layer.weight.T + layer.bias
 
 
 def dense_vjp(x: np.ndarray, layer: Dense, grad: np.ndarray) -> tuple[np.ndarray, Dense]:
-    """Gradients of a dense layer: dx = dy W, dW = dy^T x, db = sum dy."""
+    """Compute the gradients of a dense layer: dx = dy W, dW = dy^T x, db = sum dy."""
     rows, dy = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     return grad @ layer.weight, Dense(dy.T @ rows, dy.sum(axis=0))
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Mean over positions of -log softmax(logits)[target], in nats; logits (..., classes), targets (...)."""
+    """Compute the mean over positions of -log softmax(logits)[target], in nats.
+
+    Logits are (..., classes), targets (...).
+    """
     return -np.take_along_axis(log_softmax(logits), targets[..., None], axis=-1).mean()
 
 
 def cross_entropy_vjp(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Gradient of `cross_entropy`: (softmax(logits) - one at the target) / positions."""
+    """Compute the gradient of `cross_entropy`: (softmax(logits) - one at the target) / positions."""
     gradient = np.exp(log_softmax(logits))
     chosen = np.take_along_axis(gradient, targets[..., None], axis=-1)
     np.put_along_axis(gradient, targets[..., None], chosen - 1, axis=-1)
