@@ -1,8 +1,7 @@
-"""LittleBit in torch and Numba: the same functions as `littlebit.reference`, made to be used.
+"""Use LittleBit in torch and Numba: the functions of `littlebit.reference`, made to be fast, and whole models.
 
-Importing this package needs neither a GPU nor transformers, and imports neither torch nor transformers: a name's module
-is imported when the name is first asked for. Where the libraries are installed, they learn of LittleBit (see
-plugin.py).
+Importing the package needs neither a GPU nor transformers, and imports no library: the first use of a name imports its
+module. torch, transformers and PEFT learn of LittleBit when they are imported (plugin.py).
 """
 
 from typing import TYPE_CHECKING

@@ -15,9 +15,9 @@ from torch import Tensor
 from .dual_svid import balanced_factors, factors_from, svid
 from .factors import Factors
 
-ADMM_STEPS = 200
-RIDGE = 0.03
-REFIT_SWEEPS = 3
+ADMM_STEPS = 200  # T in `admm`
+RIDGE = 0.03  # of every least-squares solve in `solve_factor`
+REFIT_SWEEPS = 3  # of `refit_scales`
 
 
 def project(matrix: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def importance(second_moment: Tensor, shrink: float = 0.4) -> Tensor:
     if not 0 <= shrink <= 1:
         raise ValueError(f"shrink must be between 0 and 1, not {shrink}")
     if not (torch.isfinite(second_moment).all() and (second_moment >= 0).all()):
-        raise ValueError("second moments must be finite and non-negative; look at the calibration text and the model")
+        raise ValueError("second moments must be finite and non-negative; check the calibration text and the model")
     largest = second_moment.amax(-1, keepdim=True)
     unit = second_moment / torch.where(largest == 0, 1, largest)
     mean = torch.where(largest == 0, 1, unit.mean(-1, keepdim=True))

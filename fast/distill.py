@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..reference._renamed import renamed_keywords
 
-ROWS = 256  # positions whose logits are turned into float32 at once
+ROWS = 256  # positions whose logits are converted to float32 at once
 
 
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Examples
     --------
     >>> teacher = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
-    >>> kl_loss(torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log(), teacher)  # the second: 0.5 log 2 + 0.5 log(2/3)
+    >>> kl_loss(torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log(), teacher)  # second: 0.5 log 2 + 0.5 log(2/3)
     tensor(0.0719)
     """
     check_pair(student_logits, teacher_logits)
@@ -222,5 +222,5 @@ def check_pair(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape or student.numel() == 0:
         raise ValueError(
             "student and teacher must have the same shape and at least one position, but theirs are "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}; give both the same tokens"
         )

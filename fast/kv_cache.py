@@ -30,9 +30,9 @@ from torch import Tensor
 from .kernels.dispatch import signs
 from .packing import PackedFactors
 
-BLOCK = 256  # tokens whose keys are expanded at once, at most
-SCORES = 1 << 22  # numbers of a block's scores at once, unless that is less than one token
-LARGEST_CODE = {torch.float16: 1.0, torch.int8: 127.0}  # what a token's largest latent is stored as
+BLOCK = 256  # tokens whose keys are up-projected at once, at most
+SCORES = 1 << 22  # scores in memory at once, at most, but for a block of one token
+LARGEST_CODE = {torch.float16: 1.0, torch.int8: 127.0}  # dtype -> code of a token's largest latent
 
 
 class Latents(NamedTuple):
@@ -117,7 +117,7 @@ def round_latents(latent: Tensor, dtype: torch.dtype) -> Latents:
     if dtype == torch.float32:
         return Latents(latent, torch.ones_like(latent[..., :1]))
     if dtype not in LARGEST_CODE:
-        raise ValueError(f"latents are kept in float32, float16 or int8, not {dtype}")
+        raise ValueError(f"latents must be stored as float32, float16 or int8, not {dtype}")
     scale = latent.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE[dtype]
     scale = torch.where(scale == 0, 1, scale)
     codes = latent / scale
@@ -142,7 +142,7 @@ def apply_rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """
     turned = torch.empty_like(x)
     (low, high), (into_low, into_high) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-    torch.mul(low, cosine, out=into_low).addcmul_(high, sine, value=-1)  # in place: half the time of torch.cat
+    torch.mul(low, cosine, out=into_low).addcmul_(high, sine, value=-1)  # in place, in half the time of torch.cat
     torch.mul(high, cosine, out=into_high).addcmul_(low, sine)
     return turned
 

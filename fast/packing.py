@@ -114,14 +114,14 @@ def unpack_signs(words: Tensor, count: int) -> Tensor:
     check_words(words, count)
     bits = row_bits(words)
     if bits[..., count:].any():
-        raise ValueError("a pad bit is set: the words are damaged, or were packed with another bit order")
+        raise ValueError("pad bits must be 0, but one is set: the words are damaged; pack the signs again")
     return 1 - 2 * bits[..., :count].float()
 
 
 def row_bits(words: Tensor) -> Tensor:
     """Unpack all bits of each row of words, pad bits included: (..., words) to (..., words * width), same dtype."""
     place = torch.arange(8 * words.itemsize, dtype=words.dtype, device=words.device)
-    return ((words[..., None] >> place) & 1).flatten(-2)  # & 1 drops the copies of the sign bit that >> brings
+    return ((words[..., None] >> place) & 1).flatten(-2)  # & 1 drops the sign bit that >> copies
 
 
 def check_words(words: Tensor, count: int) -> None:
@@ -169,6 +169,6 @@ def to_half(name: str, scale: Tensor) -> Tensor:
     if not torch.isfinite(half).all():
         raise ValueError(
             f"scale {name} does not fit float16 (largest magnitude {scale.abs().max():.3g}); "
-            "divide the weight by a constant before factorising it"
+            "divide the weight by a constant before factorizing it"
         )
     return half

@@ -90,7 +90,11 @@ def compensate_weighted(
         If an importance weight is not positive.
     """
     if not ((row > 0).all() and (column > 0).all()):
-        raise ValueError("importance weights must be positive; shrink them towards their mean first")
+        smallest = float(torch.minimum(row.min(), column.min()))
+        raise ValueError(
+            f"importance weights must be positive, but the smallest is {smallest:g}; shrink them to their mean, as "
+            "admm.importance does"
+        )
     r, c = row.sqrt(), column.sqrt()
     paths = compensate(r[..., :, None] * weight * c[..., None, :], ranks, factorize)
     return [Factors(p.u / r[..., None], p.v / c[..., None], p.h / r, p.ell, p.g / c) for p in paths]

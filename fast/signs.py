@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-SHARPNESS = 100.0  # of SmoothSign: the slope at zero
-FLAT = 10.0  # SmoothSign's slope here and beyond is zero in every float dtype
+SHARPNESS = 100.0  # slope of SmoothSign at 0
+FLAT = 10.0  # from here on SmoothSign's slope is 0 in every float dtype
 
 
 def sign(x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class SignWithRule(torch.autograd.Function):
         return ctx.vjp(x, grad), None
 
 
-#: The rules by name.
+#: Rules by name: latents -> signs with the rule's gradient.
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "smooth_sign": smooth_sign,
     "straight_through": straight_through,

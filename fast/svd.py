@@ -6,8 +6,8 @@ Dual-SVID needs all three. The SVD itself is LAPACK's or cuSOLVER's; `littlebit.
 import torch
 from torch import Tensor
 
-RANK_ONE_STEPS = 100
-POWER_STEPS = 4
+RANK_ONE_STEPS = 100  # power iterations of `rank_one`, at most
+POWER_STEPS = 4  # power iterations of `range_finder`
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,15 +136,16 @@ def rank_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     scale = matrix.amax((-2, -1), keepdim=True)  # (..., 1, 1)
     zero = scale == 0
-    scaled = matrix / torch.where(zero, 1, scale)  # entries in [0, 1]: squares neither overflow nor vanish
+    scaled = matrix / torch.where(zero, 1, scale)  # in [0, 1], so squares do not overflow
     right = normalized(scaled.mT @ scaled.sum(-1, keepdim=True))  # (..., n, 1)
     for _ in range(RANK_ONE_STEPS):
         previous = right
         right = normalized(scaled.mT @ (scaled @ right))
         if (right - previous).abs().max() <= torch.finfo(matrix.dtype).eps:
             break
-    left = scaled @ right  # (..., m, 1), its norm is the singular value
-    root = (torch.linalg.vector_norm(left, dim=-2, keepdim=True) * scale).sqrt()
+    left = scaled @ right  # (..., m, 1), its norm is the singular value of `scaled`
+    norm = torch.linalg.vector_norm(left, dim=-2, keepdim=True)
+    root = norm.sqrt() * scale.sqrt()  # two roots: their product's square may overflow
     return (normalized(left) * root).squeeze(-1), (right * root).squeeze(-1)
 
 

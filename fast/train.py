@@ -100,8 +100,9 @@ def check_counts(parameters: Sequence, grads: Sequence, moments: Sequence, rates
     """Raise ValueError unless there is one gradient, one moment and one learning rate per parameter."""
     if not len(parameters) == len(grads) == len(moments) == len(rates):
         raise ValueError(
-            f"gradients, state and learning rates must be one per parameter, but {len(parameters)} parameters came "
-            f"with {len(grads)} gradients, a state for {len(moments)} (adam_start makes one) and {len(rates)} rates"
+            "there must be one gradient, one moment and one learning rate per parameter, but for "
+            f"{len(parameters)} parameters there are {len(grads)} gradients, {len(moments)} moments (adam_start makes "
+            f"them) and {len(rates)} rates"
         )
 
 

@@ -1,7 +1,7 @@
-"""LittleBit in plain NumPy: what the method is, one idea a file, in the order in which the paper is read.
+"""Define LittleBit in plain NumPy, one idea a file, in the order of the paper.
 
-Every function here states a computation as directly as NumPy allows. `littlebit.fast` states the same ones again in
-torch, file by file and name by name; the tests prove that the two agree.
+Every function states its computation as directly as NumPy allows. `littlebit.fast` has the same files, functions and
+parameters in torch, made to be fast. Tests prove that the two agree.
 """
 
 if __name__ != "littlebit.reference":

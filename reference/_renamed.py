@@ -28,7 +28,7 @@ def renamed_attribute(package: str, name: str) -> Any:
     Raises
     ------
     AttributeError
-        If the package exports nothing that was ever called `name`.
+        If the package exports nothing under this name or its new one.
     """
     module, new = sys.modules[package], NAMES.get(name)
     if new is None or not hasattr(module, new):

@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-SCALE_BITS = 16  #: Stored width of one scale.
-WORD_BITS = 32  #: Width of the widest words that signs are stored in.
-NARROWEST_WORD_BITS = 8
-SECOND_PATH_SHARE = 0.1
+SCALE_BITS = 16  #: Stored width of a scale (float16).
+WORD_BITS = 32  #: Width of the widest words that store signs.
+NARROWEST_WORD_BITS = 8  # width of the narrowest words that store signs
+SECOND_PATH_SHARE = 0.1  # largest share of a budget that scales of a second path may take
 
 Shape = tuple[int, int]
 Ranks = tuple[int, ...]
@@ -294,11 +294,11 @@ def equal_ranks(
     """Find the ranks of the highest common level of sign bits per weight within `budget` bits, by bisection."""
 
     def at_level(level: float) -> dict[str, Ranks]:
-        kinds = {}
+        by_type = {}
         for shape, count, share in {(shapes[name], counts[name], shares[name]) for name in shapes}:
             most = largest_rank(shape, bits_budget(level * share, math.prod(shape)), count, 0, word_bits)
-            kinds[shape, count, share] = (max(1, filled(most, word_bits)),) * count
-        return {name: kinds[shapes[name], counts[name], shares[name]] for name in shapes}
+            by_type[shape, count, share] = (max(1, filled(most, word_bits)),) * count
+        return {name: by_type[shapes[name], counts[name], shares[name]] for name in shapes}
 
     low, high = 0.0, 2.0 * bits / min(shares.values(), default=1.0)
     while high - low > 1e-6 * bits:
@@ -398,7 +398,7 @@ def largest_rank(shape: Shape, budget: int, paths: int, scale_bits: int, word_bi
 def bits_budget(bits: float, weights: int) -> int:
     """Convert bits per weight to whole bits: the most whose ratio to `weights`, as a float, is within `bits`."""
     exact = math.floor(Fraction(bits) * weights)
-    # A float below the decimal that was typed, as 1.2 is, does not cost the bit with which the ratio is 1.2 again.
+    # 1.2 as a float lies below 1.2, so the floor may miss one bit with which the ratio is the float 1.2 again.
     return exact + ((exact + 1) / weights <= bits)
 
 

@@ -34,7 +34,7 @@ def kl_loss(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarra
     Examples
     --------
     >>> teacher = np.log([[0.5, 0.5], [0.5, 0.5]])
-    >>> loss = kl_loss(np.log([[0.5, 0.5], [0.25, 0.75]]), teacher)  # the second: 0.5 log 2 + 0.5 log(2/3)
+    >>> loss = kl_loss(np.log([[0.5, 0.5], [0.25, 0.75]]), teacher)  # second: 0.5 log 2 + 0.5 log(2/3)
     >>> round(float(loss), 4)
     0.0719
     """
@@ -173,5 +173,5 @@ def check_pair(student: np.ndarray, teacher: np.ndarray) -> None:
     if student.shape != teacher.shape or student.size == 0:
         raise ValueError(
             "student and teacher must have the same shape and at least one position, but theirs are "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}; give both the same tokens"
         )

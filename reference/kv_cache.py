@@ -27,7 +27,7 @@ from numpy.typing import DTypeLike, NDArray
 from .packing import PackedFactors, unpack_factors
 
 Array = NDArray[np.floating]
-LARGEST_CODE = {"float16": 1.0, "int8": 127.0}  # what a token's largest latent is stored as
+LARGEST_CODE = {"float16": 1.0, "int8": 127.0}  # dtype -> code of a token's largest latent
 
 
 class Latents(NamedTuple):
@@ -110,7 +110,7 @@ def round_latents(latent: Array, dtype: DTypeLike) -> Latents:
     if name == "float32":
         return Latents(latent, np.ones((*latent.shape[:-1], 1), np.float32))
     if name not in LARGEST_CODE:
-        raise ValueError(f"latents are kept in float32, float16 or int8, not {name}")
+        raise ValueError(f"latents must be stored as float32, float16 or int8, not {name}")
     scale = np.abs(latent).max(axis=-1, keepdims=True) / np.float32(LARGEST_CODE[name])
     scale = np.where(scale == 0, np.float32(1), scale)
     codes = latent / scale
@@ -184,7 +184,7 @@ def latent_attention(
     biases = np.zeros(expanded.shape[-1], np.float32) if value_bias is None else value_bias
     output = []
     for head in range(heads):
-        at = head // (heads // len(value_rows))  # a group of query heads asks one key head
+        at = head // (heads // len(value_rows))  # each group of query heads shares a key head (GQA)
         mine = slice(at * size, (at + 1) * size)
         scores = scale * query[head] @ apply_rope(expanded[:, mine], cosine, sine).T
         scores = np.where(mask, scores, np.finfo(np.float32).min)

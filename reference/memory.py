@@ -11,11 +11,11 @@ from ._renamed import renamed_value
 from .bits import WORD_BITS, Ranks, Shape, allocate_ranks, kv_cache_bytes, model_bits
 
 HALF_BYTES = 2
-LATENT_BYTES = {"latent": 2, "latent-int8": 1}  # of one number that a kind of cache keeps
+LATENT_BYTES = {"latent": 2, "latent-int8": 1}  # cache type -> bytes of one latent
 KV_CACHES = ("full", *LATENT_BYTES)
-LATENT_SCALE_BYTES = 4  # the float32 scale of each token and projection, see kv_cache.py
-POSITION_BYTES = 4  # of a token, whose keys must be rotated whenever they are read
-TABLE_GROUPS = {8: 64, 4: 32}  # entries of an embedding's row that share a scale, at most
+LATENT_SCALE_BYTES = 4  # float32 scale of each token and projection, see kv_cache.py
+POSITION_BYTES = 4  # position of a token: its key gets RoPE at every read
+EMBEDDING_GROUPS = {8: 64, 4: 32}  # bits -> most entries of an embedding row that share a scale
 
 
 class ModelShape(NamedTuple):
@@ -56,7 +56,7 @@ class ModelShape(NamedTuple):
     positions: int = 0
 
 
-#: The models of the paper's tables and the one that `demo` quantises, by their configurations on the hub.
+#: Models of the paper's tables, and the one that `littlebit demo` quantizes, from their configurations on the hub.
 MODEL_SHAPES = {
     "opt-1.3b": ModelShape(
         "OPT, arXiv 2205.01068, Table 1; facebook/opt-1.3b",
@@ -148,7 +148,7 @@ def model_memory(
     paths : int, optional
         See `allocate_ranks`.
     embedding_bits : int
-        16, 8 or 4, see `table_bytes`.
+        16, 8 or 4, see `embedding_bytes`.
     context : int
         Tokens in the key-value cache, batch size times length. Activations are counted for one more token.
     kv_cache : str
@@ -176,9 +176,9 @@ def model_memory(
     if kv_cache not in KV_CACHES:
         raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
     if kv_cache != "full" and bits is None:
-        raise ValueError("a dense model has no latents to cache: give bits, or choose the ordinary cache")
+        raise ValueError("a dense model has no latents to cache; give bits, or choose kv_cache='full'")
     if context < 0:
-        raise ValueError(f"context must be a number of tokens, not {context}")
+        raise ValueError(f"context must be a number of tokens, 0 or more, not {context}")
     shapes = linear_shapes(shape)
     if bits is None:
         ranks, linear_bits = {}, 16 * sum(d_out * d_in for d_out, d_in in shapes.values())
@@ -193,7 +193,7 @@ def model_memory(
         cached += context * POSITION_BYTES
     return ModelMemory(
         linear=-(-linear_bits // 8),
-        embeddings=tables * table_bytes(shape.vocabulary, shape.hidden, embedding_bits),
+        embeddings=tables * embedding_bytes(shape.vocabulary, shape.hidden, embedding_bits),
         other=HALF_BYTES * other_parameters(shape),
         kv_cache=cached,
         activations=HALF_BYTES * activation_numbers(shape) if context else 0,
@@ -249,24 +249,24 @@ def latent_widths(ranks: dict[str, Ranks]) -> list[int]:
     return [sum(each) for name, each in ranks.items() if name.split(".")[-1] in ("k_proj", "v_proj", "qkv_proj")]
 
 
-def table_bytes(rows: int, size: int, bits: int = 16) -> int:
+def embedding_bytes(rows: int, size: int, bits: int = 16) -> int:
     """Count the bytes of an embedding or output head of `rows` rows.
 
     16 bits: float16. 8 or 4 bits: codes, with a float16 scale (and an offset, with 4 bits) for each group of entries.
 
     Examples
     --------
-    >>> [table_bytes(32000, 4096, bits) for bits in (16, 8, 4)]
+    >>> [embedding_bytes(32000, 4096, bits) for bits in (16, 8, 4)]
     [262144000, 135168000, 81920000]
     """
     if bits == 16:
         return rows * size * HALF_BYTES
-    if bits not in TABLE_GROUPS:
-        raise ValueError(f"embeddings are kept in 16, 8 or 4 bits, not {bits}")
+    if bits not in EMBEDDING_GROUPS:
+        raise ValueError(f"embeddings must have 16, 8 or 4 bits, not {bits}")
     if size % 32:
-        raise ValueError(f"embeddings of 8 or 4 bits need a size that is a multiple of 32, not {size}")
-    group = next(each for each in (TABLE_GROUPS[bits], 32) if size % each == 0)
-    numbers = 2 if bits == 4 else 1  # a scale, and with 4 bits an offset
+        raise ValueError(f"with 8 or 4 bits the embedding size must be a multiple of 32, not {size}; choose 16 bits")
+    group = next(each for each in (EMBEDDING_GROUPS[bits], 32) if size % each == 0)
+    numbers = 2 if bits == 4 else 1  # a scale; with 4 bits also an offset
     return rows * (size * bits // 8 + size // group * numbers * HALF_BYTES)
 
 

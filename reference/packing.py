@@ -111,7 +111,7 @@ def unpack_signs(words: np.ndarray, count: int) -> np.ndarray:
     check_words(words, count)
     bits = row_bits(words)
     if bits[..., count:].any():
-        raise ValueError("a pad bit is set: the words are damaged, or were packed with another bit order")
+        raise ValueError("pad bits must be 0, but one is set: the words are damaged; pack the signs again")
     return 1 - 2 * bits[..., :count].astype(np.float32)
 
 
@@ -168,6 +168,6 @@ def to_half(name: str, scale: np.ndarray) -> np.ndarray:
     if not np.isfinite(half).all():
         raise ValueError(
             f"scale {name} does not fit float16 (largest magnitude {np.abs(scale).max():.3g}); "
-            "divide the weight by a constant before factorising it"
+            "divide the weight by a constant before factorizing it"
         )
     return half

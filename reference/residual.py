@@ -89,7 +89,11 @@ def compensate_weighted(
         If an importance weight is not positive.
     """
     if not ((row > 0).all() and (column > 0).all()):
-        raise ValueError("importance weights must be positive; shrink them towards their mean first")
+        smallest = float(np.minimum(row.min(), column.min()))
+        raise ValueError(
+            f"importance weights must be positive, but the smallest is {smallest:g}; shrink them to their mean, as "
+            "admm.importance does"
+        )
     r, c = np.sqrt(row), np.sqrt(column)
     paths = compensate(r[:, None] * weight * c, ranks, factorize)
     return [Factors(p.u / r[:, None], p.v / c[:, None], p.h / r, p.ell, p.g / c) for p in paths]
@@ -103,7 +107,7 @@ def best_step(target: np.ndarray, direction: np.ndarray) -> np.ndarray:
     A zero direction gives 0. Returns a scalar array.
     """
     tiny = np.finfo(target.dtype).tiny
-    scale = np.abs(direction).max(initial=0.0)  # keeps the squares of tiny and of huge entries in range
+    scale = np.abs(direction).max(initial=0.0)  # keeps squares of tiny and of huge entries in range
     unit = direction / np.maximum(scale, tiny)
     step = (target / np.maximum(scale, tiny) * unit).sum() / np.maximum((unit * unit).sum(), tiny)
     return np.maximum(step, 0)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-SHARPNESS = 100.0  # of SmoothSign: the slope at zero
-FLAT = 10.0  # SmoothSign's slope here and beyond is zero in every float dtype
+SHARPNESS = 100.0  # slope of SmoothSign at 0
+FLAT = 10.0  # from here on SmoothSign's slope is 0 in every float dtype
 
 
 def sign(x: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ def smooth_sign_vjp(x: np.ndarray, grad: np.ndarray) -> np.ndarray:
     return grad * (SHARPNESS * 4 * e / ((1 + e) * (1 + e)))
 
 
-#: The rules by name.
+#: Rules by name: (latents, gradient of the signs) -> gradient of the latents.
 RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "smooth_sign": smooth_sign_vjp,
     "straight_through": straight_through_vjp,

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RANK_ONE_STEPS = 100
-POWER_STEPS = 4
-STEPS_PER_VALUE = 30
+RANK_ONE_STEPS = 100  # power iterations of `rank_one`, at most
+POWER_STEPS = 4  # power iterations of `range_finder`
+STEPS_PER_VALUE = 30  # QR steps of `diagonalize`, at most
 
 
 def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -55,7 +55,7 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         v, s, u = svd(matrix.T)
         return u, s, v
     _, exponent = np.frexp(np.abs(matrix).max())
-    scaled = np.ldexp(matrix, -exponent)  # entries in [-1, 1]: squares do not overflow; a power of two rounds nothing
+    scaled = np.ldexp(matrix, -exponent)  # in [-1, 1], so squares do not overflow; exact
     q, d, e, p = bidiagonalize(scaled)
     x, s, y = diagonalize(d, e)
     return q @ x, np.ldexp(s, exponent), p @ y
@@ -109,7 +109,7 @@ def reflector(x: np.ndarray) -> np.ndarray:
     scale = np.abs(x).max(initial=0.0)
     if scale == 0:
         return np.zeros_like(x)
-    w = x / scale  # the squares of tiny entries would vanish
+    w = x / scale  # else squares of tiny entries would underflow
     w[0] += np.copysign(np.sqrt(w @ w), w[0])
     return normalized(w)
 
@@ -163,7 +163,7 @@ def diagonalize(d: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     array([5., 0.])
     """
     d, e = d.copy(), e.copy()
-    xt, yt = np.eye(d.size, dtype=d.dtype), np.eye(d.size, dtype=d.dtype)  # rows, as rotations mix contiguous memory
+    xt, yt = np.eye(d.size, dtype=d.dtype), np.eye(d.size, dtype=d.dtype)  # x^T, y^T: rotations mix contiguous rows
     tiny = np.finfo(d.dtype).eps * (np.abs(d).max() + np.abs(e).max(initial=0.0))
     for _ in range(STEPS_PER_VALUE * d.size + 1):
         e[np.abs(e) <= tiny] = 0
@@ -175,7 +175,7 @@ def diagonalize(d: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
         block = slice(first, last + 1)
         step(d[block], e[first:last], xt[block], yt[block], tiny)
     raise ArithmeticError(
-        f"the SVD has not converged in {STEPS_PER_VALUE} steps per singular value; report the matrix as a bug"
+        f"the SVD must converge in {STEPS_PER_VALUE} steps per singular value, but did not; report the matrix as a bug"
     )
 
 
@@ -214,13 +214,13 @@ def sweep(d: np.ndarray, e: np.ndarray, xt: np.ndarray, yt: np.ndarray) -> None:
     """
     f, g = d[0] * d[0] - wilkinson_shift(d, e), d[0] * e[0]
     for k in range(e.size):
-        c, s, r = givens(f, g)  # of columns k and k + 1: g is right of the superdiagonal
+        c, s, r = givens(f, g)  # mixes columns k and k + 1; g is right of the superdiagonal
         if k > 0:
             e[k - 1] = r
         f, e[k] = c * d[k] + s * e[k], c * e[k] - s * d[k]
         g, d[k + 1] = s * d[k + 1], c * d[k + 1]
         apply_givens(yt[k : k + 2], c, s)
-        c, s, d[k] = givens(f, g)  # of rows k and k + 1: g is below the diagonal
+        c, s, d[k] = givens(f, g)  # mixes rows k and k + 1; g is below the diagonal
         e[k], d[k + 1] = c * e[k] + s * d[k + 1], c * d[k + 1] - s * e[k]
         apply_givens(xt[k : k + 2], c, s)
         if k + 1 < e.size:
@@ -372,15 +372,15 @@ def rank_one(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = matrix.max(initial=0.0)
     if scale == 0:
         return np.zeros_like(matrix[:, 0]), np.zeros_like(matrix[0])
-    scaled = matrix / scale  # entries in [0, 1]: squares neither overflow nor vanish
+    scaled = matrix / scale  # in [0, 1], so squares do not overflow
     right = normalized(scaled.T @ scaled.sum(axis=1))  # (n,)
     for _ in range(RANK_ONE_STEPS):
         previous = right
         right = normalized(scaled.T @ (scaled @ right))
         if np.abs(right - previous).max() <= np.finfo(matrix.dtype).eps:
             break
-    left = scaled @ right  # (m,), its norm is the singular value
-    root = np.sqrt(np.sqrt(left @ left) * scale)
+    left = scaled @ right  # (m,), its norm is the singular value of `scaled`
+    root = np.sqrt(np.sqrt(left @ left)) * np.sqrt(scale)  # two roots: their product's square may overflow
     return normalized(left) * root, right * root
 
 

@@ -98,8 +98,9 @@ def check_counts(parameters: Sequence, grads: Sequence, moments: Sequence, rates
     """Raise ValueError unless there is one gradient, one moment and one learning rate per parameter."""
     if not len(parameters) == len(grads) == len(moments) == len(rates):
         raise ValueError(
-            f"gradients, state and learning rates must be one per parameter, but {len(parameters)} parameters came "
-            f"with {len(grads)} gradients, a state for {len(moments)} (adam_start makes one) and {len(rates)} rates"
+            "there must be one gradient, one moment and one learning rate per parameter, but for "
+            f"{len(parameters)} parameters there are {len(grads)} gradients, {len(moments)} moments (adam_start makes "
+            f"them) and {len(rates)} rates"
         )
 
 
@@ -173,7 +174,7 @@ def mlp(x: np.ndarray, layers: Sequence[Layer]) -> np.ndarray:
     array([[ 1.],
            [-3.]])
     """
-    return forward(x, layers, little)[-1]
+    return forward(x, layers, littlebit_layer)[-1]
 
 
 def mlp_vjp(
@@ -211,7 +212,7 @@ def mlp_vjp(
     array([[0.],
            [1.]])
     """
-    return backward(forward(x, layers, little), layers, grad, little_vjp(rule))
+    return backward(forward(x, layers, littlebit_layer), layers, grad, littlebit_layer_vjp(rule))
 
 
 def dense_step(
@@ -295,9 +296,9 @@ def qat_step(
     >>> round(loss, 4), layers[0].paths[0].h.round(4), layers[0].bias.round(4)
     (0.5009, array([1.1, 1.9]), array([ 0.1, -0.1]))
     """
-    values = forward(x, layers, little)
+    values = forward(x, layers, littlebit_layer)
     loss = kl_loss(values[-1], teacher_logits)
-    _, grads = backward(values, layers, kl_loss_vjp(values[-1], teacher_logits), little_vjp(rule))
+    _, grads = backward(values, layers, kl_loss_vjp(values[-1], teacher_logits), littlebit_layer_vjp(rule))
     stepped, state = adam_step(parameters(layers), parameters(grads), state, lr)
     return with_parameters(layers, stepped), state, float(loss)
 
@@ -394,12 +395,12 @@ def backward(
     return grad, grads[::-1]
 
 
-def little(x: np.ndarray, layer: Layer) -> np.ndarray:
+def littlebit_layer(x: np.ndarray, layer: Layer) -> np.ndarray:
     """Compute the output of a LittleBit layer."""
     return linear(x, layer.paths, layer.bias)
 
 
-def little_vjp(rule: str) -> Callable[[np.ndarray, Layer, np.ndarray], tuple[np.ndarray, Layer]]:
+def littlebit_layer_vjp(rule: str) -> Callable[[np.ndarray, Layer, np.ndarray], tuple[np.ndarray, Layer]]:
     """Make the function (x, layer, grad) -> (grad_x, grad_layer) of a LittleBit layer under a rule."""
 
     def vjp(x: np.ndarray, layer: Layer, grad: np.ndarray) -> tuple[np.ndarray, Layer]:

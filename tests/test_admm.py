@@ -1,4 +1,4 @@
-"""Joint-ITQ and latent-binary ADMM: laws, agreement of the backends, and the order of the initialisers on an LLM."""
+"""Test Joint-ITQ and latent-binary ADMM: laws, agreement of the backends, and which initializer wins on an LLM."""
 
 import importlib
 import json
@@ -62,7 +62,7 @@ def test_joint_itq_agrees(n, rank, seed):
     rotated = z @ start
     signs = np.where(rotated < 0, -1.0, 1.0)
     smallest = np.linalg.svd(signs.T @ z, compute_uv=False)[-1]
-    if np.abs(rotated).min() < 1e-8 or smallest < 1e-3:  # the polar factor is then not determined by rounding
+    if np.abs(rotated).min() < 1e-8 or smallest < 1e-3:  # rounding then decides the polar factor
         return
     actual = falign.joint_itq(torch.from_numpy(z), torch.from_numpy(start), 1)
     expected = ralign.joint_itq(z, start, 1)
@@ -169,7 +169,7 @@ def test_itq_agrees_over_its_first_steps(m, n, seed):
         return ralign.itq(w, rank, start, steps=2).to_dense()
 
     u, theirs = balanced_factors(weight, rank)[0], fast_balanced_factors(torch.from_numpy(weight), rank)[0].numpy()
-    flip = np.where((u * theirs).sum(axis=0) < 0, -1.0, 1.0)  # the signs of singular vectors are a matter of taste
+    flip = np.where((u * theirs).sum(axis=0) < 0, -1.0, 1.0)  # singular vectors are unique up to a common sign
     actual = falign.itq(torch.from_numpy(weight), rank, torch.from_numpy(flip[:, None] * start), steps=2)
     assert_within(actual.to_dense(), dense(weight), condition(dense, weight), terms=2 * 10 * (m + n))
 
@@ -243,13 +243,16 @@ def test_compensate_weighted_with_equal_weights_is_compensate():
 
 
 @pytest.mark.parametrize(("module", "convert"), [(ref, np.asarray), (fast, torch.from_numpy)])
-def test_compensate_weighted_refuses_a_zero_weight(module, convert):
-    with pytest.raises(ValueError, match="must be positive"):
-        module.compensate_weighted(convert(np.ones((2, 2))), [1], convert(np.array([1.0, 0.0])), convert(np.ones(2)))
+@pytest.mark.parametrize("wrong", [0.0, -1.5, np.nan])
+def test_compensate_weighted_refuses_weights_that_are_not_positive(module, convert, wrong):
+    weight, ones, some = (convert(array) for array in (np.ones((2, 2)), np.ones(2), np.array([1.0, wrong])))
+    for row, column in ((some, ones), (ones, some)):
+        with pytest.raises(ValueError, match=f"must be positive, but the smallest is {wrong:g}; shrink them"):
+            module.compensate_weighted(weight, [1], row, column)
 
 
 def llm_like(name, seed=0):
-    """A float32 weight with the singular values of a layer of SmolLM2 and random singular vectors."""
+    """Make a float32 weight with the singular values of a layer of SmolLM2 and random singular vectors."""
     shape, values = SPECTRA[name]["shape"], np.array(SPECTRA[name]["singular_values"])
     rng = np.random.default_rng(seed)
     u, v = (np.linalg.qr(rng.standard_normal((size, len(values))))[0] for size in shape)
@@ -257,7 +260,7 @@ def llm_like(name, seed=0):
 
 
 def errors_of(weight, rank, rng, module, initialisers, convert):
-    """Relative errors of Dual-SVID, ITQ and ADMM with two paths of the same rank."""
+    """Compute the relative errors of Dual-SVID, ITQ and ADMM with two paths of the same rank."""
     dual_svid, itq, admm = initialisers
     rotation = convert(rotation_of(rank, 1).astype(np.float32))
     sketch = convert(rng.standard_normal((weight.shape[1], rank + 16)).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Counting bits: exact, never above the target, and clear about what cannot be met."""
+"""Test the bit counts: exact, never above the budget, with clear errors where a budget cannot be met."""
 
 import littlebit.fast as fast
 import littlebit.reference as ref
@@ -71,7 +71,7 @@ def test_rank_for_bits_is_the_largest_within_the_ceiling(d_out, d_in, bits, coun
 
 
 def smallest_bits(sizes, bits, count):
-    """Stored bits per weight with rank 1 everywhere."""
+    """Compute the stored bits per weight with rank 1 everywhere."""
     counts = {name: count or ref.paths_for_bits(*size, bits) for name, size in sizes.items()}
     stored = sum(ref.layer_bits(*size, (1,) * counts[name]) for name, size in sizes.items())
     return stored / sum(d_out * d_in for d_out, d_in in sizes.values())
@@ -79,7 +79,7 @@ def smallest_bits(sizes, bits, count):
 
 @st.composite
 def gains_for(draw, sizes):
-    """None, or falling gains for each layer, as far apart as layers of a model can be."""
+    """Draw None, or falling gains for each layer, as far apart as in a model."""
     if draw(st.booleans()):
         return None
     levels = {name: draw(st.floats(0, 1e6)) for name in sizes}
@@ -131,7 +131,7 @@ def test_allocate_ranks_gives_a_layer_its_share(share):
     ranks = ref.allocate_ranks(sizes, 0.5, 1, shares={"a": share})
     (rank,), others = ranks["a"], [ranks[name][0] for name in "bcdefgh"]
     assert max(others) - min(others) <= 32
-    assert abs(rank - share * sum(others) / 7) <= 32 * max(share, 1)  # words of U are filled
+    assert abs(rank - share * sum(others) / 7) <= 32 * max(share, 1)  # U has full words
 
 
 def test_allocate_ranks_follows_the_gains():

@@ -1,8 +1,8 @@
-"""Distillation losses: both backends against float64, gradients against differences, float32 memory in chunks.
+"""Test distillation losses against float64, their gradients against differences, and that float32 memory is chunked.
 
-Bound of the KL divergence. A log probability is x - max - log sum exp(x - max): every term is at most 2 max|x| +
-log(vocabulary), called a row's size, and enters with a few roundings, the sum with one for each entry of the
-vocabulary. A probability is then wrong by the same amount relative to itself. The magnitudes below say so.
+Bound of the KL divergence: a log probability is x - max - log sum exp(x - max). Each term is at most 2 max|x| +
+log(vocabulary), called the size of a row, and enters with a few roundings; the sum has one for each entry of the
+vocabulary. A probability has the same error, relative to itself. The magnitudes below follow from this.
 """
 
 import littlebit.fast as fast
@@ -22,7 +22,7 @@ BFLOAT16 = 2.0**16  # eps of bfloat16 over that of float32
 
 @st.composite
 def pairs(draw, dtypes=DTYPES):
-    """Student and teacher: unrelated, close or equal, with logits from flat to certain."""
+    """Draw a student and a teacher: unrelated, close or equal, with logits from flat to certain."""
     dtype, batch, width = draw(dtypes), draw(st.sampled_from(BATCHES)), draw(st.integers(1, 40))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     size = draw(st.sampled_from([1e-3, 1.0, 30.0]))
@@ -45,7 +45,10 @@ def softmax(logits):
 
 
 def kl_magnitude(student, teacher):
-    """Of sum p (log p - log q): two log probabilities wrong by eps of their row's size, and p as the teacher's."""
+    """Compute the magnitude of sum p (log p - log q).
+
+    Both log probabilities are wrong by eps of their row's size, and p as the teacher's.
+    """
     size = row_size(student) + row_size(teacher)
     return (size * (1 + row_size(teacher))).mean()
 
@@ -60,7 +63,7 @@ def terms_of(student):
 
 
 def both(function, pair, *options):
-    """A function's value in the reference and in fast."""
+    """Call a function in the reference and in fast."""
     yield getattr(ref, function)(*pair, *options)
     yield getattr(fast, function)(*map(torch.from_numpy, pair), *options)
 
@@ -104,10 +107,10 @@ def test_kl_loss_takes_bfloat16_and_accumulates_in_float32(pair):
 
 @given(pairs(dtypes=st.just(np.float64)))
 def test_kl_loss_vjp_is_the_derivative(pair):
-    """Central difference with step t along d, |d| <= 1.
+    """Compare with a central difference of step t along d, |d| <= 1.
 
-    The third derivative of log sum exp along d is a third central moment of d, at most 8, so that the difference is
-    wrong by at most t^2 8 / 6, and the rounding of the two losses by their bound over t.
+    The third derivative of log sum exp along d is a third central moment of d, at most 8. So the difference is wrong by
+    at most t^2 8 / 6, and by the rounding of the two losses over t.
     """
     student, teacher = pair
     d, t = np.random.default_rng(0).uniform(-1, 1, student.shape), 1e-5
@@ -158,7 +161,7 @@ def test_kl_loss_is_the_same_in_any_chunks(pair, rows):
 
 
 class LargestFloat32(TorchDispatchMode):
-    """The most entries that a float32 tensor had which an operation made."""
+    """Record the number of entries of the largest float32 tensor that an operation makes."""
 
     entries = 0
 
@@ -188,7 +191,7 @@ def test_kl_loss_scales_its_gradient():
 
 @given(pairs(), st.booleans())
 def test_hidden_loss_agrees(pair, normalize):
-    """A sum of squares of differences that are rounded once: nothing cancels, so the loss is its own magnitude."""
+    """Use the loss as its own magnitude: it sums squares of differences that are rounded once, so nothing cancels."""
     student, teacher = wide(pair)
     scale = (teacher**2).mean(axis=-1) if normalize else np.ones(student.shape[:-1])
     exact = (((student - teacher) ** 2).mean(axis=-1) / np.where(scale == 0, 1, scale)).mean()
@@ -209,7 +212,7 @@ def test_hidden_loss_vjp_agrees(pair, normalize):
 
 @given(pairs(dtypes=st.just(np.float64)), st.booleans())
 def test_hidden_loss_vjp_is_the_derivative(pair, normalize):
-    """The loss is quadratic, so that a central difference is exact with any step."""
+    """Compare with a central difference, which is exact for any step: the loss is quadratic."""
     student, teacher = pair
     d = np.random.default_rng(0).standard_normal(student.shape)
     up, down = (ref.hidden_loss(student + step * d, teacher, normalize) for step in (1, -1))

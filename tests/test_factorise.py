@@ -1,4 +1,4 @@
-"""Laws of Dual-SVID and residual compensation, and the agreement of the two backends on them."""
+"""Test laws of Dual-SVID and residual compensation, and that the two backends agree."""
 
 from functools import partial
 
@@ -81,9 +81,9 @@ def test_sign_of_zero_is_plus_one_in_both(weight):
 
 
 def well_separated(m, n, seed):
-    """A float64 matrix whose singular values are apart and whose factors have no entry near zero.
+    """Make a float64 matrix with distinct singular values whose factors have no entry near zero.
 
-    Only then are signs of singular vectors determined, and comparable between two decompositions.
+    Only then two decompositions must find the same signs of singular vectors.
     """
     rng = np.random.default_rng(seed)
     k = min(m, n)
@@ -103,7 +103,7 @@ def test_dual_svid_agrees(m, n, seed, fraction):
     flip = np.sign(expected.u[0]) * np.sign(actual.u[0].numpy())  # singular vectors are unique up to a common sign
     assert_same(actual.u_sign * torch.from_numpy(flip), expected.u_sign)
     assert_same(actual.v_sign * torch.from_numpy(flip), expected.v_sign)
-    gap = 0.3 * 0.7 ** (min(m, n) - 1)  # perturbation of singular vectors is eps / gap
+    gap = 0.3 * 0.7 ** (min(m, n) - 1)  # singular vectors move by eps / gap
     for name in ("h", "ell", "g"):
         mine, theirs = getattr(actual, name), getattr(expected, name)
         assert_within(mine, theirs, np.full(theirs.shape, np.abs(theirs).max()), terms=int(100 * (m + n) / gap))

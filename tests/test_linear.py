@@ -1,4 +1,4 @@
-"""The layer: both backends, packed and not, against float64 within the bound of the arithmetic."""
+"""Test the layer, factorized and packed, in both backends against float64 within the bound of the arithmetic."""
 
 import concurrent.futures
 import copy
@@ -24,7 +24,7 @@ from strategies import factor_arrays, inputs, sizes
 
 
 def exact_and_magnitude(x, paths, bias=None):
-    """The output in float64, the same on absolute values, and the number of roundings of an entry."""
+    """Compute the output in float64, the same on absolute values, and the roundings that an entry has seen."""
     doubled = [ref.Factors(*(array.astype(np.float64) for array in path)) for path in paths]
     absolute = [ref.Factors(*map(np.abs, path)) for path in doubled]
     absolute = [path._replace(u=np.ones_like(path.u), v=np.ones_like(path.v)) for path in absolute]
@@ -54,7 +54,7 @@ def test_linear_agrees(data, paths, with_bias):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @given(data=st.data(), paths=factor_arrays(largest=20, paths=1))
 def test_linear_agrees_for_every_input_dtype(dtype, data, paths):
-    """The factors are rounded to x's dtype, so the bound is that of the coarser of it and of the factors' float32."""
+    """Bound the error by the coarser of x's dtype, to which factors are rounded, and the factors' float32."""
     x = torch.from_numpy(data.draw(inputs(len(paths[0][4])))).to(dtype)
     exact, magnitude, terms = exact_and_magnitude(x.double().numpy(), [ref.Factors(*paths[0])])
     y = fast.linear(x, [torch_factors(paths[0])])
@@ -64,7 +64,7 @@ def test_linear_agrees_for_every_input_dtype(dtype, data, paths):
 
 
 def same_outer(path, first):
-    """The path with the d_out and d_in of the first one."""
+    """Resize a path to the d_out and d_in of the first one."""
     u, v, h, ell, g = path
     return (
         np.resize(u, (len(first[2]), len(ell))),
@@ -90,7 +90,7 @@ def test_packed_linear_equals_dense(largest, data):
     assert_within(y, exact, magnitude, terms)
     for kernel in cpu.KERNELS.values():
         y = plans.packed_linear(torch.from_numpy(x).reshape(-1, x.shape[-1]), fast_packed, kernel).reshape(exact.shape)
-        # sum - 2 * part: at most three times the magnitude is rounded
+        # sum - 2 * part: roundings of at most three times the magnitude
         assert_within(y, exact - bias, 3 * magnitude if kernel in (cpu.SELECT, cpu.BYTES) else magnitude, terms)
 
 
@@ -111,7 +111,7 @@ def test_widened_adds_nothing_but_zeros(count):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @given(data=st.data(), paths=factor_arrays())
 def test_unpacked_linear_agrees_for_every_input_dtype(dtype, data, paths):
-    """The factors, and x in between, are rounded to x's dtype, but never to finer than float32."""
+    """Round the factors, and the values between the two products, to x's dtype, but never finer than float32."""
     x = torch.from_numpy(data.draw(inputs(len(paths[0][4])))).reshape(-1, len(paths[0][4])).to(dtype)
     paths = [path if at == 0 else same_outer(path, paths[0]) for at, path in enumerate(paths)]
     packed = [fast.pack_factors(torch_factors(path)) for path in paths]
@@ -124,7 +124,7 @@ def test_unpacked_linear_agrees_for_every_input_dtype(dtype, data, paths):
 
 
 def as_reference(packed):
-    """The path of the reference that a packed one stands for."""
+    """Unpack a packed path for the reference."""
     return ref.Factors(*(tensor.numpy() for tensor in fast.unpack_factors(packed)))
 
 
@@ -140,7 +140,7 @@ def test_unpacked_linear_takes_scales_whose_product_overflows_float16(dtype):
 
 @pytest.mark.parametrize("rank", [5, 16, 33])
 def test_packed_linear_on_another_device_waits_for_no_value(rank):
-    """Tensors on meta have shapes and no values, so whatever asked for one would raise."""
+    """Use meta tensors, which have shapes and no values: reading a value would raise."""
     generator = torch.Generator().manual_seed(0)
     paths = [random_path(40, 12, rank, generator), random_path(40, 12, 3, generator)]
     paths = [fast.PackedFactors(*(tensor.to("meta") for tensor in path)) for path in paths]
@@ -163,7 +163,7 @@ def test_to_dense_agrees_with_linear(data, paths):
 
 @pytest.fixture
 def any_threads(monkeypatch):
-    """Small layers use several threads too, and the number of threads is put back."""
+    """Make small layers use several threads too, and restore the number of threads."""
     monkeypatch.setattr(cpu, "PARALLEL_WORK", 0)
     before = torch.get_num_threads()
     yield
@@ -174,7 +174,7 @@ def any_threads(monkeypatch):
 @given(data=st.data(), d_out=sizes(100), d_in=sizes(1200), rank=sizes(300), batch=st.integers(1, 9))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_packed_linear_is_the_same_for_any_threads_and_batch(any_threads, kernel, data, d_out, d_in, rank, batch):
-    """Bit for bit: neither the threads nor the other rows of x touch the order of a row's additions."""
+    """Compare bit for bit: neither threads nor other rows of x may change the order of a row's additions."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
     paths = [random_path(d_out, d_in, rank, generator) for _ in range(data.draw(st.integers(1, 3)))]
     x = torch.randn(batch, d_in, generator=generator)
@@ -190,7 +190,7 @@ def test_packed_linear_is_the_same_for_any_threads_and_batch(any_threads, kernel
 
 @given(shares=st.integers(1, 7), running=st.integers(1, cpu.MAX_THREADS), paths=st.integers(1, 3), rank=sizes(100))
 def test_a_layer_needs_no_more_threads_than_run(shares, running, paths, rank):
-    """Threads wait for each other between the stages, but never for one that Numba has not started."""
+    """Make threads wait for each other between the stages, but never for one that Numba has not started."""
     plan = plans.Plan([each for _ in range(paths) for each in random_path(90, 70, rank, torch.Generator())])
     x = torch.randn(5, 70)
     y, serial = torch.empty(5, 90), torch.empty(5, 90)
@@ -231,7 +231,7 @@ def test_few_rows_and_many_signs_are_never_unpacked(monkeypatch):
 
 
 def in_magnitude(path):
-    """The path with all signs +1; its scales are positive."""
+    """Replace all signs of a path by +1; its scales are positive."""
     return path._replace(u_words=torch.zeros_like(path.u_words), v_words=torch.zeros_like(path.v_words))
 
 
@@ -247,7 +247,7 @@ def test_packed_linear_serves_several_python_threads_at_once(any_threads):
 
 
 def test_numbas_threads_leave_torchs_number_as_it_was():
-    """In a fresh process: both count OpenMP's threads, and Numba sets that number when it starts."""
+    """Run a fresh process: both libraries set OpenMP's number of threads, Numba when it starts."""
     code = """
 import torch, littlebit.fast as lb
 from littlebit.fast.kernels import cpu, plan as plans
@@ -317,7 +317,7 @@ def test_levels_are_those_of_the_features():
 
 
 def lanes_function(name, body):
-    """LLVM code of a function (address of floats, address of words) that stores what `body` makes of them there."""
+    """Compile a function (address of floats, address of words) that stores the result of `body` there to LLVM code."""
     module = ir.Module(name)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [FLOATS.as_pointer(), WORDS.as_pointer()]), name)
     builder = ir.IRBuilder(function.append_basic_block())
@@ -328,7 +328,7 @@ def lanes_function(name, body):
 
 
 def test_lookups_are_four_instructions_of_neon():
-    """What LLVM makes of a lookup and of float16 for 64-bit ARM: vectors throughout, and no call."""
+    """Compile a lookup and float16 for 64-bit ARM: vectors throughout, and no call."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(
@@ -339,7 +339,7 @@ def test_lookups_are_four_instructions_of_neon():
         lines = machine.emit_assembly(llvm.parse_assembly(lanes_function(name, body))).splitlines()
         instructions = [line.split()[0] for line in lines if line.startswith("\t") and not line.startswith("\t.")]
         assert instructions.count("tbl") == (4 if name == "lookup" else 0)
-        assert not {"bl", "blr", "umov", "fmov"} & set(instructions)  # calls, and lanes taken one at a time
+        assert not {"bl", "blr", "umov", "fmov"} & set(instructions)  # calls, and single lanes
         assert len(instructions) < 64
 
 
@@ -396,7 +396,7 @@ def test_packed_linear_gives_its_input_a_gradient(paths, data):
 
 
 def test_packed_linear_never_unpacks():
-    """Peak memory of a large layer's forward stays far below one byte per sign."""
+    """Measure the peak memory of a large layer's forward pass: far below one byte per sign."""
     import tracemalloc
 
     path = random_path(4096, 4096, 512, torch.Generator().manual_seed(0))
@@ -433,7 +433,7 @@ CHANGES = {
 @pytest.mark.parametrize("ranks", [(40, 50), (7, 16)])
 @pytest.mark.parametrize("change", list(CHANGES))
 def test_packed_linear_layer_follows_its_tensors(change, ranks):
-    """The layer keeps the addresses of its tensors from call to call; no change to them may go unnoticed."""
+    """Change tensors whose addresses the layer keeps from call to call: it must notice every change."""
     generator = torch.Generator().manual_seed(0)
     layer, other = (fast.PackedLinear([random_path(70, 90, rank, generator) for rank in ranks]) for _ in range(2))
     x = torch.randn(3, 90, generator=generator)
@@ -473,7 +473,7 @@ def test_packed_linear_layer_shares_no_addresses_with_its_copies():
 
 
 def test_packed_linear_layer_may_change_while_threads_call_it():
-    """Each result is that of the words before or after, never of a mixture."""
+    """Compare each result with the words before and after a change: it must never mix them."""
     generator = torch.Generator().manual_seed(0)
     layers = [fast.PackedLinear([random_path(70, 90, 40, generator)]) for _ in range(2)]
     x = torch.randn(90, generator=generator)

@@ -1,4 +1,4 @@
-"""The gradients of the layer: derived by hand, against autograd, and by the layer's linearity in each of its parts."""
+"""Test the layer's hand-derived gradients against autograd, and by the linearity of the layer in each of its parts."""
 
 import littlebit.fast as fast
 import littlebit.reference as ref
@@ -25,7 +25,7 @@ def as_torch(path):
 
 @st.composite
 def problems(draw, dtypes=(np.float32, np.float64), paths=3):
-    """X, paths and the output's gradient."""
+    """Draw x, paths and the output's gradient."""
     dtype = draw(st.sampled_from(dtypes))
     drawn = draw(factor_arrays(largest=20, paths=paths))
     drawn = [as_type(same_outer(path, drawn[0]), dtype) for path in drawn]
@@ -36,13 +36,13 @@ def problems(draw, dtypes=(np.float32, np.float64), paths=3):
 
 
 def absolute(path):
-    """The path on absolute values: signs of +1, whose latents straight-through lets every gradient pass to."""
+    """Take absolute values of a path: signs of +1, whose latents pass every straight-through gradient."""
     path = as_type(path, np.float64)
     return ref.Factors(np.full_like(path.u, 0.5), np.full_like(path.v, 0.5), *map(np.abs, path[2:]))
 
 
 def with_slopes(magnitude, path, rule):
-    """Magnitudes of a path's gradients, given those of its signs: the rule's slope has a relative error of its own."""
+    """Turn magnitudes of sign gradients into latent gradients'; the slope has its own relative error."""
     path = as_type(path, np.float64)
 
     def slope(latents):
@@ -58,7 +58,7 @@ def flat(gradients):
 
 
 def exact_and_magnitude(x, paths, grad, rule):
-    """The gradients in float64, the same on absolute values, and the number of roundings of an entry."""
+    """Compute the gradients in float64, the same on absolute values, and the roundings that an entry has seen."""
     wide = [array.astype(np.float64) for array in (x, grad)]
     exact = ref.linear_vjp(wide[0], [as_type(path, np.float64) for path in paths], wide[1], rule)
     grad_x, grad_paths, grad_bias = ref.linear_vjp(
@@ -84,7 +84,7 @@ def test_linear_vjp_agrees(problem, rule):
 
 @given(problems(), RULES)
 def test_linear_vjp_keeps_bfloat16_inputs_beside_float32_parameters(problem, rule):
-    """The folded factors and the products are rounded to bfloat16, whose eps is 2^16 times that of float32."""
+    """Allow for bfloat16, to which folded factors and products are rounded: its eps is 2^16 times float32's."""
     x, paths, grad = problem
     x, grad = (torch.from_numpy(array).bfloat16() for array in (x, grad))
     paths = [as_type(path, np.float32) for path in paths]
@@ -97,9 +97,9 @@ def test_linear_vjp_keeps_bfloat16_inputs_beside_float32_parameters(problem, rul
 
 @given(problems(dtypes=[np.float64], paths=2), st.sampled_from(["x", "h", "ell", "g", "bias"]))
 def test_linear_vjp_is_the_derivative(problem, name):
-    """The output is linear in each of x, h, ell, g and bias, so that differences are exact.
+    """Use exact differences: the output is linear in each of x, h, ell, g and bias.
 
-    <dL/dp, d> is what the output with p replaced by d (other paths and bias left out) has as product with dL/dy.
+    <dL/dp, d> is the product of dL/dy with the output for p replaced by d, without the other paths and the bias.
     """
     x, paths, grad = problem
     grad_x, grad_paths, grad_bias = ref.linear_vjp(x, paths, grad)

@@ -1,4 +1,4 @@
-"""Memory of whole models: against models that are built, and against the published figures."""
+"""Compare the memory of whole models with models that are built, and with published figures."""
 
 import math
 import re
@@ -11,13 +11,13 @@ import torch
 from littlebit.fast.embeddings import Table
 from littlebit.fast.layers import PackedLinear
 from littlebit.fast.model import Config, replace_module, target_layers
-from littlebit.reference.memory import activation_numbers, latent_widths, linear_shapes, table_bytes
+from littlebit.reference.memory import activation_numbers, embedding_bytes, latent_widths, linear_shapes
 
 GB = 1e9
 # GB of weights in LittleBit, arXiv 2506.13771, Table 3
 PUBLISHED_DENSE = {"llama2-7b": 13.49, "llama2-13b": 26.06, "llama2-70b": 138.04}
 PUBLISHED = {("llama2-7b", 0.3): 0.79, ("llama2-7b", 0.1): 0.63, ("llama2-13b", 0.1): 0.84, ("llama2-70b", 0.1): 1.98}
-# as the hub counts them in the models' files
+# parameters in the files on the hub
 PARAMETERS = {
     "smollm2-135m": 134_515_008,
     "opt-1.3b": 1_315_758_080,
@@ -43,7 +43,7 @@ BUILT = {
 
 
 def built(kind):
-    """A small model without memory, and the same as a ModelShape."""
+    """Build a small model without memory, and describe it as a ModelShape."""
     import transformers
 
     name, settings, changes = BUILT[kind]
@@ -90,18 +90,18 @@ def test_model_memory_counts_what_a_packed_model_holds(kind, bits, paths):
 
 
 @pytest.mark.parametrize(("rows", "size"), [(10, 64), (7, 96), (5, 192)])
-def test_table_bytes_counts_what_a_table_holds(rows, size):
-    assert table_bytes(rows, size) == torch.empty(rows, size, dtype=torch.float16, device="meta").nbytes
+def test_embedding_bytes_counts_what_an_embedding_holds(rows, size):
+    assert embedding_bytes(rows, size) == torch.empty(rows, size, dtype=torch.float16, device="meta").nbytes
     for bits in (8, 4):
         quantised = fast.embeddings.quantize_table(torch.ones(rows, size), bits)
         assert isinstance(quantised, Table)
-        assert table_bytes(rows, size, bits) == sum(buffer.nbytes for buffer in quantised.buffers())
+        assert embedding_bytes(rows, size, bits) == sum(buffer.nbytes for buffer in quantised.buffers())
 
 
 @pytest.mark.parametrize("vocabulary", [50, 3000])
 @pytest.mark.parametrize("intermediate", [16, 160])
 def test_activation_numbers_counts_what_one_token_makes(vocabulary, intermediate):
-    """The largest sum of what the modules of attention, of an MLP and of the end read and make."""
+    """Find the largest sum of inputs and outputs among the modules of attention, of an MLP and of the end."""
     import transformers
 
     sizes = SIZES | GROUPED | {"vocab_size": vocabulary, "intermediate_size": intermediate, "num_hidden_layers": 1}
@@ -135,7 +135,7 @@ def test_model_memory_gives_the_papers_float16_models(name, published):
 
 @pytest.mark.parametrize(("name", "bits"), PUBLISHED)
 def test_model_memory_gives_the_papers_littlebit_models(name, bits):
-    """Within 4 %, and within 2 % with what the paper's own float16 model has beyond its parameters."""
+    """Agree within 4 %, and within 2 % after adding what the paper's own float16 model has beyond its parameters."""
     shape, published = ref.MODEL_SHAPES[name], PUBLISHED[name, bits]
     beyond = PUBLISHED_DENSE[name] - ref.model_memory(shape).weights / GB
     for word_bits in (32, 1):
@@ -145,7 +145,10 @@ def test_model_memory_gives_the_papers_littlebit_models(name, bits):
 
 
 def test_latent_cache_of_llama2_7b_is_the_papers():
-    """Table 4: rank 192 at 0.1 bits, 21.3 times less. Here most ranks are 192, some a word less, and scales count."""
+    """Reproduce Table 4: rank 192 at 0.1 bits, 21.3 times smaller.
+
+    Most ranks here are 192, some a word less, and scales are counted too.
+    """
     shape = ref.MODEL_SHAPES["llama2-7b"]
     ordinary = ref.model_memory(shape, 0.1, context=4096)
     widths = latent_widths(ordinary.ranks)
@@ -177,6 +180,6 @@ def test_model_memory_refuses_what_makes_no_sense():
     with pytest.raises(ValueError, match="number of tokens"):
         ref.model_memory(shape, context=-1)
     with pytest.raises(ValueError, match="multiple of 32"):
-        table_bytes(10, 40, 8)
+        embedding_bytes(10, 40, 8)
     with pytest.raises(ValueError, match="smallest possible value is"):
         ref.model_memory(shape, 0.001)

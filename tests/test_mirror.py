@@ -20,7 +20,15 @@ ONLY_REFERENCE = {
     },
     "linear": {"path_linear", "path_vjp"},  # fast folds all paths into one pair of factors
     # the backward pass by hand, which autograd does in fast
-    "train": {"forward", "backward", "little", "little_vjp", "dense", "dense_vjp", "cross_entropy_vjp"},
+    "train": {
+        "forward",
+        "backward",
+        "littlebit_layer",
+        "littlebit_layer_vjp",
+        "dense",
+        "dense_vjp",
+        "cross_entropy_vjp",
+    },
 }
 ONLY_FAST = {
     "linear": {"folded"},

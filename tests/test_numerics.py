@@ -1,4 +1,4 @@
-"""Inputs that are no ordinary numbers go through packed layers as they go through dense ones."""
+"""Test that NaN, infinities, subnormal and huge numbers pass packed layers as they pass dense ones."""
 
 import littlebit.fast as lb
 import pytest
@@ -21,7 +21,7 @@ def make(d_out, d_in, rank, seed, rows=4):
 
 
 def dense(layer, x):
-    """The same by two dense products in float32, as the layer in training form computes."""
+    """Compute the same by two dense products in float32, as a layer in training form does."""
     a, b = unpacked(layer.factors())
     return x.float() @ a.T @ b.T
 
@@ -29,7 +29,7 @@ def dense(layer, x):
 @pytest.mark.parametrize("kernel", list(cpu.KERNELS))
 @given(sizes(70), sizes(200), sizes(70), st.integers(0, 99), st.integers(0, 10**6), st.sampled_from(SPECIAL))
 def test_nan_and_infinity_stay_in_their_row_and_reach_all_of_it(kernel, d_out, d_in, rank, seed, at, value):
-    """As in the dense layer: every sign is one of two, so that every output of the row depends on every input."""
+    """Expect what a dense layer does: no sign is 0, so every output of a row depends on every input."""
     layer, x = make(d_out, d_in, rank, seed)
     with torch.inference_mode():
         clean = plans.packed_linear(x, layer.factors(), cpu.KERNELS[kernel])
@@ -52,7 +52,7 @@ def test_tiny_and_huge_inputs_lie_within_the_bound(dtype, d_out, d_in, rank, see
         y = layer(x)
     a, b = (factor.double() for factor in unpacked(layer.factors()))
     exact, magnitude = x.double() @ a.T @ b.T, x.double().abs() @ a.abs().T @ b.abs().T
-    # 2 n eps M for the sums, what flushing or rounding a denormal may cost in each term, and the output's own rounding
+    # 2 n eps M for the sums, the flush or rounding of a subnormal in each term, and the output's own rounding
     terms = d_in + rank + 8
     scale = (1 + b.abs().sum(1)).expand_as(exact)
     bound = 2 * terms * torch.finfo(torch.float32).eps * magnitude + terms * scale * torch.finfo(torch.float32).tiny
@@ -63,7 +63,7 @@ def test_tiny_and_huge_inputs_lie_within_the_bound(dtype, d_out, d_in, rank, see
 
 
 def test_sums_that_no_float16_holds_do_not_overflow():
-    """Latents of 10^8, which float16 cannot hold, and outputs that it can."""
+    """Make latents of 10^8, which float16 cannot hold, and outputs that it can."""
     layer, _ = make(8, 4096, 16, 0)
     with torch.no_grad():
         for path in layer.factors():
@@ -92,14 +92,14 @@ def test_results_are_the_same_twice_and_for_any_number_of_threads(d_out, d_in, r
                 found.append(layer(x))
     finally:
         torch.set_num_threads(before)
-    if rows <= plans.LARGE_BATCH:  # else torch's own products may divide their sums among the threads
+    if rows <= plans.LARGE_BATCH:  # else torch's own products may split their sums over threads
         for y in found[1:]:
             assert_same(y, found[0])
     assert_same(found[2], found[0])
 
 
 def test_deterministic_mode_takes_every_part():
-    """torch.use_deterministic_algorithms refuses operations that are not."""
+    """Call torch.use_deterministic_algorithms, which refuses operations that are not deterministic."""
     layer, x = make(40, 60, 9, 0)
     torch.use_deterministic_algorithms(True)
     try:

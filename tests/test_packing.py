@@ -1,4 +1,4 @@
-"""Packing: every sign comes back, from the documented words, in both backends."""
+"""Test that both backends pack signs into the documented words, and unpack every sign."""
 
 import littlebit.fast as fast
 import littlebit.reference as ref
@@ -17,7 +17,7 @@ def random_signs(shape, seed=0):
 
 
 def width_of(count):
-    """The rule, said once more: the narrowest words that hold a row."""
+    """Restate the rule: the narrowest words that hold a row."""
     return 8 if count <= 8 else 16 if count <= 16 else 32
 
 

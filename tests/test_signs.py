@@ -1,4 +1,4 @@
-"""Signs and the two rules that stand for their derivative: exact where they can be, safe for huge latents."""
+"""Test signs and their two surrogate gradients: exactly where possible, and for huge latents."""
 
 import littlebit.fast as fast
 import littlebit.reference as ref
@@ -14,7 +14,7 @@ RULES = pytest.mark.parametrize("rule", ["smooth_sign", "straight_through"])
 
 
 def floats(dtype):
-    """Any float but NaN: zeros of both signs, subnormals, the largest, infinities, and many near zero."""
+    """Draw any float but NaN: zeros of both signs, subnormals, the largest, infinities, and many near zero."""
     width = np.dtype(dtype).itemsize * 8
     edges = st.sampled_from([0.0, -0.0, 1.0, -1.0, float(np.finfo(dtype).max), -np.inf])
     near = st.floats(-0.125, 0.125, width=width)
@@ -47,9 +47,10 @@ def test_straight_through_vjp_is_exact(pair):
 
 @given(latents_and_grad())
 def test_smooth_sign_vjp_agrees(pair):
-    """The slope is 100 / cosh^2(100 x), with z = 200 |x| rounded: a relative error of a few eps and z eps.
+    """Compare with 100 / cosh^2(100 x).
 
-    Where e = exp(-z) underflows, it is wrong by up to the smallest normal number, which then meets a factor of 400.
+    z = 200 |x| is rounded, so the slope has a relative error of a few eps and z eps. Where e = exp(-z) underflows, it
+    is wrong by up to the smallest normal number, times 400.
     """
     x, grad = pair
     wide, size = np.minimum(np.abs(x.astype(np.float64)), 3.5), np.abs(grad.astype(np.float64))
@@ -63,7 +64,7 @@ def test_smooth_sign_vjp_agrees(pair):
 
 @given(latents_and_grad())
 def test_smooth_sign_vjp_is_the_derivative_of_tanh(pair):
-    """Against the equation as the paper writes it, whose subtraction leaves an absolute error of a few eps."""
+    """Compare with the paper's equation, whose subtraction leaves an absolute error of a few eps."""
     x, grad = (np.clip(array.astype(np.float64), -100, 100) for array in pair)
     expected = grad * 100 * (1 - np.tanh(100 * x) ** 2)
     assert_within(ref.smooth_sign_vjp(x, grad), expected, 100 * np.abs(grad), terms=8)

@@ -1,10 +1,10 @@
-"""Training in miniature: Adam, the network's gradients, and loss curves that both backends must draw alike.
+"""Test training in miniature: Adam, the network's gradients, and loss curves on which both backends agree.
 
-How far two curves may drift apart. Each backend computes what exact arithmetic would on parameters that are off by a
-few eps in every step. How much that matters is measured: a second run in float64 moves every parameter by a random
-relative NOISE before each step, large beside eps and so small that the losses respond in proportion. What that run's
-losses move by, per unit of noise, is the condition of the curve; times the roundings of a step and eps it is the
-bound, which grows along the curve as the curve's own sensitivity does.
+How far may two curves drift apart? Each backend does exact arithmetic on parameters that are off by a few eps in every
+step. The effect is measured: a second run in float64 moves every parameter by a random relative NOISE before each step,
+large beside eps, and small enough for losses to respond in proportion. How far its losses move per unit of noise is the
+condition of the curve. Times eps and the roundings of a step, it is the bound, which grows along the curve as its
+sensitivity does.
 """
 
 import character_model
@@ -25,7 +25,7 @@ NOISE = 2.0**-40
 
 
 def to_torch(values):
-    """Arrays, also those inside lists and named tuples, as tensors."""
+    """Convert arrays to tensors, inside lists and named tuples too."""
     if isinstance(values, np.ndarray):
         return torch.from_numpy(values)
     parts = [to_torch(part) for part in values]
@@ -35,7 +35,7 @@ def to_torch(values):
 
 @st.composite
 def networks(draw, dtype=np.float64):
-    """Layers of one to three sizes, an input, and the output's gradient."""
+    """Draw one to three layers, an input, and the output's gradient."""
     widths = [draw(sizes(9)) for _ in range(draw(st.integers(2, 4)))]
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
@@ -56,7 +56,7 @@ def absolute_layers(layers):
 
 
 def terms_of(layers, x):
-    """Roundings of an entry of any gradient: forward and backward through the sums of all layers, then over rows."""
+    """Count a gradient's roundings: forward and backward through the sums of all layers, then over rows."""
     depth = sum(16 + 2 * (len(path.h) + len(path.g) + path.rank) for layer in layers for path in layer.paths)
     return depth + x.size // x.shape[-1]
 
@@ -99,7 +99,7 @@ def test_parameters_and_back(network):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.sampled_from([1e-4, 1e-2, 1.0]))
 def test_adam_step_agrees_with_torch(dtype, seed, steps, lr):
-    """The gradients are given, so errors only add up: the magnitude is Adam on |gradients|, every step upwards."""
+    """Compute the magnitude as Adam on |gradients|, every step upwards: the gradients are given, so errors only add."""
     rng = np.random.default_rng(seed)
     start = rng.standard_normal(7).astype(dtype)
     grads = (rng.standard_normal((steps, 7)) * 10.0 ** rng.integers(-6, 3, 7)).astype(dtype)
@@ -145,13 +145,13 @@ def test_adam_step_refuses_counts_that_differ(package):
         ([make(2)] * 2, package.adam_start([]), 0.1),
         ([make(2)] * 2, state, [1]),
     ):
-        with pytest.raises(ValueError, match="must be one per parameter, but 2 parameters came with"):
+        with pytest.raises(ValueError, match="per parameter, but for 2 parameters there are"):
             package.adam_step([make(2)] * 2, *arguments)
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A teacher that has learnt a little in float64, a student of it, and batches."""
+    """Make a teacher that has learned a little in float64, a student of it, and batches."""
     rng = np.random.default_rng(0)
     data, _ = character_model.read_data()
     teacher = character_model.train_teacher(data, 128, 200, 64, 2e-3, rng, np.float64)
@@ -161,7 +161,7 @@ def small():
 
 
 def noisy(layers, package, rng):
-    """The layers with every parameter off by a random relative NOISE."""
+    """Move every parameter of the layers by a random relative NOISE."""
     arrays = (array * (1 + NOISE * rng.standard_normal(array.shape)) for array in package[0](layers))
     return package[1](layers, arrays)
 
@@ -186,10 +186,10 @@ def as_type(layers, dtype):
 
 @pytest.mark.parametrize("rule", ["smooth_sign", "straight_through"])
 def test_qat_draws_the_same_losses(small, rule):
-    """In float64 to about 1e-12 of the loss, in float32 each backend to the same bound with float32's eps.
+    """Compare to about 1e-12 of the loss in float64, and in float32 to the same bound with float32's eps.
 
-    A latent that rounding takes across zero flips a sign, which no condition covers. Nothing comes near enough to zero
-    in float64; in float32 a flip is possible, but it moves the loss by less than this bound allows.
+    Rounding that takes a latent across zero flips a sign, which no condition covers. In float64 no latent comes near
+    enough to zero. In float32 a flip is possible, but moves the loss by less than this bound allows.
     """
     teacher, student, batches = small
     batches = [(x, ref.dense_mlp(x, teacher)) for x, _ in batches]
@@ -261,7 +261,7 @@ def test_qat_refuses_an_unknown_rule(small, package):
 
 
 def test_character_model_learns_below_one_bit():
-    """A teacher of 256 units, at less than one stored bit per weight: training takes most of the divergence away."""
+    """Train a student of a 256-unit teacher at less than one stored bit per weight: most of the KL divergence goes."""
     report = character_model.run(teacher_steps=600, steps=450, size=64)
     assert report.bits < 1
     assert report.teacher < report.end < report.start
