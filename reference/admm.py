@@ -5,8 +5,7 @@ Here two least-squares problems alternate, each with the other factor already bi
 (arXiv 2505.11076).
 
 Differences from NanoQuant: the start is the SVD, so the result is deterministic; B is solved for with the new A
-(Gauss-Seidel) instead of the old one (Jacobi); penalty and ridge are not multiplied by the mean of the system's
-diagonal; and there is a middle scale, ell.
+(Gauss-Seidel) instead of the old one (Jacobi); and there is a middle scale, ell.
 """
 
 import numpy as np

@@ -55,8 +55,9 @@ def adam_step(
 ) -> tuple[list[np.ndarray], AdamState]:
     """Update parameters by one step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1).
 
-    m <- b1 m + (1 - b1) grad,  v <- b2 v + (1 - b2) grad^2, p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-    at step t = 1, 2, ...
+        m <- b1 m + (1 - b1) grad
+        v <- b2 v + (1 - b2) grad^2
+        p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps),  t = 1, 2, ...
 
     Parameters
     ----------
