@@ -79,9 +79,10 @@ def renamed_keywords(**names: str) -> Callable[[Callable], Callable]:
 
 def renamed_value(argument: str, value: Any) -> Any:
     """Replace the old value of an argument by its new one; return any other value as it is."""
-    new = VALUES.get((argument, value), value)
-    if new != value:
-        warn(f"{argument}={value!r}", f"{argument}={new!r}", stacklevel=4)
+    if not isinstance(value, str) or (argument, value) not in VALUES:
+        return value
+    new = VALUES[argument, value]
+    warn(f"{argument}={value!r}", f"{argument}={new!r}", stacklevel=4)
     return new
 
 

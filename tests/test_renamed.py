@@ -5,6 +5,7 @@ import littlebit.reference as ref
 import numpy as np
 import pytest
 import torch
+from littlebit.fast import decode
 from littlebit.fast.__main__ import parser
 from littlebit.reference._renamed import NAMES, VALUES, renamed_keywords
 
@@ -87,6 +88,30 @@ def test_the_full_cache_keeps_its_old_name():
     with pytest.warns(DeprecationWarning, match="is now kv_cache='full'"):
         arguments = parser().parse_args(["memory", "--kv-cache", "ordinary"])
     assert arguments.kv_cache == "full"
+
+
+def test_generate_and_stream_take_the_old_name_of_the_full_cache(monkeypatch):
+    seen = []
+    for name, stub in {
+        "prompt_tokens": lambda *_: [1],
+        "pad_token": lambda _: None,
+        "pieces": lambda *_: iter(("text",)),
+        "stream_tokens": lambda *arguments: seen.append(arguments[-1]),
+        "batch_tokens": lambda *arguments: seen.append(arguments[-1]) or [[2]],
+    }.items():
+        monkeypatch.setattr(decode, name, stub)
+    for call, prompt in ((lb.generate, "a"), (lb.generate, ["a"]), (decode.stream, "a")):
+        with pytest.warns(DeprecationWarning, match="is now kv_cache='full'") as caught:
+            call(None, prompt, tokenizer="tokenizer", kv_cache="ordinary")
+        assert caught[0].filename == __file__
+        assert len(caught) == 1
+    assert seen == ["full"] * 3
+
+
+@pytest.mark.parametrize("wrong", ["int8", None, ["full"], 4])
+def test_a_value_that_never_was_is_refused(wrong):
+    with pytest.raises(ValueError, match="kv_cache must be one of full, latent, latent-int8, not"):
+        ref.model_memory(ref.MODEL_SHAPES["smollm2-135m"], kv_cache=wrong)
 
 
 def test_compiled_losses_take_their_keywords():
