@@ -425,7 +425,7 @@ def kv_cache_bytes(tokens: int, widths: Sequence[int], element_bytes: int = 2, s
     element_bytes : int
         2 for float16.
     scale_bytes : int
-        Bytes of the scale of each token and projection; 0 if there is none.
+        Bytes of the scale of each token and projection; 0 for a cache without scales.
 
     Examples
     --------
