@@ -560,7 +560,8 @@ def train(arguments: argparse.Namespace, device: str) -> None:
 def summary(stored: dict[str, Any]) -> str:
     """One line of `info`."""
     return (
-        f"{stored['bits_per_weight']:.4f} bits per weight stored in {stored['layers']} layers, "
+        f"{stored['bits_per_weight']:.4f} bits per weight stored in {stored['layers']} layers "
+        f"({stored['described_bits_per_weight']:.4f} with the names, checksums and config.json beside them), "
         f"{stored['linear_bytes']:,} bytes of linear weights, {stored['file_bytes']:,} bytes in all "
         f"({stored['file_bits_per_parameter']:.3f} bits per parameter; embeddings of {stored['embedding_bits']} bits)"
     )

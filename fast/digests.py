@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TAG_BYTES = 8  # of a tensor's digest that a checkpoint stores
 
 
 def file_digest(path: Path) -> str:
@@ -35,6 +37,24 @@ def entry_digest(dtype: str, shape: Sequence[int], pieces: Iterable[bytes | memo
     for piece in pieces:
         value.update(piece)
     return value.hexdigest()
+
+
+def tag(name: str, digest: str) -> bytes:
+    """Shorten the digest of a named tensor to TAG_BYTES bytes: enough to say which one changed."""
+    return hashlib.sha256(f"{name} {digest}".encode()).digest()[:TAG_BYTES]
+
+
+def set_digest(digests: Mapping[str, str], config: str) -> str:
+    """Compute the SHA-256 of a whole checkpoint: of the digests of all its tensors and of its config.json.
+
+    Examples
+    --------
+    >>> set_digest({"a": "1", "b": "2"}, "0") == set_digest({"b": "2", "a": "1"}, "0")
+    True
+    >>> set_digest({"a": "1", "b": "2"}, "0") == set_digest({"a": "2", "b": "1"}, "0")
+    False
+    """
+    return json_digest({"config": config, "tensors": dict(digests)})
 
 
 def digest(*tensors: "Tensor") -> str:

@@ -212,6 +212,9 @@ def test_info_counts_what_lies_on_disk(checkpoint):
     with open(checkpoint / "model.safetensors", "rb") as file:
         header = int.from_bytes(file.read(8), "little")
     assert 8 + header + sum(t.numel() * t.element_size() for t in tensors.values()) == stored["file_bytes"]
+    described = 8 + header + os.path.getsize(checkpoint / "config.json")
+    assert stored["description_bytes"] == described
+    assert stored["described_bits_per_weight"] == (accounted + 8 * described) / weights
 
 
 def edit_config(path, change):
