@@ -803,14 +803,16 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if answered(arguments, rows, device):
         return
     columns = f"{'bits':>8}{'rank':>6}{'batch':>6}{'packed us':>12}{other:>12}{'speed-up':>10}{'error':>11}"
-    further = {"gemlite_us": "gemlite us", "one_thread_us": "1 thread us", "times_one_thread": "times that"}
-    further = {key: title for key, title in further.items() if rows and rows[0].get(key) is not None}
+    further = {"int8_us": "int8 us", "int4_us": "int4 us", "gemlite_us": "gemlite us"}
+    further |= {"one_thread_us": "1 thread us", "times_one_thread": "times that"}
+    further = {key: title for key, title in further.items() if any(row.get(key) is not None for row in rows)}
     print(f"{'d_out x d_in':>15}{columns}{''.join(f'{title:>13}' for title in further.values())}")
     for row in rows:
         size = f"{row['d_out']} x {row['d_in']}"
+        more = "".join(" " * 13 if row[key] is None else f"{row[key]:>13.2f}" for key in further)
         print(
             f"{size:>15}{row['bits']:>8.3f}{row['rank']:>6}{row['batch']:>6}{row['time_us']:>12.1f}{row['dense_us']:>12.1f}"
-            f"{row['speedup']:>9.1f}x{row[error]:>11.1e}{''.join(f'{row[key]:>13.2f}' for key in further)}"
+            f"{row['speedup']:>9.1f}x{row[error]:>11.1e}{more}"
         )
 
 

@@ -1,7 +1,10 @@
 """SHA-256 of files, of tensors and of what JSON holds."""
 
+import ast
 import hashlib
+import io
 import json
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +58,29 @@ def set_digest(digests: Mapping[str, str], config: str) -> str:
     False
     """
     return json_digest({"config": config, "tensors": dict(digests)})
+
+
+def code_digest(source: str) -> str:
+    r"""Compute a short digest of Python code, whatever its comments, docstrings and blanks.
+
+    Examples
+    --------
+    >>> code_digest("x = 1") == code_digest("# Of a module.\n'It holds x.'\nx  =  1  # one")
+    True
+    >>> code_digest("x = 1") == code_digest("x = 2")
+    False
+    """
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
+            lines[first - 1 : last] = [""] * (last - first + 1)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return hashlib.sha256("".join("".join(lines).split()).encode()).hexdigest()[:12]
 
 
 def digest(*tensors: "Tensor") -> str:
