@@ -16,7 +16,7 @@ from pathlib import Path
 
 from littlebit.fast.digests import code_digest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "book" / "results"
 
 CPU = ("kernels.cpu", "kernels.lanes", "kernels.plan")

@@ -545,8 +545,8 @@ def info(path: str | Path) -> dict[str, Any]:
     (16, 8 or 4), `other_bytes` (all tensors but packed layers), `description_bytes` (what describes the tensors: the
     headers of the safetensors files with names and checksums, config.json and the index of shards),
     `described_bits_per_weight` (the same as `bits_per_weight` with those bytes), `file_bits_per_parameter` (whole
-    file), `layers`, by kind of layer `kinds`, `format` ("official" for the authors') and `checksums` (whether there
-    are any).
+    file), `layers`, by kind of layer `kinds`, `format` ("official" for the authors'), `checksums` (whether there
+    are any) and, for the authors' format, `kv_factor`.
 
     Raises
     ------
@@ -599,6 +599,7 @@ def info(path: str | Path) -> dict[str, Any]:
         "model_type": config.get("model_type"),
         "format": format_name(path, config),
         "checksums": read_checksums(files) is not None,
+        "kv_factor": config["quantization_config"].get("kv_factor"),
     }
 
 
