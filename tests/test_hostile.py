@@ -427,6 +427,18 @@ def test_settings_that_ask_for_too_much_cost_nothing(settings_, written):
             lb.load(path)
 
 
+@pytest.mark.parametrize("bits", [-0.55, -1, 0, 0.0, float("nan"), float("inf"), -float("inf"), True, "0.55", [1]])
+def test_targets_that_are_no_positive_number_are_refused(bits, written):
+    for kind, name in (("whole", "config.json"), ("official", "littlebit_config.json")):
+        path = written(kind)
+        config = json.loads((path / name).read_text())
+        (config["quantization_config"] if kind == "whole" else config)["bits" if kind == "whole" else "eff_bit"] = bits
+        (path / name).write_text(json.dumps(config))
+        for read in READERS:
+            with pytest.raises(lb.CheckpointError, match=r"'(bits|eff_bit)' is .*, which is no number of bits"):
+                read(path)
+
+
 def test_settings_that_name_code_are_left_out():
     given_ = {"auto_map": {"AutoConfig": "x.Y"}, "_attn_implementation": "someone/kernel", "hidden_size": 8}
     nested = given_ | {"text_config": dict(given_), "layers": [given_]}
