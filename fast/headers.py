@@ -412,14 +412,16 @@ def file_checksums(file: Path) -> Checksums | None:
 
 def parsed_checksums(described: Mapping[str, Any]) -> Checksums:
     """Read the checksums in a file's metadata; ValueError unless they are in the form of one of the versions."""
-    tensors, *rest = (described.get(key) for key in ("tensors", "config", "set"))
-    if set(described) == {"tensors", "config"} and isinstance(tensors, dict):
-        if all(isinstance(each, str) for each in (rest[0], *tensors.values())):
-            return Checksums(tensors, set(), rest[0], None)
-    elif set(described) == {"tensors", "config", "set"} and all(isinstance(each, str) for each in (tensors, *rest)):
+    keys, tensors = set(described), described.get("tensors")
+    good = all(isinstance(described[key], str) for key in keys - {"tensors"})
+    if good and keys == {"tensors", "config"} and isinstance(tensors, dict):
+        if all(isinstance(each, str) for each in tensors.values()):
+            return Checksums(tensors, set(), described["config"], None)
+    elif good and keys == {"tensors", "config", "set"} and isinstance(tensors, str):
         data = base64.b64decode(tensors, validate=True)
         if len(data) % TAG_BYTES == 0:
-            return Checksums({}, {data[at : at + TAG_BYTES] for at in range(0, len(data), TAG_BYTES)}, *rest)
+            tags = {data[at : at + TAG_BYTES] for at in range(0, len(data), TAG_BYTES)}
+            return Checksums({}, tags, described["config"], described["set"])
     raise ValueError(
         f"its checksums must be strings: 'config', 'set' and, {TAG_BYTES} bytes a tensor in base64 as 'tensors'; found "
         f"the keys {sorted(described)[:4]}"
