@@ -43,7 +43,16 @@ GROUPS = {
         "kernels",
     ],
     "With torch, transformers and PEFT": ["operators", "hf", "quantizer", "plugin", "lora"],
-    "Measuring": ["agreement", "bench", "bench_cuda", "tune_cuda", "bench_cache", "bench_decode", "bench_decode_cuda"],
+    "Measuring": [
+        "agreement",
+        "bench",
+        "bench_peers",
+        "bench_cuda",
+        "tune_cuda",
+        "bench_cache",
+        "bench_decode",
+        "bench_decode_cuda",
+    ],
     "The command": ["lazy", "demo", "estimate", "report", "progress", "completion"],
 }
 

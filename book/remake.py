@@ -4,13 +4,15 @@
 
 Files that were measured on a GPU, whose command is a description, or needs a file or a program that is not part of the
 repository, are left as they are, and the reason is printed. All together take about half an hour; run them
-on a machine that does nothing else.
+on a machine that does nothing else. The last lines name the files that are older than the code that they measure.
 """
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import stale
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "book" / "results"
@@ -45,6 +47,7 @@ def main() -> None:
         done = subprocess.run([*PROGRAMS[words[0]], *words[1:]], cwd=ROOT, check=False)
         if done.returncode:
             failed.append(name)
+    print(stale.report(names))
     if failed:
         sys.exit(f"not measured again: {', '.join(failed)}")
 

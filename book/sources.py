@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import stale
+
 HERE = Path(__file__).parent
 RESULTS, PUBLISHED = HERE / "results", HERE / "published.json"
 
@@ -158,11 +160,13 @@ def is_numeric(cell: str) -> bool:
 
 
 def origin(names: Iterable[str]) -> str:
-    """A sentence with links to the files that numbers come from and, for measured ones, what they were measured on."""
+    """Link to the files that numbers come from, with the machine, and with the code that changed since (stale.py)."""
     parts = []
     for name in names:
         if name == "published":
             parts.append("{download}`published.json`")
         else:
-            parts.append(f"{{download}}`results/{name}.json` ({results(name)['device']})")
+            old = stale.changed(name)
+            since = f"; measured before changes in {', '.join(f'`{module}`' for module in old)}" if old else ""
+            parts.append(f"{{download}}`results/{name}.json` ({results(name)['device']}{since})")
     return f"Source: {'; '.join(parts)}."

@@ -5,7 +5,7 @@ from typing import Any
 
 from sources import Table, as_published, fixed, number, publication, publications, results, row, rows
 
-SMOLLM2 = "training_smollm2"
+SMOLLM2, STORED = "training_smollm2", "stored_smollm2"
 
 FIRST_LADDER = {  # what a row is called in the results, and on the page
     "base": "base",
@@ -89,13 +89,26 @@ def shipped() -> Table:
     """The checkpoints that come with the package."""
     teacher = row(SMOLLM2, name="teacher")
     blimp = results(SMOLLM2)["blimp"]["teacher"]
-    lines = [["original (Q4_1)", "", fixed(teacher["perplexity"]), fixed(teacher["validation"]), "", fixed(blimp, 3)]]
+    whole = [fixed(teacher["perplexity"]), fixed(teacher["validation"]), "", fixed(blimp, 3)]
+    lines = [["original (Q4_1)", "", "", *whole]]
     for each in checkpoints("shipped"):
+        stored = row(STORED, name=each["name"])["described_bits_per_weight"]
         tokens = f"{each['tokens'] / 1e6:.1f} M"
         scores = [fixed(each[key]) for key in ("perplexity_packed", "held_out_512", "held_out_2048")]
-        lines.append([f"`{each['name']}`", tokens, *scores, fixed(each["blimp"], 3)])
-    head = ["", "tokens", "WikiText-2 test, window 2048", "held-out, 512", "held-out, 2048", "BLiMP"]
-    return Table(head, lines, [SMOLLM2])
+        lines.append([f"`{each['name']}`", fixed(stored, 3), tokens, *scores, fixed(each["blimp"], 3)])
+    head = ["", "bits, names and checksums included", "tokens", "WikiText-2 test, window 2048"]
+    head += ["held-out, 512", "held-out, 2048", "BLiMP"]
+    note = (
+        "The name gives the ceiling for the layers alone. Embedding and head have 16 bits. "
+        f"{wikitext_share()} of the training text is the train split of WikiText-2; held-out text is of that split too."
+    )
+    return Table(head, lines, [SMOLLM2, STORED], note)
+
+
+def wikitext_share() -> str:
+    """How much of the shipped checkpoints' training text is WikiText-2."""
+    (share,) = {each["weights"][0] for each in checkpoints("shipped")}
+    return f"{share:.0%}"
 
 
 def before() -> Table:
@@ -165,15 +178,23 @@ def shape_of(found: dict[str, Any]) -> str:
     return f"{found['d_out']} x {found['d_in']}"
 
 
+PEERS = {"int8_us": "int8 dynamic", "int4_us": "int4 weight-only"}  # torch's own layers of fewer bits
+
+
 def cpu_linear() -> Table:
-    """The packed layer on a CPU."""
+    """The packed layer on a CPU, beside torch's layers."""
     lines = []
+    peers = {key: title for key, title in PEERS.items() if any(each.get(key) for each in rows("cpu_linear"))}
     for each in rows("cpu_linear"):
         rate = [fixed(each["sign_adds_per_s"] / 1e9), f"{100 * each['fraction_of_peak']:.0f}"]
         times = [fixed(each["time_us"] / 1000, 2), fixed(each["dense_us"] / 1000), fixed(each["speedup"], 0)]
+        times += [fixed(each[key] / 1000) if each[key] else "" for key in peers]
         lines.append([shape_of(each), fixed(each["bits"], 3), *times, *rate])
     head = ["layer (d_out x d_in)", "stored bits", "packed, ms", "bfloat16, ms", "times faster"]
-    return Table([*head, "billion sign additions a second", "% of lookups alone"], lines, ["cpu_linear"])
+    head += [*(f"{title}, ms" for title in peers.values()), "billion sign additions a second", "% of lookups alone"]
+    old = any("rotated_bytes" not in each for each in rows("cpu_linear"))
+    note = "Copies of the packed layer rotated through 32 MiB, which the last cache of a server holds." if old else ""
+    return Table(head, lines, ["cpu_linear"], note)
 
 
 def cpu_linear_threads() -> Table:
@@ -245,12 +266,19 @@ def cuda_batches() -> Table:
     return Table(head, lines, ["cuda_batches"])
 
 
+CPU_ENGINES = {
+    "littlebit": "littlebit, 0.55 bits",
+    "transformers": "transformers, float32",
+    "llama.cpp": "llama.cpp, Q4_1",
+}
+
+
 def cpu_decode() -> Table:
     """Decoding, by engine and threads."""
     lines = []
     for each in rows("cpu_decode"):
         cells = [str(each["threads"]), fixed(each["time_ms"]), number(each["tokens_per_s"])]
-        lines.append([each["engine"], *cells, fixed(each["memory_bytes"] / 1e6, 0)])
+        lines.append([CPU_ENGINES[each["engine"]], *cells, fixed(each["memory_bytes"] / 1e6, 0)])
     head = ["engine", "threads", "ms a token", "tokens a second", "memory of the process, MB"]
     return Table(head, lines, ["cpu_decode"])
 

@@ -53,7 +53,7 @@ EXAMPLES = {
     ],
     "info": ["info out", "info smollm2-0.55bit --json"],
     "verify": ["verify out", "verify smollm2-0.55bit --json"],
-    "export": ["export out theirs --to official --json", "export out model.gguf --to gguf --precision q8_0"],
+    "export": ["export out theirs --to official --unpacked", "export out model.gguf --to gguf --precision q8_0"],
     "memory": ["memory llama2-7b --bits 0.3 0.1 --context 4096"],
     "demo": ["demo --out build/demo"],
     "bench": [
@@ -238,6 +238,12 @@ def export_arguments(sub: argparse.ArgumentParser) -> None:
         "--to", choices=list(EXPORTS), required=True, help="official: the authors' format; gguf: dense, for llama.cpp"
     )
     sub.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="gguf: how weights are stored")
+    sub.add_argument(
+        "--unpacked",
+        action="store_true",
+        help="official: write signs as float16, 16 times the size, which every version of the authors' code reads; one "
+        "of them reads packed signs wrongly",
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     add_json(sub)
 
@@ -577,7 +583,8 @@ def train(arguments: argparse.Namespace, device: str) -> None:
 def summary(stored: dict[str, Any]) -> str:
     """One line of `info`."""
     return (
-        f"{stored['bits_per_weight']:.4f} bits per weight stored in {stored['layers']} layers, "
+        f"{stored['bits_per_weight']:.4f} bits per weight stored in {stored['layers']} layers "
+        f"({stored['described_bits_per_weight']:.4f} with the names, checksums and config.json beside them), "
         f"{stored['linear_bytes']:,} bytes of linear weights, {stored['file_bytes']:,} bytes in all "
         f"({stored['file_bits_per_parameter']:.3f} bits per parameter; embeddings of {stored['embedding_bits']} bits)"
     )
@@ -722,7 +729,7 @@ def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]
 
     model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
     bits = info(resolve(arguments.model))["target_bits"]
-    save_official(model, arguments.out, tokenizer, bits, arguments.overwrite)
+    save_official(model, arguments.out, tokenizer, bits, arguments.overwrite, packed=not arguments.unpacked)
     stored = info(arguments.out)
     return stored, summary(stored)
 
@@ -747,6 +754,8 @@ EXPORTS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str]]] =
 
 def run_export(arguments: argparse.Namespace) -> None:
     """Run `littlebit export`."""
+    if arguments.unpacked and arguments.to != "official":
+        raise ValueError(f"--unpacked is a variant of --to official, not of {arguments.to}: leave it out")
     written, words = EXPORTS[arguments.to](arguments)
     print(json.dumps({"path": str(arguments.out)} | written) if arguments.json else f"{arguments.out}: {words}")
 
@@ -819,14 +828,16 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if answered(arguments, rows, device):
         return
     columns = f"{'bits':>8}{'rank':>6}{'batch':>6}{'packed us':>12}{other:>12}{'speed-up':>10}{'error':>11}"
-    further = {"gemlite_us": "gemlite us", "one_thread_us": "1 thread us", "times_one_thread": "times that"}
-    further = {key: title for key, title in further.items() if rows and rows[0].get(key) is not None}
+    further = {"int8_us": "int8 us", "int4_us": "int4 us", "gemlite_us": "gemlite us"}
+    further |= {"one_thread_us": "1 thread us", "times_one_thread": "times that"}
+    further = {key: title for key, title in further.items() if any(row.get(key) is not None for row in rows)}
     print(f"{'d_out x d_in':>15}{columns}{''.join(f'{title:>13}' for title in further.values())}")
     for row in rows:
         size = f"{row['d_out']} x {row['d_in']}"
+        more = "".join(" " * 13 if row[key] is None else f"{row[key]:>13.2f}" for key in further)
         print(
             f"{size:>15}{row['bits']:>8.3f}{row['rank']:>6}{row['batch']:>6}{row['time_us']:>12.1f}{row['dense_us']:>12.1f}"
-            f"{row['speedup']:>9.1f}x{row[error]:>11.1e}{''.join(f'{row[key]:>13.2f}' for key in further)}"
+            f"{row['speedup']:>9.1f}x{row[error]:>11.1e}{more}"
         )
 
 

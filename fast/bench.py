@@ -1,12 +1,14 @@
 """Benchmarks: one packed linear layer beside torch's own."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .bench_peers import MOST_ERROR, PEERS, relative_error
 from .bits import layer_bits, rank_for_bits
+from .digests import code_digest
 from .kernels.cpu import MAX_THREADS, lookups_per_second
 from .layers import PackedLinear
 from .packing import PackedFactors, row_words, unpack_factors
@@ -23,7 +27,8 @@ from .progress import tqdm
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 BITS = (0.1, 0.55)
-ROTATED_BYTES = 1 << 25  # 32 MiB, several times a core's second-level cache
+LEAST_ROTATED_BYTES = 1 << 25  # several times a core's second-level cache
+MOST_COPIES = 1 << 13  # of a layer: a smaller layer than 1/8192 of what is rotated stays in a cache
 
 
 def random_path(d_out: int, d_in: int, rank: int, generator: torch.Generator) -> PackedFactors:
@@ -52,13 +57,13 @@ def bench_linear(
     repeats: int = 15,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Time the packed CPU layer against torch's bfloat16 linear, and compare it with float64.
+    """Time the packed CPU layer and torch's layers of 16, 8 and 4 bits, and compare the packed one with float64.
 
-    Both sides rotate through copies of their weights, more of them than the second-level cache holds, so that no call
-    finds its weights warm. A figure is the median over all calls of `repeats` rotations; packed and dense rotations,
-    and measurements of the kernel's innermost loop alone, alternate, so that all see the same machine. With one thread
-    the clock is that thread's processor time, which a busy machine disturbs less: else a call of milliseconds waits for
-    other programs, and one of microseconds mostly does not.
+    Each side rotates through copies of its weights that fill twice the last cache, so that no call finds its weights
+    there (`rotated_bytes`). A figure is the median over all calls of `repeats` rotations; the sides take turns, with
+    measurements of the kernel's innermost loop alone between them, so that all see the same machine. With one thread
+    the clock is that thread's processor time, which a busy machine disturbs less: otherwise a call of milliseconds
+    waits for other programs, and a call of microseconds mostly does not.
 
     Parameters
     ----------
@@ -68,7 +73,7 @@ def bench_linear(
     batch : int
         Rows of x.
     threads : int
-        For both.
+        For every side.
     paths : int
     repeats : int
     progress : bool
@@ -76,10 +81,13 @@ def bench_linear(
     Returns
     -------
     One dict per shape and bits: d_out, d_in, bits (stored), rank (per path), paths, batch, threads, time_us,
-    dense_us, speedup, max_error (largest |y - y64| over the largest |y64|), sign_adds_per_s,
-    peak_sign_adds_per_s (`kernels.cpu.lookups_per_second` of so many threads), fraction_of_peak; with several threads
-    also one_thread_us, times_one_thread (how many times faster than one) and times_one_thread_of_lookups (the same of
-    the innermost loop, whose threads share nothing: what this machine's cores allow).
+    dense_us (bfloat16), speedup (over bfloat16), int8_us and int4_us (see bench_peers.py; None where this torch or
+    processor has no such layer, or d_in does not divide), int8_error and int4_error (root mean square of y - y64 over
+    that of y64), rotated_bytes (of the packed copies), max_error (largest |y - y64| over the largest |y64|),
+    sign_adds_per_s, peak_sign_adds_per_s (`kernels.cpu.lookups_per_second` with the same threads), fraction_of_peak;
+    with several threads also one_thread_us, times_one_thread (how many times faster than one) and
+    times_one_thread_of_lookups (the same of the innermost loop, whose threads share nothing: what this machine's cores
+    allow).
     """
     cases = [(shape, rank_for_bits(*shape, target, paths)) for shape in shapes for target in bits]
     before = torch.get_num_threads()
@@ -98,37 +106,38 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
     stored = layer_bits(d_out, d_in, (rank,) * paths)
     copies = copies_beyond_cache(stored // 8)
     packed = [PackedLinear([random_path(d_out, d_in, rank, generator) for _ in range(paths)]) for _ in range(copies)]
-    dense_copies = copies_beyond_cache(2 * d_out * d_in)
-    dense = torch.randn(dense_copies, d_out, d_in, generator=generator, dtype=torch.bfloat16)
-    x = torch.randn(batch, d_in, generator=generator)
-    dense_x = x.bfloat16()
+    weight, x = (torch.randn(rows, d_in, generator=generator) for rows in (d_out, batch))
+    dense_x, dense = x.bfloat16(), [weight.bfloat16() for _ in range(copies_beyond_cache(2 * d_out * d_in))]
+    errors, peers = peer_calls(weight, x)
     calls = [partial(layer, x) for layer in packed]
+    sides = {
+        "packed": calls,
+        "dense": [partial(functional.linear, dense_x, each) for each in dense],
+        **peers,
+        **({"one thread": calls} if threads > 1 else {}),
+    }
+    names = list(sides)
     peaks: dict[int, list[float]] = {threads: [], 1: []}
 
     def before(order: int) -> None:
-        """The lists are: packed on all threads, dense on all threads, packed on one thread."""
-        torch.set_num_threads(threads if order < 2 else 1)
-        if order != 1:
+        """Set the threads of a side, and measure the lookups alone beside the packed layer."""
+        torch.set_num_threads(1 if names[order] == "one thread" else threads)
+        if sides[names[order]] is calls:
             peaks[torch.get_num_threads()].append(lookups_per_second(torch.get_num_threads()))
 
-    time_s, dense_s, *single_s = alternate(
-        calls,
-        [partial(functional.linear, dense_x, weight) for weight in dense],
-        *([calls] if threads > 1 else []),
-        repeats=repeats,
-        before=before,
-        clock=time.thread_time if threads == 1 else time.perf_counter,
-    )
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    seconds = dict(zip(names, alternate(*sides.values(), repeats=repeats, before=before, clock=clock), strict=True))
+    time_s = seconds["packed"]
     exact = torch.stack([exact_path(x, path) for path in packed[0].factors()]).sum(0)
     error = (packed[0](x).double() - exact).abs().max() / exact.abs().max()
     rate, peak = batch * paths * rank * (d_out + d_in) / time_s, statistics.median(peaks[threads])
     scaling = (
         {
-            "one_thread_us": single_s[0] * 1e6,
-            "times_one_thread": single_s[0] / time_s,
+            "one_thread_us": seconds["one thread"] * 1e6,
+            "times_one_thread": seconds["one thread"] / time_s,
             "times_one_thread_of_lookups": peak / statistics.median(peaks[1]),
         }
-        if single_s
+        if threads > 1
         else {}
     )
     return {
@@ -140,8 +149,11 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
         "batch": batch,
         "threads": threads,
         "time_us": time_s * 1e6,
-        "dense_us": dense_s * 1e6,
-        "speedup": dense_s / time_s,
+        "dense_us": seconds["dense"] * 1e6,
+        "speedup": seconds["dense"] / time_s,
+        **{f"{name}_us": seconds[name] * 1e6 if name in seconds else None for name, *_ in PEERS},
+        **{f"{name}_error": errors.get(name) for name, *_ in PEERS},
+        "rotated_bytes": copies * (stored // 8),
         "max_error": float(error),
         "sign_adds_per_s": rate,
         "peak_sign_adds_per_s": peak,
@@ -150,9 +162,53 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
     }
 
 
+def peer_calls(weight: Tensor, x: Tensor) -> tuple[dict[str, float], dict[str, list[Callable[[], Any]]]]:
+    """Make the calls of torch's layers of 8 and 4 bits, and compute their relative errors.
+
+    A layer that this torch, this processor or these sizes do not allow is left out.
+
+    Raises
+    ------
+    RuntimeError
+        If a layer's output is far from the weight's: its time would mean nothing.
+    """
+    errors, calls = {}, {}
+    for name, bits, make, dtype in PEERS:
+        try:
+            layers = make(weight, copies_beyond_cache(weight.numel() * bits // 8))
+            own_x = x.to(dtype)
+            errors[name] = relative_error(layers[0], weight, own_x)
+        except (RuntimeError, NotImplementedError, AttributeError):  # whatever torch raises where it has no such kernel
+            continue
+        if not errors[name] < MOST_ERROR[name]:
+            raise RuntimeError(f"torch's {name} layer is {errors[name]:.2f} off, so that it is not worth timing")
+        calls[name] = [partial(layer, own_x) for layer in layers]
+    return errors, calls
+
+
 def copies_beyond_cache(size: int) -> int:
-    """How many copies of `size` bytes it takes to exceed ROTATED_BYTES."""
-    return ROTATED_BYTES // size + 1
+    """Count the copies of `size` bytes that exceed `rotated_bytes`, MOST_COPIES at most."""
+    return min(rotated_bytes() // size + 1, MOST_COPIES)
+
+
+@cache
+def rotated_bytes() -> int:
+    """Bytes of weights through which a benchmark rotates: twice the last cache, which need not replace in order."""
+    return max(LEAST_ROTATED_BYTES, 2 * last_cache_bytes())
+
+
+def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Size of the largest cache of this machine's processors, 0 where the system does not say."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [0]
+    for file in folder.glob("cpu[0-9]*/cache/index*/size"):
+        text = file.read_text().strip()
+        if text[:-1].isdigit() and text[-1] in units:
+            sizes.append(int(text[:-1]) * units[text[-1]])
+    names = [
+        name for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL4_CACHE_SIZE") if name in getattr(os, "sysconf_names", ())
+    ]
+    return max(*sizes, *(os.sysconf(name) for name in names), 0)
 
 
 def alternate(
@@ -184,16 +240,24 @@ def exact_path(x: Tensor, packed: PackedFactors) -> Tensor:
 
 
 def save_results(path: Path, rows: list[dict[str, Any]], command: str, device: str) -> None:
-    """Write measurements as JSON with all that is needed to repeat them: command, device, commit, versions."""
+    """Write measurements as JSON with what is needed to repeat them: command, device, commit, versions, code."""
     record = {
         "command": command,
         "device": device,
         "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__},
+        "code": loaded_code(),
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def loaded_code() -> dict[str, str]:
+    """Compute `code_digest` of each module of this package that is loaded, so that a later reader sees what changed."""
+    package = __name__.rpartition(".")[0] + "."
+    files = {name.removeprefix(package): module.__file__ for name, module in sys.modules.items() if package in name}
+    return {name: code_digest(Path(file).read_text()) for name, file in sorted(files.items()) if file}
 
 
 def cpu_name() -> str:

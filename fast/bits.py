@@ -11,6 +11,7 @@ from ..reference.bits import (
     layer_bits as layer_bits,
     model_bits as model_bits,
     official_rank as official_rank,
+    official_rank_before_rounding as official_rank_before_rounding,
     path_bits as path_bits,
     paths_for_bits as paths_for_bits,
     rank_for_bits as rank_for_bits,

@@ -1,8 +1,8 @@
-"""Checkpoints: a directory with config.json, safetensors and the tokenizer's files. No pickle anywhere.
+r"""Checkpoints: a directory with config.json, safetensors and the tokenizer's files. No pickle anywhere.
 
 config.json is the model's own configuration plus a section `quantization_config`:
 
-    {"quant_method": "littlebit", "format_version": 2, "bits": 0.55,
+    {"quant_method": "littlebit", "format_version": 3, "bits": 0.55,
      "layers": {"model.layers.0.mlp.up_proj": {"d_out": 1536, "d_in": 576, "ranks": [70, 69], "bias": false}, ...}}
 
 The tensors are in model.safetensors or, where that would be too large a file, in shards that
@@ -19,9 +19,25 @@ and then the embedding and the head are tables of integers with scales (see embe
 
 names the parts of layers that were split, with the rows of each; the parts are layers of their own, packed or dense.
 
-From format version 2 on, the metadata of each safetensors file hold SHA-256 checksums of its tensors and of
-config.json (see headers.py). Version 1 has none, and is otherwise the same; files that transformers writes
-(`save_pretrained`) are of version 1.
+Versions of the format differ in the checksums alone. Files of version 1 have none; transformers writes such files
+(`save_pretrained`). From version 2 on, the metadata of each safetensors file hold JSON under the key `checksums`. With
+SHA-256 everywhere, and hexadecimal digits in lower case:
+
+    digest(tensor) = hex of SHA-256(dtype + " " + shape + "\n" + the tensor's bytes in the file)
+                     dtype as in the safetensors header (I32), shape as [1536, 18]
+    json(value)    = JSON with sorted keys, separators ", " and ": ", \u escapes for all but ASCII, and numbers as
+                     Python's json module writes them
+    config         = hex of SHA-256(json(content of config.json))
+
+Version 2 stores {"tensors": {name: digest, ...}, "config": config} with the digests of the file's own tensors.
+Version 3 stores {"config": config, "set": set, "tensors": tags}, where
+
+    set  = hex of SHA-256(json({"config": config, "tensors": {name: digest, ...}})), of all tensors in all files
+    tag  = the first 8 bytes of SHA-256(name + " " + digest)
+    tags = base64 of the tags of the file's own tensors, in ascending order
+
+Every file thus knows the whole set, so that files of two checkpoints cannot be mixed; and the tags, 11 characters a
+tensor, say which tensor changed.
 """
 
 import json
@@ -41,6 +57,7 @@ from .fetch import fetch, shipped_names
 from .headers import (
     FORMAT_VERSION,
     INDEX,
+    OFFICIAL,
     WEIGHTS,
     CheckpointError,
     Header,
@@ -223,7 +240,7 @@ def write_tensors(
 ) -> None:
     """Write tensors as model.safetensors or, if they are too many bytes, as shards with an index.
 
-    With what is in config.json, each file gets checksums of its tensors and of that.
+    With what is in config.json, each file gets the checksums of the newest format.
     """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -241,9 +258,11 @@ def write_tensors(
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    for name, shard in zip(names, shards, strict=True):
-        checksums = {} if config is None else make_checksums(tensor_digests(shard), config)
-        save_file(shard, folder / name, metadata={"format": "pt"} | checksums)
+    checksums: list[dict[str, str]] = [{} for _ in shards]
+    if config is not None:
+        checksums = make_checksums([tensor_digests(shard) for shard in shards], config)
+    for name, shard, own in zip(names, shards, checksums, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"} | own)
         order_metadata(folder / name)
         (folder / name).chmod(0o644)  # safetensors makes it readable by its owner alone
 
@@ -330,13 +349,13 @@ def verify(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict with `format` (see `info`), `tensors`, `tensor_bytes`, `checksums` (whether there are any; without them only
-    headers, sizes and the values of packed layers are checked) and `damaged`, the names of the tensors that are not
-    what was saved, config.json among them if it is not.
+    headers, sizes and the values of packed layers are checked) and `damaged`, which names what is not as it was saved:
+    tensors, config.json, or `headers.SET` if a tensor is missing.
 
     Raises
     ------
     CheckpointError
-        If the directory is not a complete, consistent checkpoint.
+        If the directory is not a complete, consistent checkpoint, or its files come from several checkpoints.
     """
     path = Path(path)
     wrong = []
@@ -523,8 +542,11 @@ def info(path: str | Path) -> dict[str, Any]:
     -------
     dict with `bits_per_weight` (stored bits of the packed layers over their weights), `target_bits`, `weights`,
     `linear_bytes` (packed layers, biases excepted), `file_bytes` (all of the safetensors files), `embedding_bits`
-    (16, 8 or 4), `other_bytes` (everything but packed layers), `file_bits_per_parameter` (whole file), `layers`, by
-    kind of layer `kinds`, `format` ("official" for the authors') and `checksums` (whether there are any).
+    (16, 8 or 4), `other_bytes` (all tensors but packed layers), `description_bytes` (what describes the tensors: the
+    headers of the safetensors files with names and checksums, config.json and the index of shards),
+    `described_bits_per_weight` (the same as `bits_per_weight` with those bytes), `file_bits_per_parameter` (whole
+    file), `layers`, by kind of layer `kinds`, `format` ("official" for the authors'), `checksums` (whether there
+    are any) and, for the authors' format, `kv_factor`.
 
     Raises
     ------
@@ -546,6 +568,8 @@ def info(path: str | Path) -> dict[str, Any]:
         owners = {name: layer for layer, name, _ in packed_tensors(layers)}
     sizes = {name: header.nbytes for name, header in headers.items()}
     file_bytes = sum(file.stat().st_size for file in files)
+    beside = sum(file.stat().st_size for file in map(path.joinpath, ("config.json", INDEX, OFFICIAL)) if file.exists())
+    description_bytes = file_bytes - sum(sizes.values()) + beside
     kinds: dict[str, dict[str, Any]] = {}
     for name, layer in owners.items():
         kind = kinds.setdefault(layer.split(".")[-1], {"layers": 0, "weights": 0, "linear_bytes": 0})
@@ -567,12 +591,15 @@ def info(path: str | Path) -> dict[str, Any]:
         "file_bytes": file_bytes,
         "embedding_bits": described["bits"] if isinstance(described, dict) and "bits" in described else 16,
         "other_bytes": sum(sizes.values()) - linear_bytes,
+        "description_bytes": description_bytes,
+        "described_bits_per_weight": 8 * (linear_bytes + description_bytes) / weights,
         "file_bits_per_parameter": 8 * file_bytes / (weights + other_parameters(headers, owners)),
         "layers": len(layers),
         "kinds": kinds,
         "model_type": config.get("model_type"),
         "format": format_name(path, config),
         "checksums": read_checksums(files) is not None,
+        "kv_factor": config["quantization_config"].get("kv_factor"),
     }
 
 

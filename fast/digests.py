@@ -1,13 +1,18 @@
 """SHA-256 of files, of tensors and of what JSON holds."""
 
+import ast
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Sequence
+import tokenize
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TAG_BYTES = 8  # of a tensor's digest that a checkpoint stores
 
 
 def file_digest(path: Path) -> str:
@@ -35,6 +40,47 @@ def entry_digest(dtype: str, shape: Sequence[int], pieces: Iterable[bytes | memo
     for piece in pieces:
         value.update(piece)
     return value.hexdigest()
+
+
+def tag(name: str, digest: str) -> bytes:
+    """Shorten the digest of a named tensor to TAG_BYTES bytes: enough to say which one changed."""
+    return hashlib.sha256(f"{name} {digest}".encode()).digest()[:TAG_BYTES]
+
+
+def set_digest(digests: Mapping[str, str], config: str) -> str:
+    """Compute the SHA-256 of a whole checkpoint: of the digests of all its tensors and of its config.json.
+
+    Examples
+    --------
+    >>> set_digest({"a": "1", "b": "2"}, "0") == set_digest({"b": "2", "a": "1"}, "0")
+    True
+    >>> set_digest({"a": "1", "b": "2"}, "0") == set_digest({"a": "2", "b": "1"}, "0")
+    False
+    """
+    return json_digest({"config": config, "tensors": dict(digests)})
+
+
+def code_digest(source: str) -> str:
+    r"""Compute a short digest of Python code, whatever its comments, docstrings and blanks.
+
+    Examples
+    --------
+    >>> code_digest("x = 1") == code_digest("# Of a module.\n'It holds x.'\nx  =  1  # one")
+    True
+    >>> code_digest("x = 1") == code_digest("x = 2")
+    False
+    """
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
+            lines[first - 1 : last] = [""] * (last - first + 1)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return hashlib.sha256("".join("".join(lines).split()).encode()).hexdigest()[:12]
 
 
 def digest(*tensors: "Tensor") -> str:

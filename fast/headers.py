@@ -9,6 +9,7 @@ tensors are mapped, not allocated, and only as large as their file. Whatever is 
 names the file. What a model's configuration asks for is bounded in hf.py.
 """
 
+import base64
 import contextlib
 import json
 import math
@@ -21,12 +22,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .bits import word_width
-from .digests import entry_digest, json_digest
+from .digests import TAG_BYTES, entry_digest, json_digest, set_digest, tag
 
-#: The format that `save` writes, with checksums, and those that are read.
-FORMAT_VERSION = 2
+#: The format that `save` writes, and those that are read; checkpoint.py says how they differ.
+FORMAT_VERSION = 3
 WITHOUT_CHECKSUMS = 1
-FORMATS = (WITHOUT_CHECKSUMS, FORMAT_VERSION)
+WITHOUT_SET = 2
+FORMATS = (WITHOUT_CHECKSUMS, WITHOUT_SET, FORMAT_VERSION)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OFFICIAL = "littlebit_config.json"  # what only a checkpoint of the authors' repository has
@@ -35,8 +37,10 @@ OFFICIAL = "littlebit_config.json"  # what only a checkpoint of the authors' rep
 JSON_BYTES = 1 << 25
 #: Most entries of a tensor, an empty size counted as one.
 MOST_ENTRIES = 1 << 48
-#: Where the metadata of a safetensors file say what is in it: JSON with the keys of `Checksums`.
+#: The key of a safetensors file's metadata under which its checksums stand, as JSON.
 CHECKSUMS = "checksums"
+#: What `damaged` names if the checksum of the whole set alone is wrong.
+SET = "the list of tensors"
 #: Bytes of an element, by the name of its dtype in a safetensors header; other dtypes are not read.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 WORD_TYPES = {8: "U8", 16: "I16", 32: "I32"}  # of packed words, by their bits
@@ -71,13 +75,25 @@ class Checksums(NamedTuple):
     Attributes
     ----------
     tensors : dict of str to str
-        `entry_digest` of each tensor.
+        `entry_digest` of each tensor: version 2 of the format alone.
+    tags : set of bytes
+        `tag` of each tensor: from version 3 on.
     config : str
         `json_digest` of config.json.
+    whole : str or None
+        `set_digest` of the checkpoint, which is the same in all of its files: from version 3 on.
     """
 
     tensors: dict[str, str]
+    tags: set[bytes]
     config: str
+    whole: str | None
+
+    def are_right_for(self, name: str, digest: str | None) -> bool:
+        """Check that a tensor of this name and `entry_digest` was saved; None stands for a missing tensor."""
+        if self.whole is None:
+            return self.tensors.get(name) == digest
+        return digest is not None and tag(name, digest) in self.tags
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -166,7 +182,7 @@ def read_layers(described: Any, where: Path | str) -> dict[str, dict[str, Any]]:
     if method != "littlebit":
         raise CheckpointError(f"{where}: quant_method is {method!r}, not 'littlebit'")
     if type(version) is not int or version not in FORMATS:
-        known = " and ".join(map(str, FORMATS))
+        known = ", ".join(map(str, FORMATS))
         raise CheckpointError(
             f"{where}: format_version is {version!r}, but this version of littlebit reads {known}; update it"
         )
@@ -310,23 +326,32 @@ def damage(path: Path, wrong: Sequence[str]) -> CheckpointError:
 def damaged(
     files: Sequence[Path], headers: Mapping[str, Header], version: int, config: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Names of the tensors that are not what the checksums say, or that only one of the two has; see `check_contents`.
+    """Name the tensors that are not what was saved; see `check_contents`.
 
-    The files are read, not mapped, so that what is only compared does not stay in memory.
+    config.json is among them if it changed, and `SET` if the set of tensors changed and no tensor can be named: one is
+    missing. The files are read, not mapped, so that what is only compared does not stay in memory.
+
+    Raises
+    ------
+    CheckpointError
+        If there are no checksums of the format's version, or the files come from several checkpoints.
     """
     checksums = read_checksums(files)
+    bound = checksums is not None and checksums.whole is not None
+    if not {WITHOUT_CHECKSUMS: True, WITHOUT_SET: checksums is not None}.get(version, bound):
+        raise CheckpointError(f"{files[0]}: the checksums that format {version} has are missing; copy the files again")
     if checksums is None:
-        if version != WITHOUT_CHECKSUMS:
-            raise CheckpointError(
-                f"{files[0]}: the checksums that format {version} has are missing; copy the files again"
-            )
         return []
     found = {}
     for file in files:
         with readable(file):
             found |= file_digests(file, headers)
-    wrong = [name for name in {**checksums.tensors, **found} if checksums.tensors.get(name) != found.get(name)]
-    return wrong + (["config.json"] if config is not None and json_digest(config) != checksums.config else [])
+    wrong = [name for name in {**checksums.tensors, **found} if not checksums.are_right_for(name, found.get(name))]
+    if config is not None and json_digest(config) != checksums.config:
+        wrong.append("config.json")
+    if not wrong and bound and set_digest(found, checksums.config) != checksums.whole:
+        wrong.append(SET)
+    return wrong
 
 
 def file_digests(file: Path, headers: Mapping[str, Header]) -> dict[str, str]:
@@ -350,43 +375,81 @@ def pieces(opened: Any, left: int) -> Iterator[bytes]:
 
 
 def read_checksums(files: Sequence[Path]) -> Checksums | None:
-    """What some safetensors files together say of their contents; None if none of them says anything.
+    """Read the checksums of some safetensors files; None if no file has any.
 
     Raises
     ------
     CheckpointError
-        If a file's checksums are damaged, or are missing from one file alone.
+        If a file's checksums are damaged, are missing from one file alone, or belong to another checkpoint.
     """
     found = [file_checksums(file) for file in files]
     if found == [None] * len(files):
         return None
-    tensors: dict[str, str] = {}
+    first = found[0]
     for file, checksums in zip(files, found, strict=True):
-        if checksums is None or checksums.config != (found[0] or checksums).config:
-            raise CheckpointError(f"{file} has not the checksums of the files beside it; copy all of them again")
-        tensors |= checksums.tensors
-    return Checksums(tensors, next(checksums.config for checksums in found if checksums))
+        if checksums is None or first is None:
+            raise CheckpointError(
+                f"{file.parent}: some files have no checksums; copy all files of the checkpoint again"
+            )
+        if (checksums.config, checksums.whole) != (first.config, first.whole):
+            raise CheckpointError(
+                f"{file} and {files[0].name} were not saved together: their checksums belong to two checkpoints; copy "
+                "all files again from one of them"
+            )
+    known = [checksums for checksums in found if checksums is not None]
+    tensors = {name: digest for checksums in known for name, digest in checksums.tensors.items()}
+    return known[0]._replace(tensors=tensors, tags=set().union(*(checksums.tags for checksums in known)))
 
 
 def file_checksums(file: Path) -> Checksums | None:
-    """What a safetensors file says of its contents."""
+    """Read the checksums of one safetensors file; None if it has none."""
     with readable(file):
         check_size(file)
         with safe_open(file, framework="numpy") as opened:
             text = (opened.metadata() or {}).get(CHECKSUMS)
-        if text is None:
-            return None
-        described = checked_json(text.encode("utf-8"))
-        good = set(described) == {"tensors", "config"} and isinstance(described["tensors"], dict)
-        if not good or not all(isinstance(each, str) for each in (described["config"], *described["tensors"].values())):
-            raise ValueError("its checksums are not such")
-        return Checksums(**described)
+        return None if text is None else parsed_checksums(checked_json(text.encode("utf-8")))
 
 
-def make_checksums(digests: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a safetensors file of such tensors, beside a configuration."""
-    stored = json.loads(json.dumps(config))  # keys are strings there
-    return {CHECKSUMS: json.dumps(Checksums(dict(digests), json_digest(stored))._asdict())}
+def parsed_checksums(described: Mapping[str, Any]) -> Checksums:
+    """Read the checksums in a file's metadata; ValueError unless they are in the form of one of the versions."""
+    keys, tensors = set(described), described.get("tensors")
+    good = all(isinstance(described[key], str) for key in keys - {"tensors"})
+    if good and keys == {"tensors", "config"} and isinstance(tensors, dict):
+        if all(isinstance(each, str) for each in tensors.values()):
+            return Checksums(tensors, set(), described["config"], None)
+    elif good and keys == {"tensors", "config", "set"} and isinstance(tensors, str):
+        data = base64.b64decode(tensors, validate=True)
+        if len(data) % TAG_BYTES == 0:
+            tags = {data[at : at + TAG_BYTES] for at in range(0, len(data), TAG_BYTES)}
+            return Checksums({}, tags, described["config"], described["set"])
+    raise ValueError(
+        f"its checksums must be strings: 'config', 'set' and, {TAG_BYTES} bytes a tensor in base64 as 'tensors'; found "
+        f"the keys {sorted(described)[:4]}"
+    )
+
+
+def make_checksums(shards: Sequence[Mapping[str, str]], config: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Make the metadata of a checkpoint's safetensors files, in the form of the newest version.
+
+    Parameters
+    ----------
+    shards : sequence of mappings
+        For each file `entry_digest` of its tensors by name.
+    config : mapping
+        What config.json will hold.
+
+    Returns
+    -------
+    One mapping for each file: `CHECKSUMS` to JSON.
+    """
+    settings = json_digest(json.loads(json.dumps(config)))  # keys are strings in the file
+    whole = set_digest({name: digest for shard in shards for name, digest in shard.items()}, settings)
+    made = []
+    for shard in shards:
+        tags = b"".join(sorted(tag(name, digest) for name, digest in shard.items()))
+        described = {"config": settings, "set": whole, "tensors": base64.b64encode(tags).decode()}
+        made.append({CHECKSUMS: json.dumps(described)})
+    return made
 
 
 def check_layers(layers: Mapping[str, dict[str, Any]], headers: Mapping[str, Header]) -> None:

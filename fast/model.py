@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -179,13 +179,36 @@ def plan(model: nn.Module, config: Config) -> tuple[dict[str, nn.Linear], dict[s
         )
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     shares = kv_shares(model, shapes, config)
-    if config.allocation == "official":
-        paths = config.paths or 1  # None is refused by `check_config`
-        ranks = {
-            name: official_rank(*shape, config.bits, paths, shares.get(name, 1.0)) for name, shape in shapes.items()
-        }
-        return layers, {name: (rank,) * paths for name, rank in ranks.items()}
-    return layers, allocate_ranks(shapes, config.bits, config.paths, shares=shares)
+    if config.allocation != "official":
+        return layers, allocate_ranks(shapes, config.bits, config.paths, shares=shares)
+    ranks = official_ranks(shapes, config.bits, config.paths or 1, shares)  # paths=None is refused by `check_config`
+    for name, (rank, *_) in ranks.items():
+        if rank > min(shapes[name]):
+            d_out, d_in = shapes[name]
+            raise ValueError(
+                f"layer {name}: allocation 'official' gives rank {rank}, but the rank of a {d_out} x {d_in} layer is "
+                f"{min(d_out, d_in)} at most; lower bits or kv_rank_factor, exclude the layer, or choose another "
+                "allocation"
+            )
+    return layers, ranks
+
+
+def official_ranks(
+    shapes: Mapping[str, tuple[int, int]], bits: float, paths: int, shares: Mapping[str, float]
+) -> dict[str, Ranks]:
+    """Compute the ranks of all layers as the authors' program does; see `bits.official_rank`.
+
+    Parameters
+    ----------
+    shapes : mapping of layer name to (d_out, d_in)
+    bits : float
+    paths : int
+        In each layer.
+    shares : mapping of layer name to float
+        What the ranks of these layers are multiplied by.
+    """
+    ranks = {name: official_rank(*shape, bits, paths, shares.get(name, 1.0)) for name, shape in shapes.items()}
+    return {name: (rank,) * paths for name, rank in ranks.items()}
 
 
 def kv_shares(model: Any, names: Iterable[str], config: Config) -> dict[str, float]:

@@ -7,9 +7,17 @@ A folder with the model's config.json, its safetensors and littlebit_config.json
     LAYER.u1, u2, v1, v2             scales: h = u1, ell = u2 * v1, g = v2
     LAYER.bias                       if the layer has one
 
-and a residual path the same with the suffix _R (U_R_packed, u1_R, ...). The older, unpacked variant has LAYER.U and
-LAYER.V instead, latents of which the signs count. Scales are told apart by their lengths where those differ. Ranks are
-not stored: the authors' loader works them out (`bits.official_rank`).
+and a residual path the same with the suffix _R (U_R_packed, u1_R, ...). The unpacked variant has LAYER.U and LAYER.V
+instead of words and shapes: latents of which the signs count. Scales are told apart by their lengths where those
+differ.
+
+Ranks are not stored: the authors' loader works them out (`bits.official_rank`) from `eff_bit`, `residual` and
+`kv_factor` in littlebit_config.json. The factor multiplies the ranks of k_proj and v_proj; where it is missing it is 1.
+
+Which variant their code reads depends on its commit. The first one published (SamsungLabs/LittleBit, bfc6e44) reads
+the unpacked variant alone, and takes the settings from its command line. a071883 reads both, but its unpacker, as a
+public copy has it (kimwin2/LittleBit, 7f872f1), shifts words to the left, so that all signs but one in 32 are read as
++1. Later ones shift to the right and read both. So every commit reads the unpacked variant.
 """
 
 import json
@@ -23,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bits import official_rank
+from .bits import official_rank, official_rank_before_rounding
 from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_tensors
 from .headers import (
     OFFICIAL,
@@ -36,7 +44,7 @@ from .headers import (
     weight_files,
 )
 from .layers import PackedLinear
-from .packing import PackedFactors, pack_signs, row_words, to_half
+from .packing import PackedFactors, pack_signs, row_words, to_half, unpack_factors
 from .writing import written_whole
 
 SUFFIXES = ("", "_R")
@@ -74,7 +82,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
             tensors |= {f"{name}.paths.{order}.{kind}": tensor for kind, tensor in packed._asdict().items()}
         if bias is not None:
             tensors[f"{name}.bias"] = bias
-    config, bits = read_notes(path, layers)
+    config, bits, _ = read_notes(path, layers)
     section = {"quant_method": "littlebit", "format_version": WITHOUT_CHECKSUMS, "bits": bits, "layers": layers}
     return config | {"quantization_config": section}, layers, tensors
 
@@ -158,7 +166,12 @@ def sign_words(layer: str, factor: str, suffix: str, tensors: Mapping[str, Tenso
 
 
 def save_official(
-    model: nn.Module, path: str | Path, tokenizer: Any = None, bits: float | None = None, overwrite: bool = False
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: Any = None,
+    bits: float | None = None,
+    overwrite: bool = False,
+    packed: bool = True,
 ) -> Path:
     """Write a quantised model as a checkpoint of the authors' repository; complete, or not at all.
 
@@ -168,10 +181,18 @@ def save_official(
         Layers in training form are packed, in place.
     path, tokenizer, bits, overwrite
         See `checkpoint.save`; only one of its own checkpoints is overwritten.
+    packed : bool
+        Write packed words, or else the unpacked variant: signs as float16, 16 times the size, which every commit of
+        the authors' code reads (see the head of this module).
 
     Returns
     -------
     The directory.
+
+    Warns
+    -----
+    UserWarning
+        If the authors' loader would work out other ranks than a layer has, and so refuse the checkpoint.
 
     Raises
     ------
@@ -189,12 +210,15 @@ def save_official(
         )
     tensors = {name: tensor for name, tensor in tensors.items() if ".paths." not in name}
     for name, layer in layers.items():
-        tensors |= official_tensors(name, layer)
+        tensors |= official_tensors(name, layer, packed)
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     config = {key: value for key, value in config.items() if key != "quantization_config"} | {"dtype": "float16"}
     residual = any(len(layer.ranks) == 2 for layer in layers.values())
+    factor = kv_factor(layers, bits, 1 + residual)
     note = {"quant_func": "STEBinary", "quant_mod": "LittleBitLinear", "eff_bit": bits, "residual": residual}
-    if other := next((name for name, layer in layers.items() if not has_official_ranks(layer, bits, residual)), None):
+    note["kv_factor"] = factor
+    other = next((name for name, layer in layers.items() if layer.ranks != ranks_there(name, layer, note)), None)
+    if other is not None:
         warnings.warn(
             f"the authors' program works the ranks out from the bits per weight and will not load this checkpoint: "
             f"layer {other} has {layers[other].ranks}. Quantise with allocation 'official' for one that it loads",
@@ -209,28 +233,73 @@ def save_official(
     return path
 
 
-def has_official_ranks(layer: PackedLinear, bits: float | None, residual: bool) -> bool:
-    """Whether a layer's ranks are those that the authors' program gives it."""
-    paths = 1 + residual
-    return bits is not None and layer.ranks == (official_rank(layer.d_out, layer.d_in, bits, paths),) * paths
+def ranks_there(name: str, layer: PackedLinear, note: Mapping[str, Any]) -> tuple[int, ...]:
+    """Work out the ranks that the authors' program gives a layer by littlebit_config.json; none without a target."""
+    if note["eff_bit"] is None:
+        return ()
+    paths, factor = 1 + note["residual"], note["kv_factor"] if is_key_or_value(name) else 1.0
+    return (official_rank(layer.d_out, layer.d_in, note["eff_bit"], paths, factor),) * paths
 
 
-def official_tensors(name: str, layer: PackedLinear) -> dict[str, Tensor]:
+def is_key_or_value(name: str) -> bool:
+    """Whether the authors' program multiplies the rank of a layer of this name by `kv_factor`."""
+    return name.endswith((".k_proj", ".v_proj"))
+
+
+def kv_factor(layers: Mapping[str, PackedLinear], bits: float | None, paths: int) -> float:
+    """Find the factor with which the authors' rule gives the ranks of all k_proj and v_proj; 1 if there is none.
+
+    A factor f gives rank r if r <= f * (rank before rounding) < r + 8, and every smaller one gives the least rank, 8.
+    Of the factors that all layers allow this is 1 or else the fraction with the smallest denominator, so that 4 is
+    found again as 4, or as a simpler number that gives the same ranks.
+    """
+    found = [layer for name, layer in layers.items() if is_key_or_value(name)]
+    if bits is None or not found:
+        return 1.0
+
+    def gives(factor: float) -> bool:
+        ranks = [official_rank(layer.d_out, layer.d_in, bits, paths, factor) for layer in found]
+        return ranks == [layer.ranks[0] for layer in found]
+
+    low, high = 0.0, math.inf
+    for layer in found:
+        exact, rank = official_rank_before_rounding(layer.d_out, layer.d_in, bits, paths), layer.ranks[0]
+        if exact > 0:
+            low, high = max(low, rank / exact if rank > 8 else 0.0), min(high, (rank + 8) / exact)
+    fractions = (max(1, math.ceil(low * below)) / below for below in range(1, 1000))
+    return next((factor for factor in (1.0, *fractions) if factor < high and gives(factor)), 1.0)
+
+
+def official_tensors(name: str, layer: PackedLinear, packed: bool) -> dict[str, Tensor]:
     """A layer's tensors in the authors' format; the latent scale is all in v1."""
     if len(layer.ranks) > len(SUFFIXES):
         raise ValueError(f"layer {name} has {len(layer.ranks)} paths, but the authors' format holds two at most")
     tensors = {}
-    for suffix, packed in zip(SUFFIXES, layer.factors(), strict=False):
-        for factor, words, shape in (
-            ("U", packed.u_words, (layer.d_out, packed.rank)),
-            ("V", packed.v_words, (packed.rank, layer.d_in)),
-        ):
-            low = words.to(torch.int32) & ((1 << 8 * words.itemsize) - 1)  # no copies of a narrow word's sign bit
-            tensors[f"{name}.{factor}{suffix}_packed"] = words if words.itemsize == 4 else low
-            tensors[f"{name}.{factor}{suffix}_shape"] = torch.tensor(shape)
-        scales = {"u1": packed.h, "u2": torch.ones_like(packed.ell), "v1": packed.ell, "v2": packed.g}
-        tensors |= {f"{name}.{scale}{suffix}": values[None].clone() for scale, values in scales.items()}
+    for suffix, path in zip(SUFFIXES, layer.factors(), strict=False):
+        signs = packed_signs(path, suffix) if packed else unpacked_signs(path, suffix)
+        scales = {"u1": path.h, "u2": torch.ones_like(path.ell), "v1": path.ell, "v2": path.g}
+        scales = {f"{scale}{suffix}": values[None].clone() for scale, values in scales.items()}
+        tensors |= {f"{name}.{key}": tensor for key, tensor in (signs | scales).items()}
     return tensors
+
+
+def packed_signs(path: PackedFactors, suffix: str) -> dict[str, Tensor]:
+    """A path's signs as words of 32 bits, with the sizes."""
+    tensors = {}
+    for factor, words, shape in (
+        ("U", path.u_words, (len(path.h), path.rank)),
+        ("V", path.v_words, (path.rank, len(path.g))),
+    ):
+        low = words.to(torch.int32) & ((1 << 8 * words.itemsize) - 1)  # no copies of a narrow word's sign bit
+        tensors[f"{factor}{suffix}_packed"] = words if words.itemsize == 4 else low
+        tensors[f"{factor}{suffix}_shape"] = torch.tensor(shape)
+    return tensors
+
+
+def unpacked_signs(path: PackedFactors, suffix: str) -> dict[str, Tensor]:
+    """A path's signs as float16 numbers, U (d_out, rank) and V (rank, d_in)."""
+    factors = unpack_factors(path)
+    return {f"U{suffix}": factors.u.half(), f"V{suffix}": factors.v.mT.half().contiguous()}
 
 
 def official_header(
@@ -249,15 +318,17 @@ def official_header(
             raise CheckpointError(f"layer {name}: its scales are empty")
         layers[name] = {"d_out": d_out, "d_in": d_in}
         owners |= dict.fromkeys(own, name)
-    config, bits = read_notes(path, layers)
-    return config | {"quantization_config": {"bits": bits}}, layers, owners
+    config, bits, factor = read_notes(path, layers)
+    return config | {"quantization_config": {"bits": bits, "kv_factor": factor}}, layers, owners
 
 
-def read_notes(path: Path, layers: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
-    """config.json, and the target that littlebit_config.json names, of a checkpoint with such layers."""
+def read_notes(path: Path, layers: Mapping[str, Any]) -> tuple[dict[str, Any], float | None, float]:
+    """Read config.json, and the target and `kv_factor` of littlebit_config.json, of a checkpoint with these layers."""
     config, note = read_json(path, "config.json"), read_json(path, OFFICIAL)
-    bits = note.get("eff_bit")
+    bits, factor = note.get("eff_bit"), note.get("kv_factor", 1.0)
     check_bits(bits, "eff_bit", path / OFFICIAL)
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
+        raise CheckpointError(f"{path / OFFICIAL}: 'kv_factor' must be a positive number, not {factor!r}")
     if not layers:
         raise CheckpointError(f"{path}: no tensor is called LAYER.U_packed or LAYER.U, so there is no quantised layer")
-    return config, bits
+    return config, bits, factor

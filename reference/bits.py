@@ -170,9 +170,19 @@ def official_rank(d_out: int, d_in: int, bits: float, paths: int = 2, factor: fl
     >>> official_rank(4096, 4096, 0.55), official_rank(64, 64, 0.1)
     (544, 8)
     """
+    return max(8, int(official_rank_before_rounding(d_out, d_in, bits, paths) * factor) // 8 * 8)
+
+
+def official_rank_before_rounding(d_out: int, d_in: int, bits: float, paths: int = 2) -> float:
+    """The rank at which the authors' count of a layer's bits meets the target; see `official_rank`.
+
+    Examples
+    --------
+    >>> official_rank_before_rounding(64, 64, 0.78125, paths=1)  # 3200 bits less 2048 of scales, and 144 for each rank
+    8.0
+    """
     check_bits(bits, paths)
-    rank = (d_out * d_in * bits - 16 * paths * (d_out + d_in)) / (paths * (d_out + d_in + 16)) * factor
-    return max(8, int(rank) // 8 * 8)
+    return (d_out * d_in * bits - 16 * paths * (d_out + d_in)) / (paths * (d_out + d_in + 16))
 
 
 def paths_for_bits(d_out: int, d_in: int, bits: float, scale_bits: int = SCALE_BITS) -> int:

@@ -307,9 +307,9 @@ def seal(files, draw):
         from littlebit.fast.headers import make_checksums
 
         files[name] = save({key: each.contiguous() for key, each in tensors.items()}, {"format": "pt"})
-        for shard in [each for each in files if each.endswith(".safetensors")]:
-            tensors = load(files[shard])
-            files[shard] = save(tensors, make_checksums(tensor_digests(tensors), json.loads(files["config.json"])))
+        shards = {shard: load(data) for shard, data in files.items() if shard.endswith(".safetensors")}
+        checksums = make_checksums([*map(tensor_digests, shards.values())], json.loads(files["config.json"]))
+        files |= {shard: save(shards[shard], own) for shard, own in zip(shards, checksums, strict=True)}
     except Exception:  # earlier mutations left nothing that can be sealed
         return
 

@@ -98,8 +98,10 @@ TESTS = {
 }
 
 MUTANTS = [
-    Mutant("reference/bits.py", "int(rank) // 8 * 8", "round(rank / 8) * 8", "official ranks rounded to the nearest"),
-    Mutant("fast/official.py", "bits, paths),) * paths", "bits, 1),) * paths", "official ranks of one path"),
+    Mutant(
+        "reference/bits.py", "* factor) // 8 * 8", "* factor + 4) // 8 * 8", "official ranks rounded to the nearest"
+    ),
+    Mutant("fast/official.py", "paths, factor),) * paths", "1, factor),) * paths", "official ranks of one path"),
     Mutant("reference/signs.py", "np.where(x < 0, -1, 1)", "np.where(x <= 0, -1, 1)", "sign of zero is -1"),
     Mutant("fast/signs.py", "torch.where(x < 0, -one, one)", "torch.where(x <= 0, -one, one)", "sign of zero is -1"),
     Mutant("reference/signs.py", "(np.abs(x) < 1)", "(np.abs(x) < 2)", "straight-through window is wider"),

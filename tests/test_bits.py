@@ -1,12 +1,15 @@
 """Test the bit counts: exact, never above the budget, with clear errors where a budget cannot be met."""
 
+from fractions import Fraction
+from itertools import product
+
 import littlebit.fast as fast
 import littlebit.reference as ref
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given, strategies as st
-from littlebit.reference.bits import SECOND_PATH_SHARE, best_ranks, next_ranks, padded, word_width
+from littlebit.reference.bits import best_ranks, next_ranks, padded, word_width
 
 dims = st.integers(1, 300)
 shapes = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.tuples(dims, dims), min_size=1, max_size=6)
@@ -178,8 +181,160 @@ def test_allocate_ranks_by_gains_saves_at_least_what_equal_ranks_save():
 
 @given(dims, dims, targets)
 def test_paths_for_bits_follows_the_share_of_the_second_paths_scales(d_out, d_in, bits):
-    share = 16 * (d_out + d_in) / (bits * d_out * d_in)
-    assert ref.paths_for_bits(d_out, d_in, bits) == (2 if share <= SECOND_PATH_SHARE else 1)
+    """A tenth of the layer's bits, by a count of its own; exactly there is covered below."""
+    assume(abs(Fraction(bits) * d_out * d_in - 160 * (d_out + d_in)) > Fraction(1, 10**6))
+    assert ref.paths_for_bits(d_out, d_in, bits) == (2 if 160 * (d_out + d_in) <= bits * d_out * d_in else 1)
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(320, 320), (4096, 4096), (64, 960)])
+def test_paths_for_bits_draws_the_line_at_a_tenth(d_out, d_in):
+    line = 160 * (d_out + d_in) / (d_out * d_in)  # 1, 0.078125 and 2.6666...
+    assert [ref.paths_for_bits(d_out, d_in, line * factor) for factor in (0.9, 0.999, 1.001, 1.1)] == [1, 1, 2, 2]
+    if line in (1.0, 0.078125):
+        assert ref.paths_for_bits(d_out, d_in, line) == 2
+
+
+# --- allocation against a second statement: the rules of `allocate_ranks` word by word, by trying everything
+
+
+def row_bits(count):
+    """Bits of a row of signs: one word of 8 or 16 bits if it holds them, else words of 32."""
+    return next((width for width in (8, 16) if count <= width), -(-count // 32) * 32)
+
+
+def stored_bits(size, ranks, scale_bits=16):
+    d_out, d_in = size
+    return sum(r * row_bits(d_in) + d_out * row_bits(r) + scale_bits * (d_out + d_in + r) for r in ranks)
+
+
+def total_bits(sizes, ranks):
+    return sum(stored_bits(sizes[name], ranks[name]) for name in sizes)
+
+
+def raised(ranks, most, whole_words):
+    """The ranks with the first of the smallest raised: by one, or to what one more is stored in."""
+    at = ranks.index(min(ranks))
+    after = row_bits(ranks[at] + 1) if whole_words else ranks[at] + 1
+    return (*ranks[:at], min(most, after), *ranks[at + 1 :])
+
+
+def spent(sizes, ranks, shares, budget):
+    """What is left goes, a word and then a rank at a time, to the layer with the fewest sign bits per weight."""
+    ranks = dict(ranks)
+    for whole_words in (True, False):
+        while True:
+            rest, steps = budget - total_bits(sizes, ranks), []
+            for name, size in sizes.items():
+                after = raised(ranks[name], min(size), whole_words)
+                cost = stored_bits(size, after) - stored_bits(size, ranks[name])
+                if after != ranks[name] and cost <= rest:
+                    level = Fraction(stored_bits(size, ranks[name], 0), size[0] * size[1]) / Fraction(shares[name])
+                    steps.append((level, len(steps), name, after))
+            if not steps:
+                break
+            ranks[min(steps)[2]] = min(steps)[3]
+    return ranks
+
+
+def equal_by_trying(sizes, counts, shares, bits, budget):
+    """The highest common level of sign bits per weight that fits: each level at which a rank changes is tried."""
+
+    def at_level(level):
+        ranks = {}
+        for name, (d_out, d_in) in sizes.items():
+            affordable = [
+                rank
+                for rank in range(1, min(d_out, d_in) + 1)
+                if stored_bits((d_out, d_in), (rank,) * counts[name], 0)
+                <= level * Fraction(shares[name]) * d_out * d_in
+            ]
+            full = [rank for rank in affordable if rank <= 8 or row_bits(rank) == rank]
+            ranks[name] = (max(full, default=1),) * counts[name]
+        return ranks
+
+    levels = {Fraction(0)}
+    for name, (d_out, d_in) in sizes.items():
+        for rank in range(1, min(d_out, d_in) + 1):
+            signs = stored_bits((d_out, d_in), (rank,) * counts[name], 0)
+            levels.add(Fraction(signs, d_out * d_in) / Fraction(shares[name]))
+    highest = 2 * Fraction(bits) / min(map(Fraction, shares.values()))
+    return max(
+        (level, at_level(level))
+        for level in levels
+        if level <= highest and total_bits(sizes, at_level(level)) <= budget
+    )[1]
+
+
+small = st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1)
+
+
+@given(small, st.floats(0.3, 6), st.sampled_from([1, 2, None]), st.sampled_from([1.0, 0.5, 2.0, 4.0]))
+def test_allocate_ranks_gives_equal_layers_what_trying_every_level_gives(sizes, bits, count, share):
+    assume(smallest_bits(sizes, bits, count) <= bits)
+    shares = dict.fromkeys(sizes, 1.0) | {min(sizes): share}
+    counts = {name: count or ref.paths_for_bits(*size, bits) for name, size in sizes.items()}
+    weights = sum(d_out * d_in for d_out, d_in in sizes.values())
+    budget = max(whole for whole in range(int(bits * weights) - 1, int(bits * weights) + 2) if whole / weights <= bits)
+    expected = spent(sizes, equal_by_trying(sizes, counts, shares, bits, budget), shares, budget)
+    assert ref.allocate_ranks(sizes, bits, count, shares={min(sizes): share}) == expected
+
+
+def greedy(sizes, ranks, gains, rest):
+    """Full words of U for the layer that gains most per bit, the first by name if equal, until none fits."""
+    ranks, open_ = dict(ranks), set(sizes)
+    while open_:
+        offers = []
+        for name in open_:
+            after = raised(ranks[name], min(sizes[name]), True)
+            cost = stored_bits(sizes[name], after) - stored_bits(sizes[name], ranks[name])
+            gain = sum(gains[name][sum(ranks[name]) : sum(after)])
+            offers.append((-gain / cost if cost else 0.0, name, after, cost))
+        _, name, after, cost = min(offers)
+        if after == ranks[name] or cost > rest:
+            open_.remove(name)
+            continue
+        ranks[name], rest = after, rest - cost
+    return ranks
+
+
+@given(st.data(), small, st.integers(1, 2))
+def test_best_ranks_are_those_of_a_greedy_choice_to_the_last_bit(data, sizes, count):
+    """Budgets that are used up exactly, or miss the last step by one bit."""
+    start = {name: (1,) * count for name in sizes}
+    gains = {name: data.draw(st.lists(st.integers(0, 1000).map(float), min_size=140, max_size=140)) for name in sizes}
+    rest = data.draw(st.integers(0, 40_000))
+    used = total_bits(sizes, greedy(sizes, start, gains, rest)) - total_bits(sizes, start)
+    for budget in (rest, used, used - 1):
+        assert best_ranks(sizes, start, gains, budget, 16, 32) == greedy(sizes, start, gains, budget)
+    assert best_ranks(sizes, start, gains, used, 16, 32) == greedy(sizes, start, gains, used)
+
+
+@given(st.data(), st.dictionaries(st.sampled_from("abc"), st.tuples(*[st.integers(8, 40)] * 2), min_size=2, max_size=3))
+def test_best_ranks_lose_to_no_other_ranks(data, sizes):
+    """Against all combinations of full words, where gains per bit fall from step to step and the budget is used up."""
+    levels, gains, steps = {}, {}, []
+    for name, size in sizes.items():
+        levels[name] = [1]
+        while (after := raised((levels[name][-1],), min(size), True)[0]) != levels[name][-1]:
+            levels[name].append(after)
+        rates = data.draw(st.lists(st.integers(1, 10**6), min_size=8, max_size=8, unique=True))
+        gains[name] = [Fraction(0)]
+        for rate, low, high in zip(sorted(rates, reverse=True), levels[name], levels[name][1:], strict=False):
+            cost = stored_bits(size, (high,)) - stored_bits(size, (low,))
+            gains[name] += [Fraction(rate * cost, high - low)] * (high - low)
+            steps.append((-rate, name, cost))
+    start = {name: (1,) for name in sizes}
+    budget = sum(cost for *_, cost in sorted(steps)[: data.draw(st.integers(0, len(steps)))])
+    found = best_ranks(sizes, start, gains, budget, 16, 32)
+    assert total_bits(sizes, found) - total_bits(sizes, start) == budget
+
+    def saved(ranks):
+        return sum(sum(gains[name][:rank]) for name, (rank,) in ranks.items())
+
+    others = ({name: (rank,) for name, rank in zip(sizes, each, strict=True)} for each in product(*levels.values()))
+    assert saved(found) == max(
+        saved(each) for each in others if total_bits(sizes, each) - total_bits(sizes, start) <= budget
+    )
 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 4096), max_size=8), st.sampled_from([1, 2, 4]), st.integers(0, 4))

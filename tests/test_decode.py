@@ -130,6 +130,14 @@ def test_sample_draws_from_the_likeliest(data):
         assert sample(logits, temperature, top_k, top_p, generator) in allowed
 
 
+@pytest.mark.parametrize(("top_p", "allowed"), [(0.5, 2), (0.25, 1), (0.75, 3), (0.76, 4), (0.24, 1), (1.0, 4)])
+def test_sample_stops_where_the_likelier_tokens_hold_the_probability(top_p, allowed):
+    """Four chances of exactly a quarter: a token is left out once the likelier ones hold top_p, and not only more."""
+    generator = np.random.default_rng(0)
+    drawn = {sample(np.zeros(4, np.float32), 1.0, None, top_p, generator) for _ in range(200)}
+    assert drawn == set(range(allowed))
+
+
 def test_sample_has_the_frequencies_of_the_softmax():
     """Each count of 4000 draws lies within five standard deviations of its mean."""
     logits, generator = np.array([0.0, 1.0, 2.0, -1.0], np.float32), np.random.default_rng(0)

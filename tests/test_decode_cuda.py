@@ -196,6 +196,14 @@ def test_choose_takes_what_sample_may_take(data):
     assert choose(logits[None], Sampling(), torch.zeros(1)).tolist() == [int(logits.argmax())]
 
 
+@pytest.mark.parametrize(("top_p", "allowed"), [(0.5, 2), (0.25, 1), (0.75, 3), (0.76, 4), (0.24, 1), (1.0, 4)])
+def test_choose_stops_where_the_likelier_tokens_hold_the_probability(top_p, allowed):
+    """Four chances of exactly a quarter: a token is left out once the likelier ones hold top_p, and not only more."""
+    uniform = torch.arange(64) / 64
+    tokens = choose(torch.zeros(1, 4).expand(64, 4), Sampling(1.0, None, top_p), uniform)
+    assert len(set(tokens.tolist())) == allowed
+
+
 def test_choose_has_the_frequencies_of_the_softmax():
     """Each count of 4000 draws lies within five standard deviations of its mean."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])

@@ -160,6 +160,22 @@ def test_kl_loss_is_the_same_in_any_chunks(pair, rows):
         assert_within(fast.kl_loss_vjp(student, teacher), gradient, kl_vjp_magnitude(*wide(pair)), terms)
 
 
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 300, 511, 512, 513])
+def test_kl_loss_counts_every_position_once(count):
+    """Each position's divergence is far larger than those before it, so that a row left out or doubled shows."""
+    student = torch.zeros(count, 2)
+    for at in {0, 1, 254, 255, 256, 257, 510, 511, count - 1}:
+        if at < count:
+            teacher = torch.zeros(count, 2)
+            teacher[at, 0] = 50.0  # certain: log 2 nats from a uniform student, all other positions 0
+            loss = fast.kl_loss(student, teacher)
+            assert_within(loss, np.float64(np.log(2) / count), np.float64(np.log(2) / count), terms=count + 4)
+            gradient = fast.kl_loss_vjp(student, teacher)
+            expected = torch.zeros(count, 2)
+            expected[at] = torch.tensor([-0.5, 0.5]) / count
+            assert_within(gradient, expected, expected.abs(), terms=4)
+
+
 class LargestFloat32(TorchDispatchMode):
     """Record the number of entries of the largest float32 tensor that an operation makes."""
 

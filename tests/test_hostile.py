@@ -1,5 +1,7 @@
 """Checkpoints that somebody damaged, or made to do harm: they are refused by name, and cost neither memory nor time."""
 
+import base64
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +17,7 @@ from littlebit.fast.__main__ import main
 from littlebit.fast.checkpoint import tensor_digests
 from littlebit.fast.decode_mapped import NotDecodableError, map_model
 from littlebit.fast.digests import json_digest
-from littlebit.fast.headers import FORMAT_VERSION, FORMATS, INDEX, WEIGHTS, damage, has_pad_bits, inside, make_checksums
+from littlebit.fast.headers import FORMAT_VERSION, FORMATS, INDEX, WEIGHTS, has_pad_bits, inside, make_checksums
 from littlebit.fast.hf import empty_model, plain_settings
 from littlebit.fast.packing import row_words
 from safetensors import safe_open
@@ -119,22 +121,154 @@ def test_checksums_that_are_missing_are_missed(written):
     path = written()
     save_file(load_file(path / WEIGHTS), path / WEIGHTS, metadata={"format": "pt"})
     for read in READERS[1:]:
-        with pytest.raises(lb.CheckpointError, match="the checksums that format 2 has are missing"):
+        with pytest.raises(lb.CheckpointError, match="the checksums that format 3 has are missing"):
             read(path)
 
 
-@pytest.mark.parametrize("change", [lambda t: t.pop(next(iter(t))), lambda t: t.update(x=torch.zeros(1))])
-def test_tensors_that_were_removed_or_added_are_found(change, written):
-    path = written()
+@pytest.mark.parametrize("version", FORMATS[:-1])
+def test_checksums_of_an_older_version_do_not_do(version, tmp_path):
+    """Files of a version whose config.json claims the newest, which has more."""
+    path = shutil.copytree(DATA / f"format-{version}", tmp_path / "copy")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["format_version"] = FORMAT_VERSION
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lb.CheckpointError, match="the checksums that format 3 has are missing"):
+        lb.verify(path)
+
+
+def changed_tensors(path, change):
+    """Change the tensors of a checkpoint's file behind the back of its checksums; the names before and after."""
     with safe_open(path / WEIGHTS, framework="pt") as opened:
         metadata = opened.metadata()
     tensors = load_file(path / WEIGHTS)
     before = set(tensors)
     change(tensors)
     save_file(tensors, path / WEIGHTS, metadata=metadata)
-    changed = list(before ^ set(tensors))
-    with pytest.raises(lb.CheckpointError, match=changed[0]):  # a packed tensor is missed before the checksums are
-        raise damage(path, lb.verify(path)["damaged"])
+    return before, set(tensors)
+
+
+def test_tensors_that_were_added_or_renamed_are_named(written):
+    path = written()
+    changed_tensors(path, lambda tensors: tensors.update(x=torch.zeros(1)))
+    assert lb.verify(path)["damaged"] == ["x"]
+    changed_tensors(path, lambda tensors: tensors.update(y=tensors.pop("x")))
+    assert lb.verify(path)["damaged"] == ["y"]
+
+
+def test_tensors_that_were_swapped_are_both_named(written):
+    path, names = written(), [f"model.layers.0.self_attn.{layer}_proj.paths.0.g" for layer in "kv"]
+    changed_tensors(path, lambda tensors: tensors.update({names[0]: tensors[names[1]], names[1]: tensors[names[0]]}))
+    assert sorted(lb.verify(path)["damaged"]) == names
+
+
+def test_a_tensor_that_was_removed_is_missed(written):
+    """A packed one by name, for config.json asks for it; another one by the checksum of the set."""
+    path = written()
+    changed_tensors(path, lambda tensors: tensors.pop("model.norm.weight"))
+    assert lb.verify(path)["damaged"] == ["the list of tensors"]
+    with pytest.raises(lb.CheckpointError, match="the list of tensors changed since it was saved"):
+        lb.load(path)
+    changed_tensors(path, lambda tensors: tensors.pop(f"{LAYER}.paths.0.ell"))
+    with pytest.raises(lb.CheckpointError, match=f"tensor {LAYER}.paths.0.ell is missing"):
+        lb.verify(path)
+
+
+def of_another_model(path, folder):
+    """A checkpoint of the same configuration and sizes with other weights, in as many files."""
+    model = lb.load(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return lb.save(model, folder, bits=5, shard_bytes=5000)
+
+
+def from_pretrained(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_shards_of_two_checkpoints_do_not_mix(written, tmp_path, capsys):
+    path = written("shards")
+    other = of_another_model(path, tmp_path / "other")
+    assert (other / "config.json").read_bytes() == (path / "config.json").read_bytes()
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    assert len(names) > 1
+    for name in names:
+        mixed = shutil.copytree(path, tmp_path / "mixed")
+        shutil.copyfile(other / name, mixed / name)
+        for read in (*READERS, map_model, from_pretrained):
+            with pytest.raises(lb.CheckpointError, match="were not saved together"):
+                read(mixed)
+        assert main(["verify", str(mixed)]) == 2
+        assert "were not saved together" in capsys.readouterr().err
+        shutil.rmtree(mixed)
+
+
+def test_a_shard_whose_checksums_were_moved_is_found(written, tmp_path):
+    """The set's checksum of one checkpoint in a file of another: the tensors' own are wrong."""
+    path = written("shards")
+    other = of_another_model(path, tmp_path / "other")
+    name = sorted(file.name for file in path.glob("*.safetensors"))[-1]
+    with safe_open(path / name, framework="pt") as opened:
+        metadata, names = opened.metadata(), list(opened.keys())
+    save_file(load_file(other / name), path / name, metadata=metadata)
+    assert set(lb.verify(path)["damaged"]) <= set(names)
+    for read in (lb.load, map_model, from_pretrained):
+        with pytest.raises(lb.CheckpointError, match="changed since it was saved"):
+            read(path)
+
+
+def json_text(value):
+    return json.dumps(value, sort_keys=True).encode()
+
+
+@pytest.mark.parametrize("kind", ["whole", "tables", "shards"])
+def test_checksums_are_as_checkpoint_defines_them(kind, written):
+    """By the definition at the head of checkpoint.py, from the bytes of the files, with hashlib alone."""
+    path = written(kind)
+    digests, found = {}, {}
+    for file in path.glob("*.safetensors"):
+        data = file.read_bytes()
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8:start])
+        found[file] = json.loads(header.pop("__metadata__")["checksums"]), sorted(header)
+        for name, entry in header.items():
+            first, last = (start + at for at in entry["data_offsets"])
+            said = f"{entry['dtype']} {entry['shape']}\n".encode() + data[first:last]
+            digests[name] = hashlib.sha256(said).hexdigest()
+    config = hashlib.sha256(json_text(json.loads((path / "config.json").read_text()))).hexdigest()
+    whole = hashlib.sha256(json_text({"config": config, "tensors": digests})).hexdigest()
+    for checksums, names in found.values():
+        tags = sorted(hashlib.sha256(f"{name} {digests[name]}".encode()).digest()[:8] for name in names)
+        assert checksums == {"config": config, "set": whole, "tensors": base64.b64encode(b"".join(tags)).decode()}
+
+
+def test_checksums_take_eleven_characters_a_tensor(written):
+    path = written()
+    with safe_open(path / WEIGHTS, framework="pt") as opened:
+        size, count = len(opened.metadata()["checksums"]), len(list(opened.keys()))
+    fixed = len(json.dumps({"config": 64 * "0", "set": 64 * "0", "tensors": ""}))
+    assert size == fixed + 4 * -(-8 * count // 3)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {},
+        {"config": "0", "set": "0", "tensors": {}},
+        {"config": "0", "set": "0", "tensors": "AAAA"},  # three bytes
+        {"config": "0", "set": "0", "tensors": "no base64"},
+        {"config": "0", "set": 0, "tensors": ""},
+        {"config": 0, "tensors": {}},
+        {"config": "0", "tensors": {"a": 1}},
+    ],
+)
+def test_checksums_in_no_known_form_are_refused(described, written):
+    path = written()
+    save_file(load_file(path / WEIGHTS), path / WEIGHTS, metadata={"checksums": json.dumps(described)})
+    with pytest.raises(lb.CheckpointError, match="is damaged or incomplete"):
+        lb.verify(path)
 
 
 def test_digests_tell_contents_dtypes_and_shapes_apart():
@@ -288,9 +422,21 @@ def test_settings_that_ask_for_too_much_cost_nothing(settings_, written):
         (path / "config.json").write_text(json.dumps(config))
         if kind == "whole":
             tensors = load_file(path / WEIGHTS)
-            save_file(tensors, path / WEIGHTS, metadata=make_checksums(tensor_digests(tensors), config))
+            save_file(tensors, path / WEIGHTS, metadata=make_checksums([tensor_digests(tensors)], config)[0])
         with fuzz.guarded(), pytest.raises(lb.CheckpointError):
             lb.load(path)
+
+
+@pytest.mark.parametrize("bits", [-0.55, -1, 0, 0.0, float("nan"), float("inf"), -float("inf"), True, "0.55", [1]])
+def test_targets_that_are_no_positive_number_are_refused(bits, written):
+    for kind, name in (("whole", "config.json"), ("official", "littlebit_config.json")):
+        path = written(kind)
+        config = json.loads((path / name).read_text())
+        (config["quantization_config"] if kind == "whole" else config)["bits" if kind == "whole" else "eff_bit"] = bits
+        (path / name).write_text(json.dumps(config))
+        for read in READERS:
+            with pytest.raises(lb.CheckpointError, match=r"'(bits|eff_bit)' is .*, which is no number of bits"):
+                read(path)
 
 
 def test_settings_that_name_code_are_left_out():

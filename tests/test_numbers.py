@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ import make  # noqa: E402 (the path comes first)
 import pages  # noqa: E402
 import remake  # noqa: E402
 import sources  # noqa: E402
+import stale  # noqa: E402
 import tables  # noqa: E402
 from littlebit.fast.__main__ import EXAMPLES, parser  # noqa: E402
+from littlebit.fast.digests import code_digest  # noqa: E402
 
 PAGES = {path.name: path.read_text() for path in sorted(BOOK.glob("*.md"))}
 FIGURES = {name: make.script(name) for name in make.names()}
@@ -118,6 +121,29 @@ def test_results_say_how_they_were_measured():
         assert record["command"], path.name
         assert record["device"], path.name
         assert record["rows"], path.name
+
+
+@pytest.mark.parametrize("name", stale.MEASURES)
+def test_results_record_the_code_that_they_measure(name):
+    """What changed is listed, and is no failure; but it must be known for each file."""
+    code = json.loads((BOOK / "results" / f"{name}.json").read_text())["code"]
+    for pattern in stale.MEASURES[name]:
+        assert any(fnmatchcase(module, pattern) for module in code), pattern
+
+
+def test_stale_results_are_listed_and_said_below_tables(tmp_path, monkeypatch):
+    (now,) = [digest for digest in stale.digests_now() if digest == code_digest((ROOT / "fast" / "svd.py").read_text())]
+    monkeypatch.setattr(stale, "RESULTS", tmp_path)
+    monkeypatch.setattr(stale, "MEASURES", {"a": ("svd", "kernels.*"), "b": ("svd",)})
+    code = {"svd": now, "kernels.new_name": "0" * 12, "kernels.old_name": now, "demo": "0" * 12}
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps({"code": code, "device": "a machine"}))
+    assert stale.changed("a") == ["kernels.new_name"]
+    assert stale.report(["a", "b"]) == "a is older than changes in kernels.new_name"
+    assert stale.report(["b"]) == "no results are older than the code that they measure"
+    monkeypatch.setattr(sources, "results", lambda name: json.loads((tmp_path / f"{name}.json").read_text()))
+    assert "`results/a.json` (a machine; measured before changes in `kernels.new_name`)" in sources.origin(["a"])
+    assert "`results/b.json` (a machine)" in sources.origin(["b"])
 
 
 def test_results_are_made_again_by_commands_that_exist():

@@ -11,8 +11,10 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from conftest import make_tiny_llama
+from littlebit.fast.__main__ import main
 from littlebit.fast.headers import OFFICIAL, WEIGHTS, read_headers, weight_files
 from littlebit.fast.model import packed_layers
+from littlebit.fast.official import kv_factor
 from safetensors.numpy import load_file as load_arrays, save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from test_decode import exact_and_condition
@@ -227,6 +229,99 @@ def test_official_ranks_are_exported_without_a_warning_and_others_with_one(paths
         for suffix in ("", "_R")[:count]:
             assert tensors[f"{name}.U{suffix}_shape"].tolist() == [b, rank]
             assert tensors[f"{name}.v1{suffix}"].shape == (1, rank)
+
+
+def ranks_by_their_rule(note, name, d_out, d_in):
+    """The rank that the authors' loader builds for a layer, from littlebit_config.json alone."""
+    count = 1 + note["residual"]
+    rank = (d_in * d_out * note["eff_bit"] - 16 * count * (d_in + d_out)) / (count * (d_in + d_out + 16))
+    return max(8, int(rank * (note["kv_factor"] if name.endswith((".k_proj", ".v_proj")) else 1.0)) // 8 * 8)
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory):
+    """A random Llama in which a factor of keys and values matters."""
+    sizes = {"hidden_size": 192, "intermediate_size": 224, "num_hidden_layers": 1, "num_key_value_heads": 1}
+    return make_tiny_llama(tmp_path_factory.mktemp("wide") / "llama", **sizes, num_attention_heads=2)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("paths", [1, 2])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5, 4.0])
+def test_kv_factor_is_written_so_that_their_rule_gives_every_rank(factor, paths, packed, wide_llama, tmp_path):
+    model, bits = lb.load_model(wide_llama), 0.6 * paths
+    lb.quantize_(model, lb.Config(bits=bits, paths=paths, allocation="official", kv_rank_factor=factor), progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lb.save_official(model, tmp_path / "out", bits=bits, packed=packed)
+    note = json.loads((tmp_path / "out" / OFFICIAL).read_text())
+    ranks = {name: layer.ranks for name, layer in packed_layers(model).items()}
+    for name, layer in packed_layers(model).items():
+        assert layer.ranks == (ranks_by_their_rule(note, name, layer.d_out, layer.d_in),) * paths
+    assert ranks["model.layers.0.self_attn.v_proj"] == (lb.official_rank(96, 192, bits, paths, factor),) * paths
+    again = lb.load(tmp_path / "out")
+    assert_same(logits(again), logits(lb.load(lb.save(model, tmp_path / "ours"))))
+    assert {name: layer.ranks for name, layer in packed_layers(again).items()} == ranks
+    assert lb.info(tmp_path / "out")["kv_factor"] == note["kv_factor"]
+
+
+@pytest.mark.parametrize("factor", [0.25, 1, 1.5, 4, 7 / 3])
+@pytest.mark.parametrize("paths", [1, 2])
+def test_kv_factor_is_found_from_ranks_alone(factor, paths):
+    shapes = {"a.k_proj": (256, 1024), "a.v_proj": (512, 1024), "a.q_proj": (1024, 1024)}
+    layers = {}
+    for name, (d_out, d_in) in shapes.items():
+        rank = lb.official_rank(d_out, d_in, 0.6, paths, factor if name != "a.q_proj" else 1)
+        layers[name] = lb.PackedLinear.empty(d_out, d_in, (rank,) * paths)
+    found = kv_factor(layers, 0.6, paths)
+    for name in ("a.k_proj", "a.v_proj"):
+        assert lb.official_rank(*shapes[name], 0.6, paths, found) == layers[name].ranks[0]
+    if factor == 1:
+        assert found == 1
+
+
+def test_kv_factor_is_one_where_none_fits():
+    """Ranks of keys and values that no common factor gives, no target, and no such layers."""
+    shapes = {"a.k_proj": (256, 1024, 8), "a.v_proj": (256, 1024, 80)}
+    layers = {name: lb.PackedLinear.empty(d_out, d_in, (rank,)) for name, (d_out, d_in, rank) in shapes.items()}
+    assert kv_factor(layers, 0.6, 1) == kv_factor(layers, None, 1) == kv_factor({}, 0.6, 1) == 1
+
+
+@pytest.mark.parametrize("factor", [0, -1, "4", True, float("inf"), None])
+def test_load_refuses_a_kv_factor_that_is_no_positive_number(factor, tiny_llama, tmp_path):
+    write_official(tiny_llama, tmp_path / "official")
+    (tmp_path / "official" / OFFICIAL).write_text(json.dumps({"eff_bit": 3.5, "kv_factor": factor}))
+    for read in (lb.load, lb.info):
+        with pytest.raises(lb.CheckpointError, match="'kv_factor' must be a positive number"):
+            read(tmp_path / "official")
+
+
+def test_unpacked_export_holds_signs_alone(tiny_llama, tmp_path):
+    model = lb.load_model(tiny_llama)
+    lb.quantize_(model, lb.Config(bits=3, paths=2), progress=False)
+    ours = lb.save(model, tmp_path / "ours", lb.load_tokenizer(tiny_llama))
+    command = ["export", str(ours), str(tmp_path / "theirs"), "--to", "official", "--unpacked"]
+    with pytest.warns(UserWarning, match="works the ranks out"):
+        assert main(command) == 0
+    tensors = load_file(tmp_path / "theirs" / WEIGHTS)
+    assert not [name for name in tensors if "packed" in name or name.endswith("shape")]
+    for name, layer in packed_layers(model).items():
+        for suffix, path in zip(("", "_R"), layer.factors(), strict=True):
+            factors = lb.unpack_factors(path)
+            assert_same(tensors[f"{name}.U{suffix}"], factors.u.half())
+            assert_same(tensors[f"{name}.V{suffix}"], factors.v.T.half())
+    assert main(["export", str(ours), str(tmp_path / "x"), "--to", "gguf", "--unpacked"]) == 2
+
+
+@pytest.mark.parametrize("factor", [4.0, 16.0])
+def test_a_refused_model_is_left_as_it_was(factor, tiny_llama):
+    """The ranks of all layers are checked before the first one is replaced: k_proj and v_proj come after q_proj."""
+    model = lb.load_model(tiny_llama)
+    before = {name: id(module) for name, module in model.named_modules()}
+    config = lb.Config(bits=1.5, paths=1, allocation="official", kv_rank_factor=factor)
+    with pytest.raises(ValueError, match=r"k_proj: allocation 'official' gives rank \d+, .* 32 at most"):
+        lb.quantize_(model, config, progress=False)
+    assert {name: id(module) for name, module in model.named_modules()} == before
 
 
 def test_official_allocation_needs_a_number_of_paths(tiny_llama):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
-from littlebit.reference.svd import bidiagonalize, givens, orthonormal, range_finder
+from littlebit.reference.svd import bidiagonalize, diagonalize, orthonormal, range_finder, rank_one, givens
 from strategies import weights
 
 ERROR = 8
@@ -181,6 +181,42 @@ def test_svd_refuses_bad_input(svd):
         svd(np.ones(3))
     with pytest.raises(ValueError, match="0 x 3 matrix"):
         svd(np.ones((0, 3)))
+
+
+@DTYPES
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 15.0])
+def test_diagonalise_drops_no_entry_above_the_rounding(dtype, factor):
+    """[[1, e], [0, 1]] has the singular values 1 + e / 2 and 1 - e / 2, but for e^2 / 8: dropped, e leaves 1 and 1.
+
+    Entries up to eps times the largest of both diagonals, which are 1 and e, together may be dropped.
+    """
+    eps = np.finfo(dtype).eps
+    e = dtype(factor * eps)
+    _, s, _ = diagonalize(np.ones(2, dtype), np.array([e]))
+    if factor <= 1:
+        assert_same(s, np.ones(2, dtype))
+    else:
+        assert_within(
+            s[:1] - s[1:], np.array([e]), np.array([1.0]), terms=1, factor=1
+        )  # s is known to half an ulp each
+        assert s[0] > s[1]
+
+
+@DTYPES
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.6, 0.7])
+def test_rank_one_goes_on_until_it_stands_still(dtype, ratio):
+    """Another step, in more precision, moves the right vector by no more than its rounding and the last step's."""
+    angles = np.radians([40.0, 50.0])  # left and right singular vectors differ, so that the row sums are no solution
+    first, second = np.array([np.sin(angles), np.cos(angles)]), np.array([np.cos(angles), -np.sin(angles)])
+    matrix = (np.outer(first[:, 0], first[:, 1]) + ratio * np.outer(second[:, 0], second[:, 1])).astype(dtype)
+    assert (matrix >= 0).all()
+    _, right = rank_one(matrix)
+    wide, unit = matrix.astype(np.longdouble), right.astype(np.longdouble)
+    unit /= np.sqrt(unit @ unit)
+    again = wide.T @ (wide @ unit)
+    again /= np.sqrt(again @ again)
+    # the last step moved it by eps at most and this one by less; each entry of `right` is off by 3 roundings
+    assert np.abs(again - unit).max() <= 4 * np.finfo(dtype).eps
 
 
 def test_svd_raises_when_it_does_not_converge(monkeypatch, rng):

@@ -25,6 +25,7 @@ from littlebit.fast import hf, trainer
 from littlebit.fast.__main__ import main
 from littlebit.fast.distill import hidden_loss
 from littlebit.fast.trainer import Taps, learning_rate_factor, schedule
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 NOISE = 2.0**-12  # far above float32's rounding
 TEXT = torch.randint(0, 256, (128,), generator=torch.Generator().manual_seed(0))
@@ -129,6 +130,59 @@ def assert_read_in_epochs(starts, length, config):
         epoch, starts = starts[:windows], starts[windows:]
         assert len(set(epoch)) == len(epoch)
         assert set(epoch % config.sequence) == {offset}
+
+
+@given(st.integers(1, 12), st.integers(0, 30), st.integers(0, 2**31))
+def test_schedule_begins_each_epoch_at_a_random_offset(sequence, more, seed):
+    """Every offset that leaves a whole window comes up, equally often: each of 300 epochs draws one."""
+    length = sequence + more
+    offsets, windows = [], 0
+    for epoch in range(300):
+        config = lb.TrainConfig(tokens=sequence, sequence=sequence, batch=1, seed=seed + epoch)
+        offsets.append(int(schedule([length], None, config)[0, 0]) % sequence)
+        windows = min(sequence, length - sequence + 1)
+    assert set(offsets) <= set(range(windows))
+    # each count is binomial with 300 draws: 6 standard deviations are passed once in 10^8 cases
+    spread = 6 * np.sqrt(300 / windows * (1 - 1 / windows))
+    assert all(abs(offsets.count(offset) - 300 / windows) <= spread for offset in range(windows))
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_schedule_draws_in_the_order_that_its_states_rest_on(seed):
+    """By value: a run goes on from a state only if the same seed gives the same windows in the same order."""
+    lengths, weights = [61, 40], [1.0, 3.0]
+    config = lb.TrainConfig(tokens=24 * 8, sequence=8, batch=4, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    texts = torch.multinomial(torch.tensor(weights).double(), 24, replacement=True, generator=generator).tolist()
+    starts = {}
+    for text, length in enumerate(lengths):
+        starts[text] = []
+        while len(starts[text]) < texts.count(text):
+            offset = int(torch.randint(8, (), generator=generator))
+            order = torch.randperm((length - offset) // 8, generator=generator).tolist()
+            starts[text] += [sum(lengths[:text]) + offset + 8 * window for window in order]
+    expected = [starts[text].pop(0) for text in texts]
+    assert schedule(lengths, weights, config).flatten().tolist() == expected
+
+
+def test_train_reads_the_windows_of_the_schedule(models):
+    """By value, in order, each step's sequences together; the teacher and the student read the same."""
+    teacher, student = copy.deepcopy(models)
+    texts = [TEXT[:70], TEXT[70:]]
+    config = lb.TrainConfig(**(SETTINGS | {"tokens": 3 * 128}))
+    read = {teacher: [], student: []}
+    for model in read:
+        model.register_forward_pre_hook(
+            lambda model, args, kwargs: read[model].append(kwargs["input_ids"].clone()), with_kwargs=True
+        )
+    lb.train_(student, teacher, texts, config, progress=False)
+    expected = [
+        torch.stack([TEXT[start : start + 32] for start in step]) for step in schedule([70, 58], None, config).tolist()
+    ]
+    for found in read.values():
+        assert len(found) == len(expected) == 3
+        for mine, wanted in zip(found, expected, strict=True):
+            assert_same(mine, wanted)
 
 
 @given(st.integers(0, 2**31))
@@ -261,14 +315,42 @@ def test_train_moves_what_it_should_and_nothing_else(models, train_):
     assert moved == wanted
 
 
-def test_train_clips_the_gradient(models, whole):
-    """Adam forgets the gradients' common size, but not how it changes from step to step."""
-    _, free = train(models, clip=0.0)
-    _, loose = train(models, clip=1e6)
-    assert losses(whole[1], "grad_norm").min() > 1  # every step of the default run was clipped
-    assert losses(free)[1] == losses(loose)[1]
-    assert_same(losses(free), losses(loose))
-    assert not np.array_equal(losses(free), losses(whole[1]))
+def gradients(models, **changes):
+    """What the optimiser is given in each of two steps, and the log."""
+    seen = []
+
+    def keep(optimizer, *_):
+        found = [master.grad for group in optimizer.param_groups for master in group["params"]]
+        seen.append([gradient.clone() for gradient in found])
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        _, log = train(models, tokens=2 * 128, **changes)
+    finally:
+        handle.remove()
+    return seen[1:], log  # the first step only lets the optimiser allocate its state
+
+
+def test_train_clips_the_gradient_by_its_norm(models):
+    """The norm is the root of all squares, within one rounding of each; a clipped step has its gradients scaled."""
+    free, log = gradients(models, clip=0.0)
+    norms = [math.sqrt(sum(float(each.double().square().sum()) for each in step)) for step in free]
+    terms = sum(each.numel() for each in free[0]) / 2  # the root halves the relative error of a sum of squares
+    assert_within(losses(log, "grad_norm"), np.array(norms), np.array(norms), terms, factor=1)
+    clipped, other = gradients(models, clip=norms[0] / 4)
+    assert other[0] == log[0] | {"tokens_per_s": other[0]["tokens_per_s"]}  # the log has the norm before clipping
+    for mine, whole in zip(clipped[0], free[0], strict=True):
+        expected = whole.double() / 4 * (norms[0] / (norms[0] + 1e-6))  # torch's clipping adds so much to the norm
+        assert_within(mine, expected, expected.abs(), terms + 4, factor=1)
+    assert_same(losses(other)[0], losses(log)[0])
+
+
+@pytest.mark.parametrize("clip", [1e6, 0.0])
+def test_train_leaves_a_small_gradient_alone(models, clip):
+    (step, *_), _ = gradients(models, clip=clip)
+    (whole, *_), _ = gradients(models, clip=math.inf)
+    for mine, expected in zip(step, whole, strict=True):
+        assert_same(mine, expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

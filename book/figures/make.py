@@ -66,7 +66,7 @@ def readme_with_results(text: str) -> str:
 
 def inputs() -> list[Path]:
     """What figures, tables and numbers of the book are made from."""
-    modules = [BOOK / f"{name}.py" for name in ("pages", "sources", "tables")]
+    modules = [BOOK / f"{name}.py" for name in ("pages", "sources", "stale", "tables")]
     return sorted([*FIGURES.glob("*.py"), *(BOOK / "results").glob("*.json"), *modules, BOOK / "published.json"])
 
 

@@ -4,6 +4,7 @@ import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sources import fixed, number, publication, row, rows
+from tables import PEERS, wikitext_share
 
 LAYER = {"d_out": 28672, "d_in": 8192}  # of Llama-2-70B
 
@@ -11,6 +12,21 @@ LAYER = {"d_out": 28672, "d_in": 8192}  # of Llama-2-70B
 def smallest(file: str) -> dict:
     """The row of the large layer with the fewest bits."""
     return min((each for each in rows(file, **LAYER) if each.get("batch", 1) == 1), key=lambda each: each["bits"])
+
+
+def layer_bars() -> dict[str, float]:
+    """Milliseconds of torch's layers and of the packed one, from the most bits to the fewest."""
+    layer = smallest("cpu_linear")
+    others = {f"torch {title}": layer[key] / 1000 for key, title in PEERS.items() if layer.get(key)}
+    return {"torch bfloat16": layer["dense_us"] / 1000, **others, "packed": layer["time_us"] / 1000}
+
+
+def layer_beside() -> str:
+    """Torch's layers with their times and how many times faster the packed one is, the fairest first."""
+    bars = layer_bars()
+    packed = bars.pop("packed")
+    found = sorted(bars.items(), key=lambda item: item[1])
+    return ", ".join(f"{name}: {time:.1f} ms ({time / packed:.0f}x)" for name, time in found)
 
 
 def weights(bits: float, embedding_bits: int) -> float:
@@ -30,8 +46,8 @@ def perplexity(bits: float) -> float:
 
 def panels() -> dict[str, dict[str, tuple[float, str]]]:
     """Bars of each panel: length, and what is written at the end; ours come last."""
-    layer = smallest("cpu_linear")
-    dense, packed = layer["dense_us"] / 1000, layer["time_us"] / 1000
+    layer, times = smallest("cpu_linear"), layer_bars()
+    packed = times.pop("packed")
     size = f"{layer['d_out']} x {layer['d_in']}"
     teacher = row("training_smollm2", name="teacher")["perplexity"]
     return {
@@ -41,15 +57,15 @@ def panels() -> dict[str, dict[str, tuple[float, str]]]:
             "and 8-bit embeddings": (weights(0.1, 8), fixed(weights(0.1, 8), 2)),
         },
         f"{size} layer, one CPU core, ms": {
-            "torch bfloat16": (dense, fixed(dense)),
+            **{name: (time, fixed(time)) for name, time in times.items()},
             f"packed, {layer['bits']:.1f} bits": (packed, fixed(packed, 2)),
         },
         "SmolLM2-135M, one CPU core, tokens/s": {
-            "transformers": (speed("transformers"), number(speed("transformers"))),
+            "transformers, float32": (speed("transformers"), number(speed("transformers"))),
             "llama.cpp, Q4_1": (speed("llama.cpp"), number(speed("llama.cpp"))),
-            "packed, 0.55 bits": (speed("littlebit"), number(speed("littlebit"))),
+            "0.55 bits, 8-bit head": (speed("littlebit"), number(speed("littlebit"))),
         },
-        "the price: WikiText-2 perplexity": {
+        "the price: WikiText-2 perplexity, 16-bit head": {
             "original": (teacher, fixed(teacher)),
             **{
                 f"{bits:g} bit{'s' * (bits != 1)}": (perplexity(bits), fixed(perplexity(bits)))
@@ -69,10 +85,10 @@ def alt() -> str:
 
 def draw_panel(axes: Axes, title: str, bars: dict[str, tuple[float, str]], theme: style.Theme) -> None:
     """Horizontal bars; what is not ours is grey."""
-    others = ("float16", "torch bfloat16", "transformers", "llama.cpp, Q4_1", "original")
+    others = ("float16", "torch ", "transformers", "llama.cpp", "original")
     longest = max(length for length, _ in bars.values())
     for at, (name, (length, end)) in enumerate(bars.items()):
-        axes.barh(at, length, color=theme.faint if name in others else theme.ours, height=0.62)
+        axes.barh(at, length, color=theme.faint if name.startswith(others) else theme.ours, height=0.62)
         axes.text(length + longest * 0.02, at, end, va="center", fontsize=9)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.tick_params(axis="y", length=0)
@@ -101,40 +117,42 @@ def table_of_results() -> str:
     llama70 = row("memory", table="weights", shape="llama2-70b", bits=0.1, embedding_bits=16)["weights_GB"]
     cache, ordinary = (row("cuda_cache", kv_cache=kind, context=8192) for kind in ("latent", "full"))
     decoding = min(rows("cuda_decode", engine="packed"), key=lambda each: each["bits"])
+    embedding = row("cpu_decode", engine="littlebit", threads=1)["embedding_bits"]
     dense, eager = (row("cuda_decode", engine=engine) for engine in ("float16", "transformers"))
     lines = [
         (
-            "WikiText-2 perplexity of SmolLM2-135M at 1.0, 0.55, 0.3, 0.1 bits",
+            "WikiText-2 perplexity of SmolLM2-135M at 1.0, 0.55, 0.3, 0.1 bits, 16-bit embedding and head",
             ", ".join(fixed(perplexity(bits)) for bits in (1.0, 0.55, 0.3, 0.1)),
-            f"original: {fixed(teacher)}",
+            f"original: {fixed(teacher)}; {wikitext_share()} of the training text is WikiText-2's train split",
             "training_smollm2",
         ),
         (
             f"{LAYER['d_out']} x {LAYER['d_in']} layer at {cpu['bits']:.1f} bits, one CPU core",
             f"{cpu['time_us'] / 1000:.2f} ms",
-            f"torch bfloat16: {cpu['dense_us'] / 1000:.1f} ms ({cpu['speedup']:.0f}x)",
+            layer_beside(),
             "cpu_linear",
         ),
         (
             f"the same at {gpu['bits']:.1f} bits, one H100",
             f"{gpu['time_us']:.1f} µs",
+            f"gemlite, 1 bit: {gpu['gemlite_us']:.0f} µs ({gpu['gemlite_us'] / gpu['time_us']:.1f}x), "
             f"cuBLAS float16: {gpu['dense_us']:.0f} µs ({gpu['speedup']:.1f}x)",
             "cuda_linear",
         ),
         (
-            "decoding SmolLM2-135M, 0.55 bits, one CPU core",
+            f"decoding SmolLM2-135M, 0.55 bits, {embedding}-bit embedding and head, one CPU core",
             f"{speed('littlebit'):.0f} tokens/s",
-            f"llama.cpp Q4_1: {speed('llama.cpp'):.0f}, transformers: {speed('transformers'):.0f}",
+            f"llama.cpp Q4_1: {speed('llama.cpp'):.0f}, transformers float32: {speed('transformers'):.0f}",
             "cpu_decode",
         ),
         (
             f"decoding in Llama-2-7B's shape, {decoding['bits']:.1f} bits, one H100",
             f"{decoding['tokens_per_s']:.0f} tokens/s",
-            f"the same decoder in float16: {dense['tokens_per_s']:.0f}, transformers: {eager['tokens_per_s']:.0f}",
+            f"both in float16: the same decoder {dense['tokens_per_s']:.0f}, transformers {eager['tokens_per_s']:.0f}",
             "cuda_decode",
         ),
         (
-            "weights of Llama-2-70B at 0.1 bits",
+            "weights of Llama-2-70B at 0.1 bits, 16-bit embedding and head",
             f"{llama70:.2f} GB",
             f"the paper: {published['value'] if published else ''} GB",
             "memory",
