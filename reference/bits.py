@@ -351,23 +351,29 @@ def spend_rest(
 ) -> None:
     """Raise `ranks` in place until no step costs at most the `rest` of the budget, in bits.
 
-    A step is one rank (`step_bits` 1) or what fills the words of U.
+    A step is one rank (`step_bits` 1) or what fills the words of U. What is too dear once stays so, as `rest` falls.
     """
     widths = scale_bits, word_bits
-    while True:
-        steps = []
-        for order, (name, (d_out, d_in)) in enumerate(shapes.items()):
-            before = ranks[name]
-            after = next_ranks(before, min(d_out, d_in), step_bits)
-            cost = layer_bits(d_out, d_in, after, *widths) - layer_bits(d_out, d_in, before, *widths)
-            if after != before and cost <= rest:
-                signs = layer_bits(d_out, d_in, before, 0, word_bits)
-                steps.append((signs / (d_out * d_in * shares[name]), order, name, after, cost))
-        if not steps:
-            return
-        *_, name, after, cost = min(steps)
-        ranks[name] = after
-        rest -= cost
+    order = {name: at for at, name in enumerate(shapes)}
+
+    def step(name: str) -> tuple[float, int, str, Ranks, int] | None:
+        (d_out, d_in), before = shapes[name], ranks[name]
+        after = next_ranks(before, min(d_out, d_in), step_bits)
+        if after == before:
+            return None
+        cost = layer_bits(d_out, d_in, after, *widths) - layer_bits(d_out, d_in, before, *widths)
+        signs = layer_bits(d_out, d_in, before, 0, word_bits)
+        return signs / (d_out * d_in * shares[name]), order[name], name, after, cost
+
+    steps = [made for name in shapes if (made := step(name))]
+    heapq.heapify(steps)
+    while steps:
+        *_, name, after, cost = heapq.heappop(steps)
+        if cost <= rest:
+            ranks[name] = after
+            rest -= cost
+            if made := step(name):
+                heapq.heappush(steps, made)
 
 
 def next_ranks(ranks: Ranks, largest: int, word_bits: int = 1) -> Ranks:
