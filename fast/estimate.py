@@ -133,7 +133,8 @@ def products(shape: Shape, rank: int, init: str, steps: int) -> float:
     """Count the multiplications in the products and decompositions of matrices that one path of a layer takes.
 
     Those in a decomposition take longer, and count several times: DECOMPOSITION times in QR, the small SVD and
-    Cholesky, EXACT times m n min(m, n) where the rank is so near the sizes that `factorise` decomposes all of the weight.
+    Cholesky. Where the rank is so near the sizes that `factorise` decomposes the whole weight, that takes EXACT times
+    m n min(m, n).
     """
     (d_out, d_in), columns = shape, rank + OVERSAMPLING
     if 3 * columns < min(shape):

@@ -189,11 +189,11 @@ def similar(source: str | Path) -> str:
     """Suggest the known names, and the neighbours of a path, that a misspelt source is nearest to."""
     path = Path(source)
     try:
-        neighbours = [str(path.with_name(each.name)) for each in path.parent.iterdir()] if path.name else []
+        neighbours = [each.name for each in path.parent.iterdir()] if path.name else []
     except OSError:
         neighbours = []
     found = difflib.get_close_matches(path.name.lower(), known_names(), 3, 0.6)
-    found += difflib.get_close_matches(str(path), neighbours, 3, 0.8)
+    found += [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, neighbours, 3, 0.75)]
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
