@@ -485,11 +485,11 @@ def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, 
             fits = False
         if not fits:
             raise CheckpointError(f"{where}: 'fused' splits {name} into {parts!r}, which does not fit the model")
-        replace_module(model, places.get(name, name), split(layer, sizes))
+        replace_module(model, places.get(name) or name, split(layer, sizes))
     places = module_places(model)
     for name, entry in layers.items():
         check_module(model, name, entry)
-        replace_module(model, places.get(name, name), PackedLinear.empty(**entry))
+        replace_module(model, places.get(name) or name, PackedLinear.empty(**entry))
 
 
 def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:

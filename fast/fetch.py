@@ -144,18 +144,18 @@ def locate(source: str | Path, weights: bool = True) -> Path:
         if not path.is_file():
             raise CheckpointError(f"no such file: {source}{similar(source)}")
         return path.absolute()
-    if path.exists():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{source} is not a model directory: it has no config.json{inside_hint(path)}")
-        return path.absolute()
-    from .hub import hub_folder
+    if not path.exists():
+        from .hub import hub_folder
 
-    try:
-        return hub_folder(str(source), weights).absolute()
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise unknown_model(source, str(error)) from error
+        try:
+            path = hub_folder(str(source), weights)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise unknown_model(source, str(error)) from error
+    if not os.path.lexists(path / "config.json"):  # what it is, its readers find out
+        raise CheckpointError(f"{source} is not a model directory: it has no config.json{inside_hint(path)}")
+    return path.absolute()
 
 
 def locate_packed(source: str | Path) -> Path:

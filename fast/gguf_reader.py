@@ -109,7 +109,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         If it is no GGUF file, is shorter than its header says, or is one part of several.
     """
     try:
-        data = memoryview(np.memmap(path, np.uint8, mode="r"))
+        data = np.memmap(path, np.uint8, mode="r").data
         if bytes(data[:4]) != b"GGUF":
             raise ValueError("it does not begin with 'GGUF'")
         cursor = Cursor(data)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .embeddings import settle_ties
-from .fetch import resolve, unknown_model
+from .fetch import resolve
 from .headers import (
     INDEX,
+    JSON_BYTES,
     WEIGHTS,
     CheckpointError,
     checked_json,
@@ -83,12 +84,10 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
             ignore_mismatched_sizes=True,  # they are found, and named, by `check_whole`
             output_loading_info=True,
         )
-    except OSError as error:
-        raise unknown_model(source, first_line(error)) from error
-    except (ValueError, ImportError, MemoryError):
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # transformers raises anything at all on files that make no sense
-        raise CheckpointError(f"{source} does not hold a model that can be read: {error!r}; copy it again") from error
+        raise CheckpointError(f"{source} does not hold a model that can be read: {first_line(error)}") from error
     check_whole(folder, found)
     settle_ties(model)
     return model.to(device).eval()
@@ -119,9 +118,12 @@ def check_dense(folder: Path, source: str | Path) -> None:
 
 
 def dense_json(file: Path) -> dict[str, Any]:
-    """Read the object in a JSON file of a dense model, which may be a link to anywhere."""
+    """Read the object in a JSON file of a dense model, which may be a link to an ordinary file anywhere."""
     try:
-        return checked_json(file.read_bytes())
+        if not file.is_file():
+            raise OSError("not an ordinary file")
+        with file.open("rb") as opened:
+            return checked_json(opened.read(JSON_BYTES + 1))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy or download it again") from error
 

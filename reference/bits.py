@@ -6,7 +6,7 @@ at its stored width, divided by d_out * d_in. A target is a ceiling for the whol
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 SCALE_BITS = 16  #: Stored width of one scale.
@@ -328,16 +328,25 @@ def best_ranks(
         )
         return -sum(gains[name][sum(ranks[name]) : sum(after)]) / cost, name, after, cost
 
-    offers = [made for name in shapes if (made := offer(name))]
+    spend(offer, ranks, rest)
+    return ranks
+
+
+def spend(offer: Callable[[str], tuple | None], ranks: dict[str, Ranks], rest: int) -> None:
+    """Raise `ranks` in place by the first of the layers' offers, again and again, as long as `rest` bits allow.
+
+    An offer is what it is ordered by, the layer's name, its ranks after that, and what they cost. What is too dear once
+    stays so, as the rest falls.
+    """
+    offers = [made for name in ranks if (made := offer(name))]
     heapq.heapify(offers)
     while offers:
-        _, name, after, cost = heapq.heappop(offers)
+        *_, name, after, cost = heapq.heappop(offers)
         if cost <= rest:
             ranks[name] = after
             rest -= cost
             if made := offer(name):
                 heapq.heappush(offers, made)
-    return ranks
 
 
 def spend_rest(
@@ -351,7 +360,7 @@ def spend_rest(
 ) -> None:
     """Raise `ranks` in place until no step costs at most the `rest` of the budget, in bits.
 
-    A step is one rank (`step_bits` 1) or what fills the words of U. What is too dear once stays so, as `rest` falls.
+    A step is one rank (`step_bits` 1) or what fills the words of U.
     """
     widths = scale_bits, word_bits
     order = {name: at for at, name in enumerate(shapes)}
@@ -365,15 +374,7 @@ def spend_rest(
         signs = layer_bits(d_out, d_in, before, 0, word_bits)
         return signs / (d_out * d_in * shares[name]), order[name], name, after, cost
 
-    steps = [made for name in shapes if (made := step(name))]
-    heapq.heapify(steps)
-    while steps:
-        *_, name, after, cost = heapq.heappop(steps)
-        if cost <= rest:
-            ranks[name] = after
-            rest -= cost
-            if made := step(name):
-                heapq.heappush(steps, made)
+    spend(step, ranks, rest)
 
 
 def next_ranks(ranks: Ranks, largest: int, word_bits: int = 1) -> Ranks:
