@@ -124,11 +124,21 @@ class LittleBitQuantizer(HfQuantizer):
         shared = share_checked(model, self.quantization_config.shared, SECTION)
         put_layers(model, layers, self.quantization_config.fused, SECTION)
         put_embeddings(model, self.quantization_config.embeddings, dtype or torch.get_default_dtype(), SECTION)
-        for name, first in shared.items():  # transformers takes what stands twice for missing
+        self.leave_out(model, shared)
+
+    def leave_out(self, model: Any, shared: dict[str, str]) -> None:
+        """Leave modules in further places out while weights are read: transformers would take them for missing.
+
+        Parameters are tied as transformers ties them; ties of weights that are packed now are forgotten.
+        """
+        tied = dict(model.all_tied_weights_keys)
+        for name, first in shared.items():
             if isinstance(thing(model, name), nn.Parameter):
-                model.all_tied_weights_keys = model.all_tied_weights_keys | {name: first}
+                tied[name] = first
             else:
                 put(model, name, nn.Identity())
+        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        model.all_tied_weights_keys = {name: first for name, first in tied.items() if {name, first} <= known}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Quantise and pack a model that was loaded as a dense one."""

@@ -126,6 +126,32 @@ def test_fused_layers_in_two_places_are_split_once(tmp_path):
     assert_same(logits(lb.load(lb.save(loaded, tmp_path / "again"))), logits(loaded))
 
 
+def test_blocks_that_a_class_shares_stay_shared(tmp_path):
+    """Zamba2 has one attention block in several places, by ties of all of its parameters."""
+    from transformers import Zamba2Config
+
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 4, "intermediate_size": 96, "n_mamba_heads": 4, "mamba_ngroups": 1}
+    kinds = {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "num_mem_blocks": 1}
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(Zamba2Config(**sizes, **kinds, adapter_rank=8)).eval()
+    made.save_pretrained(tmp_path / "dense")
+    model = lb.load_model(tmp_path / "dense")
+    place = "shared_transformer.feed_forward.down_proj"
+    results = lb.quantize_(model, lb.Config(bits=3.0), progress=False)
+    assert f"model.layers.1.{place}" in results
+    assert f"model.layers.3.{place}" not in results
+    lb.pack_(model)
+    for parameter in model.parameters():  # as they are stored
+        parameter.data = parameter.data.half().float()
+    expected = logits(model)
+    lb.save(model, tmp_path / "out")
+    for read in (lb.load, lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)):
+        loaded = read(tmp_path / "out")
+        assert loaded.get_submodule(f"model.layers.1.{place}") is loaded.get_submodule(f"model.layers.3.{place}")
+        assert_same(logits(loaded), expected)
+
+
 def test_formats_that_cannot_share_refuse(tiny_llama, tmp_path):
     model, _ = quantised(tiny_llama, share_module)
     for save in (lb.save_gguf, lb.save_official):
