@@ -4,6 +4,7 @@ transformers reads the tensors. What its reader ignores (parts of a split file, 
 it has no name for) is found here, by the file's header, before or after that.
 """
 
+import functools
 import math
 import struct
 import tempfile
@@ -270,8 +271,16 @@ def converted(gguf: Path) -> Path:
     rsync, archives). Hashing takes 3 s a GB, less than loading what was converted.
     """
     read_gguf_header(gguf)  # a part of a model is refused before it is hashed
-    folder = cache_folder() / "converted" / f"{gguf.stem}-{file_digest(gguf)[:16]}-{CONVERSION}"
+    state = gguf.stat()
+    digest = content_digest(gguf, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    folder = cache_folder() / "converted" / f"{gguf.stem}-{digest[:16]}-{CONVERSION}"
     return made_once(folder, lambda part: convert(gguf, part))
+
+
+@functools.lru_cache(maxsize=8)
+def content_digest(gguf: Path, *state: int) -> str:
+    """Return the SHA-256 of a file, once in a process for each state: a command asks for its model several times."""
+    return file_digest(gguf)
 
 
 def convert(gguf: Path, folder: Path) -> None:

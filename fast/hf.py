@@ -69,8 +69,9 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
 
     Raises
     ------
-    ValueError
-        If there is no such model, or it is already a LittleBit checkpoint.
+    CheckpointError
+        If there is no such model, it is quantised already, or its files are not the whole of it: a tensor or file that
+        is missing, left over or of another shape is named.
     """
     folder = resolve(source)
     check_dense(folder, source)
@@ -102,7 +103,8 @@ def check_dense(folder: Path, source: str | Path) -> None:
         If it holds something else; a method that quantised it is named.
     """
     config = dense_json(folder / "config.json")
-    if is_checkpoint(folder) or is_official(folder):
+    section = config.get("quantization_config")
+    if is_official(folder) or (isinstance(section, dict) and section.get("quant_method") == "littlebit"):
         raise CheckpointError(
             f"{source} is already quantised, by LittleBit: load it with littlebit.fast.load, or take its dense model"
         )

@@ -20,8 +20,8 @@ ELSEWHERE = ["onnx/*", "original/*", "openvino/*", "coreml/*"]  # the same model
 def hub_folder(name: str, weights: bool = True) -> Path:
     """Return the folder in the hub's cache that holds a model, after downloading what is missing.
 
-    The hub is asked once, without retries; if it cannot be reached, what the cache holds is taken. A name without an
-    owner is looked up in the cache alone.
+    Nothing is tried twice: if the hub cannot be reached, what the cache holds is taken. A name without an owner is
+    looked up in the cache alone.
 
     Parameters
     ----------
