@@ -568,8 +568,8 @@ MUTANTS = [
     Mutant("fast/hub.py", '{"local_files_only": "/" not in name}', "{}", "the hub is asked for misspelt names"),
     Mutant(
         "fast/fetch.py",
-        "        return path.absolute()\n    from",
-        "        return path\n    from",
+        "    return path.absolute()\n\n\ndef locate_packed",
+        "    return path\n\n\ndef locate_packed",
         "paths are relative",
     ),
     Mutant("reference/bits.py", "bits_budget(level * share,", "bits_budget(level,", "shares are ignored"),
