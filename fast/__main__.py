@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..reference._renamed import renamed_value
 from .completion import SHELLS, completion
-from .fetch import fetch, known_names, resolve
+from .fetch import fetch, known_names, locate_packed, resolve
 from .headers import damage, is_checkpoint, is_official
 from .memory import KV_CACHES, MODEL_SHAPES, model_memory
 
@@ -596,7 +596,7 @@ def load_any(source: str, device: str, dtype: "torch.dtype | None" = None) -> "t
     from .hf import load_model
 
     folder = resolve(source)
-    packed = is_checkpoint(Path(folder)) or is_official(Path(folder))
+    packed = is_checkpoint(folder) or is_official(folder)
     reader: Callable[..., torch.nn.Module] = load if packed else load_model
     return reader(folder, device, **({"dtype": dtype} if dtype else {}))
 
@@ -647,7 +647,7 @@ def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:
         from .tokenizer import Tokenizer
 
         try:
-            folder = Path(resolve(arguments.model))
+            folder = resolve(arguments.model)
             return map_model(folder, arguments.threads), Tokenizer(folder)
         except NotDecodableError as reason:
             log.debug("littlebit: %s is loaded by torch: %s", arguments.model, reason)
@@ -693,7 +693,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
     """Run `littlebit verify`; exit with 2 if something changed since it was saved."""
     from .checkpoint import verify
 
-    folder = Path(resolve(arguments.model))
+    folder = locate_packed(arguments.model)
     found = verify(folder)
     if arguments.json:
         print(json.dumps(found))
@@ -708,7 +708,7 @@ def run_info(arguments: argparse.Namespace) -> None:
     """Run `littlebit info`."""
     from .checkpoint import info
 
-    stored = info(resolve(arguments.model))
+    stored = info(arguments.model)
     if arguments.json:
         print(json.dumps(stored))
         return
@@ -727,8 +727,8 @@ def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]
     from .hf import load_tokenizer
     from .official import save_official
 
-    model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
-    bits = info(resolve(arguments.model))["target_bits"]
+    model, tokenizer = load(arguments.model), load_tokenizer(arguments.model)
+    bits = info(arguments.model)["target_bits"]
     save_official(model, arguments.out, tokenizer, bits, arguments.overwrite, packed=not arguments.unpacked)
     stored = info(arguments.out)
     return stored, summary(stored)
@@ -740,7 +740,7 @@ def export_gguf(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from .gguf import save_gguf
     from .hf import load_tokenizer
 
-    model, tokenizer = load(resolve(arguments.model)), load_tokenizer(arguments.model)
+    model, tokenizer = load(arguments.model), load_tokenizer(arguments.model)
     size = save_gguf(model, arguments.out, tokenizer, arguments.precision, arguments.overwrite).stat().st_size
     row = {"format": "gguf", "precision": arguments.precision, "file_bytes": size}
     return row, f"{size:,} bytes; dense weights in {arguments.precision}, not packed"
@@ -858,7 +858,7 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
     from .bench_decode import bench_decode
     from .checkpoint import info
 
-    stored = info(resolve(str(arguments.model)))
+    stored = info(arguments.model)
     rows = bench_decode(
         arguments.model,
         arguments.dense,
@@ -890,7 +890,7 @@ def run_bench_decode_cuda(arguments: argparse.Namespace) -> None:
     common |= {"profile": arguments.profile, "kv_caches": arguments.kv_cache}
     if arguments.model:
         rows = bench_checkpoint_cuda(load_any(str(arguments.model), "cuda", torch.float16), **common)
-        stored = info(resolve(str(arguments.model)))["bits_per_weight"]
+        stored = info(arguments.model)["bits_per_weight"]
         rows = [{"model": str(arguments.model), "bits": stored} | row for row in rows]
     else:
         chosen = {key: getattr(arguments, key) for key in ("bits", "paths") if getattr(arguments, key)}

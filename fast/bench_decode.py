@@ -132,7 +132,7 @@ def packed_times(source: str, threads: int, tokens: int) -> list[float]:
     from .decode_mapped import map_model
     from .tokenizer import Tokenizer
 
-    folder, times = Path(resolve(source)), []
+    folder, times = resolve(source), []
     prompt = Tokenizer(folder)(PROMPT)["input_ids"]
     decoder = Decoder(map_model(folder, threads), len(prompt) + tokens)
     logits = decoder(np.array(prompt))

@@ -17,7 +17,11 @@ and then the embedding and the head are tables of integers with scales (see embe
 
     "fused": {"model.layers.0.self_attn.qkv_proj": [["q_proj", 576], ["k_proj", 192], ["v_proj", 192]], ...}
 
-names the parts of layers that were split, with the rows of each; the parts are layers of their own, packed or dense.
+names the parts of layers that were split, with the rows of each; the parts are layers of their own, packed or dense;
+
+    "shared": {"model.layers.1.mlp": "model.layers.0.mlp", ...}
+
+names modules and parameters that are others', which are stored once, under the other name.
 
 Versions of the format differ in the checksums alone. Files of version 1 have none; transformers writes such files
 (`save_pretrained`). From version 2 on, the metadata of each safetensors file hold JSON under the key `checksums`. With
@@ -52,8 +56,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .digests import contents, entry_digest
-from .embeddings import QuantizedEmbedding, Table, replace_embeddings
-from .fetch import fetch, shipped_names
+from .embeddings import QuantizedEmbedding, Table, replace_embeddings, settle_ties, tie_embeddings
+from .fetch import locate_packed
 from .headers import (
     FORMAT_VERSION,
     INDEX,
@@ -79,6 +83,7 @@ from .headers import (
 from .layers import Joined, PackedLinear
 from .model import LayerResult, is_linear, linear_shape, pack_, packed_layers, replace_module, split
 from .packing import PackedFactors
+from .shared import module_places, share, share_checked, shared_names
 from .writing import temporary_beside, written_whole
 
 SHARD_BYTES = 5_000_000_000
@@ -137,6 +142,7 @@ def save(
     """
     path = Path(path)
     layers_to_save(model, path, overwrite)
+    settle_ties(model)
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float16"
@@ -174,7 +180,7 @@ def section(model: nn.Module, bits: float | None = None) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "bits": bits,
         "layers": {name: describe(layer) for name, layer in packed_layers(model).items()},
-    } | (embedding_section(model) | fused_section(model))
+    } | (embedding_section(model) | fused_section(model) | shared_section(model))
 
 
 def fused_section(model: nn.Module) -> dict[str, Any]:
@@ -186,6 +192,12 @@ def fused_section(model: nn.Module) -> dict[str, Any]:
     joined = {name: module for name, module in model.named_modules() if isinstance(module, Joined)}
     parts = {name: [[key, rows(part)] for key, part in module.named_children()] for name, module in joined.items()}
     return {"fused": parts} if parts else {}
+
+
+def shared_section(model: nn.Module) -> dict[str, Any]:
+    """Say what a model holds in several places, for config.json: nothing, if there is nothing but tied embeddings."""
+    names = shared_names(model)
+    return {"shared": names} if names else {}
 
 
 def describe(layer: PackedLinear) -> dict[str, Any]:
@@ -223,9 +235,10 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     seen, tensors = set(), {}
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
+        memory = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if memory in seen and tensor.numel():
             continue
-        seen.add(tensor.data_ptr())
+        seen.add(memory)
         tensors[name] = (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"tensor {name} does not fit float16: it holds NaN, infinity, or magnitudes above 65504")
@@ -308,8 +321,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     Parameters
     ----------
     path : str or Path
-        Directory that `save` wrote, the name of a shipped checkpoint ("smollm2-0.55bit"), or a checkpoint of the
-        authors' repository (see official.py).
+        Directory that `save` wrote, the name of a shipped checkpoint ("smollm2-0.55bit"), a checkpoint of the authors'
+        repository (see official.py), or the id of one of these on the Hugging Face hub.
     device : str
     dtype : torch.dtype
         Of the tensors that are not packed (embeddings, norms, head).
@@ -328,9 +341,7 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     """
     from .quantizer import attach
 
-    path = Path(path)
-    if str(path) in shipped_names() and not path.exists():
-        path = fetch(str(path))
+    path = locate_packed(path)
     config, layers, tensors = read_checkpoint(path, verify)
     model = built(config, layers, tensors, dtype, path)
     model.name_or_path = str(path)  # type: ignore[assignment]
@@ -344,7 +355,7 @@ def verify(path: str | Path) -> dict[str, Any]:
     Parameters
     ----------
     path : str or Path
-        Directory that `save` wrote, or a checkpoint of the authors' repository.
+        As for `load`.
 
     Returns
     -------
@@ -357,7 +368,7 @@ def verify(path: str | Path) -> dict[str, Any]:
     CheckpointError
         If the directory is not a complete, consistent checkpoint, or its files come from several checkpoints.
     """
-    path = Path(path)
+    path = locate_packed(path)
     wrong = []
     if is_official(path):
         config, headers, checksums = read_checkpoint(path)[0], read_headers(weight_files(path)), None
@@ -428,17 +439,19 @@ def built(
 
     def made() -> nn.Module:
         model = empty_model(config, 2 * len(tensors))
+        share_checked(model, described.get("shared"), where)
         put_layers(model, layers, described.get("fused"), where)
         put_embeddings(model, described.get("embeddings"), dtype, where)
+        untie_own_head(model, tensors)
+        tie(model)
         return model
 
     try:
         with torch.device("meta"):
             skeleton = made()
-            tie(skeleton)
         check_state(skeleton, tensors, path)
         model = made()
-        fill(model, tensors, path)
+        fill(model, tensors, path, described.get("shared") or {})
     except (CheckpointError, ImportError, MemoryError):
         raise
     except Exception as error:  # model classes raise anything at all on a configuration that makes no sense
@@ -481,6 +494,7 @@ def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, 
     """Give a model without memory the packed layers that a section describes, in the places of its linear ones."""
     if not isinstance(fused or {}, dict):
         raise CheckpointError(f"{where}: 'fused' is {fused!r}, which splits no layers")
+    places = module_places(model)
     for name, parts in (fused or {}).items():
         try:
             layer, sizes = model.get_submodule(name), {key: rows for key, rows in parts}
@@ -490,10 +504,11 @@ def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, 
             fits = False
         if not fits:
             raise CheckpointError(f"{where}: 'fused' splits {name} into {parts!r}, which does not fit the model")
-        replace_module(model, name, split(layer, sizes))
+        replace_module(model, places.get(name) or name, split(layer, sizes))
+    places = module_places(model)
     for name, entry in layers.items():
         check_module(model, name, entry)
-        replace_module(model, name, PackedLinear.empty(**entry))
+        replace_module(model, places.get(name) or name, PackedLinear.empty(**entry))
 
 
 def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
@@ -507,13 +522,25 @@ def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
         raise CheckpointError(f"layer {name}: config.json packs {given}, but the model has {module}")
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Put the tensors into an empty model, tie what it ties, and check that nothing is missing."""
+def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, shared: Mapping[str, str]) -> None:
+    """Put the tensors into an empty model, tie what it ties and shares, and check that nothing is missing."""
     model.load_state_dict(tensors, strict=False, assign=True)
     tie(model)
+    share(model, shared)
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise misfit(path, missing, [])
+
+
+def untie_own_head(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Let the configuration of an empty model tie no head that the files have apart from the embedding.
+
+    Files are right where they and config.json differ; two equal tensors are tied.
+    """
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    pair = [names.get(id(each)) for each in (model.get_input_embeddings(), model.get_output_embeddings())]
+    if all(name in tensors for name in pair) and not torch.equal(*(tensors[str(name)] for name in pair)):
+        tie_embeddings(model, False)
 
 
 def tie(model: nn.Module) -> None:
@@ -536,7 +563,7 @@ def info(path: str | Path) -> dict[str, Any]:
     Parameters
     ----------
     path : str or Path
-        Directory that `save` wrote, or a checkpoint of the authors' repository.
+        As for `load`.
 
     Returns
     -------
@@ -555,7 +582,7 @@ def info(path: str | Path) -> dict[str, Any]:
     """
     from .official import official_header
 
-    path = Path(path)
+    path = locate_packed(path)
     if is_official(path):
         files = weight_files(path)
         headers = read_headers(files)

@@ -119,12 +119,24 @@ def stream(
 
 
 def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
-    """A tokenizer, by default that of the directory or name the model was loaded from."""
+    """Return a tokenizer, by default that of the directory or name the model was loaded from.
+
+    Raises
+    ------
+    ValueError
+        If the model was not loaded from a place that has one.
+    """
     if tokenizer is not None:
         return tokenizer
     from .hf import load_tokenizer
 
-    return load_tokenizer(model.name_or_path)
+    place = getattr(model, "name_or_path", "")
+    if not place:
+        raise ValueError("the model was not loaded from a directory, so its tokenizer must be passed: tokenizer=...")
+    try:
+        return load_tokenizer(place)
+    except ValueError as error:
+        raise ValueError(f"{error}; or pass a tokenizer: tokenizer=...") from error
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

@@ -73,8 +73,8 @@ def map_model(path: Path, threads: int | None = None, verify: bool = True) -> De
         raise NotDecodableError("it is not a directory of this project's, or transformers', format")
     config, layers = read_config(path) if is_checkpoint(path) else (read_dense_config(path), {})
     section = config.get("quantization_config") or {}
-    if section.get("fused"):
-        raise NotDecodableError("it has layers that were split")
+    if section.get("fused") or section.get("shared"):
+        raise NotDecodableError("it has layers that were split or are shared")
     sizes, stop = architecture(config), stop_tokens(path, config, bool(layers))
     try:
         files = weight_files(path)
@@ -205,6 +205,8 @@ class Reader:
             check_embeddings(embeddings, sizes.hidden, where)
         embedding = self.rows("model.embed_tokens", embeddings)
         tied = self.config.get("tie_word_embeddings") if embeddings is None else embeddings.get("tied")
+        if embeddings is None and "lm_head.weight" in self.tensors.headers:
+            tied = False  # the head in the file is the head, whatever the configuration says
         if not isinstance(tied, bool):
             raise NotDecodableError("its configuration does not say whether embedding and head are tied")
         return Weights(linears, norms, embedding, embedding if tied else self.rows("lm_head", embeddings))

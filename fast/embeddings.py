@@ -308,3 +308,22 @@ def replace_embeddings(model: Any, table: Table, head: Table, dtype: torch.dtype
     model.set_input_embeddings(QuantizedEmbedding(table, dtype))
     model.set_output_embeddings(QuantizedHead(head, tied=head is table))
     model._tied_weights_keys = model.all_tied_weights_keys = {}  # else transformers looks for weights to tie
+
+
+def settle_ties(model: Any) -> None:
+    """Let a model's configuration say that its head is not its embedding, where that is so.
+
+    transformers loads a head of its own even where the configuration ties it, but whoever ties the weights again, by
+    the configuration, would lose it.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = getattr(embedding, "weight", None), getattr(head, "weight", None)
+    if all(isinstance(weight, nn.Parameter) for weight in weights) and weights[0] is not weights[1]:
+        tie_embeddings(model, False)
+
+
+def tie_embeddings(model: Any, tied: bool) -> None:
+    """Let a model's configuration, and its part for text, say whether the head is the embedding."""
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", tied) != tied:
+            config.tie_word_embeddings = tied

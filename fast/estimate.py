@@ -1,20 +1,26 @@
 """What quantising or training a model will take, before it is begun: its weights are not read."""
 
-import math
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .admm import ADMM_STEPS, admm
+from .alignment import ITQ_STEPS
 from .bits import Ranks, Shape, layer_bits, model_bits
-from .hf import empty_model, resolve, transformers
-from .model import Config, check_config, factorise, fused_split, linear_shape, plan
+from .fetch import locate
+from .hf import check_dense, empty_model, transformers
+from .model import OVERSAMPLING, Config, check_config, factorise, fused_split, linear_shape, plan
 
-PROBE_SECONDS = 0.2
-PROBE_SIZE = 512
-PROBE_WEIGHTS = 1 << 20  # weights of the largest layers that are tried
+PROBE_SECONDS = 0.1
+PROBE_SIZE = 512  # rows and columns of the matrices that are multiplied, and of the layer that is factorised
+PROBE_RANK = 64
+PROBE_STEPS = 10
+DECOMPOSITION = 4  # time of a multiplication in QR or Cholesky, in those of a product
+EXACT = 50  # time of a full SVD, in multiplications of a product for each m n min(m, n)
 
 
 def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, Any]:
@@ -26,7 +32,7 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     Parameters
     ----------
     source : str or Path
-        As for `load_model`. Only the configuration is read.
+        As for `load_model`. Only the configuration is read, of a GGUF file the header.
     config : Config
     tokens : int
         Training tokens; 0 for no training.
@@ -41,10 +47,11 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     Raises
     ------
     ValueError
-        If `quantize_` would refuse the config, the bits cannot be met, or no layer matches.
+        If `load_model` would refuse what there is, or `quantize_` the config, the bits cannot be met, or no layer
+        matches.
     """
-    settings = transformers().AutoConfig.from_pretrained(resolve(source)).to_dict()
-    model: Any = empty_model(settings)
+    with torch.device("meta"):
+        model: Any = empty_model(configuration(source))
     model.tie_weights()
     check_config(config, torch.empty(0))  # no calibration text is read
     with fused_split(model, config):
@@ -77,26 +84,68 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     }
 
 
+def configuration(source: str | Path) -> dict[str, Any]:
+    """Return the configuration of a dense model, without its weights; what others quantised is refused."""
+    path = locate(source, weights=False)
+    if path.is_dir():
+        check_dense(path, source)
+        return transformers().AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
+    from .gguf_reader import gguf_config, read_gguf_header
+
+    return gguf_config(path, read_gguf_header(path)).to_dict()
+
+
 def quantise_seconds(shapes: dict[str, Shape], ranks: dict[str, Ranks], config: Config) -> float:
-    """Time to factorise all layers: small kinds are tried, and larger ones scaled up from the largest tried."""
-    kinds: dict[tuple[Shape, Ranks], int] = {}
-    for name, shape in shapes.items():
-        kinds[shape, ranks[name]] = kinds.get((shape, ranks[name]), 0) + 1
-    work = {(shape, rank): math.prod(shape) * sum(rank) for shape, rank in kinds}
-    smallest = min(math.prod(shape) for shape, _ in kinds)
-    config = replace(config, importance=False)
-    seconds: dict[tuple[Shape, Ranks], float] = {}
-    for kind, count in kinds.items():
-        if math.prod(kind[0]) <= max(PROBE_WEIGHTS, smallest):
-            together = min(count, max(1, PROBE_WEIGHTS // math.prod(kind[0])))
-            weights = torch.randn(together, *kind[0], generator=torch.Generator().manual_seed(0))
-            if not seconds:
-                factorise(weights, kind[1], config, [])  # the first call loads libraries
-            start = time.perf_counter()
-            factorise(weights, kind[1], config, [])
-            seconds[kind] = (time.perf_counter() - start) / together
-    tried = max(seconds, key=lambda kind: work[kind])
-    return sum(count * seconds.get(kind, seconds[tried] * work[kind] / work[tried]) for kind, count in kinds.items())
+    """Estimate the time to factorise all layers, from a product of matrices and one small layer, which are timed here.
+
+    Large layers spend their time on products; the rest goes over the entries of both factors a number of times, which
+    the small layer tells.
+    """
+    rate, probe = multiplications_per_second(), ((PROBE_SIZE, PROBE_SIZE), PROBE_RANK)
+    passes = probe_seconds(config) - products(*probe, config.init, PROBE_STEPS) / rate
+    share = ADMM_STEPS / PROBE_STEPS if config.init == "admm" else 1
+    each = max(passes, 0) * share / (2 * PROBE_SIZE * PROBE_RANK)  # seconds for an entry of a factor
+    kinds = Counter((shapes[name], rank) for name in shapes for rank in ranks[name])
+    return sum(
+        count * (products(shape, rank, config.init, ADMM_STEPS) / rate + each * sum(shape) * rank)
+        for (shape, rank), count in kinds.items()
+    )
+
+
+def probe_seconds(config: Config) -> float:
+    """Time the factorisation of one small layer; ADMM with fewer steps."""
+    weight = torch.randn(PROBE_SIZE, PROBE_SIZE, generator=torch.Generator().manual_seed(0))
+    sketch = torch.randn(PROBE_SIZE, PROBE_RANK + OVERSAMPLING, generator=torch.Generator().manual_seed(1))
+
+    def run(rank: int, steps: int) -> None:
+        if config.init == "admm":
+            admm(weight, rank, sketch, steps)
+        else:
+            factorise(weight[None], (rank,), replace(config, importance=False), [])
+
+    run(1, 1)  # the first call loads libraries
+    start = time.perf_counter()
+    run(PROBE_RANK, PROBE_STEPS)
+    return time.perf_counter() - start
+
+
+def products(shape: Shape, rank: int, init: str, steps: int) -> float:
+    """Count the multiplications in the products and decompositions of matrices that one path of a layer takes.
+
+    Those in a decomposition take longer, and count several times: DECOMPOSITION times in QR, the small SVD and
+    Cholesky. Where the rank is so near the sizes that `factorise` decomposes the whole weight, that takes EXACT times
+    m n min(m, n).
+    """
+    (d_out, d_in), columns = shape, rank + OVERSAMPLING
+    if 3 * columns < min(shape):
+        count = 10 * d_out * d_in * columns + 10 * DECOMPOSITION * (d_out + d_in) * columns**2
+    else:
+        count = EXACT * d_out * d_in * min(shape)
+    if init == "itq":
+        count += ITQ_STEPS * ((d_out + d_in) * rank**2 + EXACT * rank**3)
+    if init == "admm":
+        count += steps * (2 * d_out * d_in * rank + DECOMPOSITION * (d_out + d_in) * rank**2)
+    return count
 
 
 def multiplications_per_second() -> float:

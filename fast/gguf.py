@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .embeddings import QuantizedEmbedding, QuantizedHead
 from .layers import Joined, PackedLinear
+from .shared import refuse_shared
 from .writing import synchronise
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -61,6 +62,7 @@ def save_gguf(model: Any, path: str | Path, tokenizer: Any, precision: str = "f1
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(f"{path} exists already; choose another file, or pass overwrite=True (--overwrite)")
     architecture = check_architecture(model)
+    refuse_shared(model, "a GGUF file")
     vocabulary = byte_level_vocabulary(tokenizer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,9 @@ FORMATS = (WITHOUT_CHECKSUMS, WITHOUT_SET, FORMAT_VERSION)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OFFICIAL = "littlebit_config.json"  # what only a checkpoint of the authors' repository has
+#: Sections of config.json that quantised models have, with who writes them if they do not say it, and files beside it.
+SECTIONS = {"quantization_config": "another program", "compression_config": "compressed-tensors", "quantization": "mlx"}
+FOREIGN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 #: Most bytes of a JSON file, and of a safetensors header: a million tensors have names of 30 characters in one.
 JSON_BYTES = 1 << 25
@@ -167,6 +170,39 @@ def is_official(path: Path) -> bool:
     return (path / OFFICIAL).is_file()
 
 
+def foreign_method(config: Mapping[str, Any]) -> str | None:
+    """Name the method by which others quantised a model; None for a dense or a packed one.
+
+    Parameters
+    ----------
+    config : mapping
+        config.json. Methods leave a section in it, or in its part for the text model.
+
+    Examples
+    --------
+    >>> foreign_method({"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    'gptq'
+    >>> foreign_method({"quantization_config": {"load_in_4bit": True}})
+    'bitsandbytes'
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for key, usual in SECTIONS.items():
+        for section in (part[key] for part in parts if part.get(key)):
+            if not isinstance(section, dict):
+                return usual
+            method = section.get("quant_method") or section.get("quant_algo")
+            if not method and (section.get("load_in_4bit") or section.get("load_in_8bit")):
+                return "bitsandbytes"
+            if method != "littlebit":
+                return str(method or usual)
+    return None
+
+
+def foreign_files(folder: Path) -> str | None:
+    """Name the method by which others quantised a folder's model, by the files that only it leaves."""
+    return next((method for name, method in FOREIGN_FILES.items() if (folder / name).is_file()), None)
+
+
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """config.json and its entries for the packed layers, checked."""
     config = read_json(path, "config.json")
@@ -175,12 +211,18 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 def read_layers(described: Any, where: Path | str) -> dict[str, dict[str, Any]]:
     """The packed layers that a `quantization_config` describes, checked."""
+    if described is None:
+        raise CheckpointError(
+            f"{where} describes a dense model, not a packed checkpoint: make one with littlebit quantize MODEL OUT"
+        )
     try:
-        method, version, layers = (described[key] for key in ("quant_method", "format_version", "layers"))
+        if described["quant_method"] != "littlebit":
+            raise CheckpointError(
+                f"{where}: quant_method is {described['quant_method']!r}, not 'littlebit': others quantised this model"
+            )
+        version, layers = described["format_version"], described["layers"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{where} is not the configuration of a LittleBit checkpoint: {error!r}") from error
-    if method != "littlebit":
-        raise CheckpointError(f"{where}: quant_method is {method!r}, not 'littlebit'")
     if type(version) is not int or version not in FORMATS:
         known = ", ".join(map(str, FORMATS))
         raise CheckpointError(

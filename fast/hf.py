@@ -3,17 +3,30 @@
 import contextlib
 import lzma
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .fetch import cache_folder, known_names, resolve
-from .headers import CheckpointError, inside, is_checkpoint, is_official
-from .writing import made_once
+from .embeddings import settle_ties
+from .fetch import resolve
+from .headers import (
+    INDEX,
+    JSON_BYTES,
+    WEIGHTS,
+    CheckpointError,
+    checked_json,
+    foreign_files,
+    foreign_method,
+    inside,
+    is_checkpoint,
+    is_official,
+    readable,
+)
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
 # Settings that are not the model's own: some name code on a hub, which transformers would fetch and run
@@ -56,24 +69,142 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
 
     Raises
     ------
-    ValueError
-        If there is no such model, or it is already a LittleBit checkpoint.
+    CheckpointError
+        If there is no such model, it is quantised already, or its files are not the whole of it: a tensor or file that
+        is missing, left over or of another shape is named.
     """
     folder = resolve(source)
+    check_dense(folder, source)
+    check_files(folder)
     try:
-        config = transformers().AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) or is_official(Path(folder)):
-            raise ValueError(f"{source} is already quantised; load a LittleBit checkpoint with littlebit.fast.load")
-        model = transformers().AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model, found = transformers().AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are found, and named, by `check_whole`
+            output_loading_info=True,
         )
-    except OSError as error:
-        raise unknown_model(source, error) from error
-    except (ValueError, ImportError, MemoryError):
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # transformers raises anything at all on files that make no sense
-        raise CheckpointError(f"{source} does not hold a model that can be read: {error!r}; copy it again") from error
+        raise CheckpointError(f"{source} does not hold a model that can be read: {first_line(error)}") from error
+    check_whole(folder, found)
+    settle_ties(model)
     return model.to(device).eval()
+
+
+def check_dense(folder: Path, source: str | Path) -> None:
+    """Check by its small files that a folder holds a dense model: not a packed or quantised one, nor an adapter.
+
+    Raises
+    ------
+    CheckpointError
+        If it holds something else; a method that quantised it is named.
+    """
+    config = dense_json(folder / "config.json")
+    section = config.get("quantization_config")
+    if is_official(folder) or (isinstance(section, dict) and section.get("quant_method") == "littlebit"):
+        raise CheckpointError(
+            f"{source} is already quantised, by LittleBit: load it with littlebit.fast.load, or take its dense model"
+        )
+    if method := foreign_method(config) or foreign_files(folder):
+        raise CheckpointError(
+            f"{source} is already quantised, by {method}: start from the model as it was before that, in 16 or 32 bits"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{source} holds an adapter of PEFT beside the model: merge it (merge_and_unload) and save the result, or "
+            "remove adapter_config.json"
+        )
+
+
+def dense_json(file: Path) -> dict[str, Any]:
+    """Read the object in a JSON file of a dense model, which may be a link to an ordinary file anywhere."""
+    try:
+        if not file.is_file():
+            raise OSError("not an ordinary file")
+        with file.open("rb") as opened:
+            return checked_json(opened.read(JSON_BYTES + 1))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); copy or download it again") from error
+
+
+def check_files(folder: Path) -> None:
+    """Check that the safetensors files of a dense model are all there, and as long as their headers say.
+
+    Raises
+    ------
+    CheckpointError
+        If one is missing or damaged; it is named.
+    """
+    names = [WEIGHTS]
+    if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
+        places = dense_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise CheckpointError(f"{folder / INDEX} must have a 'weight_map' of tensors to files; download it again")
+        names = sorted(set(map(str, places.values())))
+    for name in names:
+        if not (folder / name).is_file():
+            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+            advice = "pickled weights are not read: save the model as safetensors" if pickled else "copy or download it"
+            raise CheckpointError(f"{folder} does not hold the whole model: there is no {name}; {advice}")
+        with readable(folder / name), safe_open(folder / name, framework="numpy"):
+            pass  # its header is checked against the length of the file
+
+
+#: What wrappers put before the names of a model's tensors, and what to do about them.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile: save model._orig_mod",
+    "module.": "DataParallel or DDP: save model.module",
+    "base_model.model.": "PEFT: save model.merge_and_unload()",
+    "_forward_module.": "Fabric: save model.module",
+    "_fsdp_wrapped_module.": "FSDP: save its full state dict",
+}
+
+
+def check_whole(place: Path | str, found: Mapping[str, Any]) -> None:
+    """Check what transformers reports after loading a model: each tensor of the model was read, and each of the files.
+
+    Parameters
+    ----------
+    place : Path
+        The folder or file that the model comes from.
+    found : mapping
+        What `from_pretrained(..., output_loading_info=True)` returns beside the model.
+
+    Raises
+    ------
+    CheckpointError
+        If tensors are missing, left over, or of another shape; the first of them are named.
+    """
+    missing, left = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    wrong = []
+    for verb, names in (("is missing", missing), ("is left over", left)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            wrong.append(f"tensor {names[0]}{more} {verb}")
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        wrong.append(f"tensor {name} is {tuple(stored)}, not {tuple(wanted)}")
+    if not wrong:
+        return
+    advice = "copy or download it again, or mend config.json"
+    for prefix, wrapper in WRAPPERS.items():
+        if left and all(name.startswith(prefix) or f".{prefix}" in name for name in left):
+            advice = f"the names have {prefix!r} of a wrapper ({wrapper})"
+    if any(".lora_" in name for name in left):
+        advice = "it holds a LoRA adapter that is not merged: merge it (merge_and_unload) and save the result"
+    if missing == ["lm_head.weight"]:
+        advice = "if the head is the embedding, set tie_word_embeddings to true in config.json"
+    more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise CheckpointError(
+        f"{place} does not fit the model that its configuration describes: {'; '.join(wrong[:3])}{more}; {advice}"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -84,19 +215,16 @@ def load_tokenizer(source: str | Path) -> Any:
     ValueError
         If there is none, or a packed checkpoint has a link that leads out of its directory.
     """
-    found = resolve(source)
-    folder = Path(found)
+    folder = resolve(source, weights=False)
     if is_checkpoint(folder) or is_official(folder):
         for file in filter(Path.is_symlink, folder.iterdir()):
             inside(folder, file.name)
     try:
-        return transformers().AutoTokenizer.from_pretrained(found, trust_remote_code=False)
-    except OSError as error:
-        raise unknown_model(source, error) from error
-    except (ValueError, ImportError, MemoryError):
+        return transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ImportError, MemoryError):
         raise
-    except Exception as error:  # tokenizers raises plain Exceptions on files that make no sense
-        raise CheckpointError(f"{source} has no tokenizer that can be read: {error!r}; copy it again") from error
+    except Exception as error:  # transformers and tokenizers raise anything at all on files that make no sense
+        raise CheckpointError(f"{source} has no tokenizer that can be read: {first_line(error)}") from error
 
 
 def text_tokens(tokenizer: Any, path: Path) -> torch.Tensor:
@@ -115,49 +243,6 @@ def text_tokens(tokenizer: Any, path: Path) -> torch.Tensor:
     except (UnicodeDecodeError, lzma.LZMAError) as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-
-
-def unknown_model(source: str | Path, error: Exception) -> ValueError:
-    """The error for a model that cannot be found."""
-    reason = str(error).strip().splitlines()[0]
-    return ValueError(
-        f"cannot load a model from {str(source)!r}: it is not a directory with config.json, a .gguf file, a known name "
-        f"({', '.join(known_names())}) or a reachable hub id ({reason})"
-    )
-
-
-def converted(gguf: Path) -> Path:
-    """A directory with the dequantised float16 model and tokenizer of a GGUF file, made on first use.
-
-    transformers parses a GGUF file's metadata again for every part of it (half a minute); safetensors load at once.
-    """
-    size, changed = gguf.stat().st_size, int(gguf.stat().st_mtime)
-    folder = cache_folder() / "converted" / f"{gguf.stem}-{size}-{changed}"
-    return made_once(folder, lambda part: convert(gguf, part))
-
-
-def convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model (float16) and tokenizer into a folder."""
-    hf = transformers()
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    try:
-        model = hf.AutoModelForCausalLM.from_pretrained(**where, **gguf_options(), dtype=torch.float32)
-        tokenizer = hf.AutoTokenizer.from_pretrained(**where)
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # gguf and transformers raise anything at all on damaged files
-        raise CheckpointError(f"{gguf} cannot be read as a GGUF model: {error}") from error
-    model.to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def gguf_options() -> dict[str, Any]:
-    """Return the arguments with which `from_pretrained` dequantises a GGUF file.
-
-    The first releases of transformers 5 always dequantise, and have no class to ask them for it.
-    """
-    hf = transformers()
-    return {"quantization_config": hf.GgufConfig(dequantize=True)} if hasattr(hf, "GgufConfig") else {}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A whole model: which layers are quantised, at which ranks, and how they take the places of the dense ones."""
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from .factors import Factors
 from .layers import Joined, LittleBitLinear, PackedLinear
 from .progress import tqdm
 from .residual import compensate, compensate_weighted
+from .shared import module_places, parameter_users, put
+
+log = logging.getLogger(__name__)
 
 BATCH_ELEMENTS = 1 << 24  # weights factorised at once: bounds the memory that the decompositions take
 OVERSAMPLING = 16  # columns of the sketch beyond the rank
@@ -142,7 +146,7 @@ def quantize_(
         if config.allocation == "sensitivity":
             gains = spectral_gains({name: linear_weight(layer) for name, layer in layers.items()}, moments)
             ranks = allocate_ranks(shapes, config.bits, config.paths, gains)
-    results = {}
+    results, places, users = {}, module_places(model), parameter_users(model)
     with tqdm(
         total=len(layers), desc=f"{config.init}, {config.bits:g} bits", unit="layer", disable=not progress
     ) as bar:
@@ -152,7 +156,9 @@ def quantize_(
             errors = relative_errors(weights, paths)
             for at, name in enumerate(names):
                 mine = [Factors(*(tensor[at] for tensor in path)) for path in paths]
-                replace_module(model, name, LittleBitLinear(mine, layers[name].bias))
+                made = LittleBitLinear(mine, layers[name].bias)
+                for each in users.get(id(layers[name].weight), [name]):  # one layer for all that share a weight
+                    replace_module(model, places[each], made)
                 bits = layer_bits(*shapes[name], ranks[name]) / layers[name].weight.numel()
                 results[name] = LayerResult(*shapes[name], ranks[name], bits, errors[at])
             bar.update(len(names))
@@ -274,9 +280,23 @@ def factorise(weights: Tensor, ranks: Ranks, config: Config, moments: Sequence[M
 def target_layers(model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Linear]]:
     """Names and modules of the linear layers that the config selects."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    for name, module in model.named_modules():
-        if is_linear(module) and module is not head and name.split(".")[-1] != "lm_head" and selects(config, name):
-            yield name, module  # type: ignore[misc]
+    found: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not head and name.split(".")[-1] != "lm_head" and selects(config, name)
+    }
+    users = parameter_users(model)
+    for name, module in found.items():
+        group = users.get(id(module.weight), [name])  # the layers that share this weight
+        if any(each not in found or not interchangeable(found[each], module) for each in group):
+            log.warning("littlebit: layer %s shares its weight with %s and is left as it is", name, ", ".join(group))
+        elif name == group[0]:
+            yield name, module
+
+
+def interchangeable(one: Any, other: Any) -> bool:
+    """Whether one linear layer can stand for another that has the same weight."""
+    return type(one) is type(other) and one.bias is other.bias
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -329,10 +349,10 @@ def relative_errors(weights: Tensor, paths: Sequence[Factors]) -> list[float]:
     return (torch.linalg.matrix_norm(rest) / torch.where(norms == 0, 1, norms)).tolist()
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the model has the submodule `name`."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+def replace_module(model: nn.Module, names: str | Sequence[str], module: nn.Module) -> None:
+    """Put `module` where the model has a submodule of this name, or of each of several names."""
+    for name in [names] if isinstance(names, str) else names:
+        put(model, name, module)
 
 
 @contextlib.contextmanager
@@ -340,16 +360,17 @@ def fused_split(model: nn.Module, config: Config) -> Iterator[None]:
     """If the config asks for it, split fused layers of which a part is selected; undone if the block fails."""
     before = {}
     try:
+        places = module_places(model) if config.split_fused else {}
         for name, module in list(model.named_modules()) if config.split_fused else ():
             parts = FUSED.get(name.split(".")[-1], ())
             if is_linear(module) and any(selects(config, f"{name}.{part}") for part in parts):
                 sizes = part_sizes(model, linear_shape(module)[0], len(parts))
-                replace_module(model, name, split(module, dict(zip(parts, sizes, strict=True))))
+                replace_module(model, places[name], split(module, dict(zip(parts, sizes, strict=True))))
                 before[name] = module
         yield
     except BaseException:
         for name, module in before.items():
-            replace_module(model, name, module)
+            replace_module(model, places[name], module)
         raise
 
 
@@ -380,7 +401,7 @@ def pack_(model: nn.Module) -> nn.Module:
     ValueError
         If a layer cannot be packed (the layer is named); the model is then left as it was.
     """
-    packed = {}
+    packed, places = {}, module_places(model)
     for name, module in model.named_modules():
         if isinstance(module, LittleBitLinear):
             try:
@@ -388,7 +409,7 @@ def pack_(model: nn.Module) -> nn.Module:
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from error
     for name, module in packed.items():
-        replace_module(model, name, module)
+        replace_module(model, places[name], module)
     return model
 
 

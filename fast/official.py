@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .bits import official_rank, official_rank_before_rounding
 from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_tensors
+from .embeddings import settle_ties
 from .headers import (
     OFFICIAL,
     WITHOUT_CHECKSUMS,
@@ -45,6 +46,7 @@ from .headers import (
 )
 from .layers import PackedLinear
 from .packing import PackedFactors, pack_signs, row_words, to_half, unpack_factors
+from .shared import refuse_shared
 from .writing import written_whole
 
 SUFFIXES = ("", "_R")
@@ -203,6 +205,8 @@ def save_official(
     """
     path = Path(path)
     layers = layers_to_save(model, path, overwrite)
+    refuse_shared(model, "the authors' format")
+    settle_ties(model)
     tensors = stored_tensors(model)
     if any(name.endswith(".codes") for name in tensors):
         raise ValueError(

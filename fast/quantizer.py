@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import check_values, put_embeddings, put_layers, read_tensors, section
+from .embeddings import settle_ties
 from .headers import (
     WITHOUT_CHECKSUMS,
     CheckpointError,
@@ -26,13 +28,15 @@ from .headers import (
     read_headers,
     read_layers,
 )
+from .hf import check_whole
 from .layers import LittleBitLinear
 from .model import Config, pack_, quantize_
+from .shared import put, share, share_checked, shared_names, thing
 
 METHOD = "littlebit"
 SECTION = "quantization_config"
 TO_DO = ("quant_method", "bits", "paths", "init", "include", "exclude", "split_fused", "kv_rank_factor", "seed")
-PACKED = ("quant_method", "bits", "format_version", "layers", "embeddings", "fused")
+PACKED = ("quant_method", "bits", "format_version", "layers", "embeddings", "fused", "shared")
 
 
 class LittleBitConfig(QuantizationConfigMixin):
@@ -42,7 +46,7 @@ class LittleBitConfig(QuantizationConfigMixin):
     ----------
     bits, paths, init, include, exclude, split_fused, kv_rank_factor, seed
         See `Config`: what `from_pretrained` of an ordinary model is to do.
-    layers, format_version, embeddings, fused
+    layers, format_version, embeddings, fused, shared
         See checkpoint.py: what a packed checkpoint holds. They are written, not chosen.
 
     Raises
@@ -65,6 +69,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         embeddings: dict[str, Any] | None = None,
         fused: dict[str, Any] | None = None,
+        shared: dict[str, str] | None = None,
         quant_method: str = METHOD,
     ):
         self.quant_method: Any = quant_method
@@ -72,7 +77,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.split_fused, self.kv_rank_factor = split_fused, kv_rank_factor
         self.layers, self.format_version = layers, format_version
-        self.embeddings, self.fused = embeddings, fused
+        self.embeddings, self.fused, self.shared = embeddings, fused, shared
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of config.json: what is packed, or else what is to be done."""
@@ -103,6 +108,7 @@ class LittleBitQuantizer(HfQuantizer):
         transformers would fill a tensor that is missing with whatever lies in memory.
         """
         if not self.pre_quantized:
+            self.found = reports(model)
             return
         layers = read_layers(self.quantization_config.to_dict(), SECTION)
         files = [Path(file) for file in checkpoint_files or []]
@@ -115,13 +121,33 @@ class LittleBitQuantizer(HfQuantizer):
         check_layers(layers, headers)
         check_contents(files, headers, self.quantization_config.format_version or WITHOUT_CHECKSUMS)
         check_values(layers, read_tensors(files))
+        shared = share_checked(model, self.quantization_config.shared, SECTION)
         put_layers(model, layers, self.quantization_config.fused, SECTION)
         put_embeddings(model, self.quantization_config.embeddings, dtype or torch.get_default_dtype(), SECTION)
+        self.leave_out(model, shared)
+
+    def leave_out(self, model: Any, shared: dict[str, str]) -> None:
+        """Leave modules in further places out while weights are read: transformers would take them for missing.
+
+        Parameters are tied as transformers ties them; ties of weights that are packed now are forgotten.
+        """
+        tied = dict(model.all_tied_weights_keys)
+        for name, first in shared.items():
+            if isinstance(thing(model, name), nn.Parameter):
+                tied[name] = first
+            else:
+                put(model, name, nn.Identity())
+        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        model.all_tied_weights_keys = {name: first for name, first in tied.items() if {name, first} <= known}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Quantise and pack a model that was loaded as a dense one."""
         if self.pre_quantized:
+            share(model, self.quantization_config.shared or {})
             return model
+        for found in self.found:
+            check_whole(model.name_or_path, found)
+        settle_ties(model)
         devices = set((getattr(model, "hf_device_map", None) or {}).values())
         if len(devices) > 1:
             raise ValueError(
@@ -152,7 +178,12 @@ class LittleBitQuantizer(HfQuantizer):
                 "first, littlebit.fast.save instead, or torch.save(model.state_dict()) to keep the latents"
             )
         self.describe(model)
-        return None, {}
+        shared = tuple(shared_names(model))
+        if not shared:
+            return None, {}
+        inside = tuple(f"{name}." for name in shared)
+        state = model.state_dict().items()
+        return {name: tensor for name, tensor in state if name not in shared and not name.startswith(inside)}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Packed models can be saved."""
@@ -167,6 +198,25 @@ class LittleBitQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """torch.compile takes the packed layers whole."""
         return True
+
+
+def reports(model: Any) -> list[dict[str, Any]]:
+    """Collect what transformers finds missing or left over while it loads a model, which it only logs.
+
+    `from_pretrained` tells its caller, but not a quantiser. The list is filled when the weights have been read.
+    """
+    found: list[dict[str, Any]] = []
+    adjust = model._adjust_missing_and_unexpected_keys
+
+    def adjust_and_keep(info: Any, *args: Any) -> Any:
+        result = adjust(info, *args)
+        del model._adjust_missing_and_unexpected_keys  # of the instance; the class's own is there again
+        if hasattr(info, "to_dict"):
+            found.append(info.to_dict())
+        return result
+
+    model._adjust_missing_and_unexpected_keys = adjust_and_keep
+    return found
 
 
 def attach(model: Any, described: dict[str, Any]) -> None:

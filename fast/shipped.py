@@ -34,7 +34,7 @@ def put_together(file: Path, folder: Path) -> None:
 
     with safe_open(file, framework="numpy") as opened:
         note = json.loads((opened.metadata() or {})["littlebit"])
-    base = Path(resolve(note["base"]))
+    base = resolve(note["base"])
     trained = load_file(file)
     quantised = tuple(f"{layer}.weight" for layer in note["quantization_config"]["layers"])
     tensors = {name: t for name, t in load_file(base / WEIGHTS).items() if name not in quantised} | trained
@@ -66,7 +66,7 @@ def ship(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> N
     CheckpointError
         If the checkpoint lacks a tensor of its base, so that it was made from another.
     """
-    before, after = load_file(Path(resolve(base)) / WEIGHTS), load_file(checkpoint / WEIGHTS)
+    before, after = load_file(resolve(base) / WEIGHTS), load_file(checkpoint / WEIGHTS)
     section = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     quantised = {f"{layer}.weight" for layer in section["layers"]}
     if missing := sorted(before.keys() - after.keys() - quantised):

@@ -7,7 +7,7 @@ width, divided by d_out * d_in. A budget is a ceiling for the whole model. The p
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 SCALE_BITS = 16  #: Stored width of a scale (float16).
@@ -342,16 +342,25 @@ def best_ranks(
         )
         return -sum(gains[name][sum(ranks[name]) : sum(after)]) / cost, name, after, cost
 
-    offers = [made for name in shapes if (made := offer(name))]
+    spend(offer, ranks, rest)
+    return ranks
+
+
+def spend(offer: Callable[[str], tuple | None], ranks: dict[str, Ranks], rest: int) -> None:
+    """Raise `ranks` in place by the first of the layers' offers, again and again, as long as `rest` bits allow.
+
+    An offer is what it is ordered by, the layer's name, its ranks after that, and what they cost. What is too dear once
+    stays so, as the rest falls.
+    """
+    offers = [made for name in ranks if (made := offer(name))]
     heapq.heapify(offers)
     while offers:
-        _, name, after, cost = heapq.heappop(offers)
+        *_, name, after, cost = heapq.heappop(offers)
         if cost <= rest:
             ranks[name] = after
             rest -= cost
             if made := offer(name):
                 heapq.heappush(offers, made)
-    return ranks
 
 
 def spend_rest(
@@ -369,20 +378,18 @@ def spend_rest(
     bits per weight, divided by its share.
     """
     widths = scale_bits, word_bits
-    while True:
-        steps = []
-        for order, (name, (d_out, d_in)) in enumerate(shapes.items()):
-            before = ranks[name]
-            after = next_ranks(before, min(d_out, d_in), step_bits)
-            cost = layer_bits(d_out, d_in, after, *widths) - layer_bits(d_out, d_in, before, *widths)
-            if after != before and cost <= rest:
-                signs = layer_bits(d_out, d_in, before, 0, word_bits)
-                steps.append((signs / (d_out * d_in * shares[name]), order, name, after, cost))
-        if not steps:
-            return
-        *_, name, after, cost = min(steps)
-        ranks[name] = after
-        rest -= cost
+    order = {name: at for at, name in enumerate(shapes)}
+
+    def step(name: str) -> tuple[float, int, str, Ranks, int] | None:
+        (d_out, d_in), before = shapes[name], ranks[name]
+        after = next_ranks(before, min(d_out, d_in), step_bits)
+        if after == before:
+            return None
+        cost = layer_bits(d_out, d_in, after, *widths) - layer_bits(d_out, d_in, before, *widths)
+        signs = layer_bits(d_out, d_in, before, 0, word_bits)
+        return signs / (d_out * d_in * shares[name]), order[name], name, after, cost
+
+    spend(step, ranks, rest)
 
 
 def next_ranks(ranks: Ranks, largest: int, word_bits: int = 1) -> Ranks:

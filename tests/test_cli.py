@@ -6,13 +6,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import littlebit.fast as lb
 import pytest
+import torch
 from littlebit.fast import progress
 from littlebit.fast.__main__ import EXAMPLES, main, parser
+from littlebit.fast.admm import ADMM_STEPS
 from littlebit.fast.completion import SHELLS, completion, options, subcommands
-from littlebit.fast.estimate import estimate
+from littlebit.fast.estimate import PROBE_RANK, PROBE_SIZE, PROBE_STEPS, estimate, products, quantise_seconds
 from littlebit.fast.report import html_report, kind_table, kinds_of
 from test_command import littlebit
 
@@ -80,6 +83,58 @@ def test_dry_run_of_training_counts_its_tokens_and_names_what_is_impossible(tiny
     assert main(["quantize", str(tiny_llama), out, "--bits", "0.1", "--dry-run"]) == 2
     assert "smallest possible value is" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+LLAMA_70B = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+LLAMA_70B |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("init", ["dual-svid", "itq", "admm"])
+def test_dry_run_of_a_large_model_reads_no_weight_and_factorises_nothing_large(init, tmp_path, monkeypatch, capsys):
+    """A folder with nothing but config.json; each call of torch's decompositions is watched."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    largest = []
+
+    def watched(function):
+        return lambda matrix, *rest, **options: (largest.append(matrix.numel()), function(matrix, *rest, **options))[1]
+
+    for name in ("svd", "qr"):
+        monkeypatch.setattr(torch.linalg, name, watched(getattr(torch.linalg, name)))
+    start = time.process_time()
+    common = [str(tmp_path), str(tmp_path / "out"), "--bits", "0.55", "--paths", "1", "--init", init, "--dry-run"]
+    assert main(["quantize", *common, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["train", *common, "--tokens", "1000", "--json"]) == 0
+    assert 0 < max(largest) <= PROBE_SIZE**2
+    assert time.process_time() - start < 20  # two runs took 100 s and more when layers themselves were tried
+    weights = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    assert found["weights"] == weights
+    assert found["memory_bytes"] > 4 * (weights + 2 * 32000 * 8192)
+    assert 0.5499 < found["bits_per_weight"] <= 0.55
+    assert json.loads(capsys.readouterr().out)["train_s"] > 0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["config.json"]
+
+
+def test_the_time_to_quantise_follows_from_what_was_timed(monkeypatch):
+    """Products at the rate of a product, and passes over the factors' entries at that of the small layer."""
+    rate, passes = 1e9, 1e-3
+    monkeypatch.setattr("littlebit.fast.estimate.multiplications_per_second", lambda: rate)
+    probe = (PROBE_SIZE, PROBE_SIZE), PROBE_RANK
+    for init, steps in {"dual-svid": PROBE_STEPS, "admm": ADMM_STEPS}.items():
+        timed = passes + products(*probe, init, PROBE_STEPS) / rate
+        monkeypatch.setattr("littlebit.fast.estimate.probe_seconds", lambda config, timed=timed: timed)
+        shape, rank = (1024, 2048), 100
+        expected = products(shape, rank, init, ADMM_STEPS) / rate
+        expected += passes * steps / PROBE_STEPS * sum(shape) * rank / (2 * PROBE_SIZE * PROBE_RANK)
+        config = lb.Config(init=init)
+        one, three = (
+            quantise_seconds(dict.fromkeys(names, shape), dict.fromkeys(names, (rank,)), config)
+            for names in (["a"], ["a", "b", "c"])
+        )
+        assert abs(one / expected - 1) < 1e-9  # sums in another order
+        assert abs(three / one - 3) < 1e-9
+    assert products((64, 48), 40, "dual-svid", 1) == 50 * 64 * 48 * 48  # an exact SVD, as the rank is large
+    assert products((512, 256), 16, "dual-svid", 1) == 10 * 512 * 256 * 32 + 40 * (512 + 256) * 32**2
 
 
 def test_quantize_ends_with_a_table_a_report_and_the_next_step(tiny_llama, tmp_path, capsys):

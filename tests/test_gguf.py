@@ -12,7 +12,7 @@ from compare import assert_same
 from conftest import make_tiny_llama
 from littlebit.fast.embeddings import quantize_embeddings_
 from littlebit.fast.gguf import PRECISIONS, dense_tensors, interleaved, splitting
-from littlebit.fast.hf import gguf_options
+from littlebit.fast.gguf_reader import gguf_options
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 

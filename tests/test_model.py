@@ -262,7 +262,7 @@ DAMAGES = [
     (lambda path: os.truncate(path / "model.safetensors", 5000), "damaged or incomplete"),
     (lambda path: os.truncate(path / "model.safetensors", 4), "damaged or incomplete"),
     (lambda path: (path / "model.safetensors").write_bytes(b""), "damaged or incomplete"),
-    (lambda path: edit_config(path, lambda c: c.pop("quantization_config")), "not the configuration"),
+    (lambda path: edit_config(path, lambda c: c.pop("quantization_config")), "describes a dense model"),
     (
         lambda path: edit_config(path, lambda c: c["quantization_config"].update(format_version=99)),
         "format_version",

@@ -17,7 +17,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
-from littlebit.reference.svd import bidiagonalize, diagonalize, orthonormal, range_finder, rank_one, givens
+from littlebit.reference.svd import bidiagonalize, diagonalize, givens, orthonormal, range_finder, rank_one
 from strategies import weights
 
 ERROR = 8
