@@ -60,8 +60,9 @@ from .headers import (
     weight_files,
 )
 from .layers import Joined, PackedLinear
-from .model import LayerResult, is_linear, linear_shape, pack_, packed_layers, replace_module, split
+from .model import LayerResult, pack_, packed_layers, replace_module, replace_modules, split
 from .packing import PackedFactors
+from .selection import is_linear, linear_shape
 from .writing import temporary_beside, written_whole
 
 SHARD_BYTES = 5_000_000_000
@@ -474,7 +475,7 @@ def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, 
         replace_module(model, name, split(layer, sizes))
     for name, entry in layers.items():
         check_module(model, name, entry)
-        replace_module(model, name, PackedLinear.empty(**entry))
+    replace_modules(model, {name: PackedLinear.empty(**entry) for name, entry in layers.items()})
 
 
 def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:

@@ -543,7 +543,7 @@ MUTANTS = [
     Mutant("reference/bits.py", "bits_budget(level * share,", "bits_budget(level,", "shares are ignored"),
     Mutant("reference/bits.py", "(d_out * d_in * shares[name])", "(d_out * d_in)", "the rest is spent without shares"),
     Mutant(
-        "fast/model.py",
+        "fast/selection.py",
         "return weight.mT if is_conv1d(layer) else weight",
         "return weight",
         "Conv1D is taken as it lies",
