@@ -151,7 +151,7 @@ class LittleBitLinear(LowRankLinear):
     @property
     def weight(self) -> Tensor:
         """The dense (d_out, d_in) weight that the layer stands for, made anew each time; gradients reach latents."""
-        a, b = folded(self.factors(), self.rule)
+        a, b = folded(self.factors(), self.rule) if self.a is None or self.b is None else (self.a, self.b)
         return b @ a
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from .selection import (
     select,
     surroundings,
 )
-from .wrappers import unwrapped, without_adapters
+from .wrappers import to_change, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -161,11 +161,11 @@ def quantize_(
     ------
     ValueError
         If a pattern or the config matches no layer, a weight is not finite (the layer is named), the bits cannot be
-        met, calibration text is missing, or the model has adapters of PEFT.
+        met, calibration text is missing, or the model has adapters of PEFT or is DistributedDataParallel.
     """
     config = config or Config()
     check_config(config, tokens)
-    model = without_adapters(model, "quantize_")
+    model = to_change(model, "quantize_")
     with fused_split(model, config):
         selection, ranks = plan(model, config)  # before calibration: raises if the bits cannot be met
         layers = selection.layers

@@ -37,6 +37,7 @@ from .headers import (
 )
 from .layers import PackedLinear
 from .packing import PackedFactors, pack_signs, row_words, to_half
+from .wrappers import without_adapters
 from .writing import written_whole
 
 SUFFIXES = ("", "_R")
@@ -181,6 +182,7 @@ def save_official(
         If `path` exists and may not be replaced, or cannot be written.
     """
     path = Path(path)
+    model = without_adapters(model, "save_official")
     layers = layers_to_save(model, path, overwrite)
     tensors = stored_tensors(model)
     if any(name.endswith(".codes") for name in tensors):

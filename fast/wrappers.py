@@ -5,13 +5,15 @@ from typing import Any
 
 from torch import nn
 
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 def unwrapped(model: Any) -> Any:
     """Take torch.compile and data parallelism off a model; PEFT stays."""
     while True:
         if isinstance(model, nn.Module) and "_orig_mod" in model._modules:  # torch.compile
             model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        elif isinstance(model, PARALLEL):
             model = model.module
         else:
             return model
@@ -32,6 +34,13 @@ def has_adapters(model: nn.Module) -> bool:
     """Whether a model is PEFT's, or a module in it is an adapter of PEFT's."""
     kinds = tuple(peft_classes().values())
     return bool(kinds) and any(isinstance(module, kinds) for module in model.modules())
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether a forward hook may change what a module of the model computes; transformers' own only look on."""
+    dictionaries = (hooks for each in model.modules() for hooks in (each._forward_hooks, each._forward_pre_hooks))
+    hooks = (hook for each in dictionaries for hook in each.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def without_adapters(model: Any, action: str) -> Any:
@@ -58,6 +67,22 @@ def without_adapters(model: Any, action: str) -> Any:
     return model
 
 
+def to_change(model: Any, action: str) -> Any:
+    """Take torch.compile off a model whose layers or parameters are to be replaced.
+
+    Raises
+    ------
+    ValueError
+        If data parallelism keeps track of its parameters, or the model has adapters.
+    """
+    if any(isinstance(each, PARALLEL) for each in (model, getattr(model, "_orig_mod", None))):
+        raise ValueError(
+            f"{action} replaces parameters, of which {type(model).__name__} keeps track: pass model.module, and wrap "
+            "the result again"
+        )
+    return without_adapters(model, action)
+
+
 def with_adapters_inside(model: Any) -> Any:
     """Take all wrappers off a model, so that adapters are found in its layers and nowhere else.
 
@@ -72,7 +97,7 @@ def with_adapters_inside(model: Any) -> Any:
         return model
     if model.active_peft_config.is_prompt_learning:
         raise ValueError(
-            "PEFT puts learned tokens before the prompt of this model, and only PEFT's own forward does that: use the "
-            "ordinary cache"
+            "PEFT puts learned tokens before the prompt of this model, which only its own forward and generate do: use "
+            "those, with the ordinary cache"
         )
     return unwrapped(model.get_base_model())
