@@ -230,7 +230,7 @@ class PackedLinear(LowRankLinear):
         paths = self._modules["paths"]._modules.values()  # type: ignore[union-attr]
         tensors = [tensor for path in paths for tensor in path._buffers.values()]  # type: ignore[union-attr]
         fitting = plan_for(x, tensors, plan)  # type: ignore[arg-type]
-        if fitting is None or x.shape[-1] != self.d_in:
+        if fitting is None or x.shape[-1] != self.d_in or not x.is_floating_point():
             return packed_linear(x, self.factors(), self.bias)
         if fitting is not plan:
             self.plan = fitting

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .arrays import at_least_float32
 from .dual_svid import dual_svid
 from .factors import Factors
 
@@ -38,7 +39,7 @@ def compensate(
     True
     """
     paths = []
-    rest = weight
+    rest = at_least_float32("the weight", weight)
     for rank in ranks:
         factors = factorise(rest, rank)
         factors = factors._replace(ell=factors.ell * best_step(rest, factors.to_dense())[..., None])
@@ -77,6 +78,8 @@ def compensate_weighted(
     ValueError
         If a weight is not positive.
     """
+    weight = at_least_float32("the weight", weight)
+    row, column = at_least_float32("row weights", row), at_least_float32("column weights", column)
     if not ((row > 0).all() and (column > 0).all()):
         raise ValueError("importance weights must be positive; shrink them towards their mean first")
     r, c = row.sqrt(), column.sqrt()

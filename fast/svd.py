@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .arrays import at_least_float32, check_floats
+
 RANK_ONE_STEPS = 100
 POWER_STEPS = 4
 
@@ -14,7 +16,8 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Parameters
     ----------
-    matrix : (..., m, n) float32 or float64 tensor
+    matrix : (..., m, n) float tensor
+        16 bits are computed, and returned, in float32.
         Its precision is also that of the computation, which LAPACK or cuSOLVER does.
 
     Returns
@@ -26,6 +29,8 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ------
     ValueError
         If the matrix is empty or not finite.
+    TypeError
+        If it does not hold floating-point numbers.
 
     Examples
     --------
@@ -36,6 +41,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tensor([[3., 0.],
             [4., 5.]])
     """
+    matrix = at_least_float32("the weight", matrix)
     check_matrix(matrix, 1)
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     return u, s, vt.mT
@@ -50,9 +56,10 @@ def truncated_svd(matrix: Tensor, rank: int, sketch: Tensor | None = None) -> tu
     Parameters
     ----------
     matrix : (..., m, n) float tensor
+        16 bits are computed, and returned, in float32.
     rank : int
         1 <= rank <= min(m, n).
-    sketch : (n, k) tensor of the matrix's dtype, optional
+    sketch : (n, k) float tensor, optional
         Gaussian test matrix, rank <= k <= min(m, n); a dozen columns more than the rank make the result accurate.
 
     Returns
@@ -70,11 +77,13 @@ def truncated_svd(matrix: Tensor, rank: int, sketch: Tensor | None = None) -> tu
     >>> s
     tensor([3.])
     """
+    matrix = at_least_float32("the weight", matrix)
     check_matrix(matrix, rank)
     if sketch is None:
         u, s, v = svd(matrix)
     else:
-        basis = range_finder(matrix, sketch)  # (..., m, k)
+        check_floats("the sketch", sketch)
+        basis = range_finder(matrix, sketch.to(matrix.dtype))  # (..., m, k)
         u, s, v = svd(basis.mT @ matrix)
         u = basis @ u
     return u[..., :rank], s[..., :rank], v[..., :rank]
@@ -104,6 +113,7 @@ def rank_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     matrix : (..., m, n) non-negative float tensor
+        16 bits are computed, and returned, in float32.
 
     Returns
     -------
@@ -116,6 +126,7 @@ def rank_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
     tensor([[1., 2.],
             [2., 4.]])
     """
+    matrix = at_least_float32("the matrix", matrix)
     scale = matrix.amax((-2, -1), keepdim=True)  # (..., 1, 1)
     zero = scale == 0
     scaled = matrix / torch.where(zero, 1, scale)  # entries in [0, 1]: squares neither overflow nor vanish

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .arrays import at_least_float32
 from .dual_svid import dual_svid
 from .factors import Factors
 
@@ -37,7 +38,7 @@ def compensate(
     True
     """
     paths = []
-    rest = weight
+    rest = at_least_float32("the weight", weight)
     for rank in ranks:
         factors = factorise(rest, rank)
         factors = factors._replace(ell=factors.ell * best_step(rest, factors.to_dense()))
@@ -76,6 +77,8 @@ def compensate_weighted(
     ValueError
         If a weight is not positive.
     """
+    weight = at_least_float32("the weight", weight)
+    row, column = at_least_float32("row weights", row), at_least_float32("column weights", column)
     if not ((row > 0).all() and (column > 0).all()):
         raise ValueError("importance weights must be positive; shrink them towards their mean first")
     r, c = np.sqrt(row), np.sqrt(column)

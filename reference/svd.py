@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .arrays import at_least_float32, check_floats
+
 RANK_ONE_STEPS = 100
 POWER_STEPS = 4
 STEPS_PER_VALUE = 30
@@ -21,7 +23,8 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Parameters
     ----------
-    matrix : (m, n) float32 or float64 array
+    matrix : (m, n) float array
+        16 bits are computed, and returned, in float32.
         Its precision is also that of the computation, about 8 m n^2 + 13 n^3 flops for m >= n.
 
     Returns
@@ -32,6 +35,8 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ------
     ValueError
         If the matrix is empty or not finite.
+    TypeError
+        If it does not hold floating-point numbers.
     ArithmeticError
         If `diagonalise` does not converge.
 
@@ -44,6 +49,7 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     array([[3., 0.],
            [4., 5.]])
     """
+    matrix = at_least_float32("the weight", matrix)
     check_matrix(matrix, 1)
     if matrix.shape[0] < matrix.shape[1]:
         v, s, u = svd(matrix.T)
@@ -256,9 +262,10 @@ def truncated_svd(
     Parameters
     ----------
     matrix : (m, n) float array
+        16 bits are computed, and returned, in float32.
     rank : int
         1 <= rank <= min(m, n).
-    sketch : (n, k) array of the matrix's dtype, optional
+    sketch : (n, k) float array, optional
         Gaussian test matrix, rank <= k <= min(m, n); a dozen columns more than the rank make the result accurate.
 
     Returns
@@ -276,11 +283,13 @@ def truncated_svd(
     >>> s
     array([3.])
     """
+    matrix = at_least_float32("the weight", matrix)
     check_matrix(matrix, rank)
     if sketch is None:
         u, s, v = svd(matrix)
     else:
-        basis = range_finder(matrix, sketch)  # (m, k)
+        check_floats("the sketch", sketch)
+        basis = range_finder(matrix, sketch.astype(matrix.dtype))  # (m, k)
         u, s, v = svd(basis.T @ matrix)
         u = basis @ u
     return u[:, :rank], s[:rank], v[:, :rank]
@@ -316,6 +325,7 @@ def rank_one(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     matrix : (m, n) non-negative float array
+        16 bits are computed, and returned, in float32.
 
     Returns
     -------
@@ -328,6 +338,7 @@ def rank_one(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     array([[1., 2.],
            [2., 4.]])
     """
+    matrix = at_least_float32("the matrix", matrix)
     scale = matrix.max(initial=0.0)
     if scale == 0:
         return np.zeros_like(matrix[:, 0]), np.zeros_like(matrix[0])

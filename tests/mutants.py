@@ -474,14 +474,19 @@ MUTANTS = [
     ),
     Mutant(
         "fast/plugin.py",
-        "except (ImportError, AttributeError)",
-        "except ZeroDivisionError",
+        "except Exception as error",
+        "except ZeroDivisionError as error",
         "old libraries can no longer be imported",
     ),
     Mutant(
         "fast/lora.py", "if isinstance(base, PackedLinear) else None", "if False else None", "adapters do not attach"
     ),
-    Mutant("fast/lora.py", "def merge(", "def no_merge(", "adapters merge into a copy that is lost"),
+    Mutant(
+        "fast/lora.py", '"_check_merge_allowed", check_merge_first', '"_check_merge_allowed", lambda f: f', "merges"
+    ),
+    Mutant(
+        "fast/lora.py", "    check_initialiser(kwargs", "    print(kwargs", "initialisers change a copy that is lost"
+    ),
     Mutant("fast/layers.py", "made = memo[id(self)] = type", "made = type", "shared layers are copied twice"),
     Mutant(
         "fast/layers.py",
@@ -636,11 +641,11 @@ MUTANTS = [
         "put_embeddings(model, None",
         "no quantised embeddings in transformers",
     ),
-    Mutant("fast/plugin.py", "if name in sys.modules:", "if False:", "transformers that came first does not learn"),
+    Mutant("fast/plugin.py", "    WATCHER.catch_up()", "    pass", "transformers that came first does not learn"),
     Mutant(
         "fast/plugin.py",
-        "                self.tell()",
-        "                pass",
+        "        WATCHER.tell(module.__name__)",
+        "        pass",
         "transformers that comes later does not learn",
     ),
     Mutant(

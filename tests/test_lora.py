@@ -108,13 +108,7 @@ def test_dense_layers_beside_packed_ones_keep_peft_s_own_adapters(checkpoint):
 
 @pytest.mark.parametrize("package", ["transformers.quantizers.auto", "peft.tuners.lora.model"])
 def test_libraries_that_are_too_old_can_still_be_imported(package):
-    code = (
-        "import sys, littlebit.fast.plugin as plugin\n"
-        f"waiting = next(each for each in sys.meta_path if getattr(each, 'name', '') == '{package}')\n"
-        "def fail(): raise ImportError('no such name')\n"
-        "waiting.then = fail\n"
-        f"import {package}\n"
-    )
+    code = f"import littlebit.fast.plugin as plugin\nplugin.REGISTERS['{package}'] = 'no_such_name'\nimport {package}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert f"cannot plug into this version of {package.split('.')[0]} (no such name)" in done.stderr
+    assert f"cannot plug into this version of {package.split('.')[0]} (No module named" in done.stderr
