@@ -20,12 +20,13 @@ ORDER = [
     "bits",
     "packing",
     "linear",
+    "arrays",
     "distill",
     "train",
 ]
 # Where a module that only fast/ has belongs; one that is not named here is one of "More".
 GROUPS = {
-    "Whole models": ["model", "layers", "embeddings", "calibrate", "evaluate", "zero_shot"],
+    "Whole models": ["model", "selection", "wrappers", "layers", "embeddings", "calibrate", "evaluate", "zero_shot"],
     "Training": ["student", "trainer", "resume"],
     "Files": ["checkpoint", "headers", "digests", "writing", "official", "gguf", "fetch", "shipped"],
     "Running": [

@@ -11,8 +11,10 @@ from typing import Any
 import peft.tuners.lora.model as lora_model
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from .embeddings import QuantizedEmbedding, QuantizedHead
 from .layers import LittleBitLinear, PackedLinear
 
 #: Initialisers that set an adapter alone. Others take its start out of the layer's own weight.
@@ -133,6 +135,21 @@ def check_merge_first(default: Callable[..., Any]) -> Callable[..., Any]:
     return check
 
 
+def check_trainable_first(default: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that checks, as `default` does, a module of `modules_to_save`; one without parameters is refused."""
+
+    def check(self: Any) -> None:
+        module = self.original_module
+        if isinstance(module, PackedLinear | QuantizedEmbedding | QuantizedHead):
+            raise ValueError(
+                f"modules_to_save trains modules whole, but a {type(module).__name__} has nothing to train: leave it "
+                "out, or name packed layers in target_modules"
+            )
+        default(self)
+
+    return check
+
+
 def register() -> None:
     """Tell PEFT of packed layers: which adapters they take, that "all-linear" means them too, and not to merge.
 
@@ -141,6 +158,7 @@ def register() -> None:
     places: list[tuple[Any, str, Callable[..., Any]]] = [
         (lora_model, "dispatch_default", dispatch_packed_first),  # the last of the functions that PEFT's LoRA asks
         (lora_model.LoraModel, "_check_merge_allowed", check_merge_first),
+        (ModulesToSaveWrapper, "check_module", check_trainable_first),
     ]
     for name, module in list(sys.modules.items()):
         if name.startswith("peft.") and hasattr(module, FIND_ALL_LINEAR):

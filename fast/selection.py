@@ -270,7 +270,8 @@ def near(pattern: str, names: Sequence[str]) -> list[str]:
     found = next(([each] for each in tries if any(fnmatchcase(name, each) for name in names)), [])
     if not found:
         kinds = sorted({f"*.{name.split('.')[-1]}" for name in names})
-        found = get_close_matches(pattern, [*kinds, *names], 2, 0.5)
+        known = {each.lower(): each for each in (*kinds, *names)}
+        found = [known[each] for each in get_close_matches(pattern.lower(), known, 2, 0.5)]
     return found or list(names[:1]) or ["*"]
 
 

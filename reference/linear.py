@@ -28,7 +28,7 @@ def linear(x: np.ndarray, paths: Sequence[Factors], bias: np.ndarray | None = No
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, paths differ in size.
+        If x's last axis is not d_in, or paths differ in size.
     TypeError
         If x does not hold floating-point numbers or is no array, or paths is not a list.
 
