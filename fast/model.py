@@ -347,9 +347,9 @@ def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 def fused_split(model: nn.Module, config: Config) -> Iterator[None]:
     """If the config asks for it, split fused layers of which a part is selected; undone if the block fails."""
     before = {}
-    around = surroundings(model) if config.split_fused else None
+    around = surroundings(model)
     try:
-        for name, module in list(model.named_modules()) if around else ():
+        for name, module in list(model.named_modules()) if config.split_fused else ():
             parts = FUSED.get(name.split(".")[-1], ()) if is_linear(module) else ()
             if any(selects(config, f"{name}.{part}") for part in parts) and not reason_dense(name, module, around):
                 sizes = part_sizes(model, linear_shape(module)[0], len(parts))

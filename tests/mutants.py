@@ -490,6 +490,14 @@ MUTANTS = [
     Mutant(
         "fast/lora.py", "    check_initialiser(kwargs", "    print(kwargs", "initialisers change a copy that is lost"
     ),
+    Mutant("fast/selection.py", "if isinstance(node, ast.If):", "if False:", "special cases keep layers dense"),
+    Mutant("fast/selection.py", "if weight.numel() == 0:", "if False:", "layers without weights are quantised"),
+    Mutant("fast/selection.py", 'name.startswith(f"{tower}.")', "False", "towers are quantised"),
+    Mutant("fast/selection.py", "if key in weights_read(type(parent)):", "if False:", "readers of weights break"),
+    Mutant("fast/wrappers.py", "if has_adapters(model):", "if False:", "adapters are quantised and saved"),
+    Mutant("fast/wrappers.py", '"_orig_mod" in model._modules', "False", "compiled models are not unwrapped"),
+    Mutant("fast/plugin.py", "        self.catch_up()", "        pass", "a finder that comes first is not made up for"),
+    Mutant("fast/arrays.py", "if array.dtype in HALVES else array", "if False else array", "16 bits stay 16 bits"),
     Mutant("fast/layers.py", "made = memo[id(self)] = type", "made = type", "shared layers are copied twice"),
     Mutant(
         "fast/layers.py",

@@ -111,7 +111,7 @@ def lora(**options):
     return peft.LoraConfig(**({"r": 4, "target_modules": ["q_proj", "up_proj"]} | options))
 
 
-@pytest.mark.filterwarnings("ignore:`init_lora_weights` is")  # without settings of its own
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is", "ignore:lora with eva")  # PEFT's hints
 @pytest.mark.parametrize("init", [True, False, "gaussian", "Gaussian", "orthogonal", "eva", "mica"])
 def test_initialisers_of_adapters_alone_change_nothing_at_first(init, checkpoint):
     torch.manual_seed(0)
