@@ -96,6 +96,8 @@ class Announcing(Loader):
         self.loader = loader
 
     def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # a copy that is being made has none yet
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

@@ -8,6 +8,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
+from copy import copy
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .layers import LowRankLinear
 
@@ -57,6 +59,8 @@ class Surroundings(NamedTuple):
         Names of submodules that read other modalities than text.
     decoder : str or None
         Name of the submodule that is the language model, where others stand beside it.
+    tried : dict of str to bool
+        What `computes_linear` found, by class and settings of a layer.
     """
 
     model: nn.Module
@@ -64,6 +68,7 @@ class Surroundings(NamedTuple):
     owners: dict[int, list[str]]
     towers: tuple[str, ...]
     decoder: str | None
+    tried: dict[str, bool]
 
 
 def select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> Selection:
@@ -107,14 +112,19 @@ def reason_dense(name: str, module: Any, around: Surroundings) -> str | None:
     """Say why a linear layer must stay dense, in a few words that follow a comma; None if it can be quantised."""
     kind = type(module)
     if not is_conv1d(module) and kind.forward is not nn.Linear.forward:
-        return f"its {kind.__name__} does more than a linear layer"
+        key = f"{kind.__module__}.{module}"
+        if key not in around.tried:
+            around.tried[key] = computes_linear(module)
+        if not around.tried[key]:
+            return f"its {kind.__name__} does more than a linear layer"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrised"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "hooks run with it"
     weight = module.weight
     if weight is None or weight.dtype not in FLOATS:
-        return f"its weight is {str(getattr(weight, 'dtype', None)).removeprefix('torch.')}, not floating-point"
+        dtype = str(getattr(weight, "dtype", None)).removeprefix("torch.")
+        return f"its weight is {dtype}, not a float of 16, 32 or 64 bits"
     if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, which others have quantised or divided"
     if weight.numel() == 0:
@@ -132,6 +142,32 @@ def reason_dense(name: str, module: Any, around: Surroundings) -> str | None:
     return None
 
 
+def computes_linear(module: Any) -> bool:
+    """Whether a layer's own forward is x W^T + b after all; it is tried, with random numbers for its parameters."""
+    numbers = torch.Generator().manual_seed(0)
+    probe = copy(module)
+    probe.__dict__["_parameters"] = {
+        key: None if each is None else torch.randn(each.shape, generator=numbers)
+        for key, each in module._parameters.items()
+    }
+    probe.__dict__["_buffers"] = {key: None if each is None else each.clone() for key, each in module._buffers.items()}
+    try:
+        weight, bias, size = probe.weight, probe.bias, module.in_features
+        x = torch.randn(2, size, generator=numbers)
+        expected = functional.linear(x, weight, bias)
+        magnitudes = functional.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+        bound = 4 * size * torch.finfo(x.dtype).eps * magnitudes  # of sums in another order
+        with torch.inference_mode():
+            for mode in (True, False):
+                probe.training = mode
+                found = probe.forward(x)
+                if found.shape != expected.shape or not bool(((found - expected).abs() <= bound).all()):
+                    return False
+    except Exception:  # whatever a forward raises for numbers that it does not expect
+        return False
+    return True
+
+
 def surroundings(model: nn.Module) -> Surroundings:
     """Find what `reason_dense` must know about a model as a whole."""
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -147,7 +183,7 @@ def surroundings(model: nn.Module) -> Surroundings:
         for key, child in module._modules.items():
             if child is not None:
                 parents.setdefault(id(child), []).append((module, key))
-    return Surroundings(model, parents, owners, tuple(towers), decoder_name(model))
+    return Surroundings(model, parents, owners, tuple(towers), decoder_name(model), {})
 
 
 def decoder_name(model: Any) -> str | None:

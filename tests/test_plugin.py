@@ -1,5 +1,6 @@
 """Registration with other libraries, whatever is asked of the import system before; the libraries are made up here."""
 
+import copy
 import importlib.util
 import sys
 import threading
@@ -69,6 +70,8 @@ def test_asking_for_the_spec_first_changes_nothing(calls):
 
 def test_the_module_forgets_the_watcher_s_loader(calls):
     plugin.announce()
+    loader = importlib.util.find_spec(LISTS).loader
+    assert copy.copy(loader).loader is loader.loader
     module = lists()
     assert not isinstance(module.__loader__, plugin.Announcing)
     assert module.__spec__.loader is module.__loader__

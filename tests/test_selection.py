@@ -11,7 +11,7 @@ from compare import assert_same
 from littlebit.fast.__main__ import main
 from littlebit.fast.layers import LittleBitLinear, PackedLinear
 from littlebit.fast.model import packed_layers
-from littlebit.fast.selection import near, reads_in, weights_read
+from littlebit.fast.selection import computes_linear, near, reads_in, weights_read
 from torch import nn
 from torch.nn import functional
 
@@ -27,6 +27,21 @@ class Doubled(nn.Linear):
 
 class OnlyNamed(nn.Linear):
     """Its forward is that of torch's linear layer."""
+
+
+class InOtherWords(nn.Linear):
+    def forward(self, x):
+        return self.bias + x @ self.weight.mT
+
+
+class InTraining(nn.Linear):
+    def forward(self, x):
+        return super().forward(x + 1 if self.training else x)
+
+
+class Strange(nn.Linear):
+    def forward(self, x):
+        raise KeyError(x.shape)
 
 
 class Calls(nn.Module):
@@ -117,6 +132,7 @@ def shared(**places):
 
 DENSE = {
     "a subclass that does more": (lambda: Model(Calls(linear(Doubled))), "its Doubled does more than a linear layer"),
+    "a subclass that does more in training": (lambda: Model(Calls(linear(InTraining))), "its InTraining does more"),
     "a parametrised weight": (lambda: Model(Calls(parametrised())), "does more than|is parametrised"),
     "hooks": (lambda: Model(Calls(hooked())), "hooks run with it"),
     "a forward of its own": (lambda: Model(Calls(patched())), "hooks run with it"),
@@ -152,6 +168,7 @@ def test_quantize_leaves_layers_dense_that_are_not_plain(case, caplog):
 
 PLAIN = {
     "a subclass that does nothing more": lambda: Model(Calls(linear(OnlyNamed))),
+    "a subclass that says it in other words": lambda: Model(Calls(linear(InOtherWords))),
     "a dtype that is read": lambda: Model(Calls(linear())),
     "a special case that reads the weight": lambda: Model(ReadsInTraining(linear(bias=False))),
 }
@@ -172,13 +189,23 @@ def test_quantize_takes_plain_layers_and_special_cases_still_run(case, caplog):
         assert float((model.eval()(X).detach() - other).abs().max()) < 200 * 2**-24 * 32 * float(other.abs().max())
 
 
+def test_computes_linear_tries_a_layer_without_touching_it():
+    for kind, linear_after_all in ((InOtherWords, True), (InTraining, False), (Strange, False), (nn.Linear, True)):
+        for device in ("cpu", "meta"):
+            layer = linear(kind, device=device)
+            before, mode = dict(layer._parameters), layer.training
+            assert computes_linear(layer) is linear_after_all
+            assert layer.training == mode
+            assert all(layer._parameters[key] is each for key, each in before.items())
+
+
 def test_quantize_leaves_integers_and_empty_layers_dense():
     model = Model(Calls(integers()), empty=linear(), head=linear())
     model.empty.weight = nn.Parameter(torch.empty(SIZE, 0))
     results = lb.quantize_(model, CONFIG, progress=False)
     assert set(results) == {"plain", "head"}
     assert results.dense == {
-        "inner.special": "its weight is int8, not floating-point",
+        "inner.special": "its weight is int8, not a float of 16, 32 or 64 bits",
         "empty": "it has no weights",
     }
 
@@ -261,6 +288,7 @@ FAMILIES = {
         lambda: hf.Llama4TextConfig(**SIZES, intermediate_size_mlp=48, num_local_experts=4),
         {"router": "Llama4Router does more"},
     ),
+    "Falcon": (lambda: hf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4), {}),
     "Gemma 3": (
         lambda: hf.Gemma3Config(
             text_config={**SIZES, "model_type": "gemma3_text"},
