@@ -21,6 +21,7 @@ from torch.nn import functional
 from .layers import LowRankLinear
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NO_SHAPE = "its weight has no shape before the first call"
 #: Methods that set parameters up. What they read of a layer says nothing about its use.
 SET_UP = ("__init__", "reset_parameters", "extra_repr")
 #: Attributes of a weight that say nothing about its values.
@@ -100,7 +101,7 @@ def select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> 
             continue
         name = names[key][0]
         reason = reason_dense(name, module, around)
-        weights[reason is None] += getattr(module, "weight", torch.empty(0)).numel()
+        weights[reason is None] += 0 if reason == NO_SHAPE or module.weight is None else module.weight.numel()
         if reason is None:
             layers[name] = module
         else:
@@ -110,7 +111,9 @@ def select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> 
 
 def reason_dense(name: str, module: Any, around: Surroundings) -> str | None:
     """Say why a linear layer must stay dense, in a few words that follow a comma; None if it can be quantised."""
-    kind = type(module)
+    kind, weight = type(module), module.weight
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return NO_SHAPE
     if not is_conv1d(module) and kind.forward is not nn.Linear.forward:
         key = f"{kind.__module__}.{module}"
         if key not in around.tried:
@@ -121,7 +124,6 @@ def reason_dense(name: str, module: Any, around: Surroundings) -> str | None:
         return "its weight is parametrised"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "hooks run with it"
-    weight = module.weight
     if weight is None or weight.dtype not in FLOATS:
         dtype = str(getattr(weight, "dtype", None)).removeprefix("torch.")
         return f"its weight is {dtype}, not a float of 16, 32 or 64 bits"
@@ -133,7 +135,7 @@ def reason_dense(name: str, module: Any, around: Surroundings) -> str | None:
         return "it reads another modality than text"
     if around.decoder is not None and not name.startswith(f"{around.decoder}."):
         return "it is not part of the language model"
-    others = [owner for owner in around.owners[id(weight)] if owner != name]
+    others = [owner for owner in around.owners.get(id(weight), []) if owner != name]
     if others and len({id(around.model.get_submodule(owner)) for owner in (name, *others)}) > 1:
         return f"it shares its weight with {others[0]}"
     for parent, key in around.parents[id(module)]:

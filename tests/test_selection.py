@@ -116,8 +116,6 @@ def patched():
 def integers():
     layer = linear()
     layer.weight = nn.Parameter(torch.ones(SIZE, SIZE, dtype=torch.int8), requires_grad=False)
-    layer.forward = lambda x: x
-    del layer.forward
     return layer
 
 
@@ -200,13 +198,16 @@ def test_computes_linear_tries_a_layer_without_touching_it():
 
 
 def test_quantize_leaves_integers_and_empty_layers_dense():
-    model = Model(Calls(integers()), empty=linear(), head=linear())
+    model = Model(Calls(integers()), empty=linear(), head=linear(), lazy=nn.LazyLinear(SIZE), without=linear())
+    model.without.weight = None
     model.empty.weight = nn.Parameter(torch.empty(SIZE, 0))
     results = lb.quantize_(model, CONFIG, progress=False)
     assert set(results) == {"plain", "head"}
     assert results.dense == {
         "inner.special": "its weight is int8, not a float of 16, 32 or 64 bits",
         "empty": "it has no weights",
+        "lazy": "its weight has no shape before the first call",
+        "without": "its weight is None, not a float of 16, 32 or 64 bits",
     }
 
 
