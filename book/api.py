@@ -20,12 +20,23 @@ ORDER = [
     "bits",
     "packing",
     "linear",
+    "arrays",
     "distill",
     "train",
 ]
 # Where a module that only fast/ has belongs; one that is not named here is one of "More".
 GROUPS = {
-    "Whole models": ["model", "shared", "layers", "embeddings", "calibrate", "evaluate", "zero_shot"],
+    "Whole models": [
+        "model",
+        "selection",
+        "shared",
+        "wrappers",
+        "layers",
+        "embeddings",
+        "calibrate",
+        "evaluate",
+        "zero_shot",
+    ],
     "Training": ["student", "trainer", "resume"],
     "Files": [
         "checkpoint",

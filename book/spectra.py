@@ -12,7 +12,8 @@ from pathlib import Path
 import littlebit.fast as lb
 import torch
 from littlebit.fast.bench import cpu_name, save_results
-from littlebit.fast.model import linear_weight, target_layers
+from littlebit.fast.model import target_layers
+from littlebit.fast.selection import linear_weight
 
 FRACTIONS = [at / 32 for at in range(33)]  # of the full rank
 

@@ -475,7 +475,8 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     if arguments.report:
         html_report(arguments.report, f"{arguments.model} at {config.bits:g} bits", summary(stored), results)
     if arguments.json:
-        print(json.dumps(stored | {"results": {name: asdict(result) for name, result in results.items()}}))
+        rows = {name: asdict(result) for name, result in results.items()}
+        print(json.dumps(stored | {"results": rows, "dense": dict(results.dense)}))
         return
     print(kind_table(kinds_of(results)))
     print(f"{arguments.out}: {summary(stored)}")

@@ -11,6 +11,7 @@ Differences from NanoQuant: the start is the SVD, so the result is deterministic
 import torch
 from torch import Tensor
 
+from .arrays import at_least_float32
 from .dual_svid import balanced_factors, factors_from, svid
 from .factors import Factors
 
@@ -102,6 +103,7 @@ def admm(
     >>> bool(after < before)
     True
     """
+    weight = at_least_float32("the weight", weight)
     a, b = balanced_factors(weight, rank, sketch)  # (..., d_out, rank), (..., d_in, rank)
     scale = root_mean_square(weight)[..., None, None]
     target = weight / scale
@@ -150,6 +152,8 @@ def refit_scales(weight: Tensor, factors: Factors, sweeps: int = REFIT_SWEEPS) -
     -------
     Factors with the same latents.
     """
+    weight = at_least_float32("the weight", weight)
+    factors = Factors(*(tensor.to(weight.dtype) for tensor in factors))
     for _ in range(sweeps):
         factors = refit_g(weight, refit_h(weight, refit_ell(weight, factors)))
     return factors
@@ -225,6 +229,7 @@ def importance(second_moment: Tensor, shrink: float = 0.4) -> Tensor:
     >>> importance(torch.tensor([1.0, 3.0]), shrink=0.5)
     tensor([0.7500, 1.2500])
     """
+    second_moment = at_least_float32("second moments", second_moment)
     if not 0 <= shrink <= 1:
         raise ValueError(f"shrink must be between 0 and 1, not {shrink}")
     if not (torch.isfinite(second_moment).all() and (second_moment >= 0).all()):

@@ -7,6 +7,7 @@ is, and changes what the signs lose of it.
 import torch
 from torch import Tensor
 
+from .arrays import at_least_float32, check_floats
 from .dual_svid import balanced_factors, factors_from
 from .factors import Factors
 from .signs import sign
@@ -28,7 +29,7 @@ def random_rotation(gaussian: Tensor) -> Tensor:
     -------
     (rank, rank) orthogonal tensor.
     """
-    return orthonormal(gaussian)
+    return orthonormal(at_least_float32("the start of a rotation", gaussian))
 
 
 def joint_itq(z: Tensor, rotation: Tensor, steps: int = ITQ_STEPS) -> Tensor:
@@ -53,6 +54,9 @@ def joint_itq(z: Tensor, rotation: Tensor, steps: int = ITQ_STEPS) -> Tensor:
     -------
     (..., rank, rank) orthogonal tensor.
     """
+    z = at_least_float32("z", z)
+    check_floats("the rotation", rotation)
+    rotation = rotation.to(z.dtype)
     for _ in range(steps):
         signs = sign(z @ rotation)  # (..., n, rank)
         p, _, q = svd(signs.mT @ z)

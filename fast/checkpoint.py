@@ -81,9 +81,11 @@ from .headers import (
     weight_files,
 )
 from .layers import Joined, PackedLinear
-from .model import LayerResult, is_linear, linear_shape, pack_, packed_layers, replace_module, split
+from .model import LayerResult, pack_, packed_layers, replace_module, replace_modules, split
 from .packing import PackedFactors
-from .shared import module_places, share, share_checked, shared_names
+from .selection import is_linear, linear_shape
+from .shared import share, share_checked, shared_names
+from .wrappers import without_adapters
 from .writing import temporary_beside, written_whole
 
 SHARD_BYTES = 5_000_000_000
@@ -136,20 +138,24 @@ def save(
     Raises
     ------
     ValueError
-        If the model has no LittleBit layer, or a layer cannot be packed.
+        If the model has no LittleBit layer, a layer cannot be packed, the model has adapters of PEFT, or `load` could
+        not rebuild it, since it is not the causal language model that its configuration describes.
     OSError
         If `path` exists and may not be replaced, or cannot be written.
     """
     path = Path(path)
+    model = without_adapters(model, "save")
     layers_to_save(model, path, overwrite)
     settle_ties(model)
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float16"
     config["quantization_config"] = section(model, bits)
+    tensors = stored_tensors(model)
+    check_loadable(type(model).__name__, config, tensors, path)
     with written_whole(path, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        write_tensors(stored_tensors(model), folder, shard_bytes, config)
+        write_tensors(tensors, folder, shard_bytes, config)
         if results is not None:
             rows = {name: asdict(result) for name, result in results.items()}
             (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -160,6 +166,21 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return path
+
+
+def check_loadable(kind: str, config: dict[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError unless `load` would rebuild a model of class `kind` from a configuration and tensors."""
+    try:
+        check_state(
+            skeleton(config, config["quantization_config"]["layers"], tensors, torch.float32, path), tensors, path
+        )
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # as in `built`
+        raise ValueError(
+            f"this {kind} cannot be saved so that load can read it, which builds the causal language model that the "
+            f"configuration describes ({error}); pack_ it, and use its own save_pretrained or save its state_dict()"
+        ) from error
 
 
 def layers_to_save(model: nn.Module, path: Path, overwrite: bool) -> dict[str, PackedLinear]:
@@ -211,7 +232,8 @@ def embedding_section(model: Any) -> dict[str, Any]:
     if not isinstance(embedding, QuantizedEmbedding):
         return {}
     table = embedding.table
-    return {"embeddings": {"bits": table.bits, "group": table.group, "tied": head.table is table}}
+    tied = head is None or head.table is table
+    return {"embeddings": {"bits": table.bits, "group": table.group, "tied": tied}}
 
 
 def put_embeddings(model: Any, described: Any, dtype: torch.dtype, where: Path | str) -> None:
@@ -433,29 +455,47 @@ def built(
     path: Path,
 ) -> nn.Module:
     """The model that the files describe; first on the meta device, where whatever does not fit costs no memory."""
-    from .hf import empty_model
-
     where, described = path / "config.json", config["quantization_config"]
-
-    def made() -> nn.Module:
-        model = empty_model(config, 2 * len(tensors))
-        share_checked(model, described.get("shared"), where)
-        put_layers(model, layers, described.get("fused"), where)
-        put_embeddings(model, described.get("embeddings"), dtype, where)
-        untie_own_head(model, tensors)
-        tie(model)
-        return model
-
     try:
-        with torch.device("meta"):
-            skeleton = made()
-        check_state(skeleton, tensors, path)
-        model = made()
+        check_state(skeleton(config, layers, tensors, dtype, path), tensors, path)
+        model = unfilled(config, layers, tensors, dtype, path)
         fill(model, tensors, path, described.get("shared") or {})
     except (CheckpointError, ImportError, MemoryError):
         raise
     except Exception as error:  # model classes raise anything at all on a configuration that makes no sense
         raise CheckpointError(f"{where} does not describe a model: {error}") from error
+    return model
+
+
+def skeleton(
+    config: dict[str, Any],
+    layers: dict[str, dict[str, Any]],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    path: Path,
+) -> nn.Module:
+    """Build the model that the files describe on the meta device."""
+    with torch.device("meta"):
+        return unfilled(config, layers, tensors, dtype, path)
+
+
+def unfilled(
+    config: dict[str, Any],
+    layers: dict[str, dict[str, Any]],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    path: Path,
+) -> nn.Module:
+    """Build the model that the files describe, its stored tensors on the meta device, shared and tied."""
+    from .hf import empty_model
+
+    where, described = path / "config.json", config["quantization_config"]
+    model = empty_model(config, 2 * len(tensors))
+    share_checked(model, described.get("shared"), where)
+    put_layers(model, layers, described.get("fused"), where)
+    put_embeddings(model, described.get("embeddings"), dtype, where)
+    untie_own_head(model, tensors)
+    tie(model)
     return model
 
 
@@ -494,7 +534,6 @@ def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, 
     """Give a model without memory the packed layers that a section describes, in the places of its linear ones."""
     if not isinstance(fused or {}, dict):
         raise CheckpointError(f"{where}: 'fused' is {fused!r}, which splits no layers")
-    places = module_places(model)
     for name, parts in (fused or {}).items():
         try:
             layer, sizes = model.get_submodule(name), {key: rows for key, rows in parts}
@@ -504,11 +543,10 @@ def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, 
             fits = False
         if not fits:
             raise CheckpointError(f"{where}: 'fused' splits {name} into {parts!r}, which does not fit the model")
-        replace_module(model, places.get(name) or name, split(layer, sizes))
-    places = module_places(model)
+        replace_module(model, name, split(layer, sizes))
     for name, entry in layers.items():
         check_module(model, name, entry)
-        replace_module(model, places.get(name) or name, PackedLinear.empty(**entry))
+    replace_modules(model, {name: PackedLinear.empty(**entry) for name, entry in layers.items()})
 
 
 def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:

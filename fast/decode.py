@@ -61,6 +61,7 @@ def generate(
     Parameters
     ----------
     model : transformers causal language model, dense or packed, or a Decodable
+        A model of PEFT's, or with its adapters inside, is run by transformers.
     prompt : str or sequence of str
         On a GPU up to 16 are decoded at once.
     max_new_tokens : int
@@ -92,6 +93,7 @@ def generate(
     settings = max_new_tokens, temperature, top_k, top_p, seed
     if isinstance(prompt, str):
         return "".join(stream(model, prompt, *settings, chat, tokenizer, kv_cache))
+    model = bare(model)
     tokenizer = tokenizer_of(model, tokenizer)
     tokens = [prompt_tokens(tokenizer, each, chat) for each in prompt]
     new = batch_tokens(model, tokens, *settings, pad_token(tokenizer), kv_cache)
@@ -111,11 +113,21 @@ def stream(
     kv_cache: str = "full",
 ) -> Iterator[str]:
     """`generate` in pieces, each as soon as it is known: the same arguments, errors and, joined, the same text."""
+    model = bare(model)
     kv_cache = renamed_value("kv_cache", kv_cache)
     tokenizer = tokenizer_of(model, tokenizer)
     tokens, pad = prompt_tokens(tokenizer, prompt, chat), pad_token(tokenizer)
     new = stream_tokens(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
     return pieces(tokenizer, new)
+
+
+def bare(model: Any) -> Any:
+    """Take torch.compile and data parallelism off a model, which decode one sequence no faster."""
+    if isinstance(model, Decodable):
+        return model
+    from .wrappers import unwrapped
+
+    return unwrapped(model)
 
 
 def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:

@@ -22,6 +22,7 @@ from .kernels import cpu
 from .kernels.plan import layer_plan
 from .latent_cache import LATENT_TYPES, latent_cache
 from .layers import PackedLinear
+from .wrappers import has_adapters, has_hooks
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -60,7 +61,7 @@ def linear(name: str, module: nn.Module) -> Linear:
         arrays = [tensor.numpy() for tensor in kept]
         paths = [arrays[at : at + cpu.RANK] for at in range(0, len(arrays), cpu.RANK)]
         return Linear(module.d_out, module.d_in, paths, None, floats(module.bias))
-    if not isinstance(module, nn.Linear):
+    if type(module) is not nn.Linear:
         raise NotDecodableError(f"{name} is a {type(module).__name__}")
     if module.in_features % cpu.LANES:
         raise NotDecodableError("the sizes of its dense layers are not multiples of sixteen")
@@ -77,6 +78,8 @@ def floats(tensor: Tensor | None) -> Any:
 def rows(module: Any) -> Rows:
     """The arrays of an embedding or head."""
     if not isinstance(module, QuantizedEmbedding | QuantizedHead):
+        if type(module) not in (nn.Embedding, nn.Linear):
+            raise NotDecodableError(f"its embedding or head is a {type(module).__name__}")
         return Rows(floats(module.weight))
     table = module.table
     return Rows(table.codes.numpy(), table.scale.numpy(), None if table.offset is None else table.offset.numpy())
@@ -90,7 +93,11 @@ def stop_tokens(model: Any) -> tuple[int, ...]:
 
 
 def check_settings(model: Any) -> None:
-    """Raise NotDecodableError if a model's generation_config has a setting that only transformers honours."""
+    """Raise NotDecodableError if a model has adapters, hooks or settings that only transformers honours."""
+    if has_adapters(model):
+        raise NotDecodableError("it has adapters of PEFT")
+    if has_hooks(model):
+        raise NotDecodableError("hooks run with its modules")
     settings = getattr(model, "generation_config", None)
     for name, neutral in NEUTRAL.items():
         value = getattr(settings, name, None)
@@ -117,7 +124,7 @@ def through_transformers(
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         output = model.generate(
-            prompt,
+            input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,

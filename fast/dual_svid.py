@@ -5,6 +5,7 @@ Quantization-aware training starts from the result.
 
 from torch import Tensor
 
+from .arrays import at_least_float32
 from .factors import Factors
 from .signs import sign
 from .svd import rank_one, truncated_svd
@@ -34,6 +35,7 @@ def svid(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tensor([[ 1., -2.],
             [-2.,  4.]])
     """
+    matrix = at_least_float32("the matrix", matrix)
     row, column = rank_one(matrix.abs())
     return sign(matrix), row, column
 
@@ -56,7 +58,7 @@ def dual_svid(weight: Tensor, rank: int, sketch: Tensor | None = None) -> Factor
 
     Returns
     -------
-    Factors whose scales are non-negative, of the weight's dtype.
+    Factors whose scales are non-negative, of the weight's dtype or, if that has 16 bits, float32.
 
     Raises
     ------
@@ -94,6 +96,7 @@ def factors_from(u: Tensor, v: Tensor) -> Factors:
     ----------
     u : (..., d_out, rank), v : (..., d_in, rank) float tensors
     """
+    u, v = at_least_float32("u", u), at_least_float32("v", v)
     _, h, ell_u = svid(u)
     _, g, ell_v = svid(v)
     return Factors(u, v, h, ell_u * ell_v, g)

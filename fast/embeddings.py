@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .wrappers import to_change
+
 GROUPS = {8: 64, 4: 32}  # entries that share a scale, at most
 LEVELS = 15  # largest code of 4 bits
 DAMPING = 0.03  # of the mean diagonal of the second moments, added to it
@@ -80,19 +82,66 @@ class Table(nn.Module):
         return entries.flatten(-2)
 
 
-class QuantizedEmbedding(nn.Module):
+class WithoutWeight(nn.Module):
+    """A module that has rows of integers where others have a weight."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Find a parameter, buffer or submodule, as in any module.
+
+        Raises
+        ------
+        AttributeError
+            If there is none; for `weight`, the message says what to do without.
+        """
+        if name == "weight":
+            raise AttributeError(no_weight(self))
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, but for `weight`.
+
+        Raises
+        ------
+        AttributeError
+            If it is `weight`.
+        """
+        if name == "weight":
+            raise AttributeError(no_weight(self))
+        super().__setattr__(name, value)
+
+
+def no_weight(module: nn.Module) -> str:
+    """Say why a quantised embedding or head has no weight, and what to do."""
+    return (
+        f"a {type(module).__name__} has no weight to read, resize, tie or train: its rows are integers with scales "
+        "(table.rows(slice(None)) makes floats of them); do that to the 16-bit model before quantize_embeddings_, or "
+        "keep embeddings in 16 bits"
+    )
+
+
+class QuantizedEmbedding(WithoutWeight):
     """An embedding whose rows are a Table's; its output has the given dtype."""
 
     def __init__(self, table: Table, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.table, self.dtype = table, dtype
 
+    @property
+    def num_embeddings(self) -> int:
+        """Rows, under the name that they have in torch.nn.Embedding."""
+        return len(self.table.codes)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Entries of a row, under the name that they have in torch.nn.Embedding."""
+        return self.table.size
+
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) integers to (..., size)."""
         return self.table.rows(tokens).to(self.dtype)
 
 
-class QuantizedHead(nn.Module):
+class QuantizedHead(WithoutWeight):
     """A linear layer without bias whose weight's rows are a Table's.
 
     A tied table belongs to the embedding: the head then only refers to it, and a state dict holds it once.
@@ -265,11 +314,16 @@ def check_embeddings(model: Any, bits: int) -> None:
     """Raise ValueError unless a model's embedding and head can be kept in so many bits."""
     if bits == 16:
         return
-    embedding = model.get_input_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, QuantizedEmbedding):
+        raise ValueError(f"this model's embedding is quantised already, to {embedding.table.bits} bits")
     if type(embedding) is not nn.Embedding:
         raise ValueError(
             f"this model's {type(embedding).__name__} does more than look rows up, and must be kept in 16 bits"
         )
+    if type(head) is not nn.Linear or head.bias is not None:
+        kind = "has no output head" if head is None else f"has a {type(head).__name__} with more than a weight as head"
+        raise ValueError(f"this model {kind}; its embedding and head must be kept in 16 bits")
     quantize_table(embedding.weight[:1], bits)
 
 
@@ -288,8 +342,10 @@ def quantize_embeddings_(model: Any, bits: int, tokens: Tensor | None = None) ->
     Raises
     ------
     ValueError
-        If the bits are none of these, or a size is no multiple of 32.
+        If the bits are none of these, a size is no multiple of 32, embedding or head do more than an ordinary one, or
+        the model has adapters of PEFT.
     """
+    model = to_change(model, "quantize_embeddings_")
     check_embeddings(model, bits)
     if bits == 16:
         return
@@ -304,9 +360,10 @@ def quantize_embeddings_(model: Any, bits: int, tokens: Tensor | None = None) ->
 
 
 def replace_embeddings(model: Any, table: Table, head: Table, dtype: torch.dtype) -> None:
-    """Put tables where a model has its embedding and its head."""
+    """Put tables where a model has its embedding and, if it has one, its head."""
     model.set_input_embeddings(QuantizedEmbedding(table, dtype))
-    model.set_output_embeddings(QuantizedHead(head, tied=head is table))
+    if model.get_output_embeddings() is not None:
+        model.set_output_embeddings(QuantizedHead(head, tied=head is table))
     model._tied_weights_keys = model.all_tied_weights_keys = {}  # else transformers looks for weights to tie
 
 

@@ -13,7 +13,8 @@ from .alignment import ITQ_STEPS
 from .bits import Ranks, Shape, layer_bits, model_bits
 from .fetch import locate
 from .hf import check_dense, empty_model, transformers
-from .model import OVERSAMPLING, Config, check_config, factorise, fused_split, linear_shape, plan
+from .model import OVERSAMPLING, Config, check_config, factorise, fused_split, plan
+from .selection import linear_shape
 
 PROBE_SECONDS = 0.1
 PROBE_SIZE = 512  # rows and columns of the matrices that are multiplied, and of the layer that is factorised
@@ -42,7 +43,8 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     dict with `layers`, `weights`, `bits_per_weight` and `linear_bytes` (exact; but for allocation by sensitivity, which
     reads the weights, those of uniform allocation), `file_bytes` (tensors, without the file's header), `memory_bytes`
     (dense model, latents and the largest group of layers at work, in float32; with training also gradients and moments,
-    the teacher, but no activations), `quantise_s` and `train_s` (seconds), and `kinds` by kind of layer.
+    the teacher, but no activations), `quantise_s` and `train_s` (seconds), `kinds` by kind of layer, `dense` (why each
+    selected layer that cannot be quantised stays dense) and `dense_share` (their part of the selected weights).
 
     Raises
     ------
@@ -55,7 +57,8 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     model.tie_weights()
     check_config(config, torch.empty(0))  # no calibration text is read
     with fused_split(model, config):
-        layers, ranks = plan(model, config)
+        selection, ranks = plan(model, config)
+    layers = selection.layers
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     weights = sum(d_out * d_in for d_out, d_in in shapes.values())
     stored = model_bits(shapes, ranks)
@@ -81,6 +84,8 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
         "quantise_s": quantise_seconds(shapes, ranks, config),
         "train_s": tokens * (3 * (latents + head) + weights + head) / multiplications_per_second() if tokens else 0.0,
         "kinds": kinds,
+        "dense": selection.dense,
+        "dense_share": selection.share,
     }
 
 

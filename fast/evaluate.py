@@ -89,7 +89,8 @@ def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
 
     Each token's is computed in float32, for a few rows of logits at once.
     """
-    logits = model(tokens[:, :-1], use_cache=False).logits.flatten(0, 1)  # (batch (length - 1), vocabulary)
+    logits = model(tokens[:, :-1], use_cache=False).logits
+    logits = logits[:, 1 - tokens.shape[1] :].flatten(0, 1)  # (batch (length - 1), vocabulary), without PEFT's prompts
     losses = [
         functional.cross_entropy(rows.float(), targets, reduction="none")
         for rows, targets in zip(logits.split(LOGIT_ROWS), tokens[:, 1:].flatten().split(LOGIT_ROWS), strict=True)

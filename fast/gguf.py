@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .embeddings import QuantizedEmbedding, QuantizedHead
 from .layers import Joined, PackedLinear
 from .shared import refuse_shared
+from .wrappers import without_adapters
 from .writing import synchronise
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -47,7 +48,7 @@ def save_gguf(model: Any, path: str | Path, tokenizer: Any, precision: str = "f1
     Raises
     ------
     ValueError
-        If the architecture, the tokenizer or the precision cannot be written.
+        If the architecture, the tokenizer or the precision cannot be written, or the model has adapters of PEFT.
     OSError
         If `path` exists and may not be replaced, or cannot be written.
     """
@@ -61,6 +62,7 @@ def save_gguf(model: Any, path: str | Path, tokenizer: Any, precision: str = "f1
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(f"{path} exists already; choose another file, or pass overwrite=True (--overwrite)")
+    model = without_adapters(model, "save_gguf")
     architecture = check_architecture(model)
     refuse_shared(model, "a GGUF file")
     vocabulary = byte_level_vocabulary(tokenizer)

@@ -14,6 +14,7 @@ from .decode_cpu import MODEL_TYPES, STATIC_ROPE
 from .kv_cache import LARGEST_CODE, apply_rope, latent_attention, latents
 from .layers import PackedLinear
 from .model import device_of
+from .wrappers import with_adapters_inside
 
 #: In what the kinds of latent cache in `memory.KV_CACHES` keep a latent.
 LATENT_TYPES = {"latent": torch.float16, "latent-int8": torch.int8}
@@ -29,7 +30,8 @@ def latent_cache(model: nn.Module, dtype: torch.dtype = torch.float16) -> Any:
     Parameters
     ----------
     model : packed transformers causal language model
-        Of a type in decode_cpu.MODEL_TYPES, without sliding windows, on one device.
+        Of a type in decode_cpu.MODEL_TYPES, without sliding windows, on one device. It may be compiled, or have
+        adapters of PEFT beside layers other than k_proj and v_proj.
     dtype : torch.dtype
         Of the stored latents: float32, float16 or int8, the latter two with a float32 scale for each token.
 
@@ -40,7 +42,8 @@ def latent_cache(model: nn.Module, dtype: torch.dtype = torch.float16) -> Any:
     Raises
     ------
     ValueError
-        If a k_proj or v_proj is not packed (it is named), or model or dtype are none of these.
+        If a k_proj or v_proj is not packed (it is named), model or dtype are none of these, or PEFT puts tokens before
+        the prompt.
 
     Examples
     --------
@@ -49,6 +52,7 @@ def latent_cache(model: nn.Module, dtype: torch.dtype = torch.float16) -> Any:
     ...
     ValueError: a latent cache needs a model of type llama, mistral, qwen2, not None
     """
+    model = with_adapters_inside(model)
     check_latent(model, dtype)
     from .hf_cache import LatentCache
 

@@ -12,7 +12,7 @@ from .factors import Factors
 from .headers import packed_headers
 from .kernels.dispatch import plan_for, unpacked
 from .kernels.plan import Plan
-from .linear import linear, packed_linear
+from .linear import folded, linear, packed_linear
 from .packing import PackedFactors, pack_factors, to_half
 from .signs import named_rule
 
@@ -63,7 +63,52 @@ class NotPickled(nn.Module):
         return made
 
 
-class LittleBitLinear(NotPickled):
+class LowRankLinear(NotPickled):
+    """What both forms of a layer have: `paths`, `bias` and sizes, under the names of torch.nn.Linear too."""
+
+    d_out: int
+    d_in: int
+
+    def factors(self) -> Sequence[Any]:
+        """The tensors of each path."""
+        raise NotImplementedError
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each path."""
+        return tuple(path.rank for path in self.factors())
+
+    @property
+    def in_features(self) -> int:
+        """d_in, under the name that it has in torch.nn.Linear."""
+        return self.d_in
+
+    @property
+    def out_features(self) -> int:
+        """d_out, under the name that it has in torch.nn.Linear."""
+        return self.d_out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, but for `weight`.
+
+        Raises
+        ------
+        AttributeError
+            If it is `weight`.
+        """
+        if name == "weight":
+            raise AttributeError(
+                f"the weight of a {type(self).__name__} cannot be set: it follows from signs and scales; replace the "
+                "module by a torch.nn.Linear, or quantise that"
+            )
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"d_in={self.d_in}, d_out={self.d_out}, ranks={self.ranks}, bias={self.bias is not None}"
+
+
+class LittleBitLinear(LowRankLinear):
     """A linear layer y = W_hat x + b whose weight is the sum of its paths; latents and scales are float parameters.
 
     Parameters
@@ -99,14 +144,15 @@ class LittleBitLinear(NotPickled):
             self.paths.append(path)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """Rank of each path."""
-        return tuple(path.rank for path in self.factors())
-
     def factors(self) -> list[Factors]:
         """The paths' parameters."""
         return [Factors(*(getattr(path, name) for name in Factors._fields)) for path in self.paths]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense (d_out, d_in) weight that the layer stands for, made anew each time; gradients reach latents."""
+        a, b = folded(self.factors(), self.rule) if self.a is None or self.b is None else (self.a, self.b)
+        return b @ a
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
@@ -125,12 +171,8 @@ class LittleBitLinear(NotPickled):
         bias = None if self.bias is None else to_half("bias", self.bias.detach())
         return PackedLinear([pack_factors(path) for path in self.factors()], bias)
 
-    def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
-        return f"d_in={self.d_in}, d_out={self.d_out}, ranks={self.ranks}, bias={self.bias is not None}"
 
-
-class PackedLinear(NotPickled):
+class PackedLinear(LowRankLinear):
     """A linear layer that computes from packed signs; for inference.
 
     Parameters
@@ -172,21 +214,6 @@ class PackedLinear(NotPickled):
         )
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        """Rank of each path."""
-        return tuple(path.rank for path in self.factors())
-
-    @property
-    def in_features(self) -> int:
-        """d_in, under the name that it has in torch.nn.Linear."""
-        return self.d_in
-
-    @property
-    def out_features(self) -> int:
-        """d_out, under the name that it has in torch.nn.Linear."""
-        return self.d_out
-
-    @property
     def weight(self) -> Tensor:
         """The dense (d_out, d_in) float32 weight that the layer stands for, made anew each time."""
         a, b = unpacked(self.factors())
@@ -203,7 +230,7 @@ class PackedLinear(NotPickled):
         paths = self._modules["paths"]._modules.values()  # type: ignore[union-attr]
         tensors = [tensor for path in paths for tensor in path._buffers.values()]  # type: ignore[union-attr]
         fitting = plan_for(x, tensors, plan)  # type: ignore[arg-type]
-        if fitting is None or x.shape[-1] != self.d_in:
+        if fitting is None or x.shape[-1] != self.d_in or not x.is_floating_point():
             return packed_linear(x, self.factors(), self.bias)
         if fitting is not plan:
             self.plan = fitting
@@ -212,10 +239,6 @@ class PackedLinear(NotPickled):
         if bias is not None:
             y += bias
         return y if x.dtype == torch.float32 else y.to(x.dtype)
-
-    def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
-        return f"d_in={self.d_in}, d_out={self.d_out}, ranks={self.ranks}, bias={self.bias is not None}"
 
 
 class Joined(nn.Module):

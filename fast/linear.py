@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .arrays import check_floats
 from .factors import Factors
 from .kernels import dispatch
 from .packing import PackedFactors
@@ -35,7 +36,9 @@ def linear(x: Tensor, paths: Sequence[Factors], bias: Tensor | None = None, rule
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, or there is no such rule.
+        If x's last axis is not d_in, paths differ in size, or there is no such rule.
+    TypeError
+        If x does not hold floating-point numbers or is no tensor, or paths is not a list.
 
     Examples
     --------
@@ -44,7 +47,7 @@ def linear(x: Tensor, paths: Sequence[Factors], bias: Tensor | None = None, rule
     >>> linear(torch.tensor([1.0, 1.0]), [path]).round(decimals=4)
     tensor([-1.,  2.])
     """
-    check_input(x, paths)
+    check_input(x, paths, Factors, bias)
     a, b = folded(paths, rule)
     bias = None if bias is None else bias.to(x.dtype)
     return functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype), bias)
@@ -99,7 +102,10 @@ def linear_vjp(
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, `grad` does not have the output's shape, or there is no such rule.
+        If x's last axis is not d_in, paths differ in size, `grad` is not of the output's shape, or there is no such
+        rule.
+    TypeError
+        If x does not hold floating-point numbers or is no tensor, or paths is not a list.
 
     Examples
     --------
@@ -112,7 +118,7 @@ def linear_vjp(
     >>> grad_path.u, grad_path.v, grad_path.h, grad_path.ell, grad_path.g
     (tensor([[30.]]), tensor([[-30.]]), tensor([-15.]), tensor([-10.]), tensor([-30.]))
     """
-    check_input(x, paths)
+    check_input(x, paths, Factors)
     check_gradient(x, paths, grad)
     x = x.detach().requires_grad_()
     paths = [Factors(*(tensor.detach().requires_grad_() for tensor in path)) for path in paths]
@@ -142,9 +148,12 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, x is on another device than the words, or words and scales do not fit together.
+        If x's last axis is not d_in, paths differ in size, x is on another device than the words, or the words do not
+        fit the scales.
+    TypeError
+        If x does not hold floating-point numbers or is no tensor, or paths is not a list.
     """
-    check_input(x, paths)
+    check_input(x, paths, PackedFactors, bias)
     y = dispatch.packed_linear(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), paths)  # (rows, d_out) float32
     if bias is not None:
         y += bias
@@ -152,15 +161,33 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors], bias: Tensor | None
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def check_input(x: Tensor, paths: Sequence[Factors] | Sequence[PackedFactors]) -> None:
-    """Raise ValueError unless x's last axis is d_in."""
-    d_in = paths[0].g.shape[-1]
-    if x.shape[-1] != d_in:
+def check_input(x: Tensor, paths: Sequence, kind: type, bias: Tensor | None = None) -> None:
+    """Raise unless x and the bias fit the paths, which must be a list of `kind`, and hold floating-point numbers."""
+    if isinstance(paths, Factors | PackedFactors):
+        raise TypeError(f"paths must be a list of {kind.__name__}, got one {type(paths).__name__}: write [path]")
+    if not len(paths) or not all(isinstance(path, kind) for path in paths):
+        given = ", ".join(sorted({type(path).__name__ for path in paths})) or "none"
+        raise TypeError(f"paths must be a list of at least one {kind.__name__}, got {given}")
+    check_floats("the input", x)
+    d_out, d_in = paths[0].h.shape[-1], paths[0].g.shape[-1]
+    for path in paths:
+        check_floats("a scale", path.g)
+        if path.h.shape[-1] != d_out or path.g.shape[-1] != d_in:
+            raise ValueError(
+                f"all paths must have the sizes of the first, {d_out} x {d_in}, "
+                f"but one is {path.h.shape[-1]} x {path.g.shape[-1]}"
+            )
+    if not x.ndim or x.shape[-1] != d_in:
         raise ValueError(f"the input's last axis must be d_in = {d_in}, but its shape is {tuple(x.shape)}")
+    if bias is not None:
+        check_floats("the bias", bias)
+        if tuple(bias.shape) != (d_out,):
+            raise ValueError(f"the bias must have the shape {(d_out,)}, but its shape is {tuple(bias.shape)}")
 
 
 def check_gradient(x: Tensor, paths: Sequence[Factors], grad: Tensor) -> None:
-    """Raise ValueError unless `grad` has the shape of the output."""
+    """Raise unless `grad` holds floating-point numbers in the shape of the output."""
+    check_floats("the gradient", grad)
     shape = (*x.shape[:-1], paths[0].h.shape[-1])
     if tuple(grad.shape) != shape:
         raise ValueError(f"the gradient must have the output's shape {shape}, but its shape is {tuple(grad.shape)}")

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,10 +17,23 @@ from .bits import Ranks, allocate_ranks, layer_bits, official_rank
 from .calibrate import Moments, calibrate, spectral_gains
 from .dual_svid import dual_svid
 from .factors import Factors
-from .layers import Joined, LittleBitLinear, PackedLinear
+from .layers import Joined, LittleBitLinear, LowRankLinear, PackedLinear
 from .progress import tqdm
 from .residual import compensate, compensate_weighted
-from .shared import module_places, parameter_users, put
+from .selection import (
+    Selection,
+    as_patterns,
+    describe_dense,
+    is_linear,
+    linear_shape,
+    linear_weight,
+    matches,
+    reason_dense,
+    select,
+    surroundings,
+)
+from .shared import parameter_users
+from .wrappers import to_change, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +67,9 @@ class Config:
     importance : bool
         Whether "admm" weighs channels by their second moments, measured on calibration text.
     include, exclude : tuple of str
-        Shell-style patterns of module names. A linear layer is quantised if it matches one of `include` and none of
-        `exclude`; the output head and embeddings are never quantised.
+        Shell-style patterns of module names, or one pattern. A linear layer is quantised if it matches one of
+        `include` and none of `exclude`, and if it can be (see selection.py); the output head and embeddings are never
+        quantised. A pattern that matches no layer is an error.
     split_fused : bool
         Quantise the parts of fused projections (qkv_proj, gate_up_proj; c_attn of GPT-2) as layers of their own, with
         names such as LAYER.qkv_proj.q_proj.
@@ -76,6 +90,11 @@ class Config:
     split_fused: bool = False
     kv_rank_factor: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Keep patterns as tuples; one string is one pattern."""
+        for key in ("include", "exclude"):
+            object.__setattr__(self, key, as_patterns(key, getattr(self, key)))
 
     def needs_calibration(self) -> bool:
         """Whether `quantize_` needs calibration tokens."""
@@ -104,16 +123,31 @@ class LayerResult:
     error: float
 
 
+class Results(dict[str, LayerResult]):
+    """What became of each quantised layer, by its name.
+
+    Attributes
+    ----------
+    dense : dict of str to str
+        Why each other selected layer stayed dense, by its name.
+    """
+
+    dense: Mapping[str, str] = MappingProxyType({})
+
+
 def quantize_(
     model: nn.Module, config: Config | None = None, tokens: Tensor | None = None, progress: bool = True
-) -> dict[str, LayerResult]:
+) -> Results:
     """Replace a model's linear layers by LittleBitLinear layers, in place.
 
-    Everything is checked before the first layer is replaced, so that a refused model is left as it was.
+    Everything is checked before the first layer is replaced, so that a refused model is left as it was. A layer that
+    cannot be quantised (see selection.py) stays dense, and a warning in the log says so. A module in several places is
+    replaced in all of them.
 
     Parameters
     ----------
     model : torch.nn.Module
+        What torch.compile made of a model is taken off first.
     config : Config, optional
     tokens : (n,) integer tensor, optional
         Calibration text, for `importance` and allocation by "sensitivity".
@@ -122,20 +156,24 @@ def quantize_(
 
     Returns
     -------
-    dict of layer name to LayerResult, in the model's order.
+    Results, a dict of layer name to LayerResult in the model's order; its `dense` says which layers stayed dense.
 
     Raises
     ------
     ValueError
-        If no layer matches, a weight is not finite (the layer is named), the bits cannot be met, or calibration text
-        is missing.
+        If a pattern or the config matches no layer, a weight is not finite (the layer is named), the bits cannot be
+        met, calibration text is missing, or the model has adapters of PEFT or is DistributedDataParallel.
     """
     config = config or Config()
     check_config(config, tokens)
+    model = to_change(model, "quantize_")
     with fused_split(model, config):
-        layers, ranks = plan(model, config)  # before calibration: raises if the bits cannot be met
+        selection, ranks = plan(model, config)  # before calibration: raises if the bits cannot be met
+        layers = selection.layers
         shapes = {name: linear_shape(layer) for name, layer in layers.items()}
         for name, layer in layers.items():
+            if layer.weight.is_meta:
+                raise ValueError(f"layer {name}: the weight is on the meta device; load the model onto a CPU or GPU")
             if not torch.isfinite(layer.weight).all():
                 raise ValueError(
                     f"layer {name}: the weight holds NaN or infinity; repair or re-download the checkpoint"
@@ -146,7 +184,7 @@ def quantize_(
         if config.allocation == "sensitivity":
             gains = spectral_gains({name: linear_weight(layer) for name, layer in layers.items()}, moments)
             ranks = allocate_ranks(shapes, config.bits, config.paths, gains)
-    results, places, users = {}, module_places(model), parameter_users(model)
+    results, users = {}, parameter_users(model)
     with tqdm(
         total=len(layers), desc=f"{config.init}, {config.bits:g} bits", unit="layer", disable=not progress
     ) as bar:
@@ -154,39 +192,50 @@ def quantize_(
             weights = torch.stack([linear_weight(layers[name]).float() for name in names])
             paths = factorise(weights, ranks[names[0]], config, [moments[name] for name in names] if moments else [])
             errors = relative_errors(weights, paths)
+            made = {}
             for at, name in enumerate(names):
                 mine = [Factors(*(tensor[at] for tensor in path)) for path in paths]
-                made = LittleBitLinear(mine, layers[name].bias)
-                for each in users.get(id(layers[name].weight), [name]):  # one layer for all that share a weight
-                    replace_module(model, places[each], made)
+                layer = LittleBitLinear(mine, layers[name].bias)
+                made |= dict.fromkeys(users.get(id(layers[name].weight), [name]), layer)  # all that share the weight
                 bits = layer_bits(*shapes[name], ranks[name]) / layers[name].weight.numel()
                 results[name] = LayerResult(*shapes[name], ranks[name], bits, errors[at])
+            replace_modules(model, made)
             bar.update(len(names))
     if hasattr(model, "save_pretrained"):  # a transformers model, which should know how it is to be saved
         from .quantizer import attach
 
         attach(model, {"bits": config.bits})
-    return {name: results[name] for name in layers}
+    ordered = Results({name: results[name] for name in layers})
+    ordered.dense = selection.dense
+    return ordered
 
 
-def plan(model: nn.Module, config: Config) -> tuple[dict[str, nn.Linear], dict[str, Ranks]]:
-    """The layers that are to be quantised and, except for allocation by sensitivity, their ranks.
+def plan(model: nn.Module, config: Config) -> tuple[Selection, dict[str, Ranks]]:
+    """Select the layers to quantise and, except for allocation by sensitivity, their ranks.
+
+    A warning in the log says which layers stay dense, and why.
 
     Raises
     ------
     ValueError
         If no layer matches, or the bits cannot be met.
     """
-    layers = dict(target_layers(model, config))
+    selection = select(model, config.include, config.exclude)
+    layers = selection.layers
     if not layers:
+        found = describe_dense(selection) if selection.dense else "print(model) shows the names"
+        if any(isinstance(module, LowRankLinear) for module in model.modules()):
+            found = "the model is quantised already"
         raise ValueError(
-            f"no linear layer matches include={config.include} and exclude={config.exclude}; "
-            "print(model) shows the names"
+            f"no linear layer matches include={config.include} and exclude={config.exclude} and can be quantised; "
+            f"{found}"
         )
+    if selection.dense:
+        log.warning("littlebit: %s", describe_dense(selection))
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     shares = kv_shares(model, shapes, config)
     if config.allocation != "official":
-        return layers, allocate_ranks(shapes, config.bits, config.paths, shares=shares)
+        return selection, allocate_ranks(shapes, config.bits, config.paths, shares=shares)
     ranks = official_ranks(shapes, config.bits, config.paths or 1, shares)  # paths=None is refused by `check_config`
     for name, (rank, *_) in ranks.items():
         if rank > min(shapes[name]):
@@ -196,7 +245,7 @@ def plan(model: nn.Module, config: Config) -> tuple[dict[str, nn.Linear], dict[s
                 f"{min(d_out, d_in)} at most; lower bits or kv_rank_factor, exclude the layer, or choose another "
                 "allocation"
             )
-    return layers, ranks
+    return selection, ranks
 
 
 def official_ranks(
@@ -278,57 +327,13 @@ def factorise(weights: Tensor, ranks: Ranks, config: Config, moments: Sequence[M
 
 
 def target_layers(model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Linear]]:
-    """Names and modules of the linear layers that the config selects."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    found: dict[str, Any] = {
-        name: module
-        for name, module in model.named_modules()
-        if is_linear(module) and module is not head and name.split(".")[-1] != "lm_head" and selects(config, name)
-    }
-    users = parameter_users(model)
-    for name, module in found.items():
-        group = users.get(id(module.weight), [name])  # the layers that share this weight
-        if any(each not in found or not interchangeable(found[each], module) for each in group):
-            log.warning("littlebit: layer %s shares its weight with %s and is left as it is", name, ", ".join(group))
-        elif name == group[0]:
-            yield name, module
-
-
-def interchangeable(one: Any, other: Any) -> bool:
-    """Whether one linear layer can stand for another that has the same weight."""
-    return type(one) is type(other) and one.bias is other.bias
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a dense linear layer: torch's, or the Conv1D of GPT-2, which keeps its weight transposed."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def linear_weight(layer: Any) -> Tensor:
-    """The (d_out, d_in) weight of a dense linear layer."""
-    weight = layer.weight.detach()
-    return weight.mT if is_conv1d(layer) else weight
-
-
-def linear_shape(layer: Any) -> tuple[int, int]:
-    """Sizes (d_out, d_in) of a dense linear layer."""
-    d_out, d_in = linear_weight(layer).shape
-    return d_out, d_in
+    """Names and modules of the linear layers that the config selects and that can be quantised."""
+    yield from select(model, config.include, config.exclude).layers.items()
 
 
 def selects(config: Config, name: str) -> bool:
     """Whether the config's patterns select a layer of this name."""
     return matches(name, config.include) and not matches(name, config.exclude)
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a module name matches one of the shell-style patterns."""
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def batches(shapes: dict[str, tuple[int, int]], ranks: dict[str, Ranks]) -> Iterator[list[str]]:
@@ -349,28 +354,36 @@ def relative_errors(weights: Tensor, paths: Sequence[Factors]) -> list[float]:
     return (torch.linalg.matrix_norm(rest) / torch.where(norms == 0, 1, norms)).tolist()
 
 
-def replace_module(model: nn.Module, names: str | Sequence[str], module: nn.Module) -> None:
-    """Put `module` where the model has a submodule of this name, or of each of several names."""
-    for name in [names] if isinstance(names, str) else names:
-        put(model, name, module)
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the model has the submodule `name`."""
+    replace_modules(model, {name: module})
+
+
+def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules where the model has submodules of their names, in every place where it has them."""
+    new = {id(model.get_submodule(name)): module for name, module in modules.items()}
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if id(child) in new:
+                setattr(parent, key, new[id(child)])
 
 
 @contextlib.contextmanager
 def fused_split(model: nn.Module, config: Config) -> Iterator[None]:
     """If the config asks for it, split fused layers of which a part is selected; undone if the block fails."""
     before = {}
+    around = surroundings(model)
     try:
-        places = module_places(model) if config.split_fused else {}
         for name, module in list(model.named_modules()) if config.split_fused else ():
-            parts = FUSED.get(name.split(".")[-1], ())
-            if is_linear(module) and any(selects(config, f"{name}.{part}") for part in parts):
+            parts = FUSED.get(name.split(".")[-1], ()) if is_linear(module) else ()
+            if any(selects(config, f"{name}.{part}") for part in parts) and not reason_dense(name, module, around):
                 sizes = part_sizes(model, linear_shape(module)[0], len(parts))
-                replace_module(model, places[name], split(module, dict(zip(parts, sizes, strict=True))))
+                replace_module(model, name, split(module, dict(zip(parts, sizes, strict=True))))
                 before[name] = module
         yield
     except BaseException:
         for name, module in before.items():
-            replace_module(model, places[name], module)
+            replace_module(model, name, module)
         raise
 
 
@@ -401,15 +414,14 @@ def pack_(model: nn.Module) -> nn.Module:
     ValueError
         If a layer cannot be packed (the layer is named); the model is then left as it was.
     """
-    packed, places = {}, module_places(model)
-    for name, module in model.named_modules():
+    packed, inner = {}, unwrapped(model)
+    for name, module in inner.named_modules():
         if isinstance(module, LittleBitLinear):
             try:
                 packed[name] = module.pack()
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from error
-    for name, module in packed.items():
-        replace_module(model, places[name], module)
+    replace_modules(inner, packed)
     return model
 
 

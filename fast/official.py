@@ -47,6 +47,7 @@ from .headers import (
 from .layers import PackedLinear
 from .packing import PackedFactors, pack_signs, row_words, to_half, unpack_factors
 from .shared import refuse_shared
+from .wrappers import without_adapters
 from .writing import written_whole
 
 SUFFIXES = ("", "_R")
@@ -204,6 +205,7 @@ def save_official(
         If `path` exists and may not be replaced, or cannot be written.
     """
     path = Path(path)
+    model = without_adapters(model, "save_official")
     layers = layers_to_save(model, path, overwrite)
     refuse_shared(model, "the authors' format")
     settle_ties(model)

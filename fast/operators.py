@@ -1,6 +1,6 @@
 """`torch.ops.littlebit.packed_linear`: the packed layer as an operator that torch.compile can put into its graphs.
 
-plugin.py imports this module as soon as torch is imported, because a program that torch.export saved may ask for the
+plugin.py imports this module when torch is imported, because a program that torch.export saved may ask for the
 operator before anything else of this package is used. So what it calls is imported when it is called.
 """
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arrays import check_array
 from .bits import word_width
 from .factors import Factors
 
@@ -77,6 +78,7 @@ def pack_signs(signs: Tensor) -> Tensor:
     >>> pack_signs(torch.tensor([1, -1, 1, -1]))
     tensor([10], dtype=torch.uint8)
     """
+    check_array("signs", signs)
     if signs.isnan().any():
         raise ValueError("NaN has no sign and cannot be packed; look for the step that produced it")
     count = signs.shape[-1]

@@ -1,18 +1,19 @@
 """LittleBit as a quantisation method of transformers, `quant_method: "littlebit"`.
 
-Importing this module registers it with transformers, and `plugin.py` imports it when that is time.
+`register` tells transformers of it, and `plugin.py` calls it when transformers is imported.
 `AutoModelForCausalLM.from_pretrained` then rebuilds packed checkpoints, whose packed layers never exist as dense ones,
 `save_pretrained` writes them back, and a LittleBitConfig passed to `from_pretrained` quantises an ordinary model after
 it is loaded.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,7 +32,9 @@ from .headers import (
 from .hf import check_whole
 from .layers import LittleBitLinear
 from .model import Config, pack_, quantize_
+from .selection import as_patterns
 from .shared import put, share, share_checked, shared_names, thing
+from .wrappers import has_adapters
 
 METHOD = "littlebit"
 SECTION = "quantization_config"
@@ -60,8 +63,8 @@ class LittleBitConfig(QuantizationConfigMixin):
         bits: float | None = Config.bits,
         paths: int | None = Config.paths,
         init: str = Config.init,
-        include: tuple[str, ...] = Config.include,
-        exclude: tuple[str, ...] = Config.exclude,
+        include: str | Sequence[str] = Config.include,
+        exclude: str | Sequence[str] = Config.exclude,
         split_fused: bool = Config.split_fused,
         kv_rank_factor: float = Config.kv_rank_factor,
         seed: int = Config.seed,
@@ -74,7 +77,7 @@ class LittleBitConfig(QuantizationConfigMixin):
     ):
         self.quant_method: Any = quant_method
         self.bits, self.paths, self.init, self.seed = bits, paths, init, seed
-        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
         self.split_fused, self.kv_rank_factor = split_fused, kv_rank_factor
         self.layers, self.format_version = layers, format_version
         self.embeddings, self.fused, self.shared = embeddings, fused, shared
@@ -122,7 +125,8 @@ class LittleBitQuantizer(HfQuantizer):
         check_contents(files, headers, self.quantization_config.format_version or WITHOUT_CHECKSUMS)
         check_values(layers, read_tensors(files))
         shared = share_checked(model, self.quantization_config.shared, SECTION)
-        put_layers(model, layers, self.quantization_config.fused, SECTION)
+        fused = named_as_in(model, self.quantization_config.fused or {})
+        put_layers(model, named_as_in(model, layers), fused, SECTION)
         put_embeddings(model, self.quantization_config.embeddings, dtype or torch.get_default_dtype(), SECTION)
         self.leave_out(model, shared)
 
@@ -170,8 +174,13 @@ class LittleBitQuantizer(HfQuantizer):
         Raises
         ------
         ValueError
-            If a layer is still in training form, which no checkpoint holds.
+            If a layer is still in training form, which no checkpoint holds, or layers have adapters of PEFT.
         """
+        if has_adapters(model) and not getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "the layers have adapters of PEFT inside: save those with PeftModel.save_pretrained, or take them off "
+                "first (unload())"
+            )
         if any(isinstance(module, LittleBitLinear) for module in model.modules()):
             raise ValueError(
                 "save_pretrained writes packed layers, but the model is in training form: call littlebit.fast.pack_ "
@@ -226,5 +235,25 @@ def attach(model: Any, described: dict[str, Any]) -> None:
     model.config.quantization_config = config
 
 
-AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LittleBitConfig
-AUTO_QUANTIZER_MAPPING[METHOD] = LittleBitQuantizer  # type: ignore[assignment]
+def named_as_in(model: Any, described: dict[str, Any]) -> dict[str, Any]:
+    """Name what a section describes as in a model whose head is less than the saved one's, or more.
+
+    As transformers does it for tensors: `AutoModel` of a language model has layers.0 where that has model.layers.0. A
+    layer of a head that the model lacks is left out.
+    """
+    prefix = f"{model.base_model_prefix}."
+    inside = any(name.startswith(prefix) for name in described)
+    if hasattr(model, model.base_model_prefix) == inside or prefix == ".":
+        return described
+    if inside:
+        return {name.removeprefix(prefix): each for name, each in described.items() if name.startswith(prefix)}
+    return {prefix + name: each for name, each in described.items()}
+
+
+def register() -> None:
+    """Put LittleBit into transformers' lists; again, if their module was reloaded."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LittleBitConfig
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = LittleBitQuantizer  # type: ignore[assignment]
+
+
+register()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference._renamed import renamed_keywords
+from .arrays import at_least_float32
 from .dual_svid import dual_svid
 from .factors import Factors
 
@@ -46,7 +47,7 @@ def compensate(
     True
     """
     paths = []
-    rest = weight
+    rest = at_least_float32("the weight", weight)
     for rank in ranks:
         factors = factorize(rest, rank)
         factors = factors._replace(ell=factors.ell * best_step(rest, factors.to_dense())[..., None])
@@ -89,6 +90,8 @@ def compensate_weighted(
     ValueError
         If an importance weight is not positive.
     """
+    weight = at_least_float32("the weight", weight)
+    row, column = at_least_float32("row weights", row), at_least_float32("column weights", column)
     if not ((row > 0).all() and (column > 0).all()):
         smallest = float(torch.minimum(row.min(), column.min()))
         raise ValueError(

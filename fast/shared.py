@@ -14,14 +14,6 @@ from torch import nn
 from .headers import CheckpointError
 
 
-def module_places(model: nn.Module) -> dict[str, list[str]]:
-    """List all names of each module, by the first of them."""
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    return {each[0]: each for each in names.values()}
-
-
 def parameter_users(model: nn.Module) -> dict[int, list[str]]:
     """List the modules, by their first names, that have each parameter, by its id."""
     users = defaultdict(list)

@@ -6,6 +6,8 @@ Dual-SVID needs all three. The SVD itself is LAPACK's or cuSOLVER's; `littlebit.
 import torch
 from torch import Tensor
 
+from .arrays import at_least_float32, check_floats
+
 RANK_ONE_STEPS = 100  # power iterations of `rank_one`, at most
 POWER_STEPS = 4  # power iterations of `range_finder`
 
@@ -20,8 +22,8 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Parameters
     ----------
-    matrix : (..., m, n) float32 or float64 tensor
-        Computations have its precision.
+    matrix : (..., m, n) float tensor
+        Computations have its precision, but those of 16 bits have float32's, and so has the result.
 
     Returns
     -------
@@ -32,6 +34,8 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ------
     ValueError
         If the matrix is empty, or holds NaN or infinity.
+    TypeError
+        If it does not hold floating-point numbers.
 
     Examples
     --------
@@ -42,6 +46,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tensor([[3., 0.],
             [4., 5.]])
     """
+    matrix = at_least_float32("the weight", matrix)
     check_matrix(matrix, 1)
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     return u, s, vt.mT
@@ -58,6 +63,7 @@ def truncated_svd(matrix: Tensor, rank: int, sketch: Tensor | None = None) -> tu
     Parameters
     ----------
     matrix : (..., m, n) float tensor
+        16 bits are computed, and returned, in float32.
     rank : int
         1 <= rank <= min(m, n).
     sketch : (n, k) tensor of the matrix's dtype, optional
@@ -78,11 +84,13 @@ def truncated_svd(matrix: Tensor, rank: int, sketch: Tensor | None = None) -> tu
     >>> s
     tensor([3.])
     """
+    matrix = at_least_float32("the weight", matrix)
     check_matrix(matrix, rank)
     if sketch is None:
         u, s, v = svd(matrix)
     else:
-        basis = range_finder(matrix, sketch)  # (..., m, k)
+        check_floats("the sketch", sketch)
+        basis = range_finder(matrix, sketch.to(matrix.dtype))  # (..., m, k)
         u, s, v = svd(basis.mT @ matrix)
         u = basis @ u
     return u[..., :rank], s[..., :rank], v[..., :rank]
@@ -122,6 +130,7 @@ def rank_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     matrix : (..., m, n) non-negative float tensor
+        16 bits are computed, and returned, in float32.
 
     Returns
     -------
@@ -134,6 +143,7 @@ def rank_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
     tensor([[1., 2.],
             [2., 4.]])
     """
+    matrix = at_least_float32("the matrix", matrix)
     scale = matrix.amax((-2, -1), keepdim=True)  # (..., 1, 1)
     zero = scale == 0
     scaled = matrix / torch.where(zero, 1, scale)  # in [0, 1], so squares do not overflow

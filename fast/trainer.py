@@ -36,6 +36,7 @@ from .student import (
     shard_,
     whole,
 )
+from .wrappers import to_change, with_adapters_inside
 
 RECOMPILE_LIMIT = 64  # several trainings in one process, each with sizes of its own
 EAGER_STEPS = 3  # before a capture: libraries choose kernels and allocate workspaces in them
@@ -168,8 +169,8 @@ def train_(
     Raises
     ------
     ValueError
-        If the model is not quantised, teacher and student do not fit each other, a text is too short, a setting is
-        out of range, or the keeper holds the state of another run.
+        If the model is not quantised or has adapters of PEFT, teacher and student do not fit each other, a text is too
+        short, a setting is out of range, or the keeper holds the state of another run.
     TrainingError
         If the loss is not finite or memory runs out; the last saved state stays.
     TrainingStopped
@@ -181,6 +182,7 @@ def train_(
     texts = [tokens] if isinstance(tokens, Tensor) else list(tokens)
     rank, world = process()
     check_config(config, world)
+    model, teacher = to_change(model, "train_"), with_adapters_inside(teacher)
     check_models(model, teacher)
     for text in texts:
         check_tokens(text, model, config)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .evaluate import sequence_losses
 from .progress import tqdm
+from .wrappers import unwrapped
 
 BATCH_TOKENS = 2048  # read at once: their logits are what takes memory
 ARCHIVE_BYTES = 1 << 26  # of text that an archive may hold; BLiMP holds 30 MB
@@ -232,7 +233,7 @@ def harness(
             f"the lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them; or include a folder"
         )
     results = package.simple_evaluate(
-        package.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+        package.models.huggingface.HFLM(pretrained=unwrapped(model), tokenizer=tokenizer, batch_size=batch),
         tasks=manager.match_tasks(list(tasks)),
         task_manager=manager,
         log_samples=False,

@@ -10,6 +10,7 @@ Differences from NanoQuant: the start is the SVD, so the result is deterministic
 
 import numpy as np
 
+from .arrays import at_least_float32
 from .dual_svid import balanced_factors, factors_from, svid
 from .factors import Factors
 
@@ -100,6 +101,7 @@ def admm(
     >>> bool(after < before)
     True
     """
+    weight = at_least_float32("the weight", weight)
     a, b = balanced_factors(weight, rank, sketch)  # (d_out, rank), (d_in, rank)
     scale = root_mean_square(weight)
     target = weight / scale
@@ -148,6 +150,8 @@ def refit_scales(weight: np.ndarray, factors: Factors, sweeps: int = REFIT_SWEEP
     -------
     Factors with the same latents.
     """
+    weight = at_least_float32("the weight", weight)
+    factors = Factors(*(tensor.astype(weight.dtype) for tensor in factors))
     for _ in range(sweeps):
         factors = refit_g(weight, refit_h(weight, refit_ell(weight, factors)))
     return factors
@@ -223,6 +227,7 @@ def importance(second_moment: np.ndarray, shrink: float = 0.4) -> np.ndarray:
     >>> importance(np.array([1.0, 3.0]), shrink=0.5)
     array([0.75, 1.25])
     """
+    second_moment = at_least_float32("second moments", second_moment)
     if not 0 <= shrink <= 1:
         raise ValueError(f"shrink must be between 0 and 1, not {shrink}")
     if not (np.isfinite(second_moment).all() and (second_moment >= 0).all()):

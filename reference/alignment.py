@@ -6,6 +6,7 @@ is, and changes what the signs lose of it.
 
 import numpy as np
 
+from .arrays import at_least_float32, check_floats
 from .dual_svid import balanced_factors, factors_from
 from .factors import Factors
 from .signs import sign
@@ -27,7 +28,7 @@ def random_rotation(gaussian: np.ndarray) -> np.ndarray:
     -------
     (rank, rank) orthogonal array.
     """
-    return orthonormal(gaussian)
+    return orthonormal(at_least_float32("the start of a rotation", gaussian))
 
 
 def joint_itq(z: np.ndarray, rotation: np.ndarray, steps: int = ITQ_STEPS) -> np.ndarray:
@@ -52,6 +53,9 @@ def joint_itq(z: np.ndarray, rotation: np.ndarray, steps: int = ITQ_STEPS) -> np
     -------
     (rank, rank) orthogonal array.
     """
+    z = at_least_float32("z", z)
+    check_floats("the rotation", rotation)
+    rotation = rotation.astype(z.dtype)
     for _ in range(steps):
         signs = sign(z @ rotation)  # (n, rank)
         p, _, q = svd(signs.T @ z)

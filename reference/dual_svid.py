@@ -5,6 +5,7 @@ Quantization-aware training starts from the result.
 
 import numpy as np
 
+from .arrays import at_least_float32
 from .factors import Factors
 from .signs import sign
 from .svd import rank_one, truncated_svd
@@ -33,6 +34,7 @@ def svid(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     array([[ 1., -2.],
            [-2.,  4.]])
     """
+    matrix = at_least_float32("the matrix", matrix)
     row, column = rank_one(np.abs(matrix))
     return sign(matrix), row, column
 
@@ -55,7 +57,7 @@ def dual_svid(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -
 
     Returns
     -------
-    Factors whose scales are non-negative, of the weight's dtype.
+    Factors whose scales are non-negative, of the weight's dtype or, if that has 16 bits, float32.
 
     Raises
     ------
@@ -92,6 +94,7 @@ def factors_from(u: np.ndarray, v: np.ndarray) -> Factors:
     ----------
     u : (d_out, rank), v : (d_in, rank) float arrays
     """
+    u, v = at_least_float32("u", u), at_least_float32("v", v)
     _, h, ell_u = svid(u)
     _, g, ell_v = svid(v)
     return Factors(u, v, h, ell_u * ell_v, g)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .arrays import check_floats
 from .factors import Factors
 from .packing import PackedFactors, unpack_factors
 from .signs import named_rule
@@ -28,7 +29,9 @@ def linear(x: np.ndarray, paths: Sequence[Factors], bias: np.ndarray | None = No
     Raises
     ------
     ValueError
-        If x's last axis is not d_in.
+        If x's last axis is not d_in, or paths differ in size.
+    TypeError
+        If x does not hold floating-point numbers or is no array, or paths is not a list.
 
     Examples
     --------
@@ -37,7 +40,7 @@ def linear(x: np.ndarray, paths: Sequence[Factors], bias: np.ndarray | None = No
     >>> linear(np.array([1.0, 1.0]), [path]).round(6)
     array([-1.,  2.])
     """
-    check_input(x, paths)
+    check_input(x, paths, Factors, bias)
     y = path_linear(x, paths[0])
     for path in paths[1:]:
         y = y + path_linear(x, path)
@@ -87,7 +90,10 @@ def linear_vjp(
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, `grad` does not have the output's shape, or there is no such rule.
+        If x's last axis is not d_in, paths differ in size, `grad` is not of the output's shape, or there is no such
+        rule.
+    TypeError
+        If x does not hold floating-point numbers or is no array, or paths is not a list.
 
     Examples
     --------
@@ -99,7 +105,7 @@ def linear_vjp(
     >>> grad_path.u, grad_path.v, grad_path.h, grad_path.ell, grad_path.g
     (array([[30.]]), array([[-30.]]), array([-15.]), array([-10.]), array([-30.]))
     """
-    check_input(x, paths)
+    check_input(x, paths, Factors)
     check_gradient(x, paths, grad)
     rows = x.reshape(-1, x.shape[-1])  # (n, d_in)
     dy = grad.reshape(-1, grad.shape[-1])  # (n, d_out)
@@ -150,21 +156,42 @@ def packed_linear(x: np.ndarray, paths: Sequence[PackedFactors], bias: np.ndarra
     Raises
     ------
     ValueError
-        If x's last axis is not d_in, or words and scales do not fit together.
+        If x's last axis is not d_in, paths differ in size, or the words do not fit the scales.
+    TypeError
+        If x does not hold floating-point numbers or is no array, or paths is not a list.
     """
+    check_input(x, paths, PackedFactors, bias)
     y = linear(x.astype(np.float32), [unpack_factors(path) for path in paths])
     return y if bias is None else y + bias.astype(np.float32)
 
 
-def check_input(x: np.ndarray, paths: Sequence[Factors]) -> None:
-    """Raise ValueError unless x's last axis is d_in."""
-    d_in = paths[0].g.shape[-1]
-    if x.shape[-1] != d_in:
+def check_input(x: np.ndarray, paths: Sequence, kind: type, bias: np.ndarray | None = None) -> None:
+    """Raise unless x and the bias fit the paths, which must be a list of `kind`, and hold floating-point numbers."""
+    if isinstance(paths, Factors | PackedFactors):
+        raise TypeError(f"paths must be a list of {kind.__name__}, got one {type(paths).__name__}: write [path]")
+    if not len(paths) or not all(isinstance(path, kind) for path in paths):
+        given = ", ".join(sorted({type(path).__name__ for path in paths})) or "none"
+        raise TypeError(f"paths must be a list of at least one {kind.__name__}, got {given}")
+    check_floats("the input", x)
+    d_out, d_in = paths[0].h.shape[-1], paths[0].g.shape[-1]
+    for path in paths:
+        check_floats("a scale", path.g)
+        if path.h.shape[-1] != d_out or path.g.shape[-1] != d_in:
+            raise ValueError(
+                f"all paths must have the sizes of the first, {d_out} x {d_in}, "
+                f"but one is {path.h.shape[-1]} x {path.g.shape[-1]}"
+            )
+    if not x.ndim or x.shape[-1] != d_in:
         raise ValueError(f"the input's last axis must be d_in = {d_in}, but its shape is {tuple(x.shape)}")
+    if bias is not None:
+        check_floats("the bias", bias)
+        if tuple(bias.shape) != (d_out,):
+            raise ValueError(f"the bias must have the shape {(d_out,)}, but its shape is {tuple(bias.shape)}")
 
 
 def check_gradient(x: np.ndarray, paths: Sequence[Factors], grad: np.ndarray) -> None:
-    """Raise ValueError unless `grad` has the shape of the output."""
+    """Raise unless `grad` holds floating-point numbers in the shape of the output."""
+    check_floats("the gradient", grad)
     shape = (*x.shape[:-1], paths[0].h.shape[-1])
     if tuple(grad.shape) != shape:
         raise ValueError(f"the gradient must have the output's shape {shape}, but its shape is {tuple(grad.shape)}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ._renamed import renamed_keywords
+from .arrays import at_least_float32
 from .dual_svid import dual_svid
 from .factors import Factors
 
@@ -45,7 +46,7 @@ def compensate(
     True
     """
     paths = []
-    rest = weight
+    rest = at_least_float32("the weight", weight)
     for rank in ranks:
         factors = factorize(rest, rank)
         factors = factors._replace(ell=factors.ell * best_step(rest, factors.to_dense()))
@@ -88,6 +89,8 @@ def compensate_weighted(
     ValueError
         If an importance weight is not positive.
     """
+    weight = at_least_float32("the weight", weight)
+    row, column = at_least_float32("row weights", row), at_least_float32("column weights", column)
     if not ((row > 0).all() and (column > 0).all()):
         smallest = float(np.minimum(row.min(), column.min()))
         raise ValueError(

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .arrays import at_least_float32, check_floats
+
 RANK_ONE_STEPS = 100  # power iterations of `rank_one`, at most
 POWER_STEPS = 4  # power iterations of `range_finder`
 STEPS_PER_VALUE = 30  # QR steps of `diagonalize`, at most
@@ -27,8 +29,8 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Parameters
     ----------
-    matrix : (m, n) float32 or float64 array
-        Computations have its precision.
+    matrix : (m, n) float array
+        Computations have its precision, but those of 16 bits have float32's, and so has the result.
 
     Returns
     -------
@@ -38,6 +40,8 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ------
     ValueError
         If the matrix is empty, or holds NaN or infinity.
+    TypeError
+        If it does not hold floating-point numbers.
     ArithmeticError
         If `diagonalize` does not converge.
 
@@ -50,6 +54,7 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     array([[3., 0.],
            [4., 5.]])
     """
+    matrix = at_least_float32("the weight", matrix)
     check_matrix(matrix, 1)
     if matrix.shape[0] < matrix.shape[1]:
         v, s, u = svd(matrix.T)
@@ -287,6 +292,7 @@ def truncated_svd(
     Parameters
     ----------
     matrix : (m, n) float array
+        16 bits are computed, and returned, in float32.
     rank : int
         1 <= rank <= min(m, n).
     sketch : (n, k) array of the matrix's dtype, optional
@@ -307,11 +313,13 @@ def truncated_svd(
     >>> s
     array([3.])
     """
+    matrix = at_least_float32("the weight", matrix)
     check_matrix(matrix, rank)
     if sketch is None:
         u, s, v = svd(matrix)
     else:
-        basis = range_finder(matrix, sketch)  # (m, k)
+        check_floats("the sketch", sketch)
+        basis = range_finder(matrix, sketch.astype(matrix.dtype))  # (m, k)
         u, s, v = svd(basis.T @ matrix)
         u = basis @ u
     return u[:, :rank], s[:rank], v[:, :rank]
@@ -357,6 +365,7 @@ def rank_one(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     matrix : (m, n) non-negative float array
+        16 bits are computed, and returned, in float32.
 
     Returns
     -------
@@ -369,6 +378,7 @@ def rank_one(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     array([[1., 2.],
            [2., 4.]])
     """
+    matrix = at_least_float32("the matrix", matrix)
     scale = matrix.max(initial=0.0)
     if scale == 0:
         return np.zeros_like(matrix[:, 0]), np.zeros_like(matrix[0])

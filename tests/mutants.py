@@ -54,6 +54,9 @@ TESTS = {
     "train": "test_train.py",
     "layers": "test_torch.py test_model.py test_linear_vjp.py test_quantizer.py",
     "model": "test_families.py test_model.py",
+    "selection": "test_selection.py test_families.py test_model.py",
+    "wrappers": "test_wrappers.py",
+    "arrays": "test_arrays.py",
     "checkpoint": "test_model.py test_hostile.py test_quantizer.py test_families.py test_reading.py test_shared.py",
     "digests": "test_hostile.py test_resume.py",
     "writing": "test_writing.py test_model.py",
@@ -65,7 +68,7 @@ TESTS = {
     "progress": "test_cli.py",
     "completion": "test_cli.py",
     "official": "test_official.py",
-    "plugin": "test_quantizer.py test_lora.py",
+    "plugin": "test_plugin.py test_quantizer.py test_lora.py",
     "evaluate": "test_model.py test_zero_shot.py",
     "zero_shot": "test_zero_shot.py",
     "calibrate": "test_calibrate.py",
@@ -319,8 +322,8 @@ MUTANTS = [
         "pack_factors(path) for path in self.factors()[:1]",
         "residual path not packed",
     ),
-    Mutant("fast/model.py", "and module is not head", "", "the head is quantised by identity"),
-    Mutant("fast/model.py", "(mine, layers[name].bias)", "(mine, None)", "bias lost"),
+    Mutant("fast/selection.py", "and module is not head", "", "the head is quantised by identity"),
+    Mutant("fast/model.py", "layers[name].bias)\n", "None))", "bias lost"),
     Mutant("fast/checkpoint.py", "if missing or unexpected:", "if missing:", "tensors left over pass"),
     Mutant(
         "fast/headers.py", "if found != wanted", "if found.shape != wanted.shape", "dtype of packed tensors not checked"
@@ -480,14 +483,27 @@ MUTANTS = [
     ),
     Mutant(
         "fast/plugin.py",
-        "except (ImportError, AttributeError)",
-        "except ZeroDivisionError",
+        "except Exception as error",
+        "except ZeroDivisionError as error",
         "old libraries can no longer be imported",
     ),
     Mutant(
         "fast/lora.py", "if isinstance(base, PackedLinear) else None", "if False else None", "adapters do not attach"
     ),
-    Mutant("fast/lora.py", "def merge(", "def no_merge(", "adapters merge into a copy that is lost"),
+    Mutant(
+        "fast/lora.py", '"_check_merge_allowed", check_merge_first', '"_check_merge_allowed", lambda f: f', "merges"
+    ),
+    Mutant(
+        "fast/lora.py", "    check_initialiser(kwargs", "    print(kwargs", "initialisers change a copy that is lost"
+    ),
+    Mutant("fast/selection.py", "if isinstance(node, ast.If):", "if False:", "special cases keep layers dense"),
+    Mutant("fast/selection.py", "if weight.numel() == 0:", "if False:", "layers without weights are quantised"),
+    Mutant("fast/selection.py", 'name.startswith(f"{tower}.")', "False", "towers are quantised"),
+    Mutant("fast/selection.py", "if key in weights_read(type(parent)):", "if False:", "readers of weights break"),
+    Mutant("fast/wrappers.py", "if has_adapters(model):", "if False:", "adapters are quantised and saved"),
+    Mutant("fast/wrappers.py", '"_orig_mod" in model._modules', "False", "compiled models are not unwrapped"),
+    Mutant("fast/plugin.py", "        self.catch_up()", "        pass", "a finder that comes first is not made up for"),
+    Mutant("fast/arrays.py", "if array.dtype in HALVES else array", "if False else array", "16 bits stay 16 bits"),
     Mutant("fast/layers.py", "made = memo[id(self)] = type", "made = type", "shared layers are copied twice"),
     Mutant(
         "fast/layers.py",
@@ -577,7 +593,7 @@ MUTANTS = [
     Mutant("reference/bits.py", "bits_budget(level * share,", "bits_budget(level,", "shares are ignored"),
     Mutant("reference/bits.py", "(d_out * d_in * shares[name])", "(d_out * d_in)", "the rest is spent without shares"),
     Mutant(
-        "fast/model.py",
+        "fast/selection.py",
         "return weight.mT if is_conv1d(layer) else weight",
         "return weight",
         "Conv1D is taken as it lies",
@@ -670,11 +686,11 @@ MUTANTS = [
         "put_embeddings(model, None",
         "no quantised embeddings in transformers",
     ),
-    Mutant("fast/plugin.py", "if name in sys.modules:", "if False:", "transformers that came first does not learn"),
+    Mutant("fast/plugin.py", "    WATCHER.catch_up()", "    pass", "transformers that came first does not learn"),
     Mutant(
         "fast/plugin.py",
-        "                self.tell()",
-        "                pass",
+        "        WATCHER.tell(module.__name__)",
+        "        pass",
         "transformers that comes later does not learn",
     ),
     Mutant(

@@ -10,7 +10,8 @@ import torch
 import transformers as hf
 from compare import assert_same
 from littlebit.fast.layers import Joined, LittleBitLinear, PackedLinear
-from littlebit.fast.model import linear_weight, packed_layers
+from littlebit.fast.model import packed_layers
+from littlebit.fast.selection import linear_weight
 
 BITS = 3.0
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}

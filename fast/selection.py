@@ -1,0 +1,349 @@
+"""Which linear layers of a model are quantised, and why the others stay dense.
+
+A layer can be quantised if calling it is all that the model does with it, and if a call is x W^T + b and nothing else.
+`reason_dense` says why that is not so; it is the one place to add a further kind of layer that must stay dense.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Sequence
+from copy import copy
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .layers import LowRankLinear
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NO_SHAPE = "its weight has no shape before the first call"
+#: Methods that set parameters up. What they read of a layer says nothing about its use.
+SET_UP = ("__init__", "reset_parameters", "extra_repr")
+#: Attributes of a weight that say nothing about its values.
+DESCRIPTIONS = ("dtype", "device", "shape", "ndim", "requires_grad")
+
+
+class Selection(NamedTuple):
+    """The linear layers of a model that a config selects.
+
+    Attributes
+    ----------
+    layers : dict of str to torch.nn.Module
+        Layers to quantise by name, in the model's order.
+    dense : dict of str to str
+        Why each other selected layer stays dense, by its name.
+    share : float
+        Part of the weights of all selected layers that stays dense.
+    """
+
+    layers: dict[str, Any]
+    dense: dict[str, str]
+    share: float
+
+
+class Surroundings(NamedTuple):
+    """What a layer's place in the model says about it.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+    parents : dict of int to list of (torch.nn.Module, str)
+        The modules that hold a module, and its name in each, by the id of the module.
+    owners : dict of int to list of str
+        Names of the modules that hold a parameter, by the id of the parameter.
+    towers : tuple of str
+        Names of submodules that read other modalities than text.
+    decoder : str or None
+        Name of the submodule that is the language model, where others stand beside it.
+    tried : dict of str to bool
+        What `computes_linear` found, by class and settings of a layer.
+    """
+
+    model: nn.Module
+    parents: dict[int, list[tuple[nn.Module, str]]]
+    owners: dict[int, list[str]]
+    towers: tuple[str, ...]
+    decoder: str | None
+    tried: dict[str, bool]
+
+
+def select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> Selection:
+    """Select linear layers by the patterns of their names, and find out which of them can be quantised.
+
+    The output head is never selected. A module that has several names is selected as one.
+
+    Raises
+    ------
+    ValueError
+        If a pattern matches no linear layer, quantised or not, and no embedding.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    names: dict[int, list[str]] = {}  # of each module, since one may stand in several places
+    modules: dict[int, nn.Module] = {}
+    known: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_linear(module) or isinstance(module, nn.Embedding | LowRankLinear):
+            known.append(name)
+        if is_linear(module) and module is not head and name.split(".")[-1] != "lm_head":
+            names.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        check_patterns(key, patterns, known)
+    around = surroundings(model)
+    layers: dict[str, Any] = {}
+    dense: dict[str, str] = {}
+    for key, module in modules.items():
+        if any(matches(name, include) for name in names[key]) and not any(
+            matches(name, exclude) for name in names[key]
+        ):
+            name = names[key][0]
+            reason = reason_dense(name, module, around)
+            if reason is None:
+                layers[name] = module
+            else:
+                dense[name] = reason
+    join_shared(layers, dense, around)
+    kept = sum(count_weights(model.get_submodule(name)) for name in dense)
+    return Selection(layers, dense, kept / max(1, kept + sum(map(count_weights, layers.values()))))
+
+
+def count_weights(layer: Any) -> int:
+    """Count the weights of a linear layer; none if it has no weight, or one without a shape yet."""
+    weight = layer.weight
+    return 0 if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) else weight.numel()
+
+
+def join_shared(layers: dict[str, Any], dense: dict[str, str], around: Surroundings) -> None:
+    """Keep the first layer of those that share a weight: it will stand for all of them.
+
+    If one of them was not selected, all stay dense.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(id(layer.weight), []).append(name)
+    for weight, group in groups.items():
+        selected = {id(layers[name]) for name in group}
+        rest = [name for name in around.owners[weight] if id(around.model.get_submodule(name)) not in selected]
+        for name in group if rest else group[1:]:
+            del layers[name]
+            if rest:
+                dense[name] = f"it shares its weight with {rest[0]}"
+
+
+def interchangeable(one: Any, other: Any) -> bool:
+    """Tell whether one linear layer can stand for another that has the same weight."""
+    return type(one) is type(other) and one.bias is other.bias
+
+
+def reason_dense(name: str, module: Any, around: Surroundings) -> str | None:
+    """Say why a linear layer must stay dense, in a few words that follow a comma; None if it can be quantised."""
+    kind, weight = type(module), module.weight
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return NO_SHAPE
+    if not is_conv1d(module) and kind.forward is not nn.Linear.forward:
+        key = f"{kind.__module__}.{module}"
+        if key not in around.tried:
+            around.tried[key] = computes_linear(module)
+        if not around.tried[key]:
+            return f"its {kind.__name__} does more than a linear layer"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrised"
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return "hooks run with it"
+    if weight is None or weight.dtype not in FLOATS:
+        dtype = str(getattr(weight, "dtype", None)).removeprefix("torch.")
+        return f"its weight is {dtype}, not a float of 16, 32 or 64 bits"
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, which others have quantised or divided"
+    if weight.numel() == 0:
+        return "it has no weights"
+    if any(name == tower or name.startswith(f"{tower}.") for tower in around.towers):
+        return "it reads another modality than text"
+    if around.decoder is not None and not name.startswith(f"{around.decoder}."):
+        return "it is not part of the language model"
+    for owner in around.owners.get(id(weight), []):
+        if not interchangeable(around.model.get_submodule(owner), module):
+            return f"it shares its weight with {owner}"
+    for parent, key in around.parents[id(module)]:
+        if key in weights_read(type(parent)):
+            return f"{type(parent).__name__} reads its weight instead of calling it"
+    return None
+
+
+def computes_linear(module: Any) -> bool:
+    """Whether a layer's own forward is x W^T + b after all; it is tried, with random numbers for its parameters."""
+    numbers = torch.Generator().manual_seed(0)
+    probe = copy(module)
+    probe.__dict__["_parameters"] = {
+        key: None if each is None else torch.randn(each.shape, generator=numbers)
+        for key, each in module._parameters.items()
+    }
+    probe.__dict__["_buffers"] = {key: None if each is None else each.clone() for key, each in module._buffers.items()}
+    try:
+        weight, bias, size = probe.weight, probe.bias, module.in_features
+        x = torch.randn(2, size, generator=numbers)
+        expected = functional.linear(x, weight, bias)
+        magnitudes = functional.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+        bound = 4 * size * torch.finfo(x.dtype).eps * magnitudes  # of sums in another order
+        with torch.inference_mode():
+            for mode in (True, False):
+                probe.training = mode
+                found = probe.forward(x)
+                if found.shape != expected.shape or not bool(((found - expected).abs() <= bound).all()):
+                    return False
+    except Exception:  # whatever a forward raises for numbers that it does not expect
+        return False
+    return True
+
+
+def surroundings(model: nn.Module) -> Surroundings:
+    """Find what `reason_dense` must know about a model as a whole."""
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    owners: dict[int, list[str]] = {}
+    towers = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+        if name and getattr(module, "main_input_name", "input_ids") not in ("input_ids", "inputs_embeds"):
+            towers.append(name)
+    for module in model.modules():
+        for key, child in module._modules.items():
+            if child is not None:
+                parents.setdefault(id(child), []).append((module, key))
+    return Surroundings(model, parents, owners, tuple(towers), decoder_name(model), {})
+
+
+def decoder_name(model: Any) -> str | None:
+    """Name of the language model inside a model that also reads other modalities; None for a plain language model."""
+    config = getattr(model, "config", None)
+    if not hasattr(model, "get_decoder") or not hasattr(config, "get_text_config"):
+        return None
+    try:
+        decoder = None if config.get_text_config() is config else model.get_decoder()  # type: ignore[union-attr]
+    except ValueError:  # several texts: transformers cannot say which one is meant
+        return None
+    return next((name for name, module in model.named_modules() if name and module is decoder), None)
+
+
+@cache
+def weights_read(parent: type) -> frozenset[str]:
+    """Names of the attributes of which a module class reads `.weight`, as in self.NAME.weight, in its ordinary path.
+
+    The body of an `if` is a special case (training with fused kernels, say), for which the `weight` that packed layers
+    make will do; its `else` is not. Classes without source code read nothing, as far as anyone can say.
+    """
+    found: set[str] = set()
+    for each in parent.__mro__:
+        if issubclass(each, nn.Module) and each is not nn.Module:
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
+            except (OSError, TypeError, SyntaxError):
+                continue
+            for function in ast.walk(tree):
+                if isinstance(function, ast.FunctionDef) and not is_set_up(function.name):
+                    found.update(reads_in(function.body))
+    return frozenset(found)
+
+
+def is_set_up(name: str) -> bool:
+    """Whether a method of this name sets parameters up."""
+    return name in SET_UP or name.startswith(("init_", "_init"))
+
+
+def reads_in(body: Sequence[ast.AST]) -> Iterator[str]:
+    """Names of self.NAME.weight in a syntax tree, but for bodies and conditions of `if`, and for its dtype and such."""
+    for node in body:
+        if isinstance(node, ast.If):
+            yield from reads_in(node.orelse)
+        elif isinstance(node, ast.Attribute) and node.attr in DESCRIPTIONS:
+            continue
+        elif (
+            isinstance(node, ast.Attribute)
+            and node.attr == "weight"
+            and isinstance(node.value, ast.Attribute)
+            and isinstance(node.value.value, ast.Name)
+            and node.value.value.id == "self"
+        ):
+            yield node.value.attr
+        else:
+            yield from reads_in(list(ast.iter_child_nodes(node)))
+
+
+def describe_dense(selection: Selection) -> str:
+    """Say in one line which layers stay dense and why, the same kind of layer for the same reason once."""
+    kinds: dict[tuple[str, str], int] = {}
+    for name, reason in selection.dense.items():
+        kind = name.split(".")[-1], reason
+        kinds[kind] = kinds.get(kind, 0) + 1
+    parts = "; ".join(f"{count} {kind} ({reason})" for (kind, reason), count in kinds.items())
+    count = len(selection.dense)
+    layers = "1 linear layer stays" if count == 1 else f"{count} linear layers stay"
+    return f"{layers} dense, with {selection.share:.2%} of the selected weights: {parts}"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a dense linear layer: torch's, or the Conv1D of GPT-2, which keeps its weight transposed."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def linear_weight(layer: Any) -> Tensor:
+    """The (d_out, d_in) weight of a dense linear layer."""
+    weight = layer.weight.detach()
+    return weight.mT if is_conv1d(layer) else weight
+
+
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """Sizes (d_out, d_in) of a dense linear layer."""
+    d_out, d_in = linear_weight(layer).shape
+    return d_out, d_in
+
+
+def as_patterns(key: str, given: Any) -> tuple[str, ...]:
+    """Patterns as a tuple; one string is one pattern.
+
+    Raises
+    ------
+    TypeError
+        If they are not strings.
+    """
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, list | tuple | set | frozenset) or not all(isinstance(each, str) for each in patterns):
+        raise TypeError(f"{key} must be a pattern of layer names or a list of patterns, got {given!r}")
+    return tuple(sorted(patterns) if isinstance(patterns, set | frozenset) else patterns)
+
+
+def check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ValueError if a pattern matches none of the names; the message gives patterns or names that are near."""
+    for pattern in patterns if names else ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"no linear layer matches the pattern {pattern!r} of {key}; "
+                f"did you mean {' or '.join(map(repr, near(pattern, names)))}?"
+            )
+
+
+def near(pattern: str, names: Sequence[str]) -> list[str]:
+    """Patterns that match some of the names and look like a pattern that matches none; else one of the names."""
+    tries = [f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*", f"*{pattern}*"]
+    found = next(([each] for each in tries if any(fnmatchcase(name, each) for name in names)), [])
+    if not found:
+        kinds = sorted({f"*.{name.split('.')[-1]}" for name in names})
+        known = {each.lower(): each for each in (*kinds, *names)}
+        found = [known[each] for each in get_close_matches(pattern.lower(), known, 2, 0.5)]
+    return found or list(names[:1]) or ["*"]
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module name matches one of the shell-style patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

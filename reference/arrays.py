@@ -1,0 +1,36 @@
+"""Which arrays the functions take: NumPy's, of floating-point numbers, in float32 where decompositions need it."""
+
+from typing import Any
+
+import numpy as np
+
+KIND = "numpy.ndarray"
+
+
+def check_array(name: str, array: Any) -> None:
+    """Raise TypeError unless `array` is an array; `name` stands in the message."""
+    if not isinstance(array, np.ndarray | np.generic):
+        kind = type(array)
+        raise TypeError(
+            f"{name} must be a {KIND}, got {kind.__module__}.{kind.__name__}: convert it, or use the function of "
+            "the same name in the other package (littlebit.reference for NumPy, littlebit.fast for torch)"
+        )
+
+
+def check_floats(name: str, array: Any) -> None:
+    """Raise TypeError unless `array` is an array of floating-point numbers; `name` stands in the message."""
+    check_array(name, array)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"{name} must hold floating-point numbers, got {array.dtype}: convert it first")
+
+
+def at_least_float32(name: str, array: np.ndarray) -> np.ndarray:
+    """A float array as it is, or in float32 if it has 16 bits, in which there are no decompositions.
+
+    Raises
+    ------
+    TypeError
+        If it is no array of floating-point numbers.
+    """
+    check_floats(name, array)
+    return array.astype(np.float32) if array.dtype == np.float16 else array
