@@ -434,6 +434,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     """Run `littlebit quantize`."""
     from .checkpoint import check_target, info, save
     from .embeddings import check_embeddings, quantize_embeddings_
+    from .experts import routers, routers_in_words
     from .hf import load_model, load_tokenizer
     from .model import quantize_
     from .report import html_report, kind_table, kinds_of
@@ -446,15 +447,19 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model, arguments.device)
     check_embeddings(model, arguments.embedding_bits)  # before hours of work
     results = quantize_(model, config, tokens)
+    dense = routers(model)
     quantize_embeddings_(model, arguments.embedding_bits, tokens)
     save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
     stored = info(arguments.out)
     if arguments.report:
         html_report(arguments.report, f"{arguments.model} at {config.bits:g} bits", summary(stored), results)
     if arguments.json:
-        print(json.dumps(stored | {"results": {name: asdict(result) for name, result in results.items()}}))
+        found = {name: asdict(result) for name, result in results.items()}
+        print(json.dumps(stored | {"results": found, "routers": dense}))
         return
     print(kind_table(kinds_of(results)))
+    if dense:
+        print(routers_in_words(dense))
     print(f"{arguments.out}: {summary(stored)}")
     print(f"next: littlebit eval {arguments.out}; or littlebit train {arguments.model} OUT --bits {config.bits:g}")
 
@@ -462,6 +467,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 def dry_run(arguments: argparse.Namespace) -> None:
     """Say what `littlebit quantize` or `train` will take."""
     from .estimate import estimate
+    from .experts import routers_in_words
     from .report import kind_table
 
     found = estimate(arguments.model, chosen(arguments), getattr(arguments, "tokens", 0))
@@ -474,6 +480,8 @@ def dry_run(arguments: argparse.Namespace) -> None:
         for kind, row in found["kinds"].items()
     ]
     print(kind_table(rows))
+    if found["routers"]:
+        print(routers_in_words(found["routers"]))
     print(
         f"{found['bits_per_weight']:.4f} bits per weight in {found['layers']} layers, {found['linear_bytes']:,} bytes "
         f"of linear weights, about {found['file_bytes']:,} bytes in all"
@@ -689,10 +697,11 @@ def run_info(arguments: argparse.Namespace) -> None:
         print(json.dumps(stored))
         return
     print(f"{arguments.model}: {summary(stored)}")
-    print(f"{'kind':<12}{'layers':>7}{'weights':>14}{'bytes':>12}{'bits':>8}")
+    width = 2 + max(map(len, ["q" * 10, *stored["kinds"]]))
+    print(f"{'kind':<{width}}{'layers':>7}{'weights':>14}{'bytes':>12}{'bits':>8}")
     for name, kind in stored["kinds"].items():
         print(
-            f"{name:<12}{kind['layers']:>7}{kind['weights']:>14,}{kind['linear_bytes']:>12,}"
+            f"{name:<{width}}{kind['layers']:>7}{kind['weights']:>14,}{kind['linear_bytes']:>12,}"
             f"{kind['bits_per_weight']:>8.3f}"
         )
 

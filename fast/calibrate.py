@@ -75,7 +75,21 @@ def calibrate(
             for handle in pair:
                 handle.remove()
     count = sum(map(len, parts))
-    return {name: Moments(*(total / count for total in kept)) for name, kept in sums.items()}
+    found = {name: Moments(*(total / count for total in kept)) for name, kept in sums.items()}
+    reached = {name: each for name, each in found.items() if each.inputs.ndim and each.outputs.ndim}
+    return {name: reached.get(name) or unreached_moments(model, name, reached) for name in found}
+
+
+def unreached_moments(model: nn.Module, name: str, reached: Mapping[str, Moments]) -> Moments:
+    """Moments of a layer that no token reached: the mean over the block's other experts, zeros if there are none."""
+    block, _, projection = name.rsplit(".", 2) if name.count(".") > 1 else ("", "", name)
+    same = [each for other, each in reached.items() if other.startswith(f"{block}.") and other.endswith(f".{projection}")]
+    weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
+    d_out, d_in = weight.shape
+    same = [each for each in same if len(each.inputs) == d_in and len(each.outputs) == d_out]
+    if not same:
+        return Moments(weight.new_zeros(d_in, dtype=torch.float32), weight.new_zeros(d_out, dtype=torch.float32))
+    return Moments(*(torch.stack(each).mean(0) for each in zip(*same, strict=True)))
 
 
 def watch(layer: nn.Module, kept: list[Tensor]) -> tuple:

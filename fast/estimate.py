@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from .bits import Ranks, Shape, layer_bits, model_bits
+from .experts import routers
+from .headers import layer_kind
 from .hf import empty_model, resolve, transformers
 from .model import Config, check_config, factorise, fused_split, linear_shape, plan
 
@@ -36,7 +38,8 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     dict with `layers`, `weights`, `bits_per_weight` and `linear_bytes` (exact; but for allocation by sensitivity, which
     reads the weights, those of uniform allocation), `file_bytes` (tensors, without the file's header), `memory_bytes`
     (dense model, latents and the largest group of layers at work, in float32; with training also gradients and moments,
-    the teacher, but no activations), `quantise_s` and `train_s` (seconds), and `kinds` by kind of layer.
+    the teacher, but no activations), `quantise_s` and `train_s` (seconds), `kinds` by kind of
+    layer, and `routers` (names and weights of the routers of experts, which stay dense).
 
     Raises
     ------
@@ -58,7 +61,7 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     largest = max(d_out * d_in for d_out, d_in in shapes.values())
     kinds: dict[str, dict[str, Any]] = {}
     for name, (d_out, d_in) in shapes.items():
-        kind = kinds.setdefault(name.split(".")[-1], {"layers": 0, "d_out": d_out, "d_in": d_in, "ranks": ranks[name]})
+        kind = kinds.setdefault(layer_kind(name), {"layers": 0, "d_out": d_out, "d_in": d_in, "ranks": ranks[name]})
         kind["layers"] += 1
         kind["bits"] = layer_bits(d_out, d_in, ranks[name]) / (d_out * d_in)
     memory = 4 * (parameters + latents + 4 * largest)
@@ -74,6 +77,7 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
         "quantise_s": quantise_seconds(shapes, ranks, config),
         "train_s": tokens * (3 * (latents + head) + weights + head) / multiplications_per_second() if tokens else 0.0,
         "kinds": kinds,
+        "routers": routers(model),
     }
 
 

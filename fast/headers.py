@@ -31,8 +31,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OFFICIAL = "littlebit_config.json"  # what only a checkpoint of the authors' repository has
 
-#: Most bytes of a JSON file, and of a safetensors header: a million tensors have names of 30 characters in one.
-JSON_BYTES = 1 << 25
+#: Most bytes of a JSON file, and of a safetensors header: the index of half a million tensors is smaller.
+JSON_BYTES = 1 << 26
 #: Most entries of a tensor, an empty size counted as one.
 MOST_ENTRIES = 1 << 48
 #: Where the metadata of a safetensors file say what is in it: JSON with the keys of `Checksums`.
@@ -401,6 +401,18 @@ def check_layers(layers: Mapping[str, dict[str, Any]], headers: Mapping[str, Hea
                 f"{wanted.shape} {wanted.dtype}; it is damaged, or another version of littlebit wrote it: quantise the "
                 "model again"
             )
+
+
+def layer_kind(name: str) -> str:
+    """Return the kind that a layer is counted under: the last part of its name; an expert's layers are kinds of their own.
+
+    Examples
+    --------
+    >>> layer_kind("model.layers.0.self_attn.q_proj"), layer_kind("model.layers.0.mlp.experts.3.up_proj")
+    ('q_proj', 'experts.up_proj')
+    """
+    *path, last = name.split(".")
+    return f"{path[-2]}.{last}" if len(path) > 1 and "expert" in path[-2] and path[-1].isdigit() else last
 
 
 def packed_tensors(layers: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str, Header]]:

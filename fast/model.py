@@ -15,8 +15,9 @@ from .alignment import itq, random_rotation
 from .bits import Ranks, allocate_ranks, layer_bits, official_rank
 from .calibrate import Moments, calibrate, spectral_gains
 from .dual_svid import dual_svid
+from .experts import check_left_dense, is_known, projection_names, routers, split_experts
 from .factors import Factors
-from .layers import Joined, LittleBitLinear, PackedLinear
+from .layers import Joined, LittleBitLinear, PackedLinear, linear_over
 from .progress import tqdm
 from .residual import compensate, compensate_weighted
 
@@ -178,6 +179,7 @@ def plan(model: nn.Module, config: Config) -> tuple[dict[str, nn.Linear], dict[s
             "print(model) shows the names"
         )
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
+    check_left_dense(model, sum(map(math.prod, shapes.values())), lambda name: selects_parameter(config, name))
     shares = kv_shares(model, shapes, config)
     if config.allocation == "official":
         paths = config.paths or 1  # None is refused by `check_config`
@@ -251,8 +253,10 @@ def factorise(weights: Tensor, ranks: Ranks, config: Config, moments: Sequence[M
 def target_layers(model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Linear]]:
     """Names and modules of the linear layers that the config selects."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    dense = routers(model)
     for name, module in model.named_modules():
-        if is_linear(module) and module is not head and name.split(".")[-1] != "lm_head" and selects(config, name):
+        kept = module is head or name.split(".")[-1] == "lm_head" or name in dense
+        if is_linear(module) and not kept and selects(config, name):
             yield name, module  # type: ignore[misc]
 
 
@@ -281,6 +285,14 @@ def linear_shape(layer: Any) -> tuple[int, int]:
 def selects(config: Config, name: str) -> bool:
     """Whether the config's patterns select a layer of this name."""
     return matches(name, config.include) and not matches(name, config.exclude)
+
+
+def selects_parameter(config: Config, name: str) -> bool:
+    """Whether the config's patterns select a parameter, by its own name or that of its module."""
+    names = name, name.rpartition(".")[0]
+    return any(matches(each, config.include) for each in names) and not any(
+        matches(each, config.exclude) for each in names
+    )
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -314,11 +326,17 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def fused_split(model: nn.Module, config: Config) -> Iterator[None]:
-    """If the config asks for it, split fused layers of which a part is selected; undone if the block fails."""
+    """Split experts and, if the config asks for it, fused layers of which a part is selected; undone on failure."""
     before = {}
     try:
-        for name, module in list(model.named_modules()) if config.split_fused else ():
-            parts = FUSED.get(name.split(".")[-1], ())
+        for name, module in list(model.named_modules()):
+            if is_known(module):
+                wanted = {part for part in projection_names(module) if selects(config, f"{name}.{part}")}
+                if wanted:
+                    replace_module(model, name, split_experts(module, wanted.__contains__))
+                    before[name] = module
+                continue
+            parts = FUSED.get(name.split(".")[-1], ()) if config.split_fused else ()
             if is_linear(module) and any(selects(config, f"{name}.{part}") for part in parts):
                 sizes = part_sizes(model, linear_shape(module)[0], len(parts))
                 replace_module(model, name, split(module, dict(zip(parts, sizes, strict=True))))
@@ -341,12 +359,8 @@ def split(layer: Any, sizes: dict[str, int]) -> Joined:
     """A linear layer as parts of so many rows each, side by side; they share its memory."""
     weights = linear_weight(layer).split(list(sizes.values()))
     biases = [None] * len(sizes) if layer.bias is None else layer.bias.detach().split(list(sizes.values()))
-    parts = {}
-    for name, weight, bias in zip(sizes, weights, biases, strict=True):
-        parts[name] = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
-        parts[name].weight = nn.Parameter(weight)
-        parts[name].bias = None if bias is None else nn.Parameter(bias)
-    return Joined(parts)
+    parts = zip(sizes, weights, biases, strict=True)
+    return Joined({name: linear_over(weight, bias) for name, weight, bias in parts})
 
 
 def pack_(model: nn.Module) -> nn.Module:
