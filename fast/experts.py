@@ -80,16 +80,18 @@ class QuantizedExperts(nn.Module):
         hidden_states : (tokens, d)
         top_k_index : (tokens, k) integer tensor
             Experts of each token. Indices from the number of experts on stand for no expert.
-        top_k_weights : (tokens, k)
+        top_k_weights : (tokens, k), or (tokens, experts) as some routers of transformers 5.0 give them
 
         Returns
         -------
         (tokens, d) tensor of the dtype of `hidden_states`; sums are of float32.
         """
+        of_all = top_k_weights.shape != top_k_index.shape
         output = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
         for expert in self.reached(top_k_index):
             token, place = torch.where(top_k_index == expert)
-            found = self.expert(expert, hidden_states[token]) * top_k_weights[token, place, None]
+            weight = top_k_weights[token, expert if of_all else place, None]
+            found = self.expert(expert, hidden_states[token]) * weight
             output = output.index_add(0, token, found.to(output.dtype))
         return output.to(hidden_states.dtype)
 
@@ -202,15 +204,16 @@ def has_experts(model: nn.Module) -> bool:
 def routers(model: nn.Module) -> dict[str, int]:
     """Map the names of a model's routers, and of the gates of shared experts, to their numbers of weights.
 
-    A router stands beside its experts and has one row for each of them; a gate has one row.
+    A router stands beside its experts. It is called so, or gate, or has one row for each expert; a gate has one row.
     """
     found = {}
     for experts, count in expert_counts(model):
         block, _, _ = experts.rpartition(".")
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.ndim == 2 and len(weight) in (1, count):
-                if not f"{name}.".startswith(f"{experts}."):
+            if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not f"{name}.".startswith(f"{experts}."):
+                called = any("router" in part or part == "gate" for part in name[len(block) :].split("."))
+                if called or len(weight) in (1, count):
                     found[name] = weight.numel()
     return found
 
@@ -227,29 +230,34 @@ def check_left_dense(model: Any, quantised: int, wanted: Callable[[str], bool]) 
     wanted : callable
         Whether the user's patterns select a name.
     """
-    left = {name: count for name, count in other_matrices(model) if wanted(name)}
-    share = sum(left.values()) / (quantised + sum(left.values()) or 1)
+    left = sorted(other_matrices(model, wanted), key=lambda each: -each[1])
+    dense = sum(count for _, count in left)
+    share = dense / max(quantised + dense, 1)
     if share <= MOST_LEFT_DENSE:
         return
-    largest = max(left, key=lambda name: left[name])
+    patterns: list[str] = []
+    for name, count in left:
+        if dense > MOST_LEFT_DENSE * (quantised + dense) or pattern_for(name) in patterns:
+            patterns += [] if pattern_for(name) in patterns else [pattern_for(name)]
+            dense -= count
+    largest, _ = left[0]
     owner = type(model.get_submodule(largest.rpartition(".")[0])).__name__
-    patterns = " ".join(sorted({f"'{pattern_for(name)}'" for name in left}))
-    more = f" and {len(left) - 1} more parameters" if len(left) > 1 else ""
     raise ValueError(
-        f"{100 * share:.1f} % of the weights would stay dense: {largest} of {owner}{more}, which are not linear layers "
-        f"or experts of a known form; exclude them to quantise the rest (--exclude {patterns})"
+        f"{100 * share:.1f} % of the weights would stay dense, most of all {largest} of {owner}: littlebit quantises "
+        "linear layers and experts of the forms that it knows; to quantise the rest alone, exclude these: --exclude "
+        + " ".join(f"'{pattern}'" for pattern in patterns)
     )
 
 
 def pattern_for(name: str) -> str:
-    """Return a pattern that matches a parameter and those like it in other blocks."""
-    *path, last = name.split(".")
-    part = next((part for part in path if "expert" in part), path[-1] if path else last)
-    return f"*{part}*"
+    """Return a pattern that matches a parameter and those like it in other blocks: its name after the last number."""
+    parts = name.split(".")
+    numbers = [at for at, part in enumerate(parts) if part.isdigit()]
+    return "*." + ".".join(parts[numbers[-1] + 1 :]) if numbers else name
 
 
-def other_matrices(model: Any) -> Iterator[tuple[str, int]]:
-    """Yield the name and size of each matrix or stack of matrices outside embeddings, linear layers and routers."""
+def other_matrices(model: Any, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int]]:
+    """Yield name and size of each wanted matrix, or stack of them, outside embeddings, linear layers and routers."""
     plain = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Path, DenseProjection)
     dense = routers(model)
     ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
@@ -259,7 +267,7 @@ def other_matrices(model: Any) -> Iterator[tuple[str, int]]:
         if is_known(module):  # experts that the user excluded, or they would be split
             continue
         for key, parameter in module.named_parameters(name, recurse=False):
-            if is_matrix(parameter):
+            if is_matrix(parameter) and wanted(key):
                 yield key, parameter.numel()
 
 
