@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .evaluate import windows
+from .headers import layer_kind
 from .progress import tqdm
 
 CALIBRATION_WINDOW = 512
@@ -81,15 +82,14 @@ def calibrate(
 
 
 def unreached_moments(model: nn.Module, name: str, reached: Mapping[str, Moments]) -> Moments:
-    """Moments of a layer that no token reached: the mean over the block's other experts, zeros if there are none."""
-    block, _, projection = name.rsplit(".", 2) if name.count(".") > 1 else ("", "", name)
-    same = [each for other, each in reached.items() if other.startswith(f"{block}.") and other.endswith(f".{projection}")]
-    weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
-    d_out, d_in = weight.shape
-    same = [each for each in same if len(each.inputs) == d_in and len(each.outputs) == d_out]
-    if not same:
-        return Moments(weight.new_zeros(d_in, dtype=torch.float32), weight.new_zeros(d_out, dtype=torch.float32))
-    return Moments(*(torch.stack(each).mean(0) for each in zip(*same, strict=True)))
+    """Stand in for the moments of a layer that no token reached: the mean over the block's other experts, or zeros."""
+    weight: Any = model.get_submodule(name).weight
+    zeros = Moments(*(weight.new_zeros(size, dtype=torch.float32) for size in reversed(weight.shape)))
+    if "." not in layer_kind(name):
+        return zeros
+    block, _, projection = name.rsplit(".", 2)
+    same = [each for other, each in reached.items() if other.rsplit(".", 2)[::2] == [block, projection]]
+    return Moments(*(torch.stack(each).mean(0) for each in zip(*same, strict=True))) if same else zeros
 
 
 def watch(layer: nn.Module, kept: list[Tensor]) -> tuple:

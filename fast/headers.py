@@ -404,7 +404,7 @@ def check_layers(layers: Mapping[str, dict[str, Any]], headers: Mapping[str, Hea
 
 
 def layer_kind(name: str) -> str:
-    """Return the kind that a layer is counted under: the last part of its name; an expert's layers are kinds of their own.
+    """Return the kind that a layer is counted under: the last part of its name, with `experts.` before an expert's.
 
     Examples
     --------
