@@ -35,7 +35,7 @@ JOBS ?= 2
 test: $(VENV)/.ok  ## Run the tests
 	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
-TRANSFORMERS_TESTS := tests/test_quantizer.py tests/test_families.py tests/test_lora.py
+TRANSFORMERS_TESTS := tests/test_quantizer.py tests/test_families.py tests/test_lora.py tests/test_experts.py
 # The oldest transformers that pyproject.toml allows, in a folder that Python looks into before the environment
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)[",].*/\1/p' pyproject.toml)
 

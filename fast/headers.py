@@ -31,8 +31,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OFFICIAL = "littlebit_config.json"  # what only a checkpoint of the authors' repository has
 
-#: Most bytes of a JSON file, and of a safetensors header: the index of half a million tensors is smaller.
-JSON_BYTES = 1 << 26
+#: Most bytes of a JSON file, and of a safetensors header: a million tensors have names of 30 characters in one.
+JSON_BYTES = 1 << 25
 #: Most entries of a tensor, an empty size counted as one.
 MOST_ENTRIES = 1 << 48
 #: Where the metadata of a safetensors file say what is in it: JSON with the keys of `Checksums`.

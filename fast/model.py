@@ -251,12 +251,12 @@ def factorise(weights: Tensor, ranks: Ranks, config: Config, moments: Sequence[M
 
 
 def target_layers(model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Linear]]:
-    """Names and modules of the linear layers that the config selects."""
+    """Yield names and modules of the linear layers that the config selects; routers of experts are never among them."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     dense = routers(model)
     for name, module in model.named_modules():
-        kept = module is head or name.split(".")[-1] == "lm_head" or name in dense
-        if is_linear(module) and not kept and selects(config, name):
+        found = is_linear(module) and module is not head and name.split(".")[-1] != "lm_head"
+        if found and name not in dense and selects(config, name):
             yield name, module  # type: ignore[misc]
 
 

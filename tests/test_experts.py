@@ -285,7 +285,8 @@ def test_projections_may_stay_dense_in_part(family, folders, tmp_path):
 
 
 def test_patterns_that_select_no_expert_leave_them_alone(folders):
-    for config in ({"exclude": ("*experts*",)}, {"include": ("*self_attn*",)}):
+    parts = ("*.experts.*.gate_proj", "*.experts.*.up_proj", "*.experts.*.down_proj")
+    for config in ({"exclude": ("*experts*",)}, {"include": ("*self_attn*",)}, {"exclude": parts}):
         model = lb.load_model(folders("Qwen2-MoE"))
         results = lb.quantize_(model, lb.Config(bits=BITS, **config), progress=False)
         assert not any(".experts." in name for name in results)
@@ -390,3 +391,17 @@ def test_load_refuses_experts_that_the_model_has_not(name, changes, words, packe
     edit_config(copied, edit)
     with pytest.raises(lb.CheckpointError, match=words):
         lb.load(copied)
+
+
+def test_what_cannot_hold_experts_says_so(packed, tmp_path, capsys):
+    from littlebit.fast.decode_cpu import NotDecodableError
+    from littlebit.fast.static_engine import StaticEngine
+
+    assert main(["export", str(packed), str(tmp_path / "gguf"), "--to", "gguf"]) == 2
+    with pytest.raises(ValueError, match="has experts"):
+        lb.save_official(lb.load(packed), tmp_path / "official")
+    assert not list(tmp_path.iterdir())
+    model = lb.load(packed)
+    model._can_compile_fullgraph = True
+    with pytest.raises(NotDecodableError, match="experts"):
+        StaticEngine(model, 1, 32)
