@@ -132,6 +132,7 @@ def test_a_family_is_quantised_saved_loaded_and_run(family, folders, tmp_path):
         mine = {key for key in results if key.startswith(f"{name}.")}
         assert mine == {f"{name}.{part}" for part in experts.projection_names(block)}
         assert len(mine) == 3 * 4
+    assert all("_proj" in name for name in results)
     stays = {name for name, parameter in model.named_parameters() if parameter.ndim == 2 and ".paths." not in name}
     assert stays == {f"{name}.weight" for name in ("model.embed_tokens", "lm_head", *experts.routers(model))}
 
@@ -145,6 +146,7 @@ def test_a_family_is_quantised_saved_loaded_and_run(family, folders, tmp_path):
     assert stored["kinds"]["experts.up_proj"]["layers"] == 4 * len(blocks)
     assert not lb.verify(tmp_path / "out")["damaged"]
 
+    model.save_pretrained(tmp_path / "direct")
     loaded = lb.load(tmp_path / "out")
     assert set(packed_layers(loaded)) == set(results)
     _, (bound,) = logit_bound(loaded, [TOKENS[0]])
@@ -158,8 +160,10 @@ def test_a_family_is_quantised_saved_loaded_and_run(family, folders, tmp_path):
 
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     again.save_pretrained(tmp_path / "again")
-    others = [lb.load(tmp_path / "again"), copy.deepcopy(loaded)]
-    others += [hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32), again]
+    others = [again, copy.deepcopy(loaded)]
+    for folder in ("direct", "again"):
+        others += [lb.load(tmp_path / folder)]
+        others += [hf.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)]
     for each in others:
         assert_same(logits(each), logits(loaded))
     new = again.generate(TOKENS, max_new_tokens=2, do_sample=False, attention_mask=torch.ones_like(TOKENS))
