@@ -32,6 +32,7 @@ GROUPS = {
         "shared",
         "wrappers",
         "layers",
+        "experts",
         "embeddings",
         "calibrate",
         "evaluate",

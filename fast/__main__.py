@@ -714,10 +714,11 @@ def run_info(arguments: argparse.Namespace) -> None:
         print(json.dumps(stored))
         return
     print(f"{arguments.model}: {summary(stored)}")
-    print(f"{'kind':<12}{'layers':>7}{'weights':>14}{'bytes':>12}{'bits':>8}")
+    width = 2 + max(map(len, ["q" * 10, *stored["kinds"]]))
+    print(f"{'kind':<{width}}{'layers':>7}{'weights':>14}{'bytes':>12}{'bits':>8}")
     for name, kind in stored["kinds"].items():
         print(
-            f"{name:<12}{kind['layers']:>7}{kind['weights']:>14,}{kind['linear_bytes']:>12,}"
+            f"{name:<{width}}{kind['layers']:>7}{kind['weights']:>14,}{kind['linear_bytes']:>12,}"
             f"{kind['bits_per_weight']:>8.3f}"
         )
 

@@ -38,7 +38,7 @@ def dense_twin(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A copy of a packed model with dense layers, embedding and head of the same values, for transformers to run."""
     packed = packed_layers(model)
     skipped = {id(layer): layer for layer in packed.values()}  # shared, not copied: they are replaced
-    model = copy.deepcopy(model, skipped).to(dtype)
+    model = copy.deepcopy(model, skipped)
     for name, layer in packed.items():
         linear = nn.Linear(layer.d_in, layer.d_out, bias=layer.bias is not None, dtype=dtype)
         factors = [Factors(*(part.double() for part in unpack_factors(path))) for path in layer.factors()]
@@ -54,7 +54,7 @@ def dense_twin(model: Any, dtype: torch.dtype = torch.float32) -> Any:
         dense = nn.Linear(rows.shape[1], rows.shape[0], bias=False, dtype=dtype)
         dense.weight.data = rows
         model.set_output_embeddings(dense)
-    return model.eval()
+    return model.to(dtype).eval()
 
 
 def logit_bound(model: Any, tokens: Sequence[Tensor], draws: int = 3) -> tuple[list[Tensor], list[Tensor]]:

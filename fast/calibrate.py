@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .evaluate import windows
+from .headers import layer_kind
 from .progress import tqdm
 
 CALIBRATION_WINDOW = 512
@@ -75,7 +76,20 @@ def calibrate(
             for handle in pair:
                 handle.remove()
     count = sum(map(len, parts))
-    return {name: Moments(*(total / count for total in kept)) for name, kept in sums.items()}
+    found = {name: Moments(*(total / count for total in kept)) for name, kept in sums.items()}
+    reached = {name: each for name, each in found.items() if each.inputs.ndim and each.outputs.ndim}
+    return {name: reached.get(name) or unreached_moments(model, name, reached) for name in found}
+
+
+def unreached_moments(model: nn.Module, name: str, reached: Mapping[str, Moments]) -> Moments:
+    """Stand in for the moments of a layer that no token reached: the mean over the block's other experts, or zeros."""
+    weight: Any = model.get_submodule(name).weight
+    zeros = Moments(*(weight.new_zeros(size, dtype=torch.float32) for size in reversed(weight.shape)))
+    if "." not in layer_kind(name):
+        return zeros
+    block, _, projection = name.rsplit(".", 2)
+    same = [each for other, each in reached.items() if other.rsplit(".", 2)[::2] == [block, projection]]
+    return Moments(*(torch.stack(each).mean(0) for each in zip(*same, strict=True))) if same else zeros
 
 
 def watch(layer: nn.Module, kept: list[Tensor]) -> tuple:

@@ -42,6 +42,9 @@ Version 3 stores {"config": config, "set": set, "tensors": tags}, where
 
 Every file thus knows the whole set, so that files of two checkpoints cannot be mixed; and the tags, 11 characters a
 tensor, say which tensor changed.
+
+Experts of a mixture (see experts.py) are layers with names such as `model.layers.0.mlp.experts.3.up_proj`. Where only
+some projections of a block's experts are packed, the others are stored as `....3.down_proj.matrix` (and `.bias`).
 """
 
 import json
@@ -57,6 +60,7 @@ from torch import Tensor, nn
 
 from .digests import contents, entry_digest
 from .embeddings import QuantizedEmbedding, Table, replace_embeddings, settle_ties, tie_embeddings
+from .experts import is_known, projection_names, split_experts
 from .fetch import locate_packed
 from .headers import (
     FORMAT_VERSION,
@@ -72,6 +76,7 @@ from .headers import (
     damaged,
     is_checkpoint,
     is_official,
+    layer_kind,
     make_checksums,
     packed_tensors,
     read_checksums,
@@ -89,6 +94,8 @@ from .wrappers import without_adapters
 from .writing import temporary_beside, written_whole
 
 SHARD_BYTES = 5_000_000_000
+#: Most tensors in a file: the names and checksums of a model with thousands of experts must fit headers.JSON_BYTES.
+SHARD_TENSORS = 1 << 15
 #: Most bytes that a model may compute at its start, for masks and the frequencies of positions.
 BUFFER_BYTES = 1 << 30
 #: Names that safetensors has for torch's dtypes.
@@ -273,14 +280,14 @@ def write_tensors(
     shard_bytes: int = SHARD_BYTES,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write tensors as model.safetensors or, if they are too many bytes, as shards with an index.
+    """Write tensors as model.safetensors or, if they are too many or take too many bytes, as shards with an index.
 
     With what is in config.json, each file gets the checksums of the newest format.
     """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+        if shards[-1] and (size + tensor.nbytes > shard_bytes or len(shards[-1]) >= SHARD_TENSORS):
             shards.append({})
             size = 0
         shards[-1][name] = tensor
@@ -544,6 +551,9 @@ def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, 
         if not fits:
             raise CheckpointError(f"{where}: 'fused' splits {name} into {parts!r}, which does not fit the model")
         replace_module(model, name, split(layer, sizes))
+    for name, module in list(model.named_modules()):
+        if is_known(module) and any(f"{name}.{part}" in layers for part in projection_names(module)):
+            replace_module(model, name, split_experts(module, lambda part, name=name: f"{name}.{part}" in layers))
     for name, entry in layers.items():
         check_module(model, name, entry)
     replace_modules(model, {name: PackedLinear.empty(**entry) for name, entry in layers.items()})
@@ -637,10 +647,10 @@ def info(path: str | Path) -> dict[str, Any]:
     description_bytes = file_bytes - sum(sizes.values()) + beside
     kinds: dict[str, dict[str, Any]] = {}
     for name, layer in owners.items():
-        kind = kinds.setdefault(layer.split(".")[-1], {"layers": 0, "weights": 0, "linear_bytes": 0})
+        kind = kinds.setdefault(layer_kind(layer), {"layers": 0, "weights": 0, "linear_bytes": 0})
         kind["linear_bytes"] += sizes[name]
     for layer, entry in layers.items():
-        kind = kinds[layer.split(".")[-1]]
+        kind = kinds[layer_kind(layer)]
         kind["layers"] += 1
         kind["weights"] += entry["d_out"] * entry["d_in"]
     for kind in kinds.values():

@@ -12,6 +12,7 @@ from .admm import ADMM_STEPS, admm
 from .alignment import ITQ_STEPS
 from .bits import Ranks, Shape, layer_bits, model_bits
 from .fetch import locate
+from .headers import layer_kind
 from .hf import check_dense, empty_model, transformers
 from .model import OVERSAMPLING, Config, check_config, factorise, fused_split, plan
 from .selection import linear_shape
@@ -68,7 +69,7 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     largest = max(d_out * d_in for d_out, d_in in shapes.values())
     kinds: dict[str, dict[str, Any]] = {}
     for name, (d_out, d_in) in shapes.items():
-        kind = kinds.setdefault(name.split(".")[-1], {"layers": 0, "d_out": d_out, "d_in": d_in, "ranks": ranks[name]})
+        kind = kinds.setdefault(layer_kind(name), {"layers": 0, "d_out": d_out, "d_in": d_in, "ranks": ranks[name]})
         kind["layers"] += 1
         kind["bits"] = layer_bits(d_out, d_in, ranks[name]) / (d_out * d_in)
     memory = 4 * (parameters + latents + 4 * largest)

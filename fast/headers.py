@@ -508,6 +508,18 @@ def check_layers(layers: Mapping[str, dict[str, Any]], headers: Mapping[str, Hea
             )
 
 
+def layer_kind(name: str) -> str:
+    """Return the kind that a layer is counted under: the last part of its name, with `experts.` before an expert's.
+
+    Examples
+    --------
+    >>> layer_kind("model.layers.0.self_attn.q_proj"), layer_kind("model.layers.0.mlp.experts.3.up_proj")
+    ('q_proj', 'experts.up_proj')
+    """
+    *path, last = name.split(".")
+    return f"{path[-2]}.{last}" if len(path) > 1 and "expert" in path[-2] and path[-1].isdigit() else last
+
+
 def packed_tensors(layers: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str, Header]]:
     """(layer, tensor name, shape and dtype) of every tensor that the packed layers store, biases excepted."""
     for layer, entry in layers.items():

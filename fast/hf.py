@@ -314,11 +314,16 @@ def empty_model(config: dict[str, Any], most_parameters: int | None = None) -> n
 
 
 def plain_settings(config: Any) -> Any:
-    """A config, or a part of one, without what names code to fetch or to run, and with counts of a sane size."""
+    """A config, or a part of one, without what names code to fetch or to run, and with counts of a sane size.
+
+    transformers writes infinity as {"__float__": "Infinity"}.
+    """
     if isinstance(config, list):
         return [plain_settings(value) for value in config]
     if not isinstance(config, dict):
         return config
+    if set(config) == {"__float__"}:
+        return float(config["__float__"])
     for key, value in config.items():
         if isinstance(value, int) and key.startswith(COUNTED) and value > MOST:
             raise ValueError(f"config.json: {key} is {value}, but no model has more than {MOST}")

@@ -259,6 +259,14 @@ class Joined(nn.Module):
         return torch.cat([part(x) for part in self.children()], dim=-1)
 
 
+def linear_over(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Make a linear layer whose parameters share the memory of two tensors."""
+    layer = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight)
+    layer.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
+    return layer
+
+
 def packed_shapes(d_out: int, d_in: int, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor of a packed path, by its name in PackedFactors."""
     return {name: (shape, DTYPES[dtype]) for name, (shape, dtype) in packed_headers(d_out, d_in, rank).items()}

@@ -16,8 +16,9 @@ from .alignment import itq, random_rotation
 from .bits import Ranks, allocate_ranks, layer_bits, official_rank
 from .calibrate import Moments, calibrate, spectral_gains
 from .dual_svid import dual_svid
+from .experts import check_left_dense, is_known, projection_names, split_experts
 from .factors import Factors
-from .layers import Joined, LittleBitLinear, LowRankLinear, PackedLinear
+from .layers import Joined, LittleBitLinear, LowRankLinear, PackedLinear, linear_over
 from .progress import tqdm
 from .residual import compensate, compensate_weighted
 from .selection import (
@@ -233,6 +234,7 @@ def plan(model: nn.Module, config: Config) -> tuple[Selection, dict[str, Ranks]]
     if selection.dense:
         log.warning("littlebit: %s", describe_dense(selection))
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
+    check_left_dense(model, sum(map(math.prod, shapes.values())), lambda name: selects_parameter(config, name))
     shares = kv_shares(model, shapes, config)
     if config.allocation != "official":
         return selection, allocate_ranks(shapes, config.bits, config.paths, shares=shares)
@@ -336,6 +338,14 @@ def selects(config: Config, name: str) -> bool:
     return matches(name, config.include) and not matches(name, config.exclude)
 
 
+def selects_parameter(config: Config, name: str) -> bool:
+    """Whether the config's patterns select a parameter, by its own name or that of its module."""
+    names = name, name.rpartition(".")[0]
+    return any(matches(each, config.include) for each in names) and not any(
+        matches(each, config.exclude) for each in names
+    )
+
+
 def batches(shapes: dict[str, tuple[int, int]], ranks: dict[str, Ranks]) -> Iterator[list[str]]:
     """Layer names in groups of equal shape and ranks, each of at most BATCH_ELEMENTS weights (or one layer)."""
     groups: dict[tuple, list[str]] = {}
@@ -370,12 +380,18 @@ def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 @contextlib.contextmanager
 def fused_split(model: nn.Module, config: Config) -> Iterator[None]:
-    """If the config asks for it, split fused layers of which a part is selected; undone if the block fails."""
+    """Split experts and, if the config asks for it, fused layers of which a part is selected; undone on failure."""
     before = {}
     around = surroundings(model)
     try:
-        for name, module in list(model.named_modules()) if config.split_fused else ():
-            parts = FUSED.get(name.split(".")[-1], ()) if is_linear(module) else ()
+        for name, module in list(model.named_modules()):
+            if is_known(module):
+                wanted = {part for part in projection_names(module) if selects(config, f"{name}.{part}")}
+                if wanted:
+                    replace_module(model, name, split_experts(module, wanted.__contains__))
+                    before[name] = module
+                continue
+            parts = FUSED.get(name.split(".")[-1], ()) if config.split_fused and is_linear(module) else ()
             if any(selects(config, f"{name}.{part}") for part in parts) and not reason_dense(name, module, around):
                 sizes = part_sizes(model, linear_shape(module)[0], len(parts))
                 replace_module(model, name, split(module, dict(zip(parts, sizes, strict=True))))
@@ -398,12 +414,8 @@ def split(layer: Any, sizes: dict[str, int]) -> Joined:
     """A linear layer as parts of so many rows each, side by side; they share its memory."""
     weights = linear_weight(layer).split(list(sizes.values()))
     biases = [None] * len(sizes) if layer.bias is None else layer.bias.detach().split(list(sizes.values()))
-    parts = {}
-    for name, weight, bias in zip(sizes, weights, biases, strict=True):
-        parts[name] = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
-        parts[name].weight = nn.Parameter(weight)
-        parts[name].bias = None if bias is None else nn.Parameter(bias)
-    return Joined(parts)
+    parts = zip(sizes, weights, biases, strict=True)
+    return Joined({name: linear_over(weight, bias) for name, weight, bias in parts})
 
 
 def pack_(model: nn.Module) -> nn.Module:

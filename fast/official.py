@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from .bits import official_rank, official_rank_before_rounding
 from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_tensors
 from .embeddings import settle_ties
+from .experts import has_experts
 from .headers import (
     OFFICIAL,
     WITHOUT_CHECKSUMS,
@@ -200,12 +201,15 @@ def save_official(
     Raises
     ------
     ValueError
-        If the model has no LittleBit layer, a layer has more than two paths, or the embeddings are quantised.
+        If the model has no LittleBit layer, a layer has more than two paths, it has experts, or the embeddings are
+        quantised.
     OSError
         If `path` exists and may not be replaced, or cannot be written.
     """
     path = Path(path)
     model = without_adapters(model, "save_official")
+    if has_experts(model):
+        raise ValueError("the authors' format holds layers of dense models, but this one has experts; keep it as it is")
     layers = layers_to_save(model, path, overwrite)
     refuse_shared(model, "the authors' format")
     settle_ties(model)

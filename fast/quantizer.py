@@ -187,6 +187,7 @@ class LittleBitQuantizer(HfQuantizer):
                 "first, littlebit.fast.save instead, or torch.save(model.state_dict()) to keep the latents"
             )
         self.describe(model)
+        model._weight_conversions = []  # else transformers would rename tensors, but not the layers in config.json
         shared = tuple(shared_names(model))
         if not shared:
             return None, {}

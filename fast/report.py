@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .headers import layer_kind
 from .model import LayerResult
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
@@ -17,7 +18,7 @@ def kinds_of(results: Mapping[str, LayerResult]) -> list[dict[str, Any]]:
     """One row for each kind of layer: layers, sizes, smallest and largest total rank, paths, mean bits and error."""
     kinds: dict[str, list[LayerResult]] = {}
     for name, result in results.items():
-        kinds.setdefault(name.split(".")[-1], []).append(result)
+        kinds.setdefault(layer_kind(name), []).append(result)
     rows = []
     for kind, group in kinds.items():
         ranks = [sum(result.ranks) for result in group]
@@ -75,7 +76,7 @@ def html_report(path: Path, title: str, summary: str, results: Mapping[str, Laye
 
 def picture(results: Mapping[str, LayerResult], field: str) -> str:
     """A bar for each layer, in the model's order, coloured by kind, as SVG; the pointer shows its name and value."""
-    kinds = list(dict.fromkeys(name.split(".")[-1] for name in results))
+    kinds = list(dict.fromkeys(layer_kind(name) for name in results))
     colours = {kind: COLOURS[at % len(COLOURS)] for at, kind in enumerate(kinds)}
     top = max(getattr(result, field) for result in results.values()) or 1.0
     step = (WIDTH - MARGIN) / len(results)
@@ -85,7 +86,7 @@ def picture(results: Mapping[str, LayerResult], field: str) -> str:
         tall = value / top * (HEIGHT - 20)
         parts.append(
             f"<rect x='{MARGIN + at * step:.2f}' y='{HEIGHT - tall:.2f}' width='{max(step * 0.85, 0.5):.2f}' "
-            f"height='{tall:.2f}' fill='{colours[name.split('.')[-1]]}'>"
+            f"height='{tall:.2f}' fill='{colours[layer_kind(name)]}'>"
             f"<title>{html.escape(name)}: {value:.4f}</title></rect>"
         )
     for value in (0.0, top / 2, top):

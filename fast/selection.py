@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .experts import is_known, projection_names, routers
 from .layers import LowRankLinear
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ROUTER = "it routes tokens to experts"
 NO_SHAPE = "its weight has no shape before the first call"
 #: Methods that set parameters up. What they read of a layer says nothing about its use.
 SET_UP = ("__init__", "reset_parameters", "extra_repr")
@@ -89,11 +91,15 @@ def select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> 
     for name, module in model.named_modules(remove_duplicate=False):
         if is_linear(module) or isinstance(module, nn.Embedding | LowRankLinear):
             known.append(name)
+        stacks = [f"{name}.{key}" for key, each in module._parameters.items() if each is not None and each.ndim > 2]
+        known += [name, *stacks] if stacks else []
+        known += [f"{name}.{part}" for part in projection_names(module)] if is_known(module) else []
         if is_linear(module) and module is not head and name.split(".")[-1] != "lm_head":
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
+    choosers = routers(model)
     for key, patterns in (("include", include), ("exclude", exclude)):
-        check_patterns(key, patterns, known)
+        check_patterns(key, patterns, [*known, *choosers])
     around = surroundings(model)
     layers: dict[str, Any] = {}
     dense: dict[str, str] = {}
@@ -102,11 +108,12 @@ def select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> 
             matches(name, exclude) for name in names[key]
         ):
             name = names[key][0]
-            reason = reason_dense(name, module, around)
+            reason = ROUTER if name in choosers else reason_dense(name, module, around)
             if reason is None:
                 layers[name] = module
             else:
                 dense[name] = reason
+    dense |= {name: ROUTER for name in choosers if matches(name, include) and not matches(name, exclude)}
     join_shared(layers, dense, around)
     kept = sum(count_weights(model.get_submodule(name)) for name in dense)
     return Selection(layers, dense, kept / max(1, kept + sum(map(count_weights, layers.values()))))
@@ -283,7 +290,7 @@ def describe_dense(selection: Selection) -> str:
         kinds[kind] = kinds.get(kind, 0) + 1
     parts = "; ".join(f"{count} {kind} ({reason})" for (kind, reason), count in kinds.items())
     count = len(selection.dense)
-    layers = "1 linear layer stays" if count == 1 else f"{count} linear layers stay"
+    layers = "1 layer stays" if count == 1 else f"{count} layers stay"
     return f"{layers} dense, with {selection.share:.2%} of the selected weights: {parts}"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from .decode_cpu import NotDecodableError
+from .experts import has_experts
 from .model import device_of
 
 
@@ -72,12 +73,14 @@ class StaticEngine:
     Raises
     ------
     NotDecodableError
-        If transformers says that the model takes no cache of fixed size.
+        If transformers says that the model takes no cache of fixed size, or it has experts.
     """
 
     def __init__(self, model: Any, batch: int, capacity: int):
         if not getattr(model, "_can_compile_fullgraph", False):
             raise NotDecodableError(f"{type(model).__name__} takes no cache of fixed size")
+        if has_experts(model):
+            raise NotDecodableError("which experts run depends on the text, and a captured graph cannot choose")
         self.model, self.batch, self.capacity = model, batch, capacity
         self.device = device_of(model)
         self.position = torch.zeros((), dtype=torch.int64, device=self.device)

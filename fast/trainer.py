@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 
 from .digests import digest
 from .distill import KLLoss, hidden_loss, kl_rows
+from .experts import has_experts
 from .hf import causal_attention, is_plainly_causal
 from .progress import tqdm
 from .resume import Keeper
@@ -198,6 +199,7 @@ def train_(
         kind = {"dtype": str(dtype), "device": device.type}
         keeper.check(asdict(config) | kind | {"world": world, "shard": shard, "data": digest(corpus, starts)})
     capture = device.type == "cuda" and not shard and is_plainly_causal(model, config.sequence)
+    capture = capture and not has_experts(model)  # which experts run depends on the text
     compile = compile and capture
     for parameter in model.parameters() if world > 1 else ():  # each process's factors may be rounded differently
         distributed.broadcast(parameter.data, 0)

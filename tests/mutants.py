@@ -64,6 +64,7 @@ TESTS = {
     "lora": "test_lora.py",
     "gguf": "test_gguf.py",
     "estimate": "test_cli.py",
+    "experts": "test_experts.py",
     "report": "test_cli.py",
     "progress": "test_cli.py",
     "completion": "test_cli.py",
@@ -324,6 +325,20 @@ MUTANTS = [
     ),
     Mutant("fast/selection.py", "and module is not head", "", "the head is quantised by identity"),
     Mutant("fast/model.py", "layers[name].bias)\n", "None))", "bias lost"),
+    Mutant("fast/quantizer.py", "model._weight_conversions = []", "pass", "tensors of experts are renamed"),
+    Mutant("fast/experts.py", " if expert < len(self)]", "]", "an expert beyond the last is computed"),
+    Mutant("fast/experts.py", "expert if of_all else place", "place", "weights of all experts are misread"),
+    Mutant("fast/experts.py", "distributed.is_initialized()", "False", "experts without a gradient in one process"),
+    Mutant(
+        "fast/experts.py", "gated and alternates(bare._apply_gate)", "False", "gate and up that alternate are mixed"
+    ),
+    Mutant("fast/experts.py", "bare._parameters = {}", "pass", "the dense experts stay in memory"),
+    Mutant("fast/experts.py", "called or len(weight) in (1, count)", "called", "gates of shared experts are quantised"),
+    Mutant("fast/experts.py", "share <= MOST_LEFT_DENSE", "True", "experts stay dense without a word"),
+    Mutant(
+        "fast/experts.py", "linear_over if selected", "linear_over if True or selected", "excluded ones are renamed"
+    ),
+    Mutant("fast/experts.py", "if is_known(module):  #", "if False:  #", "excluded experts are refused"),
     Mutant("fast/checkpoint.py", "if missing or unexpected:", "if missing:", "tensors left over pass"),
     Mutant(
         "fast/headers.py", "if found != wanted", "if found.shape != wanted.shape", "dtype of packed tensors not checked"
@@ -670,8 +685,8 @@ MUTANTS = [
     ),
     Mutant(
         "fast/quantizer.py",
-        "self.describe(model)\n        shared",
-        "shared",
+        "self.describe(model)\n        model._weight",
+        "model._weight",
         "an old description is saved",
     ),
     Mutant(

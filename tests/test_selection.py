@@ -214,13 +214,13 @@ def test_quantize_leaves_integers_and_empty_layers_dense():
 def test_quantize_says_how_many_layers_and_weights_stay_dense(caplog):
     model = Model(Calls(linear(Doubled)), other=Calls(linear(Doubled)), third=linear())
     lb.quantize_(model, CONFIG, progress=False)
-    expected = "2 linear layers stay dense, with 50.00% of the selected weights: 2 special (its Doubled does more"
+    expected = "2 layers stay dense, with 50.00% of the selected weights: 2 special (its Doubled does more"
     assert expected in caplog.text
 
 
 def test_quantize_refuses_a_model_in_which_nothing_is_plain():
     model = nn.Sequential(linear(Doubled))
-    with pytest.raises(ValueError, match=r"can be quantised; 1 linear layer stays dense, with 100\.00% .*Doubled"):
+    with pytest.raises(ValueError, match=r"can be quantised; 1 layer stays dense, with 100\.00% .*Doubled"):
         lb.quantize_(model, CONFIG, progress=False)
     model = nn.Sequential(linear())
     lb.quantize_(model, CONFIG, progress=False)
@@ -287,7 +287,7 @@ FAMILIES = {
     "Falcon Mamba": (lambda: hf.FalconMambaConfig(**MAMBA), {"dt_proj": "reads its weight"}),
     "Llama 4": (
         lambda: hf.Llama4TextConfig(**SIZES, intermediate_size_mlp=48, num_local_experts=4),
-        {"router": "Llama4Router does more"},
+        {"router": "it routes tokens to experts"},
     ),
     "Falcon": (lambda: hf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4), {}),
     "Gemma 3": (
@@ -311,7 +311,8 @@ def test_a_family_with_special_layers_runs_in_every_form(family, tmp_path):
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config()).eval()
     tokens = torch.arange(3, 20)[None]
-    results = lb.quantize_(model, lb.Config(bits=6.0, paths=1), progress=False)
+    unknown = ("*.experts.*",) if family == "Llama 4" else ()  # a form that nobody quantises: refused unless excluded
+    results = lb.quantize_(model, lb.Config(bits=6.0, paths=1, exclude=unknown), progress=False)
     for kind, reason in special.items():
         found = [each for name, each in results.dense.items() if name.endswith(f".{kind}")]
         assert found

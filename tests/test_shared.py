@@ -87,8 +87,6 @@ def test_what_is_shared_stays_shared_through_files(change, tiny_llama, tmp_path)
     described = {key for key in first if key.startswith("descri")}  # config.json of a loaded model has other entries
     same = first.keys() - described
     assert {key: first[key] for key in same} == {key: twice[key] for key in same}
-        key: twice[key] for key in first.keys() - described
-    }
     for each in (loaded, again, lb.load(tmp_path / "again"), lb.load(tmp_path / "twice")):
         one, other = first_and_second(each, names)
         assert one is other
