@@ -100,7 +100,7 @@ def kl_rows(
     p = log_p.exp()
     if labels is not None:
         right = labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
-        p = torch.where(labels[:, None] < 0, p, (1 - label_weight) * p + label_weight * right)
+        p = torch.where(labels[:, None] < 0, p, (1 - label_weight) * p + label_weight * right.to(p.dtype))
     return (p * (log_p - log_q)).sum(), (log_q.exp() - p).to(logits.dtype)
 
 
