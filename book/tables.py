@@ -33,6 +33,38 @@ SECOND_LADDER = {
     "1.0 bits, sequence 2048": "1.0 bits, 2 sequences of 2048",
     "1.0 bits, latents 1.2e-2, sequence 2048": "the same, latents at `1.2e-2`",
 }
+THIRD_LADDER = {  # by bits, what a row is called after its bits, and on the page
+    1.0: {
+        "base": "base",
+        "latents of 0.3": "latents scaled to 0.3",
+        "sensitivity within 1.5": "ranks by sensitivity, within a factor of 1.5",
+        "labels 0.5": "labels, half",
+        "muon, latents of 0.3, rate 1e-2": "Muon, latents scaled to 0.3, rate `1e-2`",
+    },
+    0.55: {
+        "base": "base",
+        "a quarter in 2048": "the last quarter in sequences of 2048",
+        "latents of 0.3": "latents scaled to 0.3",
+        "muon": "Muon at the base's rate",
+        "muon, latents of 0.3, rate 1e-2": "Muon, latents scaled to 0.3, rate `1e-2`",
+        "labels 0.2": "labels, a fifth",
+        "labels 0.5": "labels, half",
+        "sensitivity within 2": "ranks by sensitivity, within a factor of 2",
+    },
+    0.1: {
+        "base": "base",
+        "latents of 0.3": "latents scaled to 0.3",
+        "muon": "Muon at the base's rate",
+    },
+}
+RATIOS = {  # held-out texts by their name in the results, and on the page
+    "wikitext2-train end": "WikiText-2",
+    "encyclopedia, wikitext style": "its style",
+    "encyclopedia": "encyclopedia",
+    "books": "books",
+    "explanatory": "explanatory",
+    "dialogue": "dialogue",
+}
 TINY = {
     "base": "defaults (sequences of 128)",
     "smooth_sign": "SmoothSign",
@@ -74,6 +106,28 @@ def second_ladder() -> Table:
     return Table(head, lines, [SMOLLM2])
 
 
+def third_ladder() -> Table:
+    """One change at a time, on varied text: perplexity over the original's."""
+    lines = []
+    for bits, names in THIRD_LADDER.items():
+        for name, title in names.items():
+            found = row(SMOLLM2, stage="third ladder", name=f"{bits} bits, {name}")
+            ratios = [fixed(found["ratios"][text], 2) for text in RATIOS]
+            lines.append([f"{bits:g}", title, *ratios, thousands(found["tokens_per_s"])])
+    return Table(["bits", "what", *RATIOS.values(), "tokens a second"], lines, [SMOLLM2])
+
+
+def held_out() -> Table:
+    """The checkpoints that saw varied text, on text that they did not see: perplexity over the original's."""
+    found = [each for each in checkpoints("shipped") if "ratios" in each]
+    lines = [[title, *(fixed(each["ratios"][text], 2) for each in found)] for text, title in RATIOS.items()]
+    lines.append(["WikiText-2 test", *(fixed(each["ratios"]["wikitext2-test"], 2) for each in found)])
+    for positions in ("512 to 1024", "1024 to 1536", "1536 to 2048"):
+        ratios = (fixed(each["ratios_by_position"][positions], 2) for each in found)
+        lines.append([f"the same, positions {positions} of a window", *ratios])
+    return Table(["text", *(f"{each['bits']:g} bits" for each in found)], lines, [SMOLLM2])
+
+
 def tiny() -> Table:
     """The same for the tiny model."""
     lines = [[title, fixed(row("training_tiny", name=name)["perplexity_128"], 2)] for name, title in TINY.items()]
@@ -112,12 +166,14 @@ def wikitext_share() -> str:
 
 
 def before() -> Table:
-    """What sequences of 512 tokens gave, beside what is shipped."""
+    """What sequences of 512 tokens gave, beside 1024."""
     lines = []
-    for old, new in zip(checkpoints("earlier checkpoint, 512 tokens"), checkpoints("shipped"), strict=True):
+    kept = [each for each in checkpoints("shipped") if each["sequence"] == 1024 and "long_sequence" not in each]
+    second = sorted([*checkpoints("earlier checkpoint, 1024 tokens"), *kept], key=lambda each: -each["bits"])
+    for old, new in zip(checkpoints("earlier checkpoint, 512 tokens"), second, strict=True):
         scores = (old["perplexity_packed"], new["perplexity_packed"], old["validation"], new["held_out_512"])
         lines.append([f"{old['bits']:g}", *map(fixed, scores)])
-    head = ["bits", "test, then", "test, now", "held-out in 512, then", "held-out in 512, now"]
+    head = ["bits", "test, from 512", "test, from 1024", "held-out in 512, from 512", "held-out in 512, from 1024"]
     return Table(head, lines, [SMOLLM2])
 
 

@@ -7,10 +7,14 @@ figures of book/results/training_smollm2.json came from this script, one GPU for
     python book/training.py write  --out teacher.npy --texts wikitext2-train.txt books.txt
     python book/training.py ladder --out ladder.json --texts wikitext2-train.txt books.txt teacher.npy --test test.txt \
         --experiments book/training_ladder.json
-    python book/training.py ship   --out smollm2-0.55bit.json --bits 0.55 --seconds 470 --texts ... --test ... \
-        --blimp blimp.zip
+    python book/training.py ladder --out ladder.json --texts SIX --test test.txt \
+        --experiments book/training_ladder_texts.json
+    python book/training.py ship   --out smollm2-0.55bit.json --bits 0.55 --seconds 470 --texts SIX --test test.txt \
+        --blimp blimp.zip --settings SETTINGS
 
-Texts are UTF-8 files, or .npy files of tokens made from them. The test text is only evaluated on.
+SIX are WikiText-2 train, encyclopedia in its form, encyclopedia, books, explanations and dialogue in the chat template
+(see training_text.py); SETTINGS are those of the row in the results, as JSON. Texts are UTF-8 files, or .npy files of
+tokens made from them. The test text is only evaluated on.
 """
 
 import argparse
@@ -40,14 +44,15 @@ from littlebit.fast import (
     train_,
 )
 from littlebit.fast.bench import save_results
-from littlebit.fast.hf import text_tokens
+from littlebit.fast.hf import text_tokens, training_tokens
 from littlebit.fast.student import littlebit_layers
 from littlebit.fast.zero_shot import blimp
 
 TEACHER = "smollm2"
 HELD_OUT = 60_000  # tokens
 BLIMP_TOKENS = 32_768  # read at once
-PILOT_TOKENS, PILOT_RATES = 4_096_000, (8e-3, 1.2e-2)
+CALIBRATION_TOKENS = 16_384
+PROBE_STEPS = 80  # to see how fast a training is
 PROMPT, WRITTEN = 16, 2048  # tokens of a prompt, and sequences of 512 that the teacher writes
 SPEEDS = (  # sequences in a step, tokens in a sequence, weight of the hidden-state loss
     (8, 512, 0.0),
@@ -118,7 +123,7 @@ def speed(arguments: argparse.Namespace) -> None:
 def write(arguments: argparse.Namespace) -> None:
     """Let the teacher go on from short pieces of the texts: a million tokens, as a .npy file."""
     tokenizer = load_tokenizer(TEACHER)
-    texts = [read_tokens(path, tokenizer)[:-HELD_OUT] for path in arguments.texts]
+    texts = [training_tokens(tokenizer, path)[:-HELD_OUT] for path in arguments.texts]
     teacher: Any = load_model(TEACHER, arguments.device, torch.bfloat16)
     generator, prompts = torch.Generator().manual_seed(0), []
     for text in texts:
@@ -150,10 +155,10 @@ def ladder(arguments: argparse.Namespace) -> None:
 
 
 def ship(arguments: argparse.Namespace) -> None:
-    """Train a checkpoint for so many seconds, initialisation included, and write it as the package ships it.
+    """Train a checkpoint for `--seconds`, initialisation included, and write it as the package ships it.
 
-    Short trainings at two learning rates come first. The one with the lower perplexity on the end of the first text,
-    which is held out, decides: three quarters of its rate train for the time that is left.
+    A short training comes first and shows how many tokens the time that is left is good for. The last quarter of them
+    is read in the longer sequences.
     """
     begin = time.perf_counter()
     data, teacher = read(arguments), load_model(TEACHER, arguments.device)
@@ -161,15 +166,13 @@ def ship(arguments: argparse.Namespace) -> None:
     quantised: dict[Config, torch.nn.Module] = {}
     shared = {"bits": arguments.bits, "weights": [1 / len(data.texts)] * len(data.texts)} | arguments.settings
 
-    def run(name: str, rate: float, tokens: int) -> torch.nn.Module:
-        changes = shared | {"name": name, "tokens": tokens, "lr_latents": rate, "lr_scales": rate / 4}
+    def run(name: str, tokens: int) -> torch.nn.Module:
+        changes = shared | {"name": name, "tokens": tokens, "long_tokens": tokens // 4}
         return experiment(changes, teacher, data, quantised, rows, arguments.out)
 
-    for rate in PILOT_RATES:
-        run(f"pilot, latents {rate}", rate, PILOT_TOKENS)
-    best = min(rows, key=lambda row: row["held_out_2048"])
+    run("probe", PROBE_STEPS * pick(TrainConfig, shared).step_tokens)
     left = arguments.seconds - (time.perf_counter() - begin)
-    student = run(arguments.out.stem, 0.75 * best["lr_latents"], int(0.95 * left * best["tokens_per_s"]))
+    student = run(arguments.out.stem, int(0.95 * left * rows[0]["tokens_per_s"]))
     row = rows[-1]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = save(student.cpu(), Path(folder) / "checkpoint", data.tokenizer, arguments.bits)
@@ -204,7 +207,7 @@ def experiment(
     if config not in quantised:
         quantised.clear()
         quantised[config] = copy.deepcopy(teacher)
-        results = quantize_(quantised[config], config, data.texts[0][:65536], progress=False)
+        results = quantize_(quantised[config], config, calibration(data.texts, changes.get("weights")), progress=False)
         row["error"] = sum(result.error for result in results.values()) / len(results)
     student = copy.deepcopy(quantised[config])
     row["initialisation_s"] = time.perf_counter() - begin
@@ -224,6 +227,13 @@ def experiment(
     print(json.dumps({key: value for key, value in row.items() if key != "log"}), flush=True)
     write_rows(out, rows)
     return student
+
+
+def calibration(texts: list[torch.Tensor], weights: list[float] | None) -> torch.Tensor:
+    """The beginnings of the texts, in proportion to their weights, or else to their lengths."""
+    weights = weights or [len(text) for text in texts]
+    shares = zip(texts, weights, strict=True)
+    return torch.cat([text[: int(CALIBRATION_TOKENS * share / sum(weights))] for text, share in shares])
 
 
 def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
@@ -248,17 +258,10 @@ def round_scales(model: torch.nn.Module) -> None:
 def read(arguments: argparse.Namespace) -> Data:
     """The texts that the command line names, as tokens."""
     tokenizer = load_tokenizer(TEACHER)
-    texts = [read_tokens(path, tokenizer) for path in arguments.texts]
+    texts = [training_tokens(tokenizer, path) for path in arguments.texts]
     return Data(
-        tokenizer, [texts[0][:-HELD_OUT], *texts[1:]], texts[0][-HELD_OUT:], read_tokens(arguments.test, tokenizer)
+        tokenizer, [texts[0][:-HELD_OUT], *texts[1:]], texts[0][-HELD_OUT:], text_tokens(tokenizer, arguments.test)
     )
-
-
-def read_tokens(path: Path, tokenizer: Any) -> torch.Tensor:
-    """Tokens of a text file or of a .npy file."""
-    if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path).astype(np.int64))
-    return text_tokens(tokenizer, path)
 
 
 if __name__ == "__main__":

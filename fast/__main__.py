@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from .model import Config
+    from .trainer import TrainConfig
     from .zero_shot import BlimpResult
 
 log = logging.getLogger(__name__)
@@ -170,7 +172,9 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
 
     sub.add_argument("model", help=model_help())
     sub.add_argument("out", type=Path, help="directory to write; OUT.training keeps the state, to go on from")
-    sub.add_argument("--data", type=Path, nargs="+", default=[TRAINING_TEXT], help="UTF-8 texts (.xz allowed)")
+    sub.add_argument(
+        "--data", type=Path, nargs="+", default=[TRAINING_TEXT], help="UTF-8 texts (.xz allowed), or tokens (.npy)"
+    )
     sub.add_argument(
         "--weights", type=float, nargs="+", help="how often each text is drawn from; by default its length"
     )
@@ -347,6 +351,7 @@ def add_quantisation(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--init", choices=INITS, default=Config.init, help="how factors are found")
     sub.add_argument("--allocation", choices=ALLOCATIONS, default=Config.allocation, help="how ranks are divided")
+    sub.add_argument("--spread", type=float, help="sensitivity: largest factor between rank and uniform rank")
     sub.add_argument("--importance", action="store_true", help="weigh channels by calibration (with --init admm)")
     sub.add_argument("--calibration", type=Path, default=TRAINING_TEXT, help="UTF-8 text to calibrate on")
     sub.add_argument("--calibration-tokens", type=int, default=8192, help="tokens of it to use")
@@ -366,7 +371,7 @@ def add_training(sub: argparse.ArgumentParser) -> None:
     """Arguments that become a TrainConfig."""
     from .signs import RULES
     from .student import TRAINABLE
-    from .trainer import TrainConfig
+    from .trainer import OPTIMIZERS, TrainConfig
 
     sub.add_argument("--tokens", type=int, default=TrainConfig.tokens, help="training tokens in all")
     sub.add_argument("--sequence", type=int, default=TrainConfig.sequence, help="tokens in a sequence")
@@ -379,6 +384,12 @@ def add_training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--rule", choices=list(RULES), default=TrainConfig.rule, help="derivative of a sign")
     sub.add_argument("--hidden", type=float, default=TrainConfig.hidden, help="weight of the hidden-state loss")
     sub.add_argument("--block-tokens", type=int, default=0, help="of the tokens, those that train block by block first")
+    sub.add_argument("--long-tokens", type=int, default=0, help="of the tokens, the last ones, in longer sequences")
+    sub.add_argument("--long-sequence", type=int, default=TrainConfig.long_sequence, help="tokens in such a sequence")
+    sub.add_argument("--frozen-tokens", type=int, default=0, help="of the tokens, the last ones, which move no latent")
+    sub.add_argument("--label-weight", type=float, default=0.0, help="share of the text's own next token in the target")
+    sub.add_argument("--latent-scale", type=float, default=0.0, help="root mean square of the latents at the start")
+    sub.add_argument("--optimizer", choices=OPTIMIZERS, default=TrainConfig.optimizer, help="what moves the latents")
     sub.add_argument("--warmup", type=float, default=TrainConfig.warmup, help="part of the schedule that warms up")
     sub.add_argument("--final", type=float, default=TrainConfig.final, help="last learning rates over the highest")
     sub.add_argument("--clip", type=float, default=TrainConfig.clip, help="largest norm of the gradients; 0 for none")
@@ -434,6 +445,7 @@ def chosen(arguments: argparse.Namespace) -> "Config":
         paths=None if arguments.paths == "auto" else int(arguments.paths),
         init=arguments.init,
         allocation=arguments.allocation,
+        spread=arguments.spread,
         importance=arguments.importance,
         include=tuple(arguments.include),
         exclude=tuple(arguments.exclude),
@@ -484,11 +496,16 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 
 def dry_run(arguments: argparse.Namespace) -> None:
-    """Say what `littlebit quantize` or `train` will take."""
+    """Say what `littlebit quantize` or `train` will take, and the recipe of a training."""
     from .estimate import estimate
     from .report import kind_table
+    from .trainer import check_config
 
     found = estimate(arguments.model, chosen(arguments), getattr(arguments, "tokens", 0))
+    if "tokens" in arguments:
+        training = training_config(arguments)
+        check_config(training, int(os.environ.get("WORLD_SIZE", "1")))
+        found |= {"training": asdict(training), "recipe": recipe(training)}
     if arguments.json:
         print(json.dumps(found))
         return
@@ -502,11 +519,38 @@ def dry_run(arguments: argparse.Namespace) -> None:
         f"{found['bits_per_weight']:.4f} bits per weight in {found['layers']} layers, {found['linear_bytes']:,} bytes "
         f"of linear weights, about {found['file_bytes']:,} bytes in all"
     )
+    for line in found.get("recipe", []):
+        print(line)
     training = f", {duration(found['train_s'])} to train" if found["train_s"] else ""
     print(
         f"about {found['memory_bytes'] / 2**30:.2f} GiB of memory; on this CPU about {duration(found['quantise_s'])} "
         f"to quantise{training}; nothing was written"
     )
+
+
+def training_config(arguments: argparse.Namespace) -> "TrainConfig":
+    """The TrainConfig that the arguments of `littlebit train` say."""
+    from .trainer import TrainConfig
+
+    return TrainConfig(
+        **{field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
+    )
+
+
+def recipe(config: "TrainConfig") -> list[str]:
+    """Say what a training will do: a line for each phase, and the settings that are not the defaults."""
+    from .trainer import TrainConfig, phases
+
+    lines = []
+    for phase in phases(config):
+        kind = "each block by itself" if phase.blocks else "scales alone, signs frozen" if phase.frozen else "all"
+        lines.append(
+            f"steps {phase.first} to {phase.last}: {kind}, {config.step_tokens // phase.sequence} sequences of "
+            f"{phase.sequence} tokens a step"
+        )
+    changed = {key: value for key, value in asdict(config).items() if value != getattr(TrainConfig, key)}
+    lines.append("settings: " + (", ".join(f"{key} {value}" for key, value in changed.items()) or "the defaults"))
+    return lines
 
 
 def duration(seconds: float) -> str:
@@ -539,15 +583,14 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     """Quantise, train and save; only the first process writes and prints."""
     from .checkpoint import info, save
     from .digests import digest
-    from .hf import load_model, load_tokenizer, text_tokens
+    from .hf import load_model, load_tokenizer, training_tokens
     from .model import quantize_
     from .resume import Keeper
-    from .trainer import TrainConfig, process, train_
+    from .trainer import process, train_
 
     tokenizer = load_tokenizer(arguments.model)
-    texts = [text_tokens(tokenizer, path) for path in arguments.data]
-    settings = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
-    training = TrainConfig(**settings)
+    texts = [training_tokens(tokenizer, path) for path in arguments.data]
+    training = training_config(arguments)
     config, calibration = quantisation(arguments, tokenizer)
     state = arguments.out.with_name(arguments.out.name + ".training")
     measured = None if calibration is None else digest(calibration)

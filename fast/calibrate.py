@@ -1,6 +1,7 @@
 """Calibration: what a model's own activations and gradients say about which channels and layers matter."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +139,40 @@ def spectral_gains(weights: Mapping[str, Tensor], moments: Mapping[str, Moments]
     gains = {}
     for name, weight in weights.items():
         inputs, outputs = moments[name]
-        scaled = outputs.sqrt()[:, None] * weight.float() * inputs.sqrt()
-        gains[name] = torch.linalg.svdvals(scaled).square().tolist()
+        scaled = (outputs.sqrt()[:, None] * weight.float() * inputs.sqrt()).double()
+        short = scaled if scaled.shape[0] <= scaled.shape[1] else scaled.mT
+        squares = torch.linalg.eigvalsh(short @ short.mT)  # of the singular values, much faster than a decomposition
+        gains[name] = squares.flip(0).clamp(min=0).tolist()
     return gains
+
+
+def bounded_gains(
+    gains: Mapping[str, Sequence[float]], ranks: Mapping[str, int], spread: float
+) -> dict[str, list[float]]:
+    """Bound how far ranks chosen by gains can leave given ranks: at least rank / spread, at most rank * spread.
+
+    Ranks below the lower bound gain infinitely much, ranks above the upper bound nothing.
+
+    Parameters
+    ----------
+    gains : mapping of layer name to the gain of each further rank
+    ranks : mapping of layer name to int
+        The ranks of uniform allocation, for instance.
+    spread : float
+        At least 1.
+
+    Returns
+    -------
+    dict of layer name to gains.
+
+    Examples
+    --------
+    >>> bounded_gains({"layer": [4.0, 3.0, 2.0, 1.0]}, {"layer": 2}, spread=1.5)
+    {'layer': [inf, 3.0, 2.0, 0.0]}
+    """
+    bounded = {}
+    for name, values in gains.items():
+        lowest, highest = math.floor(ranks[name] / spread), math.ceil(ranks[name] * spread)
+        inside = [0.0 if rank >= highest else value for rank, value in enumerate(values)]
+        bounded[name] = [math.inf] * lowest + inside[lowest:]
+    return bounded

@@ -48,21 +48,24 @@ def kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     tensor(0.0719)
     """
     check_pair(student_logits, teacher_logits)
-    return cast(Tensor, KLLoss.apply(student_logits, teacher_logits.detach(), kl_rows))
+    return cast(Tensor, KLLoss.apply(student_logits, teacher_logits.detach(), kl_rows, None, 0.0))
 
 
 class KLLoss(torch.autograd.Function):
     """Compute `kl_loss`, and store q - p in the forward pass: no float32 logits wait for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, part_loss: Callable) -> Tensor:
-        """Compute the loss, ROWS positions at a time; `part_loss` is `kl_rows`, compiled or not."""
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, part_loss: Callable, labels: Tensor | None, label_weight: float
+    ) -> Tensor:
+        """Compute the loss, ROWS positions at a time; `part_loss` is `kl_rows`, or `kl_rows` compiled."""
         logits, targets = rows(student), rows(teacher)
         difference = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         losses = []
         for start in range(0, len(logits), ROWS):
             part = slice(start, start + ROWS)
-            loss, q_minus_p = part_loss(logits[part], targets[part])
+            mixed = () if labels is None else (labels[part], label_weight)
+            loss, q_minus_p = part_loss(logits[part], targets[part], *mixed)
             losses.append(loss)
             if difference is not None:
                 difference[part] = q_minus_p
@@ -72,22 +75,39 @@ class KLLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Compute the gradient (q - p) / positions.
 
         The division comes last, so that float16 keeps small entries.
         """
         (difference,) = ctx.saved_tensors
-        return (difference * (grad / len(difference))).reshape(ctx.shape), None, None
+        return (difference * (grad / len(difference))).reshape(ctx.shape), None, None, None, None
 
 
-def kl_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum KL(p || q) over rows of logits, and compute q - p in the student's dtype.
+def kl_rows(
+    logits: Tensor, targets: Tensor, labels: Tensor | None = None, label_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows the loss of student logits against teacher logits, and return the gradient q - p too.
 
-    Both arguments are (rows, vocabulary).
+    Without labels the loss of a row is KL(p || q). With labels p becomes (1 - label_weight) p + label_weight times 1 at
+    the label, and the loss sum p (log p_teacher - log q): the student's mixed cross-entropy above the teacher's own.
+
+    Parameters
+    ----------
+    logits, targets : (rows, vocabulary) float tensors
+    labels : (rows,) integer tensor, optional
+        The class that each row should have; -1 for none.
+    label_weight : float
+
+    Returns
+    -------
+    () loss; (rows, vocabulary) q - p in the student's dtype.
     """
     log_q, log_p = log_softmax(logits), log_softmax(targets)
     p = log_p.exp()
+    if labels is not None:
+        right = labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
+        p = torch.where(labels[:, None] < 0, p, (1 - label_weight) * p + label_weight * right.to(p.dtype))
     return (p * (log_p - log_q)).sum(), (log_q.exp() - p).to(logits.dtype)
 
 

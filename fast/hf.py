@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .digests import file_digest, json_digest
 from .embeddings import settle_ties
-from .fetch import resolve
+from .fetch import cache_folder, resolve
 from .headers import (
     INDEX,
     JSON_BYTES,
@@ -27,6 +29,7 @@ from .headers import (
     is_official,
     readable,
 )
+from .writing import made_once
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
 # Settings that are not the model's own: some name code on a hub, which transformers would fetch and run
@@ -35,6 +38,7 @@ CODE += ("attn_implementation", "_attn_implementation", "_attn_implementation_in
 CODE += ("experts_implementation", "_experts_implementation", "_experts_implementation_internal")
 COUNTED = ("num_", "n_layer", "n_head")  # what names of settings begin with that count things
 MOST = 1 << 16
+LONG_TEXT = 1 << 20  # characters from which a training text is tokenised in pieces of that length, once
 
 
 def transformers() -> Any:
@@ -237,12 +241,77 @@ def text_tokens(tokenizer: Any, path: Path) -> torch.Tensor:
     ValueError
         If the file is not UTF-8 text.
     """
+    return torch.tensor(tokenizer(read_text(path), verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file, decompressed if it ends in .xz; raise ValueError if it is not UTF-8 text."""
     try:
         content = path.read_bytes()
-        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8")
+        return (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8")
     except (UnicodeDecodeError, lzma.LZMAError) as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def training_tokens(tokenizer: Any, path: Path) -> Tensor:
+    """Read the tokens of a training text, of any length.
+
+    A .npy file holds tokens already. Short texts are tokenised whole, as by `text_tokens`. Texts of LONG_TEXT bytes
+    and more are tokenised in pieces that end with a blank line, without special tokens; their tokens are kept in the
+    cache folder, by the contents of the text and of the tokenizer.
+
+    Parameters
+    ----------
+    tokenizer : of transformers
+    path : Path
+        UTF-8 text (.xz allowed), or integers in a .npy file.
+
+    Returns
+    -------
+    (n,) integer tensor.
+
+    Raises
+    ------
+    ValueError
+        If the file is neither.
+    """
+    if path.suffix == ".npy":
+        tokens = np.load(path)
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"{path} must hold tokens, one row of integers, not {tokens.dtype} of {tokens.shape}")
+        return torch.from_numpy(tokens.astype(np.int64))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if path.stat().st_size < LONG_TEXT or backend is None:
+        return text_tokens(tokenizer, path)
+    key = json_digest([file_digest(path), path.suffix == ".xz", backend.to_str()])
+
+    def make(folder: Path) -> None:
+        pieces = [
+            np.asarray(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], np.uint32)
+            for piece in text_pieces(read_text(path), LONG_TEXT)
+        ]
+        np.save(folder / "tokens.npy", np.concatenate(pieces))
+
+    kept = made_once(cache_folder() / "tokens" / key[:32], make) / "tokens.npy"
+    return torch.from_numpy(np.load(kept).astype(np.int64))
+
+
+def text_pieces(text: str, size: int) -> Iterator[str]:
+    r"""Cut a text into pieces of at least `size` characters that end with a blank line; the last may be shorter.
+
+    Examples
+    --------
+    >>> list(text_pieces("one\n\ntwo\n\n\nthree", 4))
+    ['one\n\ntwo\n\n\n', 'three']
+    """
+    start = 0
+    while start < len(text):
+        end = text.find("\n\n", start + size)
+        end = len(text) if end < 0 else end
+        while end < len(text) and text[end] == "\n":
+            end += 1
+        yield text[start:end]
+        start = end
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .admm import admm, importance
 from .alignment import itq, random_rotation
 from .bits import Ranks, allocate_ranks, layer_bits, official_rank
-from .calibrate import Moments, calibrate, spectral_gains
+from .calibrate import Moments, bounded_gains, calibrate, spectral_gains
 from .dual_svid import dual_svid
 from .experts import check_left_dense, is_known, projection_names, split_experts
 from .factors import Factors
@@ -65,6 +65,9 @@ class Config:
     allocation : str
         How ranks are divided: "uniform" bits, by "sensitivity", measured on calibration text, or as the authors'
         program does ("official"; see `bits.official_rank`), which takes no other ranks and may exceed the ceiling.
+    spread : float, optional
+        Bound of allocation by "sensitivity": no layer gets more than so many times the rank, or less than that part of
+        the rank, that uniform allocation would give it. None for no bound.
     importance : bool
         Whether "admm" weighs channels by their second moments, measured on calibration text.
     include, exclude : tuple of str
@@ -85,6 +88,7 @@ class Config:
     paths: int | None = 2
     init: str = "dual-svid"
     allocation: str = "uniform"
+    spread: float | None = None
     importance: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -184,6 +188,8 @@ def quantize_(
             moments = calibrate(model, tokens, layers, progress=progress)
         if config.allocation == "sensitivity":
             gains = spectral_gains({name: linear_weight(layer) for name, layer in layers.items()}, moments)
+            if config.spread is not None:
+                gains = bounded_gains(gains, {name: sum(each) for name, each in ranks.items()}, config.spread)
             ranks = allocate_ranks(shapes, config.bits, config.paths, gains)
     results, users = {}, parameter_users(model)
     with tqdm(
@@ -297,6 +303,8 @@ def check_config(config: Config, tokens: Tensor | None) -> None:
         raise ValueError(f"kv_rank_factor must be a positive number, not {config.kv_rank_factor}")
     if config.kv_rank_factor != 1 and config.allocation == "sensitivity":
         raise ValueError("allocation by sensitivity measures what k_proj and v_proj need: leave kv_rank_factor at 1")
+    if config.spread is not None and not config.spread >= 1:
+        raise ValueError(f"spread must be at least 1, where ranks are uniform, not {config.spread}")
     if config.allocation == "official" and config.paths is None:
         raise ValueError("the authors' program has as many paths in every layer: choose paths=1 or 2")
     if config.importance and config.init != "admm":

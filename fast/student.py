@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from .admm import root_mean_square
 from .factors import Factors
 from .layers import LittleBitLinear
 from .linear import folded
@@ -191,6 +192,14 @@ def fold(paths: Sequence[Factors], rule: str, width: int, dtype: torch.dtype) ->
     a, b = (factor.to(dtype).contiguous() for factor in (a, b))
     missing = width - a.shape[-2]
     return functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
+
+
+def scale_latents_(model: nn.Module, size: float) -> None:
+    """Scale the latents of every path to a root mean square of `size`, in place; no sign changes."""
+    for layer in littlebit_layers(model).values():
+        for path in layer.factors():
+            for latents in (path.u, path.v):
+                latents.data *= size / root_mean_square(latents.data)
 
 
 class Unstack(torch.autograd.Function):

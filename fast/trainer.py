@@ -14,31 +14,37 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional
 
 from .digests import digest
 from .distill import KLLoss, hidden_loss, kl_rows
 from .experts import has_experts
 from .hf import causal_attention, is_plainly_causal
+from .muon import Muon
 from .progress import tqdm
 from .resume import Keeper
 from .signs import named_rule
 from .student import (
+    Masters,
     ShardedStudent,
     StackedStudent,
     blocks,
     check_trainable,
     fold,
     littlebit_layers,
+    scale_latents_,
     shard_,
     whole,
 )
 from .wrappers import to_change, with_adapters_inside
 
+OPTIMIZERS = ("adam", "muon")  # what moves the latents
 RECOMPILE_LIMIT = 64  # several trainings in one process, each with sizes of its own
 EAGER_STEPS = 3  # before a capture: libraries choose kernels and allocate workspaces in them
 
@@ -76,8 +82,22 @@ class TrainConfig:
     normalise : bool
         Whether that loss is relative to each position's size (see `distill.hidden_loss`).
     block_tokens : int
-        The first so many of `tokens` train every block by itself: it reads what the teacher's block before it
-        writes, and learns what the teacher's block makes of it. The learning rates run their schedule in each part.
+        How many of the first tokens train every block by itself: it reads what the teacher's block before it writes,
+        and learns what the teacher's block makes of it. See `phases`.
+    long_tokens : int
+        How many of the last tokens are read in sequences of `long_sequence`, with as many tokens a step as before.
+    long_sequence : int
+    frozen_tokens : int
+        How many of the last tokens train scales and other parameters alone, with the signs as they are.
+    label_weight : float
+        Share of the text's own next token in the distribution that is learned; 0 is the teacher's distribution alone,
+        1 the usual cross-entropy of language models.
+    latent_scale : float
+        Root mean square that the latents of every path are scaled to before training, so that one learning rate means
+        the same for all layers, and few are so large that the straight-through rule never moves them. 0 leaves them
+        as the initialiser found them.
+    optimizer : str
+        What moves the latents: "adam", or "muon" (see `muon.Muon`).
     warmup : float
         Part of the schedule in which the rates rise; then they fall along a cosine to `final` times the highest.
     final : float
@@ -101,6 +121,12 @@ class TrainConfig:
     hidden: float = 0.1
     normalise: bool = True
     block_tokens: int = 0
+    long_tokens: int = 0
+    long_sequence: int = 2048
+    frozen_tokens: int = 0
+    label_weight: float = 0.0
+    latent_scale: float = 0.0
+    optimizer: str = "adam"
     warmup: float = 0.02
     final: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -117,10 +143,64 @@ class TrainConfig:
         """Steps in all."""
         return max(1, self.tokens // self.step_tokens)
 
-    @property
-    def block_steps(self) -> int:
-        """Steps of the first part, block by block."""
-        return min(self.steps, self.block_tokens // self.step_tokens)
+
+class Phase(NamedTuple):
+    """Steps of a training that are alike, from step `first` to before step `last`.
+
+    Attributes
+    ----------
+    first, last : int
+    begin, end : int
+        Steps between which the learning rates run their schedule, which may span several phases.
+    sequence : int
+        Tokens in a sequence.
+    blocks : bool
+        Whether every block is trained by itself.
+    frozen : bool
+        Whether the signs stay as they are.
+    """
+
+    first: int
+    last: int
+    begin: int
+    end: int
+    sequence: int
+    blocks: bool
+    frozen: bool
+
+
+def phases(config: TrainConfig) -> list[Phase]:
+    """List the phases of a training: blocks by themselves, the whole model, then with frozen signs.
+
+    Each of these three has a learning-rate schedule of its own and starts with Adam's moments at zero. The longer
+    sequences begin where they begin, in the middle of a schedule as a rule.
+
+    Examples
+    --------
+    >>> config = TrainConfig(tokens=800, sequence=5, batch=2, block_tokens=100, long_tokens=200, long_sequence=10)
+    >>> [(phase.first, phase.last, phase.begin, phase.sequence) for phase in phases(config)]
+    [(0, 10, 0, 5), (10, 60, 10, 5), (60, 80, 10, 10)]
+    """
+    steps = config.steps
+    blocks, long, frozen = (
+        min(steps, tokens // config.step_tokens)
+        for tokens in (config.block_tokens, config.long_tokens, config.frozen_tokens)
+    )
+    freeze = max(blocks, steps - frozen)
+    schedules = {0, blocks, freeze, steps}
+    cuts = sorted({*schedules, steps - long})
+    return [
+        Phase(
+            first,
+            last,
+            max(cut for cut in schedules if cut <= first),
+            min(cut for cut in schedules if cut >= last),
+            config.sequence if first < steps - long else config.long_sequence,
+            first < blocks,
+            first >= freeze,
+        )
+        for first, last in pairwise(cuts)
+    ]
 
 
 def train_(
@@ -189,22 +269,26 @@ def train_(
         check_tokens(text, model, config)
     device = next(model.parameters()).device
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    starts = schedule([len(text) for text in texts], weights, config)  # (steps, batch)
+    starts = schedules([len(text) for text in texts], weights, config)
     corpus = torch.cat([text.to(torch.int32) for text in texts])
     if shard and not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError("shard divides the masters over processes: start them with torchrun")
+    if shard and config.optimizer == "muon":
+        raise ValueError("muon needs whole latents, but shard divides them: use the optimizer adam with shard")
     if log_steps < 1:
         raise ValueError(f"log_steps must be at least 1, not {log_steps}")
     if keeper is not None:
         kind = {"dtype": str(dtype), "device": device.type}
-        keeper.check(asdict(config) | kind | {"world": world, "shard": shard, "data": digest(corpus, starts)})
-    capture = device.type == "cuda" and not shard and is_plainly_causal(model, config.sequence)
+        keeper.check(asdict(config) | kind | {"world": world, "shard": shard, "data": digest(corpus, *starts)})
+    capture = device.type == "cuda" and not shard and is_plainly_causal(model, longest(config))
     capture = capture and not has_experts(model)  # which experts run depends on the text
     compile = compile and capture
     for parameter in model.parameters() if world > 1 else ():  # each process's factors may be rounded differently
         distributed.broadcast(parameter.data, 0)
     try:
         teacher.to(dtype).requires_grad_(False)  # type: ignore[call-arg]
+        if config.latent_scale:
+            scale_latents_(model, config.latent_scale)
         student = (ShardedStudent if shard else StackedStudent)(model, config.rule, config.train, dtype)
         if shard:
             shard_(teacher, dtype)
@@ -216,7 +300,8 @@ def train_(
                 for each in (model, teacher):
                     during.enter_context(causal_attention(each))
             during.enter_context(compiled(compile, student, teacher))
-            run = Run(student, teacher, corpus.to(device), starts[:, rank::world], config, keeper, capture)
+            mine = [part[:, rank::world] for part in starts]
+            run = Run(student, teacher, corpus.to(device), mine, config, keeper, capture)
             if compile:
                 run.kl_rows = torch.compile(kl_rows, dynamic=False)
                 run.hidden_loss = torch.compile(hidden_loss, dynamic=False)
@@ -239,7 +324,7 @@ class Run:
         student: StackedStudent | ShardedStudent,
         teacher: nn.Module,
         corpus: Tensor,
-        starts: Tensor,
+        starts: list[Tensor],
         config: TrainConfig,
         keeper: Keeper | None,
         capture: bool,
@@ -249,47 +334,50 @@ class Run:
         self.device = corpus.device
         self.on_gpu = self.device.type == "cuda"
         self.rank, self.world = process()
-        self.starts = starts.to(self.device)  # (steps, sequences of this process)
-        self.offsets = torch.arange(config.sequence, device=self.device)
-        self.tokens = self.batch(0)  # what a step reads: the same memory in each, for captured steps
+        self.phases = phases(config)
+        self.starts = [part.to(self.device) for part in starts]  # one a phase: (steps, sequences of this process)
+        self.tokens = torch.empty(0)  # what a step reads: the same memory in each step of a phase, for captured steps
         self.loss, self.norm, self.hidden_weight = torch.zeros(3, device=self.device)
-        self.kl_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = kl_rows
+        self.kl_rows: Callable[..., tuple[Tensor, Tensor]] = kl_rows
         self.hidden_loss: Callable[[Tensor, Tensor, bool], Tensor] = hidden_loss
         self.history: list[dict[str, float]] = []
         self.step = 0
         self.losses: list[Tensor] = []  # of the steps since the last entry of the log
         masters = student.masters()
         self.masters = masters.named()
-        rates = (config.lr_latents, config.lr_scales, config.lr_others)
-        self.groups = [(list(group.values()), rate) for group, rate in zip(masters, rates, strict=True) if group]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group, "lr": self.scalar(rate)} for group, rate in self.groups],
-            betas=config.betas,
-            weight_decay=0.0,
-            fused=True,
-            capturable=self.on_gpu,
-        )
-        self.prime_optimizer()
+        self.optimizers, self.groups = optimizers(masters, config, self.device)
+        self.prime_optimizers()
 
-    def scalar(self, value: float) -> Any:
-        """A learning rate as the optimiser takes it: a tensor where steps are captured."""
-        return torch.tensor(value, device=self.device) if self.on_gpu else value
-
-    def prime_optimizer(self) -> None:
-        """Let the optimiser allocate its state, which stays zero."""
+    def prime_optimizers(self) -> None:
+        """Let the optimisers allocate their state, which stays zero."""
         for master in self.masters.values():
             master.grad = torch.zeros_like(master)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update_masters()
+        self.forget_gradients()
+        self.forget_moments()
+
+    def update_masters(self) -> None:
+        """Move all masters along their gradients."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def forget_gradients(self) -> None:
+        """Let every master be without a gradient."""
+        for master in self.masters.values():
+            master.grad = None
+
+    def forget_moments(self) -> None:
+        """Set the optimisers' moments and step counts to zero."""
         for tensor in self.optimizer_state().values():
             tensor.zero_()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Adam's moments and step counts by the names of the masters."""
+        """The optimisers' moments and step counts by the names of the masters."""
         return {
             f"{name}.{key}": tensor
             for name, master in self.masters.items()
-            for key, tensor in self.optimizer.state[master].items()
+            for optimizer in self.optimizers
+            for key, tensor in optimizer.state.get(master, {}).items()
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -298,13 +386,13 @@ class Run:
 
     def batch(self, step: int) -> Tensor:
         """Tokens of a step, (sequences, sequence)."""
-        return self.corpus[self.starts[step][:, None] + self.offsets].long()
+        phase, starts = next(pair for pair in zip(self.phases, self.starts, strict=True) if step < pair[0].last)
+        offsets = torch.arange(phase.sequence, device=self.device)
+        return self.corpus[starts[step - phase.first][:, None] + offsets].long()
 
     def run(self, log_steps: int, progress: bool) -> list[dict[str, float]]:
         """All steps that are not done yet."""
         self.restore()
-        middle = self.config.block_steps
-        parts = ((self.block_loss, 0, middle), (self.logit_loss, middle, self.config.steps))
         with (
             stop_signals() as stop,
             tqdm(
@@ -316,46 +404,46 @@ class Run:
                 disable=not progress,
             ) as bar,
         ):
-            for loss_of, first, last in parts:
-                if self.step < last:
-                    with self.tapped(loss_of):
-                        self.loop(self.prepared(loss_of), first, last, log_steps, stop, bar)
+            for phase in self.phases:
+                if self.step < phase.last:
+                    if self.step == phase.begin:
+                        self.forget_moments()
+                    self.tokens = self.batch(self.step)
+                    with self.tapped(phase.blocks):
+                        self.loop(phase, log_steps, stop, bar)
         return self.history
 
-    def loop(
-        self,
-        step: "tuple[Callable[[], None], Callable[[], None]]",
-        first: int,
-        last: int,
-        log_steps: int,
-        stop: list[int],
-        bar: tqdm,
-    ) -> None:
-        """The steps of one part, from `self.step` to `last`."""
-        backward, update = step
+    def loop(self, phase: Phase, log_steps: int, stop: list[int], bar: tqdm) -> None:
+        """The steps of a phase that are not done yet."""
+        backward, update = self.prepared(self.block_loss if phase.blocks else self.logit_loss)
         begin, done = time.perf_counter(), self.step
-        while self.step < last:
+        while self.step < phase.last:
             self.tokens.copy_(self.batch(self.step))
-            factor = learning_rate_factor((self.step - first) / (last - first), self.config)
-            for group, (_, rate) in zip(self.optimizer.param_groups, self.groups, strict=True):
-                if self.on_gpu:
-                    group["lr"].fill_(rate * factor)
-                else:
-                    group["lr"] = rate * factor
-            self.hidden_weight.fill_(self.config.hidden * factor)
+            self.set_rates(phase)
             backward()
             self.average_gradients()
             update()
             self.losses.append(self.loss.clone())
             self.step += 1
-            logging = self.step % log_steps == 0 or self.step == last
+            logging = self.step % log_steps == 0 or self.step == phase.last
             if logging:
-                self.log(self.step - done, begin, self.groups[0][1] * factor, bar)
+                self.log(self.step - done, begin, bar)
                 begin, done = time.perf_counter(), self.step
             if self.world == 1 or logging:
                 self.keep(bool(stop))
 
-    def log(self, steps: int, begin: float, lr: float, bar: tqdm) -> None:
+    def set_rates(self, phase: Phase) -> None:
+        """Set the learning rates, and the weight of the hidden-state loss, of the next step."""
+        factor = learning_rate_factor((self.step - phase.begin) / (phase.end - phase.begin), self.config)
+        for group in self.groups:
+            rate = 0.0 if phase.frozen and group.latents else group.rate * factor
+            if isinstance(group.settings["lr"], Tensor):
+                group.settings["lr"].fill_(rate)
+            else:
+                group.settings["lr"] = rate
+        self.hidden_weight.fill_(self.config.hidden * factor)
+
+    def log(self, steps: int, begin: float, bar: tqdm) -> None:
         """Add an entry to the log, `steps` after the last; raise TrainingError if the loss is not a number."""
         loss = self.checked()  # waits for the GPU, so the time is taken after it
         self.losses.clear()
@@ -367,7 +455,7 @@ class Run:
             "tokens": self.step * self.config.step_tokens,
             "loss": loss,
             "grad_norm": self.norm.item(),
-            "lr": lr,
+            "lr": float(self.groups[0].settings["lr"]),
             "tokens_per_s": count / seconds,
             "memory_bytes": memory,
         }
@@ -423,7 +511,8 @@ class Run:
         """KL on the logits, plus the hidden-state loss."""
         with torch.no_grad():
             wanted = self.teacher(input_ids=tokens, use_cache=False).logits
-        loss = KLLoss.apply(self.student.logits(tokens), wanted, self.kl_rows)
+        labels = next_tokens(tokens) if self.config.label_weight else None
+        loss = KLLoss.apply(self.student.logits(tokens), wanted, self.kl_rows, labels, self.config.label_weight)
         if taps is not None:
             loss = loss + self.hidden_weight * taps.loss(self.hidden_loss, self.config.normalise)
         return loss
@@ -437,11 +526,11 @@ class Run:
         return taps.loss(self.hidden_loss, self.config.normalise)
 
     @contextlib.contextmanager
-    def tapped(self, loss_of: Callable) -> Iterator[None]:
+    def tapped(self, forced: bool) -> Iterator[None]:
         """While active, `self.taps` records the blocks' outputs, if the loss needs them."""
         self.taps = None
-        if loss_of == self.block_loss or self.config.hidden:
-            self.taps = Taps(blocks(self.student.model), blocks(self.teacher), forced=loss_of == self.block_loss)
+        if forced or self.config.hidden:
+            self.taps = Taps(blocks(self.student.model), blocks(self.teacher), forced)
         try:
             yield
         finally:
@@ -450,8 +539,8 @@ class Run:
 
     def prepared(self, loss_of: Callable) -> tuple[Callable[[], None], Callable[[], None]]:
         """The two halves of a step, up to the gradients and from them on; captured on a GPU."""
-        size = min(self.config.micro_batch or len(self.tokens), len(self.tokens))
-        parts = self.tokens.split(size)
+        at_once = (self.config.micro_batch or self.config.batch) * self.config.sequence  # tokens
+        parts = self.tokens.split(max(1, at_once // self.tokens.shape[1]))
 
         def backward() -> None:
             total = torch.zeros((), device=self.device)
@@ -465,11 +554,16 @@ class Run:
             masters = list(self.masters.values())
             norm = torch.nn.utils.clip_grad_norm_(masters, self.config.clip or math.inf, foreach=True)
             self.norm.copy_(whole(norm))
-            self.optimizer.step()
+            self.update_masters()
 
-        if not self.capture:
-            return without_gradients(backward, self.optimizer), update
-        return self.captured(backward, update)
+        if self.capture:
+            return self.captured(backward, update)
+
+        def begin() -> None:
+            self.forget_gradients()
+            backward()
+
+        return begin, update
 
     def captured(
         self, backward: Callable[[], None], update: Callable[[], None]
@@ -480,11 +574,11 @@ class Run:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(EAGER_STEPS):
-                self.optimizer.zero_grad(set_to_none=True)
+                self.forget_gradients()
                 backward()
                 update()
         torch.cuda.current_stream().wait_stream(stream)
-        self.optimizer.zero_grad(set_to_none=True)  # so that the gradients are made in the graph's own memory
+        self.forget_gradients()  # so that the gradients are made in the graph's own memory
         graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
         with torch.cuda.graph(graphs[0]):
             backward()
@@ -560,14 +654,47 @@ class Taps:
             handle.remove()
 
 
-def without_gradients(backward: Callable[[], None], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """`backward` that begins without gradients."""
+class Group(NamedTuple):
+    """Masters that share a learning rate.
 
-    def begin() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        backward()
+    Attributes
+    ----------
+    settings : dict
+        The optimiser's own group of parameters, whose "lr" is set before each step.
+    rate : float
+        The highest learning rate.
+    latents : bool
+        Whether these are latents, which a phase may freeze.
+    """
 
-    return begin
+    settings: dict[str, Any]
+    rate: float
+    latents: bool
+
+
+def optimizers(
+    masters: Masters, config: TrainConfig, device: torch.device
+) -> tuple[list[torch.optim.Optimizer], list[Group]]:
+    """Make the optimisers of all masters, and list their groups: latents, scales, others."""
+    captured = device.type == "cuda"
+    rates = (config.lr_latents, config.lr_scales, config.lr_others)
+    found = [
+        ({"params": list(group.values()), "lr": torch.tensor(rate, device=device) if captured else rate}, rate)
+        for group, rate in zip(masters, rates, strict=True)
+        if group
+    ]
+    count = 1 if config.optimizer == "muon" else 0
+    made: list[torch.optim.Optimizer] = [Muon([group for group, _ in found[:count]])] if count else []
+    if found[count:]:
+        settings = {"betas": config.betas, "weight_decay": 0.0, "fused": True, "capturable": captured}
+        made.append(torch.optim.AdamW([group for group, _ in found[count:]], **settings))
+    groups = [group for optimizer in made for group in optimizer.param_groups]
+    return made, [Group(group, rate, at == 0) for at, (group, (_, rate)) in enumerate(zip(groups, found, strict=True))]
+
+
+def next_tokens(tokens: Tensor) -> Tensor:
+    """The token that follows each position, (batch * sequence,); -1 after the last of a sequence."""
+    return functional.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
 
 
 def put(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -579,6 +706,16 @@ def put(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
             value = distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]
         target.copy_(value)
+
+
+def schedules(lengths: Sequence[int], weights: Sequence[float] | None, config: TrainConfig) -> list[Tensor]:
+    """Draw the `schedule` of every phase, (steps, sequences in a step); phases of equal sequences share epochs."""
+    drawn = []
+    for sequence, group in groupby(phases(config), key=lambda phase: phase.sequence):
+        steps = [phase.last - phase.first for phase in group]
+        size = {"tokens": sum(steps) * config.step_tokens, "batch": config.step_tokens // sequence}
+        drawn += schedule(lengths, weights, replace(config, sequence=sequence, **size)).split(steps)
+    return drawn
 
 
 def schedule(lengths: Sequence[int], weights: Sequence[float] | None, config: TrainConfig) -> Tensor:
@@ -641,6 +778,11 @@ def learning_rate_factor(progress: float, config: TrainConfig) -> float:
         return progress / config.warmup
     fall = (progress - config.warmup) / (1 - config.warmup)
     return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * fall))
+
+
+def longest(config: TrainConfig) -> int:
+    """Tokens in the longest sequence of a training."""
+    return max(phase.sequence for phase in phases(config))
 
 
 def process() -> tuple[int, int]:
@@ -736,7 +878,7 @@ def check_config(config: TrainConfig, world: int) -> None:
     """Raise ValueError unless the settings make sense."""
     named_rule(config.rule)
     check_trainable(config.train)
-    for key in ("tokens", "sequence", "batch"):
+    for key in ("tokens", "sequence", "batch", "long_sequence"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key} must be at least 1, not {getattr(config, key)}")
     if config.batch % world:
@@ -749,7 +891,17 @@ def check_config(config: TrainConfig, world: int) -> None:
         )
     if not 0 <= config.warmup < 1:
         raise ValueError(f"warmup must be a part of the schedule, 0 to below 1, not {config.warmup}")
-    for key in ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final", "block_tokens"):
+    if config.long_tokens and config.batch // world * config.sequence % config.long_sequence:
+        raise ValueError(
+            f"a process's {config.batch // world} sequences of {config.sequence} tokens a step cannot be read as "
+            f"sequences of {config.long_sequence} (long_sequence): choose sizes that divide"
+        )
+    if config.optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {config.optimizer!r}")
+    if not 0 <= config.label_weight <= 1:
+        raise ValueError(f"label_weight must be between 0 and 1, not {config.label_weight}")
+    rates = ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final", "latent_scale")
+    for key in (*rates, "block_tokens", "long_tokens", "frozen_tokens"):
         if not (math.isfinite(getattr(config, key)) and getattr(config, key) >= 0):
             raise ValueError(f"{key} must be a finite number, not negative, not {getattr(config, key)}")
 
@@ -768,8 +920,8 @@ def check_models(model: nn.Module, teacher: nn.Module) -> None:
 
 def check_tokens(text: Tensor, model: nn.Module, config: TrainConfig) -> None:
     """Raise ValueError unless a text is long enough and its tokens are in the vocabulary."""
-    if text.ndim != 1 or len(text) < config.sequence:
-        raise ValueError(f"a training text has {text.numel()} tokens, but a sequence needs {config.sequence}")
+    if text.ndim != 1 or len(text) < longest(config):
+        raise ValueError(f"a training text has {text.numel()} tokens, but a sequence needs {longest(config)}")
     known: Any = model.config
     largest, size = int(text.max()), known.vocab_size
     if int(text.min()) < 0 or largest >= size:

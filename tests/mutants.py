@@ -443,7 +443,7 @@ MUTANTS = [
     Mutant("fast/trainer.py", "if master.grad is not None:", "if True:", "a norm without a gradient"),
     Mutant("fast/trainer.py", "(1 + math.cos", "(1 - math.cos", "rates rise along the cosine"),
     Mutant(
-        "fast/trainer.py", "starts[:, rank::world]", "starts[:, : config.batch // world]", "all processes read the same"
+        "fast/trainer.py", "part[:, rank::world]", "part[:, : part.shape[1] // world]", "all processes read the same"
     ),
     Mutant(
         "fast/trainer.py", "first = sum(lengths[:at])", "first = sum(lengths[: at + 1]) - lengths[0]", "texts overlap"
@@ -461,7 +461,7 @@ MUTANTS = [
     Mutant("fast/trainer.py", "and math.isfinite(self.norm.item())", "", "a spoilt state is kept"),
     Mutant(
         "fast/trainer.py",
-        "for key, tensor in self.optimizer.state[master].items()",
+        "for key, tensor in optimizer.state.get(master, {}).items()",
         "for key, tensor in {}.items()",
         "going on forgets Adam's moments",
     ),
@@ -477,6 +477,13 @@ MUTANTS = [
         "pass",
         "processes begin with models of their own",
     ),
+    Mutant("fast/trainer.py", "if self.step == phase.begin:", "if False:", "moments of the part before stay"),
+    Mutant("fast/trainer.py", "if phase.frozen and group.latents", "if False", "frozen signs move"),
+    Mutant("fast/trainer.py", "first >= freeze,", "first > freeze,", "a phase too late is frozen"),
+    Mutant("fast/distill.py", "labels[:, None] < 0, p,", "labels[:, None] < -1, p,", "rows without a label have one"),
+    Mutant("fast/muon.py", "tall = matrix.shape[-2] > matrix.shape[-1]", "tall = False", "tall matrices as they are"),
+    Mutant("fast/muon.py", '1 - group["momentum"])', 'group["momentum"])', "momentum the wrong way"),
+    Mutant("fast/calibrate.py", "[math.inf] * lowest + inside[lowest:]", "inside", "no lower bound of ranks"),
     Mutant("fast/trainer.py", "        if forced:", "        if not forced:", "the wrong part is forced"),
     Mutant("fast/resume.py", "if described(path).get", "if True or described(path).get", "damaged states are taken"),
     Mutant(

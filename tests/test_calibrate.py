@@ -1,5 +1,7 @@
 """Calibration: the second moments of what passes through the layers, and what they are used for."""
 
+import copy
+
 import littlebit.fast as lb
 import numpy as np
 import pytest
@@ -107,3 +109,20 @@ def test_every_initialiser_beats_dual_svid(tiny_llama, init):
 def test_quantize_says_what_calibration_needs(tiny_llama, config, message):
     with pytest.raises(ValueError, match=message):
         lb.quantize_(lb.load_model(tiny_llama), config, progress=False)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.5, 4.0])
+def test_spread_bounds_ranks_by_sensitivity(tiny_llama, spread):
+    """Up to the words that ranks fill, and the rest of the budget that goes to the smallest."""
+    model = lb.load_model(tiny_llama)
+    tokens = torch.arange(600) % 256
+    configs = [
+        lb.Config(bits=2.0, paths=1, allocation=each, spread=spread if each == "sensitivity" else None)
+        for each in ("uniform", "sensitivity")
+    ]
+    uniform, found = (
+        {name: result.ranks[0] for name, result in lb.quantize_(copy.deepcopy(model), config, tokens, False).items()}
+        for config in configs
+    )
+    for name, rank in found.items():
+        assert uniform[name] / spread - 32 <= rank <= uniform[name] * spread + 32

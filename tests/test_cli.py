@@ -137,6 +137,29 @@ def test_the_time_to_quantise_follows_from_what_was_timed(monkeypatch):
     assert products((512, 256), 16, "dual-svid", 1) == 10 * 512 * 256 * 32 + 40 * (512 + 256) * 32**2
 
 
+def test_dry_run_of_training_names_the_recipe(tiny_llama, tmp_path, capsys):
+    words = ["train", str(tiny_llama), str(tmp_path / "out"), "--bits", "2.5", "--dry-run", "--tokens", "1200"]
+    words += ["--sequence", "5", "--batch", "4", "--block-tokens", "200", "--long-tokens", "400"]
+    words += ["--long-sequence", "10", "--frozen-tokens", "100", "--optimizer", "muon"]
+    lines = [
+        "steps 0 to 10: each block by itself, 4 sequences of 5 tokens a step",
+        "steps 10 to 40: all, 4 sequences of 5 tokens a step",
+        "steps 40 to 55: all, 2 sequences of 10 tokens a step",
+        "steps 55 to 60: scales alone, signs frozen, 2 sequences of 10 tokens a step",
+    ]
+    assert main(words) == 0
+    printed = capsys.readouterr().out.splitlines()
+    at = printed.index(lines[0])
+    assert printed[at : at + 4] == lines
+    assert printed[at + 4].startswith("settings: tokens 1200, sequence 5, block_tokens 200, long_tokens 400")
+    assert "optimizer muon" in printed[at + 4]
+    found = json.loads(littlebit(*words, "--json"))
+    assert found["recipe"][:4] == lines
+    assert found["training"]["long_sequence"] == 10
+    assert main([*words, "--batch", "3"]) == 2
+    assert "cannot be read as sequences of 10 (long_sequence)" in capsys.readouterr().err
+
+
 def test_quantize_ends_with_a_table_a_report_and_the_next_step(tiny_llama, tmp_path, capsys):
     report = tmp_path / "new" / "report.html"
     words = [

@@ -277,3 +277,25 @@ def test_losses_refuse_other_shapes_and_nothing(function):
         for package, make in ((ref, np.zeros), (fast, torch.zeros)):
             with pytest.raises(ValueError, match="same shape and at least one position, but theirs are"):
                 getattr(package, function)(*map(make, shapes))
+
+
+@given(pairs(st.just(np.float64)), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_kl_rows_with_labels_is_the_mixed_cross_entropy_above_the_teachers(pair, weight, seed):
+    """And its second result the gradient; a row without a label has the plain loss."""
+    student, teacher = (torch.from_numpy(np.atleast_2d(array).reshape(-1, array.shape[-1])) for array in pair)
+    rng = np.random.default_rng(seed)
+    labels = torch.from_numpy(rng.integers(-1, student.shape[-1], len(student)))
+    loss, gradient = chunked.kl_rows(student, teacher, labels, weight)
+    p, q = (torch.log_softmax(logits, -1) for logits in (teacher, student))
+    rows = torch.arange(len(labels))
+    plain = (p.exp() * (p - q)).sum(-1)
+    mixed = (1 - weight) * plain + weight * (p - q)[rows, labels.clamp(min=0)]
+    expected = torch.where(labels < 0, plain, mixed).sum()
+    magnitude = np.float64(len(labels) * kl_magnitude(student.numpy(), teacher.numpy()))
+    largest = (row_size(student.numpy()) + row_size(teacher.numpy())).sum()
+    assert_within(loss, expected, magnitude + largest, terms_of(student.numpy()))
+    target = (1 - weight) * p.exp()
+    target[rows, labels.clamp(min=0)] += weight
+    target = torch.where(labels[:, None] < 0, p.exp(), target)
+    size = len(labels) * kl_vjp_magnitude(student.numpy(), teacher.numpy()) + 1
+    assert_within(gradient, q.exp() - target, size, terms_of(student.numpy()))

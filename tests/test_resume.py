@@ -110,6 +110,19 @@ def test_run_goes_on_within_and_after_the_part_block_by_block(models, tmp_path, 
     assert_same_run(train(models, tmp_path, **changes), expected)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_run_goes_on_in_every_phase(models, tmp_path, stop_before, optimizer):
+    """Stopped inside of and between blocks, short sequences, long sequences, and frozen signs."""
+    changes = {"optimizer": optimizer, "block_tokens": 2 * 64, "long_tokens": 6 * 64, "frozen_tokens": 3 * 64}
+    changes |= {"long_sequence": 32, "label_weight": 0.25, "latent_scale": 0.5}
+    expected = train(models, **changes)
+    for last in (1, 2, 5, 6, 8, 9, 11):
+        stop_before(last)
+        with pytest.raises(StopError):
+            train(models, tmp_path, **changes)
+    assert_same_run(train(models, tmp_path, **changes), expected)
+
+
 def test_run_that_has_ended_only_gives_its_result(models, whole, tmp_path):
     train(models, tmp_path)
     assert_same_run(train(models, tmp_path), whole)

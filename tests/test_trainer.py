@@ -24,7 +24,8 @@ from hypothesis import given, strategies as st
 from littlebit.fast import hf, trainer
 from littlebit.fast.__main__ import main
 from littlebit.fast.distill import hidden_loss
-from littlebit.fast.trainer import Taps, learning_rate_factor, schedule
+from littlebit.fast.student import littlebit_layers
+from littlebit.fast.trainer import Taps, learning_rate_factor, phases, schedule, schedules
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 NOISE = 2.0**-12  # far above float32's rounding
@@ -195,6 +196,48 @@ def test_schedule_draws_in_proportion_to_the_weights(seed):
     assert abs(share - 0.75) < 6 * math.sqrt(0.75 * 0.25 / 4000)
 
 
+@given(
+    st.builds(
+        lb.TrainConfig,
+        tokens=st.integers(1, 4000),
+        sequence=st.sampled_from([2, 4, 6]),
+        batch=st.sampled_from([2, 4]),
+        block_tokens=st.integers(0, 5000),
+        long_tokens=st.integers(0, 5000),
+        long_sequence=st.sampled_from([1, 2, 4]),
+        frozen_tokens=st.integers(0, 5000),
+    )
+)
+def test_phases_cover_every_step_once(config):
+    found = phases(config)
+    assert [phase.first for phase in found] == [0, *(phase.last for phase in found[:-1])]
+    assert found[-1].last == config.steps
+    steps = [(phase, step) for phase in found for step in range(phase.first, phase.last)]
+    blocks, long, frozen = (
+        min(config.steps, tokens // config.step_tokens)
+        for tokens in (config.block_tokens, config.long_tokens, config.frozen_tokens)
+    )
+    for phase, step in steps:
+        assert phase.begin <= phase.first < phase.last <= phase.end
+        assert phase.blocks == (step < blocks)
+        assert phase.frozen == (step >= max(blocks, config.steps - frozen))
+        assert phase.sequence == (config.long_sequence if step >= config.steps - long else config.sequence)
+    kinds = {(phase.blocks, phase.frozen): (phase.begin, phase.end) for phase in found}
+    assert all(kinds[phase.blocks, phase.frozen] == (phase.begin, phase.end) for phase in found)
+    assert sum(end - begin for begin, end in kinds.values()) == config.steps
+
+
+def test_schedules_read_as_many_tokens_in_every_phase():
+    config = lb.TrainConfig(
+        tokens=1200, sequence=5, batch=4, block_tokens=200, long_tokens=400, long_sequence=10, frozen_tokens=100
+    )
+    drawn = schedules([300], None, config)
+    assert [tuple(part.shape) for part in drawn] == [(10, 4), (30, 4), (15, 2), (5, 2)]
+    short, long = torch.cat(drawn[:2]).flatten(), torch.cat(drawn[2:]).flatten()
+    assert_read_in_epochs(short.numpy(), 300, config)
+    assert_read_in_epochs(long.numpy(), 300, lb.TrainConfig(sequence=10))
+
+
 def test_schedule_differs_from_seed_to_seed():
     config = lb.TrainConfig(tokens=400, sequence=10, batch=4)
     other = lb.TrainConfig(tokens=400, sequence=10, batch=4, seed=1)
@@ -283,6 +326,86 @@ def test_train_block_by_block_lowers_each_blocks_error(models):
     assert log[39]["lr"] < 1e-4 < log[41]["lr"]  # each part has a schedule of its own
 
 
+def test_train_reads_longer_sequences_at_the_end(models, monkeypatch):
+    """With as many tokens a step, and within the one schedule of the learning rates."""
+    read, real = {}, trainer.Run.batch
+
+    def batch(self, step):
+        read[step] = real(self, step)
+        return read[step]
+
+    monkeypatch.setattr(trainer.Run, "batch", batch)
+    _, log = train(models, long_tokens=3 * 128, long_sequence=64)
+    assert [tuple(tokens.shape) for tokens in read.values()] == [(4, 32)] * 5 + [(2, 64)] * 3
+    assert [entry["tokens"] for entry in log] == [128 * step for step in range(1, 9)]
+    config = lb.TrainConfig(**SETTINGS)
+    assert [entry["lr"] for entry in log] == [0.01 * learning_rate_factor(step / 8, config) for step in range(8)]
+
+
+def test_train_in_longer_sequences_is_train_with_that_sequence(models):
+    long, log = train(models, long_tokens=8 * 128, long_sequence=64)
+    whole, expected = train(models, sequence=64, batch=2)
+    assert_same(losses(log), losses(expected))
+    for mine, theirs in zip(long.parameters(), whole.parameters(), strict=True):
+        assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("optimizer", trainer.OPTIMIZERS)
+def test_train_moves_no_latent_while_signs_are_frozen(models, optimizer):
+    trained, log = train(models, frozen_tokens=8 * 128, optimizer=optimizer)
+    before = dict(models[1].named_parameters())
+    moved = {name.rsplit(".", 1)[1] for name, p in trained.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"h", "ell", "g", "weight", "bias"}
+    assert {entry["lr"] for entry in log} == {0.0}
+    assert losses(log)[-1] < losses(log)[0]
+
+
+def test_train_gives_each_schedule_moments_of_its_own(models, tmp_path):
+    """Adam counts its steps from where the whole model begins to train, and again from where signs are frozen."""
+    for tokens, counts in ((5, 2), (8, 1)):
+        keeper = lb.Keeper(tmp_path / str(tokens), 0.0)
+        changes = {"block_tokens": 3 * 128, "frozen_tokens": 128 if tokens == 8 else 0}
+        train(models, keeper=keeper, tokens=tokens * 128, **changes)
+        _, tensors, _ = keeper.last()
+        assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".step")} == {counts}
+
+
+def test_train_with_labels_learns_the_text(models):
+    """Cross-entropy alone knows of no teacher: the text, which comes again and again, is learned by heart."""
+
+    def text_loss(student):
+        with torch.no_grad():
+            logits = copy.deepcopy(student)(TEXT.view(4, 32), use_cache=False).logits[:, :-1]
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), TEXT.view(4, 32)[:, 1:].flatten()))
+
+    found = {
+        weight: text_loss(train(models, tokens=60 * 128, label_weight=weight, log_steps=60)[0])
+        for weight in (0, 0.5, 1)
+    }
+    assert found[1] < found[0.5] < found[0] / 2
+
+
+def test_next_tokens_end_with_no_label():
+    assert_same(trainer.next_tokens(torch.tensor([[1, 2, 3], [4, 5, 6]])), torch.tensor([2, 3, -1, 5, 6, -1]))
+
+
+def test_train_begins_with_scaled_latents(models):
+    """The forward pass stays the same; with a rate of zero only the size of the latents has changed."""
+    trained, log = train(models, tokens=128, latent_scale=0.25, lr_latents=0.0, lr_scales=0.0)
+    assert losses(log)[0] == losses(train(models, tokens=128)[1])[0]
+    for layer, old in zip(*(littlebit_layers(each).values() for each in (trained, models[1])), strict=True):
+        for mine, before in zip(layer.factors(), old.factors(), strict=True):
+            for a, b in ((mine.u, before.u), (mine.v, before.v)):
+                assert torch.equal(a < 0, b < 0)
+                assert_within(a.square().mean().sqrt(), np.float64(0.25), np.float64(0.25), a.numel())
+
+
+@pytest.mark.parametrize("sequence", [32, 64])
+def test_train_with_muon_learns(models, sequence):
+    _, log = train(models, tokens=60 * 128, optimizer="muon", long_tokens=20 * 128, long_sequence=sequence)
+    assert losses(log)[-5:].mean() < losses(log)[0] / 4
+
+
 def test_taps_let_a_block_read_the_teachers_stream(models):
     teacher, student = copy.deepcopy(models)
     read = []
@@ -348,7 +471,7 @@ def test_train_clips_the_gradient_by_its_norm(models):
 @pytest.mark.parametrize("clip", [1e6, 0.0])
 def test_train_leaves_a_small_gradient_alone(models, clip):
     (step, *_), _ = gradients(models, clip=clip)
-    (whole, *_), _ = gradients(models, clip=math.inf)
+    (whole, *_), _ = gradients(models, clip=0.0)
     for mine, expected in zip(step, whole, strict=True):
         assert_same(mine, expected)
 
@@ -408,6 +531,16 @@ def test_causal_attention_is_the_models_own(models):
         ({"sequence": 0}, "sequence must be at least 1"),
         ({"weights": [1, 2]}, "weights must be one per text"),
         ({"log_steps": 0}, "log_steps must be at least 1"),
+        ({"long_tokens": 128, "long_sequence": 48}, "cannot be read as sequences of 48"),
+        ({"long_tokens": 128, "long_sequence": 256}, "cannot be read as sequences of 256"),
+        ({"long_tokens": 128, "long_sequence": 0}, "long_sequence must be at least 1"),
+        ({"texts": TEXT[:100], "long_tokens": 128, "long_sequence": 128}, "has 100 tokens, but a sequence needs 128"),
+        ({"long_tokens": -1, "long_sequence": 32}, "long_tokens must be"),
+        ({"frozen_tokens": -1}, "frozen_tokens must be"),
+        ({"latent_scale": -1.0}, "latent_scale must be"),
+        ({"label_weight": 1.5}, "label_weight must be between 0 and 1"),
+        ({"label_weight": float("nan")}, "label_weight must be between 0 and 1"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adam, muon, not 'sgd'"),
     ],
 )
 def test_train_refuses_settings_and_data(models, changes, message):
@@ -539,6 +672,38 @@ def test_command_reads_compressed_text(loud_llama, one_process, text, tmp_path, 
     assert main(command(loud_llama, out, packed)) == 0
     assert "last loss" in capsys.readouterr().out
     assert (out / "model.safetensors").read_bytes() == (one_process / "model.safetensors").read_bytes()
+
+
+def test_command_reads_tokens(loud_llama, one_process, text, tmp_path):
+    tokens, out = tmp_path / "tokens.npy", tmp_path / "out"
+    np.save(tokens, hf.text_tokens(lb.load_tokenizer(loud_llama), text).numpy().astype(np.uint16))
+    assert main(command(loud_llama, out, tokens)) == 0
+    assert (out / "model.safetensors").read_bytes() == (one_process / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("values", [np.zeros((2, 3), np.uint16), np.zeros(300, np.float32)])
+def test_command_refuses_arrays_that_hold_no_tokens(loud_llama, tmp_path, capsys, values):
+    np.save(tmp_path / "tokens.npy", values)
+    assert main(command(loud_llama, tmp_path / "out", tmp_path / "tokens.npy")) == 2
+    assert "tokens.npy must hold tokens, one row of integers" in capsys.readouterr().err
+
+
+def test_long_texts_are_tokenised_once(loud_llama, tmp_path, monkeypatch):
+    """In pieces, of which this tokenizer, which reads bytes, makes the same tokens; another text has others."""
+    monkeypatch.setattr(hf, "LONG_TEXT", 10)
+    monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path / "cache"))
+    tokenizer, file = lb.load_tokenizer(loud_llama), tmp_path / "text.txt"
+    file.write_text("It was the best of times.\n\nIt was the worst of times.\n\n\nThe age of wisdom.")
+    expected = hf.text_tokens(tokenizer, file)
+    assert_same(hf.training_tokens(tokenizer, file), expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "read_text", lambda path: pytest.fail("tokenised again"))
+        assert_same(hf.training_tokens(tokenizer, file), expected)
+    file.write_text("It was the age of foolishness.")
+    assert_same(hf.training_tokens(tokenizer, file), hf.text_tokens(tokenizer, file))
+    packed = tmp_path / "text.txt.xz"
+    packed.write_bytes(lzma.compress(file.read_bytes()))
+    assert_same(hf.training_tokens(tokenizer, packed), hf.text_tokens(tokenizer, file))
 
 
 @pytest.mark.parametrize(
