@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .bits import layer_bits, rank_for_bits
-from .kernels.cpu import MAX_THREADS, lookups_per_second
+from .kernels.cpu import lookups_per_second
+from .kernels.cpu_threads import MAX_THREADS
 from .layers import PackedLinear
 from .packing import PackedFactors, row_words, unpack_factors
 from .progress import tqdm

@@ -1,6 +1,6 @@
 """Kernels that compute with packed signs; dispatch.py chooses among them.
 
-cpu.py, cpu_decode.py and lanes.py need Numba alone, the others torch.
+cpu.py, cpu_dense.py, cpu_threads.py, cpu_decode.py and lanes.py need Numba alone, the others torch.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ def drop_stale_code() -> None:
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    place = Path(cpu.layer.stats.cache_path or sources[0].parent)
+    place = Path(cpu.layer_rows.stats.cache_path or sources[0].parent)
     note = place / "littlebit-kernels.sha256"
     with contextlib.suppress(OSError):  # a cache that cannot be written cannot be stale for long
         if note.exists() and note.read_text() == digest:
