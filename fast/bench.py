@@ -21,6 +21,7 @@ from .kernels.cpu_threads import MAX_THREADS
 from .layers import PackedLinear
 from .packing import PackedFactors, row_words, unpack_factors
 from .progress import tqdm
+from .writing import write_text
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 BITS = (0.1, 0.55)
@@ -193,8 +194,7 @@ def save_results(path: Path, rows: list[dict[str, Any]], command: str, device: s
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__},
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def cpu_name() -> str:

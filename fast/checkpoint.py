@@ -26,6 +26,7 @@ config.json (see headers.py). Version 1 has none, and is otherwise the same; fil
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,10 +60,10 @@ from .headers import (
     readable,
     weight_files,
 )
-from .layers import Joined, PackedLinear
+from .layers import Joined, PackedLinear, stored_half
 from .model import LayerResult, is_linear, linear_shape, pack_, packed_layers, replace_module, split
 from .packing import PackedFactors
-from .writing import temporary_beside, written_whole
+from .writing import check_folder, check_room, place_of, written_whole
 
 SHARD_BYTES = 5_000_000_000
 #: Most bytes that a model may compute at its start, for masks and the frequencies of positions.
@@ -124,9 +125,11 @@ def save(
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float16"
     config["quantization_config"] = section(model, bits)
+    tensors = stored_tensors(model)
+    check_room(place_of(path), sum(tensor.nbytes for tensor in tensors.values()))
     with written_whole(path, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        write_tensors(stored_tensors(model), folder, shard_bytes, config)
+        write_tensors(tensors, folder, shard_bytes, config)
         if results is not None:
             rows = {name: asdict(result) for name, result in results.items()}
             (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -209,9 +212,7 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
         if tensor.data_ptr() in seen and tensor.numel():
             continue
         seen.add(tensor.data_ptr())
-        tensors[name] = (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        if not torch.isfinite(tensors[name]).all():
-            raise ValueError(f"tensor {name} does not fit float16: it holds NaN, infinity, or magnitudes above 65504")
+        tensors[name] = stored_half(name, tensor).contiguous()
     return tensors
 
 
@@ -269,15 +270,15 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def check_target(path: Path, overwrite: bool) -> None:
     """Raise OSError unless `path` can be written: before hours of work, not after them.
 
-    It may be new, an empty directory, or a checkpoint that may be overwritten.
+    It may be new, an empty directory, or a checkpoint that may be overwritten; or a link to such a place.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        if not path.is_dir() or not is_checkpoint(path):
+    place = place_of(path)
+    if os.path.exists(place) and not (place.is_dir() and not any(place.iterdir())):
+        if not place.is_dir() or not (is_checkpoint(place) or is_official(place)):
             raise FileExistsError(f"{path} exists and is not a LittleBit checkpoint; choose another output")
         if not overwrite:
             raise FileExistsError(f"{path} already holds a checkpoint; pass overwrite=True (--overwrite) to replace it")
-    with temporary_beside(path):
-        pass
+    check_folder(place)
 
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, verify: bool = True) -> nn.Module:

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from .cache import cached
 from .digests import file_digest
 from .writing import synchronise, temporary_beside
 
@@ -59,12 +60,6 @@ def known_names() -> list[str]:
     return sorted([*ARTIFACTS, TINY, *shipped_names()])
 
 
-def cache_folder() -> Path:
-    """Where fetched models are kept: $LITTLEBIT_CACHE, or littlebit in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LITTLEBIT_CACHE") or Path(base) / "littlebit")
-
-
 def fetch(name: str) -> Path:
     """Path of a named model; what is downloaded on first use is checked against its known hash.
 
@@ -93,7 +88,7 @@ def fetch(name: str) -> Path:
     if name not in ARTIFACTS:
         raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}")
     artifact = ARTIFACTS[name]
-    path = cache_folder() / Path(artifact.member).name
+    path = cached(Path(artifact.member).name)
     if not path.exists():
         with temporary_beside(path) as folder:
             part = extract(download(artifact.requirement, folder), artifact, folder)

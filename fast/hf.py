@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .fetch import cache_folder, known_names, resolve
+from .cache import cached
+from .fetch import known_names, resolve
 from .headers import CheckpointError, inside, is_checkpoint, is_official
 from .writing import made_once
 
@@ -132,7 +133,7 @@ def converted(gguf: Path) -> Path:
     transformers parses a GGUF file's metadata again for every part of it (half a minute); safetensors load at once.
     """
     size, changed = gguf.stat().st_size, int(gguf.stat().st_mtime)
-    folder = cache_folder() / "converted" / f"{gguf.stem}-{size}-{changed}"
+    folder = cached("converted", f"{gguf.stem}-{size}-{changed}")
     return made_once(folder, lambda part: convert(gguf, part))
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from .cache import cached
 from .digests import file_digest
-from .fetch import DATA, cache_folder, resolve
+from .fetch import DATA, resolve
 from .headers import FORMAT_VERSION, WEIGHTS, CheckpointError
 from .writing import made_once
 
@@ -21,7 +22,7 @@ from .writing import made_once
 def shipped(name: str) -> Path:
     """Directory of a shipped checkpoint, put together from its file and its base on first use."""
     file = DATA / f"{name}.safetensors"
-    folder = cache_folder() / "shipped" / f"{name}-{file_digest(file)[:12]}-{FORMAT_VERSION}"
+    folder = cached("shipped", f"{name}-{file_digest(file)[:12]}-{FORMAT_VERSION}")
     return made_once(folder, lambda part: put_together(file, part))
 
 
