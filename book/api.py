@@ -27,7 +27,7 @@ ORDER = [
 GROUPS = {
     "Whole models": ["model", "layers", "embeddings", "calibrate", "evaluate", "zero_shot"],
     "Training": ["student", "trainer", "resume"],
-    "Files": ["checkpoint", "headers", "digests", "writing", "official", "gguf", "fetch", "shipped"],
+    "Files": ["checkpoint", "headers", "digests", "writing", "cache", "official", "gguf", "fetch", "shipped"],
     "Running": [
         "decode",
         "decode_cpu",

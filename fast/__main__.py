@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 USER_ERROR, STOPPED = 2, 143
-LIGHT = ("generate", "completion", "memory")  # commands that do not import torch, or only if they must
+LIGHT = ("generate", "completion", "memory", "demo")  # commands that do not import torch, or only if they must
 EXIT_CODES = """exit codes:
   0    done
   1    a mistake in littlebit itself, with a traceback; please report it
@@ -790,10 +790,13 @@ def run_memory(arguments: argparse.Namespace) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Run `littlebit demo`."""
-    from .demo import demo
+    """Run `littlebit demo`: the model writes before torch is imported."""
+    from .demo import check_out, measure, speak
 
-    print(demo(arguments.out))
+    check_out(arguments.out)
+    speak()
+    use_torch()
+    print(measure(arguments.out))
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
@@ -1074,7 +1077,9 @@ COMMANDS = {
         run_tune, tune_arguments, "Find the fastest launches of a model's packed layers on this GPU, and keep them."
     ),
     "demo": Command(
-        run_demo, demo_arguments, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib)."
+        run_demo,
+        demo_arguments,
+        "Let a trained SmolLM2 of 0.55 bits write, then measure four models.",
     ),
     "bench": Command(
         run_bench,

