@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from .decode import stream
 from .decode_mapped import map_model
 from .fetch import TINY, fetch, resolve
 from .progress import tqdm
+from .shipped import place
 from .tokenizer import Tokenizer
 from .writing import check_file, write_text
 
@@ -31,7 +32,6 @@ SAMPLING = {"temperature": 0.5, "top_p": 0.8, "seed": 2}  # greedy text of a sma
 NEW_TOKENS = 45
 WINDOWS = 4  # of the text that perplexity is measured on
 ROUNDS, TOKENS = 5, 16  # that speed is measured in
-SOON_S = 0.5  # in which what is in the cache has been found
 
 NOTE = """\
 The last three hold their linear layers in 0.55 bits a weight. Dual-SVID is where quantisation-aware training starts.
@@ -63,14 +63,11 @@ def text_of(folder: Path) -> Iterator[str]:
 def ready() -> Path:
     """The trained model's folder, with the kernels compiled; the first time both take a while, side by side."""
     with ThreadPoolExecutor(2) as pool:
-        fetching = pool.submit(fetch, TRAINED)
-        try:
-            fetching.result(SOON_S)
-            compiling = pool.submit(first_token)
-        except TimeoutError:  # another process compiles meanwhile
-            compiling = pool.submit(compile_kernels)
-        shown(f"{MODEL} is fetched and kernels are compiled, once", [fetching, compiling])
-    return fetching.result()
+        jobs = [pool.submit(first_token)]
+        if not place(TRAINED).exists():
+            jobs.append(pool.submit(fetch_apart))
+        shown("getting ready", jobs)
+    return fetch(TRAINED)
 
 
 def first_token() -> None:
@@ -79,14 +76,17 @@ def first_token() -> None:
     next(stream(map_model(folder), "a", 2, tokenizer=Tokenizer(folder)))
 
 
-def compile_kernels() -> None:
-    """`first_token` in a process of its own, which leaves the kernels in their cache."""
-    subprocess.run([sys.executable, "-c", "from littlebit.fast.demo import first_token; first_token()"], check=True)
+def fetch_apart() -> None:
+    """Fetch the trained model in a process of its own, whose pip and transformers print nothing here."""
+    command = [sys.executable, "-m", "littlebit.fast", "fetch", TRAINED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(done.stderr.strip().splitlines()[-1].removeprefix("littlebit: error: "))
 
 
 def shown(what: str, jobs: list[Future[Any]]) -> None:
     """Wait for jobs, and show in one line for how long already."""
-    with tqdm(total=len(jobs), desc=what, bar_format="{desc}: {elapsed}", leave=False) as bar:
+    with tqdm(desc=what, bar_format="{desc} (the first time takes a while): {elapsed}", leave=False) as bar:
         while wait(jobs, timeout=1).not_done:
             bar.refresh()
     for job in jobs:

@@ -1,5 +1,6 @@
 """Threads that share work: whoever is late or absent, the results are those of one thread, to the bit."""
 
+import os
 import threading
 import time
 
@@ -10,6 +11,7 @@ import torch
 from compare import assert_same
 from hypothesis import HealthCheck, given, settings, strategies as st
 from littlebit.fast.bench import random_path
+from littlebit.fast.bench_decode import bench_load
 from littlebit.fast.kernels import cpu, cpu_threads as threads
 from littlebit.fast.kernels.lanes import atomic_store
 from littlebit.fast.kernels.plan import Plan
@@ -83,8 +85,6 @@ def test_parts_of_helpers_that_do_not_run_are_taken_back():
 
 
 def test_a_helper_that_sleeps_is_woken_once_and_not_waited_for():
-    import os
-
     plan, fake = plan_of(), FakeTeam(1, state=threads.ASLEEP)
     read, write = os.pipe()
     fake.rows[1, threads.WRITE] = write
@@ -185,3 +185,24 @@ def test_one_python_thread_has_the_helpers_and_the_others_work_alone(many):
         assert (len(first), len(second)) == (2 * threads.WIDTH, threads.WIDTH)
     with threads.Team(2) as again:
         assert len(again) == 2 * threads.WIDTH
+
+
+@pytest.mark.parametrize(
+    ("what", "error"), [("start", RuntimeError("can't start new thread")), ("pipe", OSError(24, "x"))]
+)
+def test_fewer_threads_do_where_no_more_can_be_started(many, monkeypatch, what, error):
+    def refuse(*_):
+        raise error
+
+    with threads.Team(2):
+        pass
+    monkeypatch.setattr(*((threads.Helper, "start") if what == "start" else (os, "pipe")), refuse)
+    with threads.Team(4) as team:
+        assert len(team) == 2 * threads.WIDTH
+
+
+def test_bench_load_measures_quiet_and_busy(tiny_llama):
+    rows = bench_load(tiny_llama, (1, 2), tokens=2, rounds=2, progress=False)
+    assert [(row["load"], row["threads"]) for row in rows] == [("quiet", 1), ("quiet", 2), ("busy", 1), ("busy", 2)]
+    assert [row["times_one_thread"] == 1 for row in rows] == [True, False, True, False]
+    assert all(row["tokens_per_s"] > 0 and row["core_share"] > 0 for row in rows)

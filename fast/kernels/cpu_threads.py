@@ -20,6 +20,7 @@ order. Bytes moved: those of the kernels, and twice the outputs of helpers.
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
 import atexit
+import contextlib
 import functools
 import os
 import sys
@@ -398,7 +399,8 @@ class Helper(threading.Thread):
         """Help, at a low priority where a thread has one of its own."""
         if sys.platform == "linux":
             thread = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + NICE, 19))
+            with contextlib.suppress(OSError):  # where a system forbids it
+                os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + NICE, 19))
         live(self.row, self.patience)
 
     def close(self) -> None:
@@ -434,17 +436,25 @@ class Pool:
         self.helpers: list[Helper] = []
         self.pauses_per_s = 0.0
 
-    def start(self, count: int) -> None:
-        """Start helpers until there are `count`."""
+    def start(self, count: int) -> int:
+        """Start helpers until there are `count`, or as many as the system allows; how many of them there are."""
         if not self.pauses_per_s:
             self.pauses_per_s = pauses_per_second()
             self.team[LATE] = int(LATE_S * self.pauses_per_s)
             self.team[RUN] = run_address()
         while len(self.helpers) < count:
             at = WIDTH * (len(self.helpers) + 1)
-            helper = Helper(self.team[at : at + WIDTH], int(IDLE_S * self.pauses_per_s))
-            helper.start()
+            try:
+                helper = Helper(self.team[at : at + WIDTH], int(IDLE_S * self.pauses_per_s))
+            except OSError:  # too many files are open
+                break
+            try:
+                helper.start()
+            except RuntimeError:  # too many threads run
+                helper.close_pipe()
+                break
             self.helpers.append(helper)
+        return min(count, len(self.helpers))
 
     def room(self, count: int, floats: int) -> None:
         """Space for as many floats for the caller and `count` helpers, once nobody writes to what they had."""
@@ -528,20 +538,20 @@ class Team:
             self.count = 1
             return row_alone()
         try:
-            helpers.start(self.count - 1)
-            helpers.room(self.count - 1, self.floats)
+            self.mine = helpers.helpers[: helpers.start(self.count - 1)]
+            helpers.room(len(self.mine), self.floats)
         except BaseException:
             helpers.busy.release()
             raise
         helpers.team[WORTH] = PARALLEL_WORK
-        for helper in helpers.helpers[: self.count - 1]:
+        for helper in self.mine:
             helper.kept.append(self.kept)
-        return helpers.team[: WIDTH * self.count]
+        return helpers.team[: WIDTH * (1 + len(self.mine))]
 
     def __exit__(self, *error: object) -> None:
         """Leave them to others."""
         if self.count > 1:
-            for helper in self.pool.helpers[: self.count - 1]:
+            for helper in self.mine:
                 if not helper.late():
                     helper.kept.clear()
             self.pool.busy.release()
