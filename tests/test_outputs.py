@@ -302,5 +302,5 @@ def test_compiled_kernels_are_kept_where_numba_finds_no_place(places, monkeypatc
     assert Path(numba.config.CACHE_DIR) == places / "home" / ".cache" / "littlebit" / "kernels"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
     cache.first_writable.cache_clear()
-    with pytest.raises(OSError, match="set LITTLEBIT_CACHE to a folder that can be, with 64 MiB free"):
+    with pytest.raises(OSError, match="set LITTLEBIT_CACHE to a folder that can be, with 32 MiB free"):
         kernels.place_compiled_code()

@@ -12,7 +12,7 @@ import numba
 
 from ..cache import cached
 
-CODE_BYTES = 1 << 26  # of compiled kernels, at most
+CODE_BYTES = 1 << 25  # of compiled kernels, at most
 
 
 def probe() -> None:
