@@ -33,8 +33,8 @@ build/types:
 
 setup: $(VENV)/.ok  ## Make .venv and install the project with its development tools
 
-demo: $(VENV)/.ok  ## Quantise SmolLM2-135M to 0.55 bits, reload it, measure it, let it speak
-	$(PY) -m littlebit.fast demo --out build/demo
+demo: $(VENV)/.ok  ## Let SmolLM2-135M in 0.55 bits a weight write, then measure it beside others
+	@$(PY) -m littlebit.fast demo --out build/demo
 
 # Processes among which the tests are divided; several take a GB of memory each
 JOBS ?= 2

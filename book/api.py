@@ -44,6 +44,7 @@ GROUPS = {
         "headers",
         "digests",
         "writing",
+        "cache",
         "official",
         "gguf",
         "gguf_reader",

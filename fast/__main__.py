@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 USER_ERROR, STOPPED = 2, 143
-LIGHT = ("generate", "completion", "memory")  # commands that do not import torch, or only if they must
+LIGHT = ("generate", "completion", "memory", "demo")  # commands that do not import torch, or only if they must
 EXIT_CODES = """exit codes:
   0    done
   1    a mistake in littlebit itself, with a traceback; please report it
@@ -61,6 +61,7 @@ EXAMPLES = {
     "bench": [
         "bench linear --shape 4096x11008 --bits 0.1",
         "bench decode --model out --threads 2",
+        "bench decode --under-load --json",
         "bench decode --device cuda --model-shape llama2-7b --bits 0.1 0.55 1",
         "bench cache --bits 0.1",
     ],
@@ -290,6 +291,11 @@ def bench_arguments(sub: argparse.ArgumentParser) -> None:
         help="decode: that are timed (by default 64 in a round, on a GPU 256); agreement: of a text",
     )
     sub.add_argument("--rounds", type=int, default=3, help="decode: rounds")
+    sub.add_argument(
+        "--under-load",
+        action="store_true",
+        help="decode on a CPU: one and several threads, quiet and beside programs that keep all cores busy",
+    )
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="linear, decode: cuda for a GPU")
     sub.add_argument("--tune", action="store_true", help="linear on a GPU: try several launch plans, take the fastest")
     sub.add_argument("--shape", type=shape, nargs="+", help="D_OUTxD_IN; by default those of Llama-2's layers")
@@ -470,15 +476,20 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     from .checkpoint import check_target, info, save
     from .embeddings import check_embeddings, quantize_embeddings_
     from .hf import load_model, load_tokenizer
-    from .model import quantize_
+    from .model import quantize_, stored_bytes
     from .report import html_report, kind_table, kinds_of
+    from .writing import check_file, check_room, place_of
 
     check_target(arguments.out, arguments.overwrite)
+    check_apart(arguments.model, arguments.out)
+    if arguments.report:
+        check_file(arguments.report)
     if arguments.dry_run:
         return dry_run(arguments)
     tokenizer = load_tokenizer(arguments.model)
     config, tokens = quantisation(arguments, tokenizer)
     model = load_model(arguments.model, arguments.device)
+    check_room(place_of(arguments.out), stored_bytes(model, config, arguments.embedding_bits))
     check_embeddings(model, arguments.embedding_bits)  # before hours of work
     results = quantize_(model, config, tokens)
     quantize_embeddings_(model, arguments.embedding_bits, tokens)
@@ -493,6 +504,15 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     print(kind_table(kinds_of(results)))
     print(f"{arguments.out}: {summary(stored)}")
     print(f"next: littlebit eval {arguments.out}; or littlebit train {arguments.model} OUT --bits {config.bits:g}")
+
+
+def check_apart(source: str, out: Path) -> None:
+    """Raise ValueError if writing an output would remove the model that it is made from."""
+    from .writing import place_of
+
+    model, place = Path(source), place_of(out)
+    if model.exists() and place_of(model).is_relative_to(place):
+        raise ValueError(f"{out} holds the model {source} that is to be read; choose another output")
 
 
 def dry_run(arguments: argparse.Namespace) -> None:
@@ -567,6 +587,7 @@ def run_train(arguments: argparse.Namespace) -> int | None:
     from .trainer import TrainingError, TrainingStopped, joined_processes
 
     check_target(arguments.out, arguments.overwrite)
+    check_apart(arguments.model, arguments.out)
     if arguments.dry_run:
         return dry_run(arguments)
     try:
@@ -587,12 +608,14 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     from .model import quantize_
     from .resume import Keeper
     from .trainer import process, train_
+    from .writing import place_of
 
     tokenizer = load_tokenizer(arguments.model)
     texts = [training_tokens(tokenizer, path) for path in arguments.data]
     training = training_config(arguments)
     config, calibration = quantisation(arguments, tokenizer)
-    state = arguments.out.with_name(arguments.out.name + ".training")
+    out = place_of(arguments.out)
+    state = out.with_name(out.name + ".training")
     measured = None if calibration is None else digest(calibration)
     keeper = Keeper(state, arguments.save_minutes, {"model": arguments.model, "calibration": measured} | asdict(config))
     if keeper.newest() is not None:  # what was trained takes the place of all factors, so the cheapest ones will do
@@ -768,10 +791,11 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write the authors' format; what was written, and the same in words."""
-    from .checkpoint import info, load
+    from .checkpoint import check_target, info, load
     from .hf import load_tokenizer
     from .official import save_official
 
+    check_target(arguments.out, arguments.overwrite)
     model, tokenizer = load(arguments.model), load_tokenizer(arguments.model)
     bits = info(arguments.model)["target_bits"]
     save_official(model, arguments.out, tokenizer, bits, arguments.overwrite, packed=not arguments.unpacked)
@@ -782,9 +806,10 @@ def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]
 def export_gguf(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write the dense model that the packed one stands for; what was written, and the same in words."""
     from .checkpoint import load
-    from .gguf import save_gguf
+    from .gguf import check_gguf, save_gguf
     from .hf import load_tokenizer
 
+    check_gguf(arguments.out, arguments.overwrite)
     model, tokenizer = load(arguments.model), load_tokenizer(arguments.model)
     size = save_gguf(model, arguments.out, tokenizer, arguments.precision, arguments.overwrite).stat().st_size
     row = {"format": "gguf", "precision": arguments.precision, "file_bytes": size}
@@ -801,6 +826,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     """Run `littlebit export`."""
     if arguments.unpacked and arguments.to != "official":
         raise ValueError(f"--unpacked is a variant of --to official, not of {arguments.to}: leave it out")
+    check_apart(arguments.model, arguments.out)
     written, words = EXPORTS[arguments.to](arguments)
     print(json.dumps({"path": str(arguments.out)} | written) if arguments.json else f"{arguments.out}: {words}")
 
@@ -835,10 +861,13 @@ def run_memory(arguments: argparse.Namespace) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Run `littlebit demo`."""
-    from .demo import demo
+    """Run `littlebit demo`: the model writes before torch is imported."""
+    from .demo import check_out, measure, speak
 
-    print(demo(arguments.out))
+    check_out(arguments.out)
+    speak()
+    use_torch()
+    print(measure(arguments.out))
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
@@ -846,11 +875,16 @@ def run_bench(arguments: argparse.Namespace) -> None:
     import torch
 
     from .bench import BITS, SHAPES, bench_linear, cpu_name
+    from .writing import check_file
 
+    if arguments.save:
+        check_file(arguments.save)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
     if arguments.what == "decode" and arguments.device == "cuda":
         return run_bench_decode_cuda(arguments)
+    if arguments.what == "decode" and arguments.under_load:
+        return run_bench_load(arguments)
     if arguments.what in ("decode", "agreement") and arguments.model is None:
         raise ValueError(f"bench {arguments.what} needs a packed checkpoint: name one with --model")
     if arguments.what == "decode":
@@ -924,6 +958,27 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
         )
 
 
+def run_bench_load(arguments: argparse.Namespace) -> None:
+    """Run `littlebit bench decode --under-load`."""
+    from .bench import cpu_name
+    from .bench_decode import QUIET_SHARE, bench_load, cores
+
+    most = max(arguments.threads, min(2, cores()))
+    model = arguments.model or "smollm2-0.55bit"
+    rows = bench_load(model, range(1, most + 1), arguments.tokens or 32, arguments.rounds)
+    if answered(arguments, rows, cpu_name()):
+        return
+    print(f"{'machine':<24}{'threads':>8}{'tokens/s':>10}{'times one thread':>18}{'core share':>12}")
+    for row in rows:
+        machine = f"{row['busy']} other busy programs" if row["busy"] else "nothing else"
+        print(
+            f"{machine:<24}{row['threads']:>8}{row['tokens_per_s']:>10.1f}{row['times_one_thread']:>18.2f}"
+            f"{row['core_share']:>12.0%}"
+        )
+    if any(row["core_share"] < QUIET_SHARE for row in rows if not row["busy"]):
+        print("The machine was not quiet: other programs took processor time, so all figures are too low.")
+
+
 def run_bench_decode_cuda(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode --device cuda`."""
     import torch
@@ -982,7 +1037,11 @@ def run_tune(arguments: argparse.Namespace) -> None:
     from .bench_decode_cuda import llama_shape, random_model
     from .decode_cuda import SMALLEST_CAPACITY
     from .fused_engine import engine_of, parts_of
+    from .kernels.cuda_launch import own_schedules
     from .tune_cuda import keep, tune
+    from .writing import check_file
+
+    check_file(arguments.table or own_schedules())
 
     name, rows = torch.cuda.get_device_name(), []
     for bits in [None] if arguments.model else arguments.bits:
@@ -1091,7 +1150,9 @@ COMMANDS = {
         run_tune, tune_arguments, "Find the fastest launches of a model's packed layers on this GPU, and keep them."
     ),
     "demo": Command(
-        run_demo, demo_arguments, "Quantise SmolLM2, reload it, measure it and let it speak (needs matplotlib)."
+        run_demo,
+        demo_arguments,
+        "Let a trained SmolLM2 of 0.55 bits write, then measure four models.",
     ),
     "bench": Command(
         run_bench,

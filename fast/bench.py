@@ -20,10 +20,12 @@ from torch.nn import functional
 from .bench_peers import MOST_ERROR, PEERS, relative_error
 from .bits import layer_bits, rank_for_bits
 from .digests import code_digest
-from .kernels.cpu import MAX_THREADS, lookups_per_second
+from .kernels.cpu import lookups_per_second
+from .kernels.cpu_threads import MAX_THREADS
 from .layers import PackedLinear
 from .packing import PackedFactors, row_words, unpack_factors
 from .progress import tqdm
+from .writing import write_text
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 BITS = (0.1, 0.55)
@@ -249,8 +251,7 @@ def save_results(path: Path, rows: list[dict[str, Any]], command: str, device: s
         "code": loaded_code(),
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def loaded_code() -> dict[str, str]:

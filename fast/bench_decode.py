@@ -1,18 +1,27 @@
-"""Benchmark of decoding: this project's decoder beside transformers and llama.cpp, each in a process of its own."""
+"""Benchmarks of decoding: beside transformers and llama.cpp, each in a process of its own, and on a busy machine."""
 
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .fetch import resolve
 from .progress import tqdm
 
+if TYPE_CHECKING:
+    from .decode_cpu import Decoder
+
 PROMPT = "Once upon a time, in a small town by the sea, there lived"
 ENGINES = ("littlebit", "transformers", "llama.cpp")
+START_S = 0.3  # in which programs that keep the machine busy have started
+#: Share of a core below which a thread that always has work was kept from it by other programs.
+QUIET_SHARE = 0.9
 
 # Runs in a Python that may lack this package: llama.cpp's bindings can live in an environment of their own
 LLAMA = """
@@ -126,22 +135,104 @@ def packed_times(source: str, threads: int, tokens: int) -> list[float]:
     NotDecodableError
         If it cannot run the model.
     """
+    return token_times(prompted(source, threads, tokens), tokens)
+
+
+def prompted(source: str | Path, threads: int | None, tokens: int) -> "Decoder":
+    """A decoder that has read PROMPT and has room for more tokens."""
     import numpy as np
 
     from .decode_cpu import Decoder
     from .decode_mapped import map_model
     from .tokenizer import Tokenizer
 
-    folder, times = resolve(source), []
+    folder = resolve(source)
     prompt = Tokenizer(folder)(PROMPT)["input_ids"]
     decoder = Decoder(map_model(folder, threads), len(prompt) + tokens)
-    logits = decoder(np.array(prompt))
+    decoder(np.array(prompt))
+    return decoder
+
+
+def token_times(decoder: "Decoder", tokens: int) -> list[float]:
+    """Seconds of each of the next greedy tokens."""
+    import numpy as np
+
+    times = []
     for _ in range(tokens):
-        token = np.array([logits.argmax()])
+        token = np.array([decoder.logits.argmax()])
         start = time.perf_counter()
-        logits = decoder(token)
+        decoder(token)
         times.append(time.perf_counter() - start)
     return times
+
+
+def bench_load(
+    model: str | Path, threads: Sequence[int] = (1, 2), tokens: int = 32, rounds: int = 5, progress: bool = True
+) -> list[dict[str, Any]]:
+    """Time greedy decoding while the machine does nothing else, and while other programs keep all of its cores busy.
+
+    Numbers of threads take turns within each round, first on the machine as it is, then beside as many busy programs as
+    it has cores. A figure is the median over rounds of tokens by seconds: on a busy machine a few tokens wait long.
+
+    Parameters
+    ----------
+    model : str or Path
+        A checkpoint, or a known name.
+    threads : sequence of int
+    tokens : int
+        In a round.
+    rounds : int
+    progress : bool
+
+    Returns
+    -------
+    One dict for each load and number of threads: load ("quiet" or "busy"), busy (programs), threads, tokens_per_s,
+    times_one_thread (over the first number of threads at the same load), core_share (processor time over time of the
+    thread that decodes: below QUIET_SHARE other programs kept it waiting), rounds, tokens.
+    """
+    decoders = {count: prompted(model, count, 2 * rounds * tokens) for count in threads}
+    speeds: dict[tuple[int, int], list[float]] = {}
+    shares: dict[tuple[int, int], list[float]] = {}
+    turns = [(programs, count) for _ in range(rounds) for programs in (0, cores()) for count in threads]
+    for programs, count in tqdm(turns, desc="bench decode --under-load", disable=not progress):
+        with busy(programs):
+            start, begun = time.perf_counter(), time.thread_time()
+            token_times(decoders[count], tokens)
+            seconds, worked = time.perf_counter() - start, time.thread_time() - begun
+        speeds.setdefault((programs, count), []).append(tokens / seconds)
+        shares.setdefault((programs, count), []).append(worked / seconds)
+    found = {key: statistics.median(each) for key, each in speeds.items()}
+    return [
+        {
+            "load": "busy" if programs else "quiet",
+            "busy": programs,
+            "threads": count,
+            "tokens_per_s": speed,
+            "times_one_thread": speed / found[programs, threads[0]],
+            "core_share": statistics.median(shares[programs, count]),
+            "rounds": rounds,
+            "tokens": tokens,
+        }
+        for (programs, count), speed in found.items()
+    ]
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def busy(programs: int) -> Iterator[None]:
+    """While active, so many other programs compute."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(programs)]
+    try:
+        time.sleep(START_S if programs else 0)
+        yield
+    finally:
+        for program in running:
+            program.kill()
+            program.wait()
 
 
 def dense_times(source: str, threads: int, tokens: int) -> list[float]:

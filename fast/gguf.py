@@ -6,19 +6,17 @@ there to evaluate a trained model elsewhere, and to compare.
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .embeddings import QuantizedEmbedding, QuantizedHead
-from .layers import Joined, PackedLinear
+from .layers import Joined, PackedLinear, stored_half
 from .shared import refuse_shared
 from .wrappers import without_adapters
-from .writing import synchronise
+from .writing import check_file, check_room, file_whole
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PRECISIONS = ("f16", "q8_0")
@@ -54,22 +52,30 @@ def save_gguf(model: Any, path: str | Path, tokenizer: Any, precision: str = "f1
     """
     from .hf import transformers
 
-    transformers()  # it comes with gguf, and its absence is explained
-    import gguf
-
+    transformers()  # gguf comes with it, and its absence is explained
     path = Path(path)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise FileExistsError(f"{path} exists already; choose another file, or pass overwrite=True (--overwrite)")
+    place = check_gguf(path, overwrite)
     model = without_adapters(model, "save_gguf")
-    architecture = check_architecture(model)
+    check_architecture(model)
     refuse_shared(model, "a GGUF file")
-    vocabulary = byte_level_vocabulary(tokenizer)
+    byte_level_vocabulary(tokenizer)
+    check_room(place, dense_bytes(model, precision))
+    try:
+        with file_whole(place) as part:
+            write_model(part, model, tokenizer, precision)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+    return path
+
+
+def write_model(part: Path, model: Any, tokenizer: Any, precision: str) -> None:
+    """Write a model to a GGUF file; see `save_gguf`."""
+    import gguf
+
+    architecture, vocabulary = check_architecture(model), byte_level_vocabulary(tokenizer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
     writer = gguf.GGUFWriter(part, architecture, use_temp_file=True)  # else all tensors would be in memory at once
     try:
         add_settings(writer, model.config, precision)
@@ -84,18 +90,30 @@ def save_gguf(model: Any, path: str | Path, tokenizer: Any, precision: str = "f1
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
-        os.chmod(part, 0o644)
-        synchronise(Path(part))
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
     finally:
         writer.close()
         if writer.temp_file is not None:
             writer.temp_file.close()
-        Path(part).unlink(missing_ok=True)
-    return path
+
+
+def check_gguf(path: Path, overwrite: bool) -> Path:
+    """The place of a GGUF file that is to be written.
+
+    Raises
+    ------
+    OSError
+        If it exists and may not be replaced, is no ordinary file, or cannot be written.
+    """
+    if os.path.exists(path) and not (overwrite and path.is_file()):
+        raise FileExistsError(f"{path} exists already; choose another file, or pass overwrite=True (--overwrite)")
+    return check_file(path)
+
+
+def dense_bytes(model: nn.Module, precision: str) -> int:
+    """Bytes of the matrices of a GGUF file, about."""
+    bits = {"f16": 16, "q8_0": 8.5}[precision]
+    packed = sum(module.d_out * module.d_in for module in model.modules() if isinstance(module, PackedLinear))
+    return int(bits * (packed + sum(parameter.numel() for parameter in model.parameters())) / 8)
 
 
 def check_architecture(model: Any) -> str:
@@ -162,10 +180,7 @@ def add_tensor(writer: Any, name: str, tensor: Tensor, precision: str) -> None:
         kind = gguf.GGMLQuantizationType.Q8_0
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     else:
-        half = tensor.half()
-        if not torch.isfinite(half).all():
-            raise ValueError(f"tensor {name} does not fit float16: it holds NaN, infinity, or magnitudes above 65504")
-        writer.add_tensor(name, half.contiguous().numpy())
+        writer.add_tensor(name, stored_half(name, tensor).contiguous().numpy())
 
 
 def add_settings(writer: Any, config: Any, precision: str) -> None:

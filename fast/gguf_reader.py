@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .cache import cached
 from .digests import file_digest
-from .fetch import cache_folder
 from .headers import CheckpointError
 from .hf import check_whole, first_line, transformers
 from .writing import made_once
@@ -273,7 +273,7 @@ def converted(gguf: Path) -> Path:
     read_gguf_header(gguf)  # a part of a model is refused before it is hashed
     state = gguf.stat()
     digest = content_digest(gguf, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-    folder = cache_folder() / "converted" / f"{gguf.stem}-{digest[:16]}-{CONVERSION}"
+    folder = cached("converted", f"{gguf.stem}-{digest[:16]}-{CONVERSION}")
     return made_once(folder, lambda part: convert(gguf, part))
 
 

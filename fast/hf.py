@@ -13,9 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .cache import cached
 from .digests import file_digest, json_digest
 from .embeddings import settle_ties
-from .fetch import cache_folder, resolve
+from .fetch import resolve
 from .headers import (
     INDEX,
     JSON_BYTES,
@@ -292,7 +293,7 @@ def training_tokens(tokenizer: Any, path: Path) -> Tensor:
         ]
         np.save(folder / "tokens.npy", np.concatenate(pieces))
 
-    kept = made_once(cache_folder() / "tokens" / key[:32], make) / "tokens.npy"
+    kept = made_once(cached("tokens", key[:32]), make) / "tokens.npy"
     return torch.from_numpy(np.load(kept).astype(np.int64))
 
 

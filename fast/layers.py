@@ -20,6 +20,23 @@ from .signs import named_rule
 DTYPES = {"F16": torch.float16, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
 
 
+def stored_half(name: str, tensor: Tensor) -> Tensor:
+    """A tensor as it is stored: floats as float16.
+
+    Raises
+    ------
+    ValueError
+        If it is not finite there; the tensor is named.
+    """
+    half = tensor.half() if tensor.is_floating_point() else tensor
+    if not torch.isfinite(half).all():
+        raise ValueError(
+            f"tensor {name} does not fit float16: it holds NaN, infinity, or magnitudes above 65504; repair the model "
+            "or download it again"
+        )
+    return half
+
+
 class Path(nn.Module):
     """The tensors of one low-rank path: parameters of a LittleBitLinear, buffers of a PackedLinear."""
 

@@ -18,7 +18,7 @@ from .calibrate import Moments, bounded_gains, calibrate, spectral_gains
 from .dual_svid import dual_svid
 from .experts import check_left_dense, is_known, projection_names, split_experts
 from .factors import Factors
-from .layers import Joined, LittleBitLinear, LowRankLinear, PackedLinear, linear_over
+from .layers import Joined, LittleBitLinear, LowRankLinear, PackedLinear, linear_over, stored_half
 from .progress import tqdm
 from .residual import compensate, compensate_weighted
 from .selection import (
@@ -166,8 +166,9 @@ def quantize_(
     Raises
     ------
     ValueError
-        If a pattern or the config matches no layer, a weight is not finite (the layer is named), the bits cannot be
-        met, calibration text is missing, or the model has adapters of PEFT or is DistributedDataParallel.
+        If a pattern or the config matches no layer, a weight is not finite (the layer is named), a tensor of a
+        transformers model does not fit float16, in which `save` stores it, the bits cannot be met, calibration text is
+        missing, or the model has adapters of PEFT or is DistributedDataParallel.
     """
     config = config or Config()
     check_config(config, tokens)
@@ -183,6 +184,9 @@ def quantize_(
                 raise ValueError(
                     f"layer {name}: the weight holds NaN or infinity; repair or re-download the checkpoint"
                 )
+        if hasattr(model, "save_pretrained"):  # what `save` would refuse after hours of work
+            for name, tensor in model.state_dict().items():
+                stored_half(name, tensor)
         moments = {}
         if tokens is not None and config.needs_calibration():
             moments = calibrate(model, tokens, layers, progress=progress)
@@ -334,6 +338,16 @@ def factorise(weights: Tensor, ranks: Ranks, config: Config, moments: Sequence[M
         return compensate(weights, ranks, one_path)
     column, row = (importance(torch.stack(each).to(weights)) for each in zip(*moments, strict=True))
     return compensate_weighted(weights, ranks, row, column, one_path)
+
+
+def stored_bytes(model: nn.Module, config: Config, embedding_bits: int = 16) -> int:
+    """Estimate the bytes of a transformers model's checkpoint once it is quantised."""
+    weights = sum(layer.weight.numel() for _, layer in target_layers(model, config))
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    tables = {id(each.weight): each.weight.numel() for each in embeddings if each is not None}  # one, if they are tied
+    entries = sum(tables.values())
+    others = sum(parameter.numel() for parameter in model.parameters()) - weights - entries
+    return int(config.bits * weights + embedding_bits * entries + 16 * others) // 8
 
 
 def target_layers(model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Linear]]:

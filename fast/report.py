@@ -7,6 +7,7 @@ from typing import Any
 
 from .headers import layer_kind
 from .model import LayerResult
+from .writing import write_text
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 WIDTH, HEIGHT, MARGIN = 900, 260, 40
@@ -66,11 +67,10 @@ def html_report(path: Path, title: str, summary: str, results: Mapping[str, Laye
         f"<h2>{html.escape(caption)}</h2>{picture(results, field)}"
         for caption, field in (("Relative error, layer by layer", "error"), ("Stored bits per weight", "bits"))
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
+    write_text(
+        path,
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>{table}{''.join(pictures)}\n",
-        encoding="utf-8",
     )
 
 

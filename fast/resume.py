@@ -37,7 +37,7 @@ class Keeper:
     """
 
     def __init__(self, folder: str | Path, minutes: float = 5.0, run: dict[str, Any] | None = None):
-        self.folder, self.minutes, self.run = Path(folder), minutes, dict(run or {})
+        self.folder, self.minutes, self.run = Path(folder).absolute(), minutes, dict(run or {})
         self.folder.mkdir(parents=True, exist_ok=True)
         self.saved = time.monotonic()
 

@@ -12,17 +12,21 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from .cache import cached
 from .digests import file_digest
-from .fetch import DATA, cache_folder, resolve
+from .fetch import DATA, resolve
 from .headers import FORMAT_VERSION, WEIGHTS, CheckpointError
 from .writing import made_once
 
 
 def shipped(name: str) -> Path:
     """Directory of a shipped checkpoint, put together from its file and its base on first use."""
-    file = DATA / f"{name}.safetensors"
-    folder = cache_folder() / "shipped" / f"{name}-{file_digest(file)[:12]}-{FORMAT_VERSION}"
-    return made_once(folder, lambda part: put_together(file, part))
+    return made_once(place(name), lambda part: put_together(DATA / f"{name}.safetensors", part))
+
+
+def place(name: str) -> Path:
+    """Directory that a shipped checkpoint has, or will have."""
+    return cached("shipped", f"{name}-{file_digest(DATA / f'{name}.safetensors')[:12]}-{FORMAT_VERSION}")
 
 
 def put_together(file: Path, folder: Path) -> None:

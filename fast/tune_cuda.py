@@ -7,7 +7,6 @@ groups of layers that the decoder launches together, and the fastest are kept fo
 
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -33,7 +32,7 @@ from .kernels.cuda_launch import (
     vectors_of,
 )
 from .progress import tqdm
-from .writing import temporary_beside
+from .writing import write_text
 
 PARTS = (1, 2, 4, 8, 16)  # that d_in is tried to be divided into
 FEWEST_BLOCKS = 48  # that a GPU is given, if a layer has work for so many
@@ -165,13 +164,7 @@ def keep(rows: Sequence[dict[str, Any]], device: str, path: Path | None = None) 
     tables = read_schedules(path) if path.exists() else {}
     known = tables.setdefault(device, {})
     known |= {row["sizes"]: [row["schedule"].parts, *map(list, row["schedule"][1:])] for row in rows}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(path) as part:
-            (part / path.name).write_text(as_text(tables))
-            os.replace(part / path.name, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; what was there is as it was") from error
+    write_text(path, as_text(tables))
     measured.cache_clear()
     return path
 

@@ -1,17 +1,23 @@
-"""Directories that are written whole or not at all, whatever happens to the process or the machine meanwhile.
+"""Directories and files that are written whole or not at all, whatever happens to the process or the machine meanwhile.
 
 A directory is written under a hidden name beside its place, brought to the disk, and renamed. Its writer holds a lock
 on it; what a writer that was killed left behind has none, and the next writer of the same place removes it.
+
+Whether an output path can be written is found out before the work: `check_folder`, `check_file` and `check_room`.
 """
 
 import contextlib
 import ctypes
+import errno
 import glob
+import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -22,6 +28,137 @@ except ImportError:  # on Windows
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 PART = ".part"  # what the name of a directory that is being written ends in
+LONG_NAME = 100  # bytes of a name that would leave too little for those of temporary directories
+
+
+def place_of(path: str | Path) -> Path:
+    """Follow the links and dots of an output path to the place that will be written.
+
+    Raises
+    ------
+    OSError
+        If it leads nowhere, or its name cannot be written into a checkpoint's files.
+    """
+    path = Path(path)
+    if path.parts[:1] == ("~",):
+        raise OSError(f"cannot write {path}: the shell did not replace '~'; give the path without quotes, or use $HOME")
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError) as error:  # links that lead to each other
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {path}: {why}; choose another path") from error
+    try:
+        str(place).encode()
+    except UnicodeEncodeError as error:  # safetensors and tokenizers take UTF-8 alone
+        raise OSError(f"cannot write {str(place)!a}: the path must be UTF-8; choose another name") from error
+    return place
+
+
+def existing_parent(place: Path) -> Path:
+    """Find the nearest folder above a place; it and its missing parents can be made there.
+
+    Raises
+    ------
+    OSError
+        If a file stands in the way, or a name is too long.
+    """
+    base = next(parent for parent in place.parents if os.path.lexists(parent))
+    if not base.is_dir():
+        raise OSError(f"cannot write {place}: {base} is not a folder; choose a folder that can be written")
+    longest = os.pathconf(base, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    for name in place.relative_to(base).parts:
+        if len(os.fsencode(name)) > longest:
+            raise OSError(f"cannot write {place}: a name has at most {longest} bytes here; choose a shorter one")
+    return base
+
+
+def check_folder(place: Path) -> None:
+    """Raise OSError unless a directory can be put in a place (see `place_of`), and what is there moved away."""
+    base = existing_parent(place)
+    if Path.cwd().is_relative_to(place):
+        raise OSError(f"cannot replace {place}: this process runs in it; choose a folder inside it")
+    with temporary_beside(base / place.name) as part:
+        if not place.exists():
+            return
+        (part / "inner").mkdir()  # a directory is never renamed to one that is not empty
+        try:
+            os.rename(place, part)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                why = "it is a mount point" if error.errno == errno.EBUSY else error.strerror
+                raise OSError(f"cannot replace {place}: {why}; choose a folder inside it") from error
+
+
+def check_file(path: str | Path) -> Path:
+    """The place of a file that is to be written, or the path of a device, a pipe or an output of this process.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    path = Path(path)
+    if stream_of(path) is not None or (os.path.exists(path) and not path.is_file() and not path.is_dir()):
+        return path
+    place = place_of(path)
+    if os.path.isdir(place):
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
+    with temporary_beside(existing_parent(place) / place.name):
+        pass
+    return place
+
+
+def stream_of(path: Path) -> TextIO | None:
+    """The standard stream of this process that a path such as /dev/stdout leads to."""
+    with contextlib.suppress(OSError, ValueError):
+        found = path.stat()
+        for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+            if str(path).startswith(("/dev/", "/proc/")) and os.path.samestat(found, os.fstat(descriptor)):
+                return stream
+    return None
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file; complete, or not at all.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; what was there before stays.
+    """
+    place = check_file(path)
+    if (stream := stream_of(place)) is not None:
+        stream.write(text)
+        stream.flush()
+        return
+    try:
+        if place.exists() and not place.is_file():
+            place.write_text(text, encoding="utf-8")
+            return
+        with file_whole(place) as part:
+            part.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; what was there is as it was") from error
+
+
+@contextlib.contextmanager
+def file_whole(place: Path) -> Iterator[Path]:
+    """The path of a temporary file that takes a place if the block succeeds and vanishes if it does not."""
+    with temporary_beside(place) as folder:
+        yield folder / place.name
+        synchronise(folder / place.name)
+        os.replace(folder / place.name, place)
+        synchronise(place.parent)
+
+
+def check_room(place: Path, size: int) -> None:
+    """Raise OSError unless about so many bytes are free where a place is to be written."""
+    free = shutil.disk_usage(existing_parent(place)).free
+    if free < size:
+        raise OSError(
+            f"cannot write {place}: it takes about {size:,} bytes, but {free:,} are free; make room, or choose another "
+            "disk"
+        )
 
 
 @contextlib.contextmanager
@@ -39,7 +176,7 @@ def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
     OSError
         If it cannot be written, or another is there; what was there before stays.
     """
-    path = path.absolute()
+    path = place_of(path)
     with temporary_beside(path) as part:
         try:
             part.chmod(0o755)
@@ -65,9 +202,12 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}-????????{PART}"):
+        name = path.name
+        if len(os.fsencode(name)) > LONG_NAME:
+            name = hashlib.sha256(os.fsencode(name)).hexdigest()
+        for left in path.parent.glob(f".{glob.escape(name)}-????????{PART}"):
             remove_unlocked(left)
-        part, lock = locked_directory(path.parent, f".{path.name}-")
+        part, lock = locked_directory(path.parent, f".{name}-")
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
     try:

@@ -59,7 +59,7 @@ TESTS = {
     "arrays": "test_arrays.py",
     "checkpoint": "test_model.py test_hostile.py test_quantizer.py test_families.py test_reading.py test_shared.py",
     "digests": "test_hostile.py test_resume.py",
-    "writing": "test_writing.py test_model.py",
+    "writing": "test_writing.py test_outputs.py test_model.py",
     "quantizer": "test_quantizer.py test_reading.py",
     "lora": "test_lora.py",
     "gguf": "test_gguf.py",
@@ -84,6 +84,9 @@ TESTS = {
     "embeddings": "test_quantizer.py test_decode.py",
     "agreement": "test_decode.py",
     "cpu": "test_linear.py",
+    "cpu_dense": "test_decode.py",
+    "cache": "test_outputs.py",
+    "cpu_threads": "test_threads.py test_decode.py",
     "lanes": "test_linear.py",
     "cpu_decode": "test_decode.py",
     "dispatch": "test_linear.py",
@@ -366,16 +369,16 @@ MUTANTS = [
         "fast/kernels/cpu.py", "        if rest > 2:", "        if rest > 3:", "a third word left over is not added"
     ),
     Mutant("fast/kernels/cpu.py", "words[i * width + k]", "words[whole * width + k]", "the last rows are all the same"),
-    Mutant("fast/kernels/cpu.py", "blocks * part // parts", "blocks * part // (parts + 1)", "rows left to no thread"),
+    Mutant("fast/kernels/cpu_threads.py", "blocks * given // parts", "blocks * (given + 1) // parts", "nobody's rows"),
     Mutant(
         "fast/kernels/lanes.py", "-1.0 if entry >> bit & 1", "-1.0 if entry >> (3 - bit) & 1", "nibbles read backwards"
     ),
     Mutant("fast/kernels/cpu_decode.py", "high * cosine[j] + low", "high * cosine[j] - low", "keys turn the wrong way"),
     Mutant(
-        "fast/kernels/cpu_decode.py", "head_at // (heads // kv_heads)", "head_at % kv_heads", "queries ask other keys"
+        "fast/kernels/cpu_threads.py", "heads // (heads // job[KV_HEADS])", "job[KV_HEADS]", "queries ask other keys"
     ),
     Mutant(
-        "fast/kernels/cpu_decode.py", "for last in range(i, stop):", "for last in range(i, i):", "last rows of the head"
+        "fast/kernels/cpu_dense.py", "for last in range(i, stop):", "for last in range(i, i):", "last rows of the head"
     ),
     Mutant("fast/decode_cpu.py", "before < top_p", "before + chances < top_p", "the nucleus is one token short"),
     Mutant("fast/embeddings.py", "errors[:, j : j + 1] * feedback", "0 * feedback", "errors stay within a group"),
@@ -383,11 +386,19 @@ MUTANTS = [
     Mutant("fast/embeddings.py", "texts = tokens, random_tokens", "texts = tokens, 0 * random_tokens", "one token"),
     Mutant("fast/embeddings.py", "diagonal += RIDGE", "diagonal += 0", "equal codes have no scale"),
     Mutant("fast/embeddings.py", "moved.sum(-1)\n", "0 * moved.sum(-1)\n", "scales refitted without their offsets"),
-    Mutant("fast/kernels/cpu_decode.py", "s1, s1 + offsets", "s1, s0 + offsets", "rows share an offset"),
+    Mutant("fast/kernels/cpu_dense.py", "s1, s1 + offsets", "s1, s0 + offsets", "rows share an offset"),
     Mutant("fast/agreement.py", "if a != b", "if a == b", "texts agree where they differ"),
-    Mutant("fast/kernels/cpu.py", "max(first - starts[order], 0)", "0", "threads repeat the first rows"),
-    Mutant("fast/kernels/cpu.py", "(state, DONE) < threads", "(state, DONE) < 0", "threads do not wait for each other"),
-    Mutant("fast/kernels/cpu.py", "while share_at < threads:", "if share_at < threads:", "shares that nobody claims"),
+    Mutant("fast/kernels/cpu_threads.py", "max(job[START] - starts[order], 0)", "0", "threads repeat the first rows"),
+    Mutant(
+        "fast/kernels/cpu_threads.py", "if now == DONE:", "if now == RUNNING:", "parts are copied before they are done"
+    ),
+    Mutant("fast/kernels/cpu_threads.py", "waited > team[LATE]", "False", "the caller waits for a helper for ever"),
+    Mutant(
+        "fast/kernels/cpu_threads.py",
+        "if not compare_and_swap(state, RUNNING, DONE):",
+        "if not compare_and_swap(state, TAKEN, DONE):",
+        "a part that was taken back is said to be done",
+    ),
     Mutant("fast/embeddings.py", "pairs >> 4", "pairs >> 3", "high nibbles misread"),
     Mutant("fast/decode.py", 'not now.endswith("\\ufffd")', "True", "half a character is written"),
     Mutant(
@@ -549,7 +560,12 @@ MUTANTS = [
         "if False:",
         "scaled positions are written as plain ones",
     ),
-    Mutant("fast/gguf.py", "Path(part).unlink(missing_ok=True)", "pass", "a part of a file stays behind"),
+    Mutant(
+        "fast/writing.py",
+        "os.replace(folder / place.name, place)",
+        "pass",
+        "a file that was written is not put in place",
+    ),
     Mutant("fast/estimate.py", "    model.tie_weights()", "    pass", "a tied head is counted twice"),
     Mutant(
         "fast/estimate.py",

@@ -12,7 +12,7 @@ import torch
 from compare import assert_same
 from littlebit.fast.bench import random_path
 from littlebit.fast.digests import digest
-from littlebit.fast.kernels import cpu
+from littlebit.fast.kernels import cpu_threads
 from littlebit.fast.layers import PackedLinear
 
 THREADS, PROCESSES = 8, 4
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
     """Small layers use several threads too, and the number of threads is put back."""
-    monkeypatch.setattr(cpu, "PARALLEL_WORK", 0)
+    monkeypatch.setattr(cpu_threads, "PARALLEL_WORK", 0)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -106,8 +106,8 @@ sys.path.insert(0, {tests!r})
 import torch
 import littlebit.fast as lb
 from littlebit.fast.digests import digest
-from littlebit.fast.kernels import cpu
-cpu.PARALLEL_WORK = 0
+from littlebit.fast.kernels import cpu_threads
+cpu_threads.PARALLEL_WORK = 0
 
 def work(checkpoint, dense, threads):
     from test_concurrency import make_inputs, make_layers
@@ -124,7 +124,7 @@ FORKED = """
 import os
 layer, x = __import__("test_concurrency").make_inputs(__import__("test_concurrency").make_layers())[-6]
 torch.set_num_threads(2)
-layer(x)  # OpenMP has its threads now, and a child of fork has none of them: torch's own products wait for them
+layer(x)  # there are helpers now, and a child of fork has none of them, nor of OpenMP's
 first = work(sys.argv[1], sys.argv[2], 1)
 for asked in (1, 2):
     child = os.fork()

@@ -27,7 +27,7 @@ from littlebit.fast.embeddings import (
     quantize_table,
     random_tokens,
 )
-from littlebit.fast.kernels import cpu
+from littlebit.fast.kernels import cpu, cpu_threads
 from littlebit.fast.layers import PackedLinear
 from littlebit.fast.model import packed_layers
 from strategies import NOISE
@@ -84,6 +84,7 @@ def test_decoder_logits_equal_those_of_the_model(packed, bits, length):
 
 
 def test_decoder_gives_the_same_on_any_number_of_threads(packed, monkeypatch):
+    monkeypatch.setattr(cpu_threads, "PARALLEL_WORK", 0)
     tokens = np.arange(40) * 5 % 256
     before = torch.get_num_threads()
     try:
@@ -238,14 +239,14 @@ def test_a_second_start_compiles_nothing(tiny_llama):
     """Numba's cache serves every function of a greedy generation in a fresh process."""
     code = f"""
 import littlebit.fast as lb
-from littlebit.fast.kernels import cpu, cpu_decode
+from littlebit.fast.kernels import cpu_decode, cpu_threads
 import numpy as np, torch
 from littlebit.fast.decode_cpu import Decoder
 from littlebit.fast.decode_loaded import decodable
 model = lb.load_model({str(tiny_llama)!r})
 Decoder(decodable(model), 8)(np.arange(3))
 lb.packed_linear(torch.zeros(1, 32), [lb.pack_factors(lb.Factors(*map(torch.ones, ((8, 4), (32, 4), 8, 4, 32))))])
-missed = [sum(f.stats.cache_misses.values()) for f in (cpu_decode.step, cpu.layer)]
+missed = [sum(f.stats.cache_misses.values()) for f in (cpu_decode.step, cpu_threads.layer)]
 assert missed == [0, 0], missed
 """
     for last in (False, True):
@@ -259,7 +260,7 @@ def test_compiled_code_of_other_sources_is_dropped(tmp_path, monkeypatch):
     from littlebit.fast import kernels
 
     (tmp_path / "old.nbi").write_text("")
-    monkeypatch.setattr(kernels.cpu, "layer", SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path))))
+    monkeypatch.setattr(kernels.cpu, "layer_rows", SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path))))
     kernels.drop_stale_code()
     assert not (tmp_path / "old.nbi").exists()
     (tmp_path / "new.nbi").write_text("")

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import littlebit.fast as fast
 import littlebit.reference as ref
-import numba
 import numpy as np
 import pytest
 import torch
 from compare import assert_same, assert_within, roundings
 from hypothesis import HealthCheck, given, settings, strategies as st
 from littlebit.fast.bench import exact_path, random_path
-from littlebit.fast.kernels import cpu, plan as plans
+from littlebit.fast.kernels import cpu, cpu_threads, plan as plans
 from littlebit.fast.kernels.dispatch import unpacked_linear
 from littlebit.fast.kernels.lanes import FLOATS, LEVEL, LEVELS, WORDS, half_bits_to_float, levels_of, lookup_neon
 from llvmlite import binding as llvm, ir
@@ -216,7 +215,7 @@ def test_to_dense_agrees_with_linear(data, paths):
 @pytest.fixture
 def any_threads(monkeypatch):
     """Make small layers use several threads too, and restore the number of threads."""
-    monkeypatch.setattr(cpu, "PARALLEL_WORK", 0)
+    monkeypatch.setattr(cpu_threads, "PARALLEL_WORK", 0)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -238,23 +237,6 @@ def test_packed_linear_is_the_same_for_any_threads_and_batch(any_threads, kernel
     exact = sum(exact_path(x, path) for path in paths)
     magnitude = sum(exact_path(x.abs(), in_magnitude(path)) for path in paths)
     assert_within(serial, exact, 3 * magnitude, terms=8 + len(paths) * (d_in + rank))
-
-
-@given(shares=st.integers(1, 7), running=st.integers(1, cpu.MAX_THREADS), paths=st.integers(1, 3), rank=sizes(100))
-def test_a_layer_needs_no_more_threads_than_run(shares, running, paths, rank):
-    """Make threads wait for each other between the stages, but never for one that Numba has not started."""
-    plan = plans.Plan([each for _ in range(paths) for each in random_path(90, 70, rank, torch.Generator())])
-    x = torch.randn(5, 70)
-    y, serial = torch.empty(5, 90), torch.empty(5, 90)
-    arguments = cpu.BEST, plan.numbers, 90, 70, x.data_ptr()
-    cpu.layer(*arguments, serial.data_ptr(), 5)
-    with cpu.NumbaThreads(cpu.MAX_THREADS):
-        numba.set_num_threads(running)
-        try:
-            cpu.layer_parallel(*arguments, y.data_ptr(), 5, shares)
-        finally:
-            numba.set_num_threads(cpu.MAX_THREADS)
-    assert_same(y, serial)
 
 
 @given(data=st.data(), d_out=sizes(100), d_in=sizes(300), rank=sizes(100), batch=st.integers(33, 70))
@@ -298,20 +280,6 @@ def test_packed_linear_serves_several_python_threads_at_once(any_threads):
                 assert_same(found, wanted)
 
 
-def test_numbas_threads_leave_torchs_number_as_it_was():
-    """Run a fresh process: both libraries set OpenMP's number of threads, Numba when it starts."""
-    code = """
-import torch, littlebit.fast as lb
-from littlebit.fast.kernels import cpu, plan as plans
-torch.set_num_threads(1)
-with cpu.NumbaThreads() as threads:
-    assert threads == 1
-assert torch.get_num_threads() == 1
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_packed_linear_is_an_operator_that_torch_can_compile():
     layer = fast.PackedLinear([random_path(40, 50, rank, torch.Generator().manual_seed(0)) for rank in (9, 20)])
     tensors = [tensor for path in layer.factors() for tensor in path]
@@ -329,11 +297,11 @@ import sys, numpy as np, torch
 sys.path.insert(0, {tests!r})
 from compare import assert_same, assert_within
 from littlebit.fast.bench import exact_path, random_path
-from littlebit.fast.kernels import cpu, plan as plans
+from littlebit.fast.kernels import cpu, cpu_threads, plan as plans
 from littlebit.fast.kernels.lanes import LEVEL
 from test_linear import in_magnitude
 assert LEVEL == {level!r}
-cpu.PARALLEL_WORK = 0
+cpu_threads.PARALLEL_WORK = 0
 shapes = [(1, 1, 1, 1), (17, 33, 31, 7), (130, 600, 70, 3), (16, 64, 32, 4), (300, 700, 530, 32)]
 for seed, (d_out, d_in, rank, batch) in enumerate(shapes):
     generator = torch.Generator().manual_seed(seed)

@@ -20,13 +20,11 @@ Bytes moved: the sign words once for each four rows of x, the scales (float16) o
 The result for a row of x does not depend on the other rows, nor on the number of threads, but on whether there are so
 many rows that unpacking them for torch's BLAS is quicker (`plan.Plan.is_quicker_unpacked`).
 
-Nothing here needs torch: plan.py brings tensors to the kernels, and fast/decode_cpu.py arrays.
+Nothing here needs torch: cpu_threads.py divides a layer among threads, plan.py brings tensors to it, and
+fast/decode_cpu.py arrays.
 """
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
-import functools
-import os
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,8 +38,6 @@ from .lanes import (
     add_lookups,
     add_where,
     address_of,
-    atomic_add,
-    atomic_load,
     broadcast,
     each_add,
     each_load,
@@ -56,7 +52,6 @@ from .lanes import (
     load_words,
     multiply,
     next_nibble,
-    pause,
     pointer,
     prefetch,
     store,
@@ -73,9 +68,6 @@ TABLE_BYTES = 4 * LANES
 GROUP = 64  # rows of signs that share a chunk's tables before the next chunk; the next group's words are asked for
 ASKED = 1 << 14  # bytes of the next stage's words that are asked for at most, before this one
 LINE = 64  # bytes of a cache line
-PARALLEL_WORK = 1 << 20  # sign additions below which a second thread costs more than it brings
-
-MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -249,6 +241,7 @@ def add_nibbles(words, x, x_step, scale, sums, sums_step, start, stop, each):
     for i in range(whole, stop):
         for k in range(width):
             copy[(i - whole) * padded + k] = words[i * width + k]
+    none = np.int64(0)
     alone = width <= CHUNK or stop - start <= 2 * GROUP  # one group: tables are not worth keeping for few rows
     group_rows, kept = (max(stop - start, 1), min(width, CHUNK)) if alone else (GROUP, width)  # a share may be empty
     columns, tables = aligned(rows * 32 * CHUNK), aligned(rows * 128 * kept)
@@ -268,9 +261,10 @@ def add_nibbles(words, x, x_step, scale, sums, sums_step, start, stop, each):
                 ahead, lines, apart = place + 2 * LINE - 4, LANES, 4 * width  # the ends of the same rows' next chunks
             mine_rows = split - group
             add_nibbles_of_chunk(place, width, count, ahead, lines, apart, table, into, 4 * sums_step, mine_rows, each)
-            if split < end:
+            left = end - split
+            if left > 0:
                 place, into = address_of(copy) + 4 * ((split - whole) * padded + first), into + 4 * (split - group)
-                add_nibbles_of_chunk(place, padded, count, ahead, 0, 0, table, into, 4 * sums_step, end - split, each)
+                add_nibbles_of_chunk(place, padded, count, ahead, none, none, table, into, 4 * sums_step, left, each)
     columns[0] = tables[0] = 0  # a use after the last address: until here the arrays must not be freed
 
 
@@ -306,8 +300,6 @@ def sign_products(kernel, words, x, x_step, scale, sums, sums_step, start, stop,
 # its five arrays, and its rank.
 U, V, H, ELL, G, RANK = range(6)
 PATH_NUMBERS = 6
-
-CLAIMED, DONE = range(2)  # shares of the first stage
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -368,6 +360,7 @@ def ask_for(address, size):
 @numba.njit(nogil=True, cache=True)
 def layer_rows(kernel, paths, d_out, d_in, x, y, each):
     """len(each) rows of y = W_hat x, on one thread; x and y are flat, `paths` is (paths, 6) int64."""
+    start = np.int64(0)  # for a 0 as it stands Numba would compile all that is called here once more
     for order in range(len(paths)):
         path = paths[order]
         rank = path[RANK]
@@ -375,111 +368,20 @@ def layer_rows(kernel, paths, d_out, d_in, x, y, each):
         t = aligned(len(each) * step)
         ask_for(path[U], 4 * d_out * ((rank + 31) // 32))
         ask_for(path[H], 2 * d_out)
-        first_stage(kernel, path, d_in, x, 0, rank, t, step, each)
+        first_stage(kernel, path, d_in, x, start, rank, t, step, each)
         if order + 1 < len(paths):
             ask_for(paths[order + 1, V], 4 * rank * ((d_in + 31) // 32))
             ask_for(paths[order + 1, G], 2 * d_in)
-        second_stage(kernel, path, d_out, t, step, 0, d_out, y, order > 0, each)
-
-
-@numba.njit(nogil=True, cache=True)
-def share(size, part, parts):
-    """First row of one of `parts` shares of `size` rows, a multiple of sixteen (or the end)."""
-    blocks = (size + LANES - 1) // LANES
-    return min(size, blocks * part // parts * LANES)
+        second_stage(kernel, path, d_out, t, step, start, d_out, y, order > 0, each)
 
 
 @numba.njit(nogil=True, cache=True)
 def path_starts(paths):
-    """Where each path's rows of signs begin when those of all paths, padded to sixteen, follow each other; and the end.
-
-    Not in `layer_rows_parallel`, where Numba would divide the filling of such an array among threads.
-    """
+    """Where the rows of each path begin if the rows of all, padded to sixteen, follow each other; and the end."""
     starts = np.zeros(len(paths) + 1, np.int64)
     for order in range(len(paths)):
         starts[order + 1] = starts[order] + (paths[order, RANK] + LANES - 1 & -LANES)
     return starts
-
-
-@numba.njit(nogil=True, cache=True)
-def unclaimed():
-    """CLAIMED and DONE, both zero."""
-    return np.zeros(2, np.int64)
-
-
-@numba.njit(nogil=True, cache=True)
-def first_stage_shares(kernel, paths, starts, d_in, x, t, state, threads, each):
-    """One thread's part of the first stage: the shares that no other one has claimed. Returns when all are done.
-
-    It waits only for threads that have claimed a share, hence run; so no number of threads can block each other.
-    Shares go through the rows of all paths one after the other: few paths each, few tables.
-    """
-    share_at = atomic_add(state, CLAIMED, 1)
-    while share_at < threads:
-        first, last = share(starts[-1], share_at, threads), share(starts[-1], share_at + 1, threads)
-        for order in range(len(paths)):
-            rank, step = paths[order, RANK], starts[order + 1] - starts[order]
-            start, stop = max(first - starts[order], 0), min(last - starts[order], rank)
-            if start < stop:
-                mine = t[len(each) * starts[order] :]
-                first_stage(kernel, paths[order], d_in, x, start, stop, mine, step, each)
-        atomic_add(state, DONE, 1)
-        share_at = atomic_add(state, CLAIMED, 1)
-    while atomic_load(state, DONE) < threads:
-        pause()
-
-
-@numba.njit(nogil=True, cache=True)
-def second_stage_share(kernel, paths, starts, d_out, t, y, start, stop, each):
-    """The second stage of all paths for outputs start <= i < stop."""
-    for order in range(len(paths)):
-        step = starts[order + 1] - starts[order]
-        second_stage(kernel, paths[order], d_out, t[len(each) * starts[order] :], step, start, stop, y, order > 0, each)
-
-
-@numba.njit(nogil=True, cache=True, parallel=True)
-def layer_rows_parallel(kernel, paths, d_out, d_in, x, y, each, threads):
-    """`layer_rows` with the rows of signs divided among Numba's threads, which are started once for both stages."""
-    starts, state = path_starts(paths), unclaimed()
-    t = aligned(len(each) * starts[-1])
-    for part in numba.prange(threads):
-        start, stop = share(d_out, part, threads), share(d_out, part + 1, threads)
-        for order in range(len(paths)):
-            width = (paths[order, RANK] + 31) // 32
-            ask_for(paths[order, U] + 4 * width * start, 4 * width * (stop - start))
-        first_stage_shares(kernel, paths, starts, d_in, x, t, state, threads, each)
-        second_stage_share(kernel, paths, starts, d_out, t, y, start, stop, each)
-
-
-@numba.njit(nogil=True, cache=True)
-def layer(kernel, plan, d_out, d_in, x_address, y_address, rows):
-    """Y = W_hat x for each row of x, on one thread: as many rows at a time as share a lookup.
-
-    plan : six numbers for each path; x, y : addresses of (rows, d_in) and (rows, d_out) float32.
-    """
-    paths = plan.reshape(-1, PATH_NUMBERS)
-    x, y = floats_at(x_address, rows * d_in), floats_at(y_address, rows * d_out)
-    b = 0
-    while b + 4 <= rows:
-        layer_rows(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0, 0, 0))
-        b += 4
-    while b < rows:
-        layer_rows(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0,))
-        b += 1
-
-
-@numba.njit(nogil=True, cache=True)
-def layer_parallel(kernel, plan, d_out, d_in, x_address, y_address, rows, threads):
-    """`layer` on several threads."""
-    paths = plan.reshape(-1, PATH_NUMBERS)
-    x, y = floats_at(x_address, rows * d_in), floats_at(y_address, rows * d_out)
-    b = 0
-    while b + 4 <= rows:
-        layer_rows_parallel(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0, 0, 0, 0), threads)
-        b += 4
-    while b < rows:
-        layer_rows_parallel(kernel, paths, d_out, d_in, x[b * d_in :], y[b * d_out :], (0,), threads)
-        b += 1
 
 
 @numba.njit(nogil=True, cache=True)
@@ -565,68 +467,3 @@ def lookups_per_second(threads: int = 1, rounds: int = 20000) -> float:
         return rate()
     with ThreadPoolExecutor(threads) as pool:
         return sum(each.result() for each in [pool.submit(rate) for _ in range(threads)])
-
-
-local = threading.local()
-parallel_lock = threading.Lock()
-
-
-@functools.cache
-def start_threads() -> None:
-    """Start Numba's threads, once, and put back torch's number of threads, which that changes: both ask OpenMP."""
-    torch = sys.modules.get("torch")
-    before = torch and torch.get_num_threads()
-    numba.set_num_threads(MAX_THREADS)
-    if torch:
-        torch.set_num_threads(before)
-
-
-def default_threads() -> int:
-    """How many threads torch may use, at most Numba's; OMP_NUM_THREADS, or all, in a process without torch."""
-    torch = sys.modules.get("torch")
-    if torch:
-        return min(torch.get_num_threads(), MAX_THREADS)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(asked), MAX_THREADS) if asked.isdecimal() and int(asked) else MAX_THREADS
-
-
-def after_fork() -> None:
-    """A child that was forked from a process with OpenMP's threads has none of them, and waits or dies if it asks.
-
-    These kernels then use one, whatever is asked for; torch's own products still wait if it is told to use more.
-    """
-    global forked
-    if start_threads.cache_info().currsize:
-        forked = True
-        if torch := sys.modules.get("torch"):
-            torch.set_num_threads(1)  # as torch does in the workers of a DataLoader
-
-
-forked = False
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=after_fork)
-
-
-class NumbaThreads:
-    """Use so many of Numba's threads in a `with` block, all by default; one if another Python thread uses them.
-
-    Entering gives the number. (A generator as the context manager would take as long as a small layer.)
-    """
-
-    def __init__(self, wanted: int | None = None):
-        start_threads()
-        self.count = default_threads() if wanted is None else min(wanted, MAX_THREADS)
-
-    def __enter__(self) -> int:
-        """How many threads the block may use."""
-        if self.count > 1 and (forked or not parallel_lock.acquire(blocking=False)):
-            self.count = 1
-        if self.count > 1 and getattr(local, "count", None) != self.count:  # setting it takes longer than a small layer
-            numba.set_num_threads(self.count)
-            local.count = self.count
-        return self.count
-
-    def __exit__(self, *error: object) -> None:
-        """Leave them to others."""
-        if self.count > 1:
-            parallel_lock.release()

@@ -24,7 +24,7 @@ from numba import cuda
 from torch import Tensor
 from torch.nn import functional
 
-from ..fetch import cache_folder
+from ..cache import cached
 from ..packing import PackedFactors
 from ..writing import made_once
 from . import plan
@@ -255,19 +255,18 @@ def vectors_of(rows: int) -> int:
 def measured() -> dict[str, dict[str, Schedule]]:
     """The fastest schedules that were measured, by the GPU's name and `name_of`: what ships, and what `tune` kept."""
     tables = json.loads(SCHEDULES.read_text())
-    own = own_schedules()
-    if own.exists():
-        try:
-            for name, table in read_schedules(own).items():
-                tables[name] = tables.get(name, {}) | table
-        except ValueError as error:
-            log.warning("littlebit: %s; it is passed over", error)
+    try:
+        own = own_schedules()
+        for name, table in read_schedules(own).items() if own.exists() else ():
+            tables[name] = tables.get(name, {}) | table
+    except (ValueError, OSError) as error:
+        log.warning("littlebit: %s; it is passed over", error)
     return {name: {of: schedule_from(each) for of, each in table.items()} for name, table in tables.items()}
 
 
 def own_schedules() -> Path:
     """Where `littlebit tune` keeps what it has measured."""
-    return cache_folder() / "cuda_schedules.json"
+    return cached("cuda_schedules.json")
 
 
 def read_schedules(path: Path) -> dict[str, dict[str, list[Any]]]:
@@ -836,8 +835,8 @@ def unusable(index: int) -> str | None:
 def compiled(kernel: Any, capability: tuple[int, int]) -> tuple[bytes, bytes]:
     """PTX of a kernel, and the name that it has there; kept in the cache folder, for it takes Numba seconds."""
     named = f"{RECIPES[kernel]} {SIGNATURES[kernel]} {capability} {sources()}"
-    folder = cache_folder() / "ptx" / hashlib.sha256(named.encode()).hexdigest()[:32]
     try:
+        folder = cached("ptx", hashlib.sha256(named.encode()).hexdigest()[:32])
         text = (made_once(folder, lambda part: write_ptx(part, kernel, capability)) / PTX).read_bytes()
     except OSError as error:
         log.info("littlebit: the cache folder cannot be used, so kernels are compiled for this run alone: %s", error)

@@ -497,29 +497,57 @@ def prefetch(typingctx, address):
     return types.void(types.int64), codegen
 
 
-@intrinsic
-def atomic_add(typingctx, array, index, value):
-    """Add a value to array[index] (int64), and give what it was: one step for all threads that look.
+def atomic_word(builder, address):
+    """LLVM pointer to the int64 at an address."""
+    return builder.inttoptr(address, ir.IntType(64).as_pointer())
 
-    Whoever reads the new value by `atomic_load`, or adds to it, also sees what this thread wrote before.
+
+@intrinsic
+def atomic_load(typingctx, address):
+    """The int64 at an address, read anew each time.
+
+    A thread that reads a value also sees everything that the thread which stored it wrote before.
     """
 
     def codegen(context, builder, signature, args):
-        place = element_pointer(context, builder, signature.args[0], args[0], args[1])
-        return builder.atomic_rmw("add", place, args[2], "acq_rel")
+        return builder.load_atomic(atomic_word(builder, args[0]), "seq_cst", 8)
 
-    return types.int64(array, types.intp, types.int64), codegen
+    return types.int64(types.int64), codegen
 
 
 @intrinsic
-def atomic_load(typingctx, array, index):
-    """array[index] (int64) as it is now, read anew each time; see `atomic_add`."""
+def atomic_store(typingctx, address, value):
+    """Store an int64 to an address; see `atomic_load`."""
 
     def codegen(context, builder, signature, args):
-        place = element_pointer(context, builder, signature.args[0], *args)
-        return builder.load_atomic(place, "acquire", 8)
+        builder.store_atomic(args[1], atomic_word(builder, args[0]), "seq_cst", 8)
+        return context.get_dummy_value()
 
-    return types.int64(array, types.intp), codegen
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def compare_and_swap(typingctx, address, expected, value):
+    """Store an int64 to an address if the expected one is there, in one step for all threads; whether it was."""
+
+    def codegen(context, builder, signature, args):
+        place = atomic_word(builder, args[0])
+        return builder.extract_value(builder.cmpxchg(place, args[1], args[2], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def call(typingctx, function, first, second):
+    """Call the function at an address with two int64; it gives nothing back."""
+
+    def codegen(context, builder, signature, args):
+        integer = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [integer, integer])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..packing import PackedFactors, to_half
-from . import cpu
+from . import cpu, cpu_threads
 from .lanes import LANES, LEVEL
 
 # What large batches cost, in the time of a sign addition of `nibbles`, as measured with 1 to 544 signs a row; not
@@ -50,7 +50,7 @@ class Plan:
         """(..., d_out) float32 from (..., d_in), on at most torch.get_num_threads() threads.
 
         `kernel` is one of cpu.KERNELS; by default the best, or for large batches torch's BLAS if that is quicker.
-        Several Python threads may call it at once; one of them at a time uses Numba's.
+        Several Python threads may call it at once; one of them at a time uses the helpers (cpu_threads.py).
         """
         if x.dtype != torch.float32 or not x.is_contiguous():
             x = x.to(torch.float32).contiguous()
@@ -61,15 +61,17 @@ class Plan:
             kernel = cpu.BEST
         y = x.new_empty(*x.shape[:-1], self.d_out)
         arguments = kernel, self.numbers, self.d_out, self.d_in, x.data_ptr(), y.data_ptr(), rows
-        if rows * self.work < cpu.PARALLEL_WORK or torch.get_num_threads() == 1:
-            cpu.layer(*arguments)
+        if rows * self.work < cpu_threads.PARALLEL_WORK or torch.get_num_threads() == 1:
+            cpu_threads.layer(cpu_threads.row_alone(), *arguments)
             return y
-        with cpu.NumbaThreads() as threads:
-            if threads == 1:
-                cpu.layer(*arguments)
-            else:
-                cpu.layer_parallel(*arguments, threads)
+        with cpu_threads.Team(None, self.floats(rows), (self.kept, x, y)) as team:
+            cpu_threads.layer(team, *arguments)
         return y
+
+    def floats(self, rows: int) -> int:
+        """Space that a thread needs for its part of a call: of the outputs, or of what the first stage leaves."""
+        padded = sum(rank + LANES - 1 & -LANES for rank in self.ranks)
+        return max(rows * self.d_out, min(rows, cpu_threads.FOUR) * padded)
 
     def is_quicker_unpacked(self, rows: int) -> bool:
         """Whether two dense products take less time than lookups, which work on sixteen rows and 32 columns of signs.
