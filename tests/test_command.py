@@ -177,7 +177,7 @@ def test_bench_agreement_prints_and_saves_a_row_for_each_prompt(checkpoint, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["info", "{tmp}/nothing"], "no config.json"),
+        (["info", "{tmp}/nothing"], "cannot load a model from"),
         (["eval", "{tmp}/nothing"], "cannot load a model from"),
         (["quantize", "{model}", "{tmp}/out", "--bits", "0.1"], "smallest possible value is"),
         (["quantize", "{model}", "{out}", "--bits", "2.5"], "--overwrite"),
