@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "book" / "results"
 
 CPU = ("kernels.cpu", "kernels.lanes", "kernels.plan")
-CUDA = ("kernels.cuda", "kernels.cuda_*")
-CUDA_DECODE = (*CUDA, "kernels.steps", "decode_cuda", "fused_engine")
+CUDA = ("kernels.cuda", *(f"kernels.cuda_{part}" for part in ("batch", "lanes", "launch", "tiles", "unpacked")))
+CUDA_DECODE = (*CUDA, "kernels.cuda_decode", "kernels.steps", "decode_cuda", "fused_engine")
 STARTS = ("admm", "alignment", "dual_svid", "residual", "svd")
 #: Patterns of the modules that each file of results measures; files that are not here measure no code of these.
 MEASURES = {
@@ -33,7 +33,7 @@ MEASURES = {
     "cpu_linear": CPU,
     "cpu_linear_threads": CPU,
     "cuda_batches": CUDA,
-    "cuda_cache": (*CUDA_DECODE, "latent_engine"),
+    "cuda_cache": (*CUDA_DECODE, "kernels.cuda_latent", "latent_engine"),
     "cuda_decode": CUDA_DECODE,
     "cuda_decode_70b": CUDA_DECODE,
     "cuda_decode_smollm2": CUDA_DECODE,

@@ -260,8 +260,8 @@ def kv_factor(layers: Mapping[str, PackedLinear], bits: float | None, paths: int
     """Find the factor with which the authors' rule gives the ranks of all k_proj and v_proj; 1 if there is none.
 
     A factor f gives rank r if r <= f * (rank before rounding) < r + 8, and every smaller one gives the least rank, 8.
-    Of the factors that all layers allow this is 1 or else the fraction with the smallest denominator, so that 4 is
-    found again as 4, or as a simpler number that gives the same ranks.
+    Of the factors that give every rank this is 1, or else the first of the smallest ones that allow the ranks above 8,
+    with a denominator of 1, 2, 3 and so on: 4 is found again as 4, or as a simpler number that gives the same ranks.
     """
     found = [layer for name, layer in layers.items() if is_key_or_value(name)]
     if bits is None or not found:
@@ -271,13 +271,12 @@ def kv_factor(layers: Mapping[str, PackedLinear], bits: float | None, paths: int
         ranks = [official_rank(layer.d_out, layer.d_in, bits, paths, factor) for layer in found]
         return ranks == [layer.ranks[0] for layer in found]
 
-    low, high = 0.0, math.inf
+    low = 0.0
     for layer in found:
         exact, rank = official_rank_before_rounding(layer.d_out, layer.d_in, bits, paths), layer.ranks[0]
-        if exact > 0:
-            low, high = max(low, rank / exact if rank > 8 else 0.0), min(high, (rank + 8) / exact)
+        low = max(low, rank / exact if exact > 0 and rank > 8 else 0.0)
     fractions = (max(1, math.ceil(low * below)) / below for below in range(1, 1000))
-    return next((factor for factor in (1.0, *fractions) if factor < high and gives(factor)), 1.0)
+    return next((factor for factor in (1.0, *fractions) if gives(factor)), 1.0)
 
 
 def official_tensors(name: str, layer: PackedLinear, packed: bool) -> dict[str, Tensor]:

@@ -269,12 +269,13 @@ def test_kv_factor_is_written_so_that_their_rule_gives_every_rank(factor, paths,
 @pytest.mark.parametrize("paths", [1, 2])
 def test_kv_factor_is_found_from_ranks_alone(factor, paths):
     shapes = {"a.k_proj": (256, 1024), "a.v_proj": (512, 1024), "a.q_proj": (1024, 1024)}
+    shapes["b.k_proj"] = (64, 128)  # of the least rank, 8, for most factors
     layers = {}
     for name, (d_out, d_in) in shapes.items():
         rank = lb.official_rank(d_out, d_in, 0.6, paths, factor if name != "a.q_proj" else 1)
         layers[name] = lb.PackedLinear.empty(d_out, d_in, (rank,) * paths)
     found = kv_factor(layers, 0.6, paths)
-    for name in ("a.k_proj", "a.v_proj"):
+    for name in ("a.k_proj", "a.v_proj", "b.k_proj"):
         assert lb.official_rank(*shapes[name], 0.6, paths, found) == layers[name].ranks[0]
     if factor == 1:
         assert found == 1
