@@ -39,6 +39,7 @@ GROUPS = {
         "static_engine",
         "tokenizer",
         "latent_cache",
+        "cache_argument",
         "hf_cache",
         "kernels",
     ],

@@ -16,6 +16,8 @@ from .decode_cpu import Decoder
 from .decode_loaded import decodable
 from .embeddings import QuantizedEmbedding, QuantizedHead
 from .factors import Factors
+from .hf import transformers
+from .hf_names import cache_argument
 from .model import packed_layers, replace_module
 from .packing import unpack_factors
 
@@ -100,14 +102,15 @@ def rounding_terms(model: Any, length: int) -> int:
 def transformers_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[int], list[np.ndarray]]:
     """`count` tokens after a prompt (length,) by transformers with its cache, and the logits that chose each."""
     tokens, logits = [], []
+    past = cache_argument(transformers().DynamicCache(config=model.config), model.forward)
     with torch.inference_mode():
-        output = model(prompt[None], use_cache=True)
+        output = model(prompt[None], use_cache=True, **past)
         for left in range(count - 1, -1, -1):
             logits.append(output.logits[0, -1].float().numpy())
             tokens.append(int(logits[-1].argmax()))
             if left:
                 last = torch.tensor([[tokens[-1]]])
-                output = model(last, past_key_values=output.past_key_values, use_cache=True)
+                output = model(last, use_cache=True, **past)
     return tokens, logits
 
 

@@ -18,6 +18,7 @@ from .decode_cpu import (
     architecture,
 )
 from .embeddings import QuantizedEmbedding, QuantizedHead
+from .hf_names import cache_argument
 from .kernels import cpu
 from .kernels.plan import layer_plan
 from .latent_cache import LATENT_TYPES, latent_cache
@@ -112,7 +113,7 @@ def through_transformers(
     """`decode.stream_tokens` by transformers' generate, all at once."""
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
     greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    cache = latent_cache(model, LATENT_TYPES[kv_cache]) if kv_cache in LATENT_TYPES else None
+    past = cache_argument(latent_cache(model, LATENT_TYPES[kv_cache])) if kv_cache in LATENT_TYPES else {}
     prompt = torch.tensor([list(tokens)], device=next(model.parameters()).device)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
@@ -121,7 +122,7 @@ def through_transformers(
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            past_key_values=cache,
+            **past,
             **(sampling if temperature else greedy),
         )
     return output[0, prompt.shape[1] :].tolist()

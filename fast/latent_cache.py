@@ -22,8 +22,8 @@ LATENT_TYPES = {"latent": torch.float16, "latent-int8": torch.int8}
 def latent_cache(model: nn.Module, dtype: torch.dtype = torch.float16) -> Any:
     """An empty cache that keeps latents of k_proj and v_proj instead of keys and values.
 
-    Give it to transformers: `model.generate(tokens, past_key_values=latent_cache(model))`, or `model(tokens,
-    past_key_values=...)`. Batches, left padding, beams and `crop` work as with transformers' own DynamicCache. The
+    Give it to transformers: `model.generate(tokens, **cache_argument(latent_cache(model)))`, or to `model(tokens,
+    ...)` in the same way. Batches, left padding, beams and `crop` work as with transformers' own DynamicCache. The
     model's attention layers learn to read it, and treat all other caches as before.
 
     Parameters
@@ -88,26 +88,32 @@ def check_latent(model: Any, dtype: torch.dtype) -> None:
     device_of(model)
 
 
-def attend(
+def attend(attention: Any, ordinary: Any, /, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+    """Run a model's attention: `ordinary`, its own forward, unless one of the arguments is a LatentCache."""
+    cache = next((each for each in (*inputs, *named.values()) if hasattr(each, "put_latents")), None)
+    if cache is None:
+        return ordinary(*inputs, **named)
+    return attend_to_latents(attention, cache, *inputs, **named)
+
+
+def attend_to_latents(
     attention: Any,
-    ordinary: Any,
+    kept: Any,
+    /,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    position_embeddings: Any = None,
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **others: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The forward of a model's attention: `ordinary` unless the cache is a LatentCache."""
-    if not hasattr(past_key_values, "put_latents"):
-        others |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
-        return ordinary(hidden_states, position_embeddings=position_embeddings, **others)
-    cache, at = past_key_values, attention.layer_idx
+    *_: Any,
+    position_ids: Tensor,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    """Append the latents of new tokens to a LatentCache, and attend to all that it holds."""
     key, value = attention.k_proj, attention.v_proj
     projected = [latents(hidden_states, each.factors()) for each in (key, value)]
-    keys, values = cache.put_latents(at, *projected, others["position_ids"])
+    keys, values = kept.put_latents(attention.layer_idx, *projected, position_ids)
     queries = hidden_states.shape[1]
     query = attention.q_proj(hidden_states).float().unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    cosine, sine = cache.angles()  # (batch, tokens, size / 2)
+    cosine, sine = kept.angles()  # (batch, tokens, size / 2)
     query = rotate(query, cosine[:, None, -queries:], sine[:, None, -queries:])
     output = latent_attention(
         query,
