@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .checks import check_number, check_positions, flat_tokens, positions_of
 from .decode_cpu import Decoder
 from .decode_loaded import decodable
 from .embeddings import QuantizedEmbedding, QuantizedHead
@@ -148,10 +149,13 @@ def agreement(
     distance of a logit from its exact value while the texts are the same), bound_share (the larger of the two over
     the bound of its position).
     """
+    check_number("count", count, low=1, whole=True)
+    starts = [flat_tokens(tokenizer(prompt)["input_ids"], model) for prompt in prompts]
+    for start in starts:
+        check_positions(len(start) + count - 1, positions_of(model), f"a prompt with {count} new tokens")
     twin = dense_twin(model)
     pairs = []
-    for prompt in tqdm(prompts, desc="greedy", disable=not progress):
-        start = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
+    for start in tqdm(starts, desc="greedy", disable=not progress):
         pairs.append((start, decoder_greedy(model, start, count), transformers_greedy(twin, start, count)))
     del twin
     texts = [torch.cat([start, torch.tensor(tokens[:-1])]) for start, (tokens, _), _ in pairs]

@@ -191,7 +191,7 @@ def random_model(shape: ModelShape, bits: float | None, paths: int = 1, device: 
     ]
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     kinds = shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.intermediate, shape.layers
-    sizes = Architecture(*kinds, shape.vocabulary, 1e-5, rope)
+    sizes = Architecture(*kinds, shape.vocabulary, 1e-5, rope, shape.context)
     head = random_linear(shape.vocabulary, shape.hidden, generator)
     rows = head if shape.tied else random_linear(shape.vocabulary, shape.hidden, generator)
     embedding = nn.Embedding(1, 1, device="meta")

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from .digests import contents, entry_digest
 from .embeddings import QuantizedEmbedding, Table, replace_embeddings
 from .fetch import fetch, shipped_names
+from .generation_settings import FILE as GENERATION, read_generation
 from .headers import (
     FORMAT_VERSION,
     INDEX,
@@ -132,11 +133,33 @@ def save(
             (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n")
         if log is not None:
             (folder / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+        write_generation(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return path
+
+
+def write_generation(model: Any, folder: Path) -> None:
+    """Write a model's generation_config as it is; transformers' own writer refuses some that it reads."""
+    if getattr(model, "generation_config", None) is not None:
+        (folder / GENERATION).write_text(model.generation_config.to_json_string(), encoding="utf-8")
+
+
+def generation_config(path: Path) -> Any:
+    """Read the generation_config of a checkpoint for transformers.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged.
+    """
+    from .hf import transformers
+
+    said = read_generation(path)
+    try:
+        return transformers().GenerationConfig.from_dict(said)
+    except Exception as error:  # transformers raises anything at all on values that make no sense
+        raise CheckpointError(f"{path / GENERATION} cannot be used: {error!r}; mend the file") from error
 
 
 def layers_to_save(model: nn.Module, path: Path, overwrite: bool) -> dict[str, PackedLinear]:
@@ -315,6 +338,7 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     config, layers, tensors = read_checkpoint(path, verify)
     model = built(config, layers, tensors, dtype, path)
     model.name_or_path = str(path)  # type: ignore[assignment]
+    model.generation_config = generation_config(path)  # type: ignore[assignment]
     attach(model, config["quantization_config"])
     return cast_dense(model, dtype).to(device)
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from .decode_cpu import (
-    NEUTRAL,
     NORMS,
     PROJECTIONS,
     Decodable,
@@ -18,6 +17,7 @@ from .decode_cpu import (
     architecture,
 )
 from .embeddings import QuantizedEmbedding, QuantizedHead
+from .generation_settings import GenerationSettings, generation_settings
 from .hf_names import cache_argument
 from .kernels import cpu
 from .kernels.plan import layer_plan
@@ -51,7 +51,7 @@ def decodable(model: Any) -> Decodable:
     if getattr(model.lm_head, "bias", None) is not None:
         raise NotDecodableError("its head has a bias")
     weights = Weights(layers, [floats(norm.weight) for norm in norms], rows(inner.embed_tokens), rows(model.lm_head))
-    return Decodable(sizes, weights, stop_tokens(model), model.name_or_path)
+    return Decodable(sizes, weights, settings_of(model), model.name_or_path)
 
 
 def linear(name: str, module: nn.Module) -> Linear:
@@ -83,20 +83,16 @@ def rows(module: Any) -> Rows:
     return Rows(table.codes.numpy(), table.scale.numpy(), None if table.offset is None else table.offset.numpy())
 
 
-def stop_tokens(model: Any) -> tuple[int, ...]:
-    """The tokens after which a model says no more."""
-    settings = getattr(model, "generation_config", None) or model.config
-    stop = settings.eos_token_id
-    return () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
+def settings_of(model: Any) -> GenerationSettings:
+    """Interpret a loaded model's generation_config."""
+    config = getattr(model, "generation_config", None)
+    return GenerationSettings() if config is None else generation_settings(config.to_dict())
 
 
 def check_settings(model: Any) -> None:
-    """Raise NotDecodableError if a model's generation_config has a setting that only transformers honours."""
-    settings = getattr(model, "generation_config", None)
-    for name, neutral in NEUTRAL.items():
-        value = getattr(settings, name, None)
-        if value not in neutral:
-            raise NotDecodableError(f"its generation_config sets {name} to {value}")
+    """Raise NotDecodableError if a model's generation_config has a setting that only transformers follows."""
+    if beyond := settings_of(model).beyond:
+        raise NotDecodableError(f"its generation_config sets {beyond}")
 
 
 def through_transformers(
@@ -122,6 +118,7 @@ def through_transformers(
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
+            return_dict_in_generate=False,
             **past,
             **(sampling if temperature else greedy),
         )

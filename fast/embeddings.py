@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .checks import flat_tokens, window_for
+
 GROUPS = {8: 64, 4: 32}  # entries that share a scale, at most
 LEVELS = 15  # largest code of 4 bits
 DAMPING = 0.03  # of the mean diagonal of the second moments, added to it
@@ -249,7 +251,7 @@ def head_moments(model: Any, tokens: Tensor) -> Tensor:
     hook = head.register_forward_pre_hook(add)
     try:
         with torch.inference_mode():
-            for part in tokens.split(CALIBRATION_WINDOW):
+            for part in tokens.split(window_for(model, None, CALIBRATION_WINDOW)):
                 model(part[None].to(device), use_cache=False)
     finally:
         hook.remove()
@@ -296,7 +298,7 @@ def quantize_embeddings_(model: Any, bits: int, tokens: Tensor | None = None) ->
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     moments = None
     if bits == 4 and tokens is not None:
-        texts = tokens, random_tokens(embedding.num_embeddings)
+        texts = flat_tokens(tokens, model), random_tokens(embedding.num_embeddings)
         moments = torch.stack([head_moments(model, each) for each in texts]).mean(0)
     table = quantize_table(head.weight, bits, moments)
     tied = head.weight is embedding.weight

@@ -28,7 +28,8 @@ def cache_argument(cache: Any, function: Callable[..., Any] | None = None) -> di
     """
     from transformers.generation.utils import GenerationMixin
 
-    for each in filter(None, (function, GenerationMixin.prepare_inputs_for_generation)):
+    generation: Any = GenerationMixin
+    for each in filter(None, (function, generation.prepare_inputs_for_generation)):
         named = inspect.signature(each).parameters
         if name := next((name for name in CACHE_NAMES if name in named), None):
             return {name: cache}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decode_cpu import MODEL_TYPES, STATIC_ROPE
+from .checks import positions_of
+from .decode_cpu import MODEL_TYPES, STATIC_ROPE, has_sliding_window
 from .kv_cache import LARGEST_CODE, latent_attention, latents, rotate
 from .layers import PackedLinear
 from .model import device_of
@@ -52,12 +53,12 @@ def latent_cache(model: nn.Module, dtype: torch.dtype = torch.float16) -> Any:
     check_latent(model, dtype)
     from .hf_cache import LatentCache
 
-    config, inner = model.config, model.model  # type: ignore[union-attr]
+    inner = model.model  # type: ignore[union-attr]
     for layer in inner.layers:  # type: ignore[union-attr]
         attention: Any = layer.self_attn
         if not isinstance(attention.forward, partial):
             attention.forward = partial(attend, attention, attention.forward)
-    return LatentCache(len(inner.layers), dtype, inner.rotary_emb, config.max_position_embeddings)  # type: ignore[arg-type, union-attr]
+    return LatentCache(len(inner.layers), dtype, inner.rotary_emb, positions_of(model))  # type: ignore[arg-type, union-attr]
 
 
 def check_latent(model: Any, dtype: torch.dtype) -> None:
@@ -68,7 +69,7 @@ def check_latent(model: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"a latent cache needs a model of type {', '.join(MODEL_TYPES)}, not {kind}")
     if dtype != torch.float32 and dtype not in LARGEST_CODE:
         raise ValueError(f"latents are kept in float32, float16 or int8, not {dtype}")
-    if getattr(config, "use_sliding_window", kind == "mistral") and getattr(config, "sliding_window", None):
+    if has_sliding_window(config.to_dict()):
         raise ValueError(
             f"the model attends through a sliding window of {config.sliding_window} tokens, and a latent cache keeps "
             "all of them: use the ordinary cache, or set config.sliding_window to None before loading"

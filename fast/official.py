@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .bits import official_rank
-from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_tensors
+from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_generation, write_tensors
 from .headers import (
     OFFICIAL,
     WITHOUT_CHECKSUMS,
@@ -204,6 +204,7 @@ def save_official(
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
         (folder / OFFICIAL).write_text(json.dumps(note, indent=1) + "\n")
         write_tensors(tensors, folder)
+        write_generation(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return path

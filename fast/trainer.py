@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from .checks import check_number, check_positions, flat_tokens, positions_of
 from .digests import digest
 from .distill import KLLoss, hidden_loss, kl_rows
 from .hf import causal_attention, is_plainly_causal
@@ -143,7 +144,7 @@ def train_(
     model : transformers causal language model after `quantize_`, float32
     teacher : the model that it was made from, on the same device
         Its parameters are rounded to `dtype`, in place.
-    tokens : (n,) integer tensor, or several
+    tokens : (n,) or (1, n) integer tensor, or several
         Training texts.
     config : TrainConfig, optional
     weights : sequence of float, optional
@@ -182,16 +183,14 @@ def train_(
     rank, world = process()
     check_config(config, world)
     check_models(model, teacher)
-    for text in texts:
-        check_tokens(text, model, config)
+    texts = [training_tokens(text, model, config.sequence) for text in texts]
     device = next(model.parameters()).device
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     starts = schedule([len(text) for text in texts], weights, config)  # (steps, batch)
     corpus = torch.cat([text.to(torch.int32) for text in texts])
     if shard and not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError("shard divides the masters over processes: start them with torchrun")
-    if log_steps < 1:
-        raise ValueError(f"log_steps must be at least 1, not {log_steps}")
+    check_number("log_steps", log_steps, low=1, whole=True)
     if keeper is not None:
         kind = {"dtype": str(dtype), "device": device.type}
         keeper.check(asdict(config) | kind | {"world": world, "shard": shard, "data": digest(corpus, starts)})
@@ -732,9 +731,10 @@ def check_config(config: TrainConfig, world: int) -> None:
     """Raise ValueError unless the settings make sense."""
     named_rule(config.rule)
     check_trainable(config.train)
-    for key in ("tokens", "sequence", "batch"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key} must be at least 1, not {getattr(config, key)}")
+    for key, low in (("tokens", 1), ("sequence", 1), ("batch", 1), ("block_tokens", 0), ("seed", 0)):
+        check_number(key, getattr(config, key), low=low, below=2**63, whole=True)
+    if config.micro_batch is not None:
+        check_number("micro_batch", config.micro_batch, low=1, whole=True)
     if config.batch % world:
         raise ValueError(f"a step's {config.batch} sequences cannot be divided evenly among {world} processes")
     at_once = config.batch // world if config.micro_batch is None else config.micro_batch
@@ -743,11 +743,11 @@ def check_config(config: TrainConfig, world: int) -> None:
             f"a process's {config.batch // world} sequences a step cannot be divided evenly into parts of {at_once} "
             "(micro_batch)"
         )
-    if not 0 <= config.warmup < 1:
-        raise ValueError(f"warmup must be a part of the schedule, 0 to below 1, not {config.warmup}")
-    for key in ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final", "block_tokens"):
-        if not (math.isfinite(getattr(config, key)) and getattr(config, key) >= 0):
-            raise ValueError(f"{key} must be a finite number, not negative, not {getattr(config, key)}")
+    check_number("warmup", config.warmup, low=0, below=1)
+    for key in ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final"):
+        check_number(key, getattr(config, key), low=0)
+    for beta in config.betas:
+        check_number("betas", beta, low=0, below=1)
 
 
 def check_models(model: nn.Module, teacher: nn.Module) -> None:
@@ -762,11 +762,16 @@ def check_models(model: nn.Module, teacher: nn.Module) -> None:
             raise ValueError(f"teacher and student do not fit each other: {key} is {theirs} and {mine}")
 
 
-def check_tokens(text: Tensor, model: nn.Module, config: TrainConfig) -> None:
-    """Raise ValueError unless a text is long enough and its tokens are in the vocabulary."""
-    if text.ndim != 1 or len(text) < config.sequence:
-        raise ValueError(f"a training text has {text.numel()} tokens, but a sequence needs {config.sequence}")
-    known: Any = model.config
-    largest, size = int(text.max()), known.vocab_size
-    if int(text.min()) < 0 or largest >= size:
-        raise ValueError(f"a training text has token {largest}, but the model's vocabulary has {size}: wrong tokenizer")
+def training_tokens(text: Tensor, model: nn.Module, sequence: int) -> Tensor:
+    """Turn a training text into (n,) tokens, of which the model can read `sequence` at once.
+
+    Raises
+    ------
+    ValueError
+        If it is too short or has no such tokens, or the model has fewer positions.
+    """
+    check_positions(sequence, positions_of(model), f"a sequence of {sequence} tokens")
+    tokens = flat_tokens(text, model)
+    if len(tokens) < sequence:
+        raise ValueError(f"a training text has {len(tokens)} tokens, but a sequence needs {sequence}")
+    return tokens

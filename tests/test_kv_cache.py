@@ -417,7 +417,7 @@ def test_latent_cache_refuses_what_does_not_go_on_from_it(one_packed):
     cache, limit = lb.latent_cache(one_packed), one_packed.config.max_position_embeddings
     with torch.inference_mode():
         one_packed(some_tokens(1, limit), **lb.cache_argument(cache))
-        with pytest.raises(ValueError, match=f"{limit + 1} tokens is longer than the {limit}"):
+        with pytest.raises(ValueError, match=f"needs {limit + 1} positions, but the model has {limit}"):
             one_packed(some_tokens(1, 1), **lb.cache_argument(cache))
         cache.crop(-9)
         with pytest.raises(ValueError, match="holds 1 sequences, but 2 go on"):
