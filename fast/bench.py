@@ -193,13 +193,13 @@ def save_results(path: Path, rows: list[dict[str, Any]], command: str, device: s
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def cpu_name() -> str:
     """The processor's name, with the instruction sets that matter to the kernels."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     values = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)

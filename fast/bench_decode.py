@@ -168,7 +168,7 @@ def dense_times(source: str, threads: int, tokens: int) -> list[float]:
 def memory_bytes(name: str) -> int:
     """Resident memory of this process, VmRSS now and VmHWM at most so far; 0 where the system does not say."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)

@@ -126,13 +126,13 @@ def save(
     config["dtype"] = "float16"
     config["quantization_config"] = section(model, bits)
     with written_whole(path, overwrite) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         write_tensors(stored_tensors(model), folder, shard_bytes, config)
         if results is not None:
             rows = {name: asdict(result) for name, result in results.items()}
-            (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n")
+            (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         if log is not None:
-            (folder / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+            (folder / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
         write_generation(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -263,7 +263,7 @@ def write_tensors(
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     for name, shard in zip(names, shards, strict=True):
         checksums = {} if config is None else make_checksums(tensor_digests(shard), config)
         save_file(shard, folder / name, metadata={"format": "pt"} | checksums)

@@ -1,4 +1,4 @@
-"""Checks of numbers, token ids and positions that a caller gives; each error names the value and what to do.
+"""Checks of numbers, token ids and positions against what a model allows; errors name the value and what to do.
 
 No check imports torch unless it is given a model.
 """
@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class LittleBitWarning(UserWarning):
+    """A warning of this package, which the command shows; it leaves out those of libraries."""
 
 
 def check_number(
@@ -102,6 +106,14 @@ def position_limit(positions: int | None, rope: Mapping[str, Any] | None) -> int
         return positions
     trained = (rope or {}).get("original_max_position_embeddings") or positions
     return max(positions, int(factor * trained))
+
+
+def has_sliding_window(config: Mapping[str, Any]) -> bool:
+    """Decide whether a configuration, as config.json holds it, lets a layer attend to its nearest tokens alone."""
+    mistral = config.get("model_type") == "mistral"
+    size = config.get("sliding_window", 4096 if mistral else None)  # what transformers takes where it is missing
+    layers = config.get("layer_types") or ()
+    return bool(config.get("use_sliding_window", mistral) and size) or any(each != "full_attention" for each in layers)
 
 
 def text_config(model: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from .checks import check_number, check_prompts, embedding_rows, flat_tokens, positions_of
 from .decode_cpu import Decodable, NotDecodableError, decode
-from .generation_settings import Sampling, check_sampling
+from .generation_settings import Sampling, check_sampling, settings_of
 from .memory import KV_CACHES
 
 if TYPE_CHECKING:
@@ -313,12 +313,7 @@ def rows_and_positions(model: Any) -> tuple[int | None, int | None]:
 
 def chosen_sampling(model: Any, temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling:
     """Take the caller's sampling, and the checkpoint's own for what is None."""
-    if isinstance(model, Decodable):
-        generation = model.generation
-    else:
-        from .decode_loaded import settings_of
-
-        generation = settings_of(model)
+    generation = model.generation if isinstance(model, Decodable) else settings_of(model)
     chosen = generation.chosen(temperature, top_k, top_p)
     check_sampling(*chosen)
     return chosen

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checks import position_limit
+from .checks import has_sliding_window, position_limit
 from .generation_settings import GenerationSettings
 from .kernels import cpu, cpu_decode
 
@@ -167,22 +167,6 @@ def architecture(config: Mapping[str, Any], kinds: Sequence[str] = MODEL_TYPES) 
         raise NotDecodableError("its sizes are not multiples of sixteen")
     limit = position_limit(positions, rope) or positions
     return Architecture(hidden, heads, kv_heads, head_dim, intermediate, layers, vocabulary, float(eps), rope, limit)
-
-
-def has_sliding_window(config: Mapping[str, Any]) -> bool:
-    """Decide whether a configuration, as config.json holds it, lets a layer attend to its nearest tokens alone.
-
-    Raises
-    ------
-    NotDecodableError
-        If it does not say.
-    """
-    mistral = config.get("model_type") == "mistral"
-    if mistral and "sliding_window" not in config:
-        raise NotDecodableError("its configuration does not say sliding_window")
-    layers = config.get("layer_types") or ()
-    slides = config.get("use_sliding_window", mistral) and config.get("sliding_window")
-    return bool(slides) or any(each != "full_attention" for each in layers)
 
 
 def check_rope(rope: Any) -> None:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .checks import check_prompts, embedding_rows, positions_of
 from .decode_cpu import NotDecodableError
-from .decode_loaded import settings_of
-from .generation_settings import Sampling
+from .generation_settings import Sampling, settings_of
 from .model import device_of
 
 log = logging.getLogger(__name__)

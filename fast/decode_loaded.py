@@ -17,7 +17,7 @@ from .decode_cpu import (
     architecture,
 )
 from .embeddings import QuantizedEmbedding, QuantizedHead
-from .generation_settings import GenerationSettings, generation_settings
+from .generation_settings import settings_of
 from .hf_names import cache_argument
 from .kernels import cpu
 from .kernels.plan import layer_plan
@@ -81,12 +81,6 @@ def rows(module: Any) -> Rows:
         return Rows(floats(module.weight))
     table = module.table
     return Rows(table.codes.numpy(), table.scale.numpy(), None if table.offset is None else table.offset.numpy())
-
-
-def settings_of(model: Any) -> GenerationSettings:
-    """Interpret a loaded model's generation_config."""
-    config = getattr(model, "generation_config", None)
-    return GenerationSettings() if config is None else generation_settings(config.to_dict())
 
 
 def check_settings(model: Any) -> None:

@@ -43,7 +43,7 @@ def demo(out: Path) -> str:
     rows = []
     for title, model, stored in tqdm(jobs, desc="measuring, each model in a fresh process", unit="model"):
         rows.append({"title": title} | stored | measure(model))
-    (out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     picture = draw(untrained, out / "figure2.png")
     samples = [f'{row["title"]}:\n    "{PROMPT}{row["text"]}"' for row in rows]
     return "\n".join(["", table(rows), "", NOTE, "", *samples, "", f"Picture: {picture}"])

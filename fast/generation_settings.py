@@ -114,7 +114,7 @@ def generation_settings(said: Mapping[str, Any]) -> GenerationSettings:
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in stop):
         raise CheckpointError(f"{FILE}: eos_token_id must be a token or a list of tokens, got {said['eos_token_id']!r}")
     samples = said.get("do_sample") is True
-    found: dict[str, Any] = {name: said.get(name) for name in SAMPLING}
+    found: Any = {name: said.get(name) for name in SAMPLING}
     if samples:
         found = {name: SAMPLING[name] if value is None else value for name, value in found.items()}
         try:
@@ -126,6 +126,12 @@ def generation_settings(said: Mapping[str, Any]) -> GenerationSettings:
     others = {name: value for name, value in said.items() if name not in understood and not name.startswith("_")}
     beyond = [f"{name} to {value}" for name, value in others.items() if value not in (None, NEUTRAL.get(name, False))]
     return GenerationSettings(tuple(stop), sampling, beyond[0] if beyond else None)
+
+
+def settings_of(model: Any) -> GenerationSettings:
+    """Interpret a loaded model's generation_config."""
+    config = getattr(model, "generation_config", None)
+    return GenerationSettings() if config is None else generation_settings(config.to_dict())
 
 
 def check_sampling(temperature: float | None, top_k: int | None, top_p: float | None) -> None:

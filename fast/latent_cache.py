@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import positions_of
-from .decode_cpu import MODEL_TYPES, STATIC_ROPE, has_sliding_window
+from .checks import has_sliding_window, positions_of
+from .decode_cpu import MODEL_TYPES, STATIC_ROPE
 from .kv_cache import LARGEST_CODE, latent_attention, latents, rotate
 from .layers import PackedLinear
 from .model import device_of
@@ -72,7 +72,7 @@ def check_latent(model: Any, dtype: torch.dtype) -> None:
     if has_sliding_window(config.to_dict()):
         raise ValueError(
             f"the model attends through a sliding window of {config.sliding_window} tokens, and a latent cache keeps "
-            "all of them: use the ordinary cache, or set config.sliding_window to None before loading"
+            "all of them: use the ordinary cache"
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in STATIC_ROPE:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .bits import official_rank
 from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_generation, write_tensors
+from .checks import LittleBitWarning
 from .headers import (
     OFFICIAL,
     WITHOUT_CHECKSUMS,
@@ -198,11 +199,12 @@ def save_official(
         warnings.warn(
             f"the authors' program works the ranks out from the bits per weight and will not load this checkpoint: "
             f"layer {other} has {layers[other].ranks}. Quantise with allocation 'official' for one that it loads",
+            LittleBitWarning,
             stacklevel=2,
         )
     with written_whole(path, overwrite) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        (folder / OFFICIAL).write_text(json.dumps(note, indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / OFFICIAL).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
         write_tensors(tensors, folder)
         write_generation(model, folder)
         if tokenizer is not None:

@@ -168,7 +168,7 @@ def keep(rows: Sequence[dict[str, Any]], device: str, path: Path | None = None) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_beside(path) as part:
-            (part / path.name).write_text(as_text(tables))
+            (part / path.name).write_text(as_text(tables), encoding="utf-8")
             os.replace(part / path.name, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; what was there is as it was") from error

@@ -209,7 +209,7 @@ def test_generate_refuses_damaged_checkpoints_with_the_words_of_load(
         (lambda path: edit_config(path, lambda c: c.pop("max_position_embeddings")), "max_position_embeddings"),
         (lambda path: edit_config(path, lambda c: c.update(rope_scaling={"factor": 2.0})), "outside rope_parameters"),
         (lambda path: edit_config(path, lambda c: c.update(partial_rotary_factor=0.5)), "outside rope_parameters"),
-        (lambda path: edit_config(path, lambda c: c.update(model_type="mistral")), "does not say sliding_window"),
+        (lambda path: edit_config(path, lambda c: c.update(model_type="mistral")), "sliding window"),
         (lambda path: edit_config(path, lambda c: c.update(layer_types=["sliding_attention"] * 2)), "sliding window"),
         (lambda path: edit_config(path, lambda c: c["quantization_config"].update(fused={"a": []})), "split"),
         (lambda path: edit_config(path, lambda c: c["quantization_config"].pop("embeddings")), "embed_tokens.weight"),
