@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def failed(error: Exception) -> int:
     """Say on standard error why it could not be done; returns the exit code of that."""
-    print(f"littlebit: error: {error}", file=sys.stderr)
+    print(f"littlebit: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return USER_ERROR
 
 
@@ -147,7 +147,7 @@ def quiet_libraries() -> Iterator[None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"littlebit: warning: {message}", file=sys.stderr)
 
-    for library in ("transformers", "lm_eval"):
+    for library in ("transformers", "huggingface_hub", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

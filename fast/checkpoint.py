@@ -35,6 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .checks import check_number
 from .digests import contents, entry_digest
 from .embeddings import QuantizedEmbedding, Table, replace_embeddings
 from .fetch import fetch, shipped_names
@@ -120,7 +121,8 @@ def save(
         If `path` exists and may not be replaced, or cannot be written.
     """
     path = Path(path)
-    layers_to_save(model, path, overwrite)
+    check_number("shard_bytes", shard_bytes, low=1, whole=True)
+    layers_to_save(model, path, overwrite, bits)
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float16"
@@ -162,8 +164,10 @@ def generation_config(path: Path) -> Any:
         raise CheckpointError(f"{path / GENERATION} cannot be used: {error!r}; mend the file") from error
 
 
-def layers_to_save(model: nn.Module, path: Path, overwrite: bool) -> dict[str, PackedLinear]:
+def layers_to_save(model: nn.Module, path: Path, overwrite: bool, bits: float | None) -> dict[str, PackedLinear]:
     """The layers of a model that is to be written to `path`, packed in place; an error if either cannot be."""
+    if bits is not None:
+        check_number("bits", bits, above=0)
     check_target(path, overwrite)
     if not hasattr(model, "config"):
         raise ValueError("save writes transformers models; for another module, pack_ it and save its state_dict()")

@@ -182,7 +182,7 @@ def save_official(
         If `path` exists and may not be replaced, or cannot be written.
     """
     path = Path(path)
-    layers = layers_to_save(model, path, overwrite)
+    layers = layers_to_save(model, path, overwrite, bits)
     tensors = stored_tensors(model)
     if any(name.endswith(".codes") for name in tensors):
         raise ValueError(

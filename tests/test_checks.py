@@ -288,6 +288,17 @@ def test_command_refuses_positions_that_a_model_lacks(gpt2_folder, name, tmp_pat
         assert f"windows of {POSITIONS} tokens" in capsys.readouterr().out
 
 
+def test_save_refuses_numbers_that_no_checkpoint_holds(tiny_llama, tmp_path):
+    model = lb.load_model(tiny_llama)
+    lb.quantize_(model, lb.Config(bits=3.0), progress=False)
+    for settings in ({"bits": math.nan}, {"bits": -1}, {"shard_bytes": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be a"):
+            lb.save(model, tmp_path / "out", **settings)
+    with pytest.raises(ValueError, match="bits must be a finite number > 0, got inf"):
+        lb.save_official(model, tmp_path / "out", bits=math.inf)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("bits", [math.nan, math.inf, -1.0, 0.0])
 def test_memory_refuses_bits_that_make_no_sense(bits):
     for package in (lb, ref):
