@@ -101,11 +101,12 @@ def position_limit(positions: int | None, rope: Mapping[str, Any] | None) -> int
     >>> position_limit(32768, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768})
     131072
     """
-    factor = (rope or {}).get("factor")
-    if positions is None or not isinstance(factor, int | float):
-        return positions
-    trained = (rope or {}).get("original_max_position_embeddings") or positions
-    return max(positions, int(factor * trained))
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    scaling = rope or {}
+    factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings", positions)
+    scaled = all(isinstance(each, int | float) and math.isfinite(each) for each in (factor, trained))
+    return max(positions, int(factor * trained)) if scaled else positions
 
 
 def has_sliding_window(config: Mapping[str, Any]) -> bool:
@@ -125,9 +126,8 @@ def text_config(model: Any) -> Any:
 def positions_of(model: Any) -> int | None:
     """Count the positions of a loaded model; None where its configuration names no limit."""
     config = text_config(model)
-    rope = getattr(config, "rope_parameters", None)
-    plain = rope if isinstance(rope, Mapping) and "factor" in rope else None  # else one mapping for each layer type
-    return position_limit(getattr(config, "max_position_embeddings", None), plain)
+    rope = getattr(config, "rope_parameters", None)  # or one for each type of layer, of which none is a factor
+    return position_limit(getattr(config, "max_position_embeddings", None), rope)
 
 
 def embedding_rows(model: Any) -> int | None:

@@ -771,7 +771,4 @@ def training_tokens(text: Tensor, model: nn.Module, sequence: int) -> Tensor:
         If it is too short or has no such tokens, or the model has fewer positions.
     """
     check_positions(sequence, positions_of(model), f"a sequence of {sequence} tokens")
-    tokens = flat_tokens(text, model)
-    if len(tokens) < sequence:
-        raise ValueError(f"a training text has {len(tokens)} tokens, but a sequence needs {sequence}")
-    return tokens
+    return flat_tokens(text, model, least=sequence)

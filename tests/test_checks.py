@@ -88,6 +88,9 @@ def test_position_limit_counts_what_scaling_adds():
     assert position_limit(None, None) is None
     assert position_limit(100, {"rope_type": "default", "rope_theta": 1e4}) == 100
     assert position_limit(100, {"rope_type": "dynamic", "factor": 2.5}) == 250
+    for factor in ("4", math.inf, None):
+        assert position_limit(100, {"rope_type": "dynamic", "factor": factor}) == 100
+    assert position_limit(-1, None) is position_limit("9", None) is None
     llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
     assert position_limit(131072, llama3) == 131072
     check_positions(100, 100, "a prompt")
