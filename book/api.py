@@ -63,6 +63,7 @@ GROUPS = {
         "static_engine",
         "tokenizer",
         "latent_cache",
+        "cache_argument",
         "hf_cache",
         "kernels",
     ],

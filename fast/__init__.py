@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # what is exported
     from .gguf import save_gguf as save_gguf
     from .headers import CheckpointError as CheckpointError
     from .hf import load_model as load_model, load_tokenizer as load_tokenizer
+    from .hf_names import cache_argument as cache_argument
     from .kv_cache import (
         Latents as Latents,
         apply_rope as apply_rope,

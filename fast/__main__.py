@@ -1,21 +1,25 @@
 """The `littlebit` command."""
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..reference._renamed import renamed_value
+from .checks import LittleBitWarning, check_number
 from .completion import SHELLS, completion
 from .fetch import fetch, known_names, locate_packed, resolve
 from .headers import damage, is_checkpoint, is_official
@@ -29,13 +33,15 @@ if TYPE_CHECKING:
     from .zero_shot import BlimpResult
 
 log = logging.getLogger(__name__)
-USER_ERROR, STOPPED = 2, 143
+USER_ERROR, INTERRUPTED, CLOSED_PIPE, STOPPED = 2, 130, 141, 143  # the last three: 128 + the signal
 LIGHT = ("generate", "completion", "memory", "demo")  # commands that do not import torch, or only if they must
 EXIT_CODES = """exit codes:
   0    done
   1    a mistake in littlebit itself, with a traceback; please report it
   2    it could not be done; the message says why, and what to do
-  143  stopped by a signal after the state was saved; the same command goes on
+  130  stopped by Ctrl-C; no unfinished output is left
+  141  whoever read the output closed it, as `head` does
+  143  stopped by a signal; no unfinished output is left. If `train` saved its state, the same command goes on
 """
 EXAMPLES = {
     "fetch": ["fetch smollm2", "fetch smollm2-0.55bit --json"],
@@ -77,17 +83,30 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
-    Returns 0 if it did what was asked, 2 with a message on standard error if it could not, and 143 if a signal
-    stopped it after it had saved its state.
+    Returns one of EXIT_CODES, after a message on standard error if it is not 0.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser(argv[0] if argv else "").parse_args(argv)
-    arguments.typed = shlex.join(["littlebit", *argv])
-    quieten()
-    if arguments.command not in LIGHT:
-        use_torch(getattr(arguments, "threads", None))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks
     try:
-        return arguments.run(arguments) or 0
+        with terminable(), quiet_libraries():
+            arguments = parser(argv[0] if argv else "").parse_args(argv)
+            arguments.typed = shlex.join(["littlebit", *argv])
+            if arguments.command not in LIGHT:
+                use_torch(getattr(arguments, "threads", None))
+            code = arguments.run(arguments) or 0
+            sys.stdout.flush()
+            return code
+    except Terminated:
+        print("littlebit: stopped by SIGTERM; no unfinished output is left", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("littlebit: stopped by Ctrl-C; no unfinished output is left", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        discard_output()
+        return CLOSED_PIPE
     except (ValueError, OSError, ImportError) as error:
         return failed(error)
     except (MemoryError, RuntimeError) as error:
@@ -98,16 +117,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def failed(error: Exception) -> int:
     """Say on standard error why it could not be done; returns the exit code of that."""
-    print(f"littlebit: error: {error}", file=sys.stderr)
+    print(f"littlebit: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return USER_ERROR
 
 
-def quieten() -> None:
-    """Keep the libraries' own warnings and progress bars out of the output; what this package warns of stays."""
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("always", module=r"littlebit\.fast\.")
-    for library in ("transformers", "lm_eval"):
+class Terminated(BaseException):
+    """SIGTERM, as an exception that cleans up on its way."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """While active, SIGTERM raises Terminated."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set by Python
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """While active, warnings of libraries are not shown, and this package's own take one line of standard error."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"littlebit: warning: {message}", file=sys.stderr)
+
+    for library in ("transformers", "huggingface_hub", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", LittleBitWarning)
+        warnings.showwarning = show
+        yield
+
+
+def discard_output() -> None:
+    """Send what is still to be written to standard output nowhere: its reader is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def use_torch(threads: int | None = None) -> None:
@@ -177,31 +234,34 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
         "--data", type=Path, nargs="+", default=[TRAINING_TEXT], help="UTF-8 texts (.xz allowed), or tokens (.npy)"
     )
     sub.add_argument(
-        "--weights", type=float, nargs="+", help="how often each text is drawn from; by default its length"
+        "--weights", type=not_negative, nargs="+", help="how often each text is drawn from; by default its length"
     )
     add_quantisation(sub)
     sub.set_defaults(init="admm", paths="1")
     add_training(sub)
     sub.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
-    sub.add_argument("--threads", type=int, help="CPU threads; torch's default if not given")
+    sub.add_argument("--threads", type=count, help="CPU threads; torch's default if not given")
     sub.add_argument("--no-compile", action="store_true", help="do not compile on a GPU")
     sub.add_argument("--shard", action="store_true", help="divide masters and teacher over the processes (FSDP2)")
-    sub.add_argument("--save-minutes", type=float, default=5.0, help="time between saved states")
-    sub.add_argument("--log-steps", type=int, default=20, help="steps between entries of the log")
+    sub.add_argument("--save-minutes", type=not_negative, default=5.0, help="time between saved states")
+    sub.add_argument("--log-steps", type=count, default=20, help="steps between entries of the log")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     add_answer(sub)
 
 
 def eval_arguments(sub: argparse.ArgumentParser) -> None:
     """Arguments of `littlebit eval`."""
-    from .evaluate import WINDOW
-
     sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help()}")
     sub.add_argument("--text", type=Path, help="UTF-8 text file; if no task is asked for either, an included one")
-    sub.add_argument("--window", type=int, default=WINDOW, help="tokens in a window; the first of each is not scored")
-    sub.add_argument("--max-windows", type=int, help="stop after so many windows")
+    sub.add_argument(
+        "--window",
+        type=number(int, low=2),
+        help="tokens in a window, of which the first is not scored; by default 2048, or all positions of a model that "
+        "has fewer",
+    )
+    sub.add_argument("--max-windows", type=count, help="stop after so many windows")
     sub.add_argument("--blimp", type=Path, metavar="ZIP", help="accuracy on the minimal pairs in this archive of BLiMP")
-    sub.add_argument("--blimp-items", type=int, help="only the first so many pairs of each paradigm")
+    sub.add_argument("--blimp-items", type=count, help="only the first so many pairs of each paradigm")
     sub.add_argument("--lm-eval", metavar="TASK[,TASK]", help="run tasks of the lm-evaluation-harness")
     sub.add_argument("--lm-eval-include", type=Path, metavar="DIR", help="folder with YAML files of more such tasks")
     add_compute(sub)
@@ -210,12 +270,13 @@ def eval_arguments(sub: argparse.ArgumentParser) -> None:
 def generate_arguments(sub: argparse.ArgumentParser) -> None:
     """Arguments of `littlebit generate`."""
     sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help()}")
-    sub.add_argument("--prompt", required=True)
-    sub.add_argument("--max-new-tokens", type=int, default=64)
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 for greedy decoding")
-    sub.add_argument("--top-k", type=int)
-    sub.add_argument("--top-p", type=float)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--prompt", type=utf8, required=True)
+    sub.add_argument("--max-new-tokens", type=count, default=64)
+    said = "by default what the model's generation_config.json says"
+    sub.add_argument("--temperature", type=not_negative, help=f"0 for greedy decoding; {said}, else 0")
+    sub.add_argument("--top-k", type=number(int, low=0), help=f"sample among the likeliest, 0 for all; {said}")
+    sub.add_argument("--top-p", type=number(float, above=0, high=1), help=f"and among those that hold it; {said}")
+    sub.add_argument("--seed", type=seed, default=0)
     sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     sub.add_argument(
         "--kv-cache",
@@ -261,12 +322,12 @@ def completion_arguments(sub: argparse.ArgumentParser) -> None:
 def memory_arguments(sub: argparse.ArgumentParser) -> None:
     """Arguments of `littlebit memory`."""
     sub.add_argument("shape", nargs="*", default=list(MODEL_SHAPES), help=f"among {', '.join(MODEL_SHAPES)}")
-    sub.add_argument("--bits", type=float, nargs="*", default=[0.55, 0.3, 0.1], help="beside float16")
-    sub.add_argument("--paths", type=int, default=2, help="of each quantised layer")
+    sub.add_argument("--bits", type=positive, nargs="*", default=[0.55, 0.3, 0.1], help="beside float16")
+    sub.add_argument("--paths", type=count, default=2, help="of each quantised layer")
     sub.add_argument(
         "--embedding-bits", type=int, nargs="+", choices=[16, 8, 4], default=[16, 8, 4], help="of embedding and head"
     )
-    sub.add_argument("--context", type=int, default=4096, help="tokens in the key-value cache")
+    sub.add_argument("--context", type=count, default=4096, help="tokens in the key-value cache")
     sub.add_argument("--kv-cache", type=kv_cache, choices=KV_CACHES, default="latent", help="of the quantised models")
     add_json(sub)
 
@@ -287,10 +348,10 @@ def bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--llama-python", default=sys.executable, help="decode: a Python that can import llama_cpp")
     sub.add_argument(
         "--tokens",
-        type=int,
+        type=count,
         help="decode: that are timed (by default 64 in a round, on a GPU 256); agreement: of a text",
     )
-    sub.add_argument("--rounds", type=int, default=3, help="decode: rounds")
+    sub.add_argument("--rounds", type=count, default=3, help="decode: rounds")
     sub.add_argument(
         "--under-load",
         action="store_true",
@@ -299,14 +360,14 @@ def bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="linear, decode: cuda for a GPU")
     sub.add_argument("--tune", action="store_true", help="linear on a GPU: try several launch plans, take the fastest")
     sub.add_argument("--shape", type=shape, nargs="+", help="D_OUTxD_IN; by default those of Llama-2's layers")
-    sub.add_argument("--bits", type=float, nargs="+", help="by default several from 0.1 up")
-    sub.add_argument("--paths", type=int, help="by default 2, on a GPU 1")
+    sub.add_argument("--bits", type=positive, nargs="+", help="by default several from 0.1 up")
+    sub.add_argument("--paths", type=count, help="by default 2, on a GPU 1")
     sub.add_argument(
         "--model-shape", default="llama2-7b", help="cache, decode on a GPU: a name that `littlebit memory` knows"
     )
     sub.add_argument(
         "--context",
-        type=int,
+        type=count,
         nargs="+",
         help=f"cache: tokens in it (by default {' '.join(map(str, CONTEXTS))}); decode on a GPU: of prompts (128)",
     )
@@ -322,12 +383,12 @@ def bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--profile", action="store_true", help="decode on a GPU: also say where a token's time goes")
     sub.add_argument(
         "--batch",
-        type=int,
+        type=count,
         nargs="+",
         default=[1],
         help="linear: rows of the input, on a GPU one or several; decode: sequences",
     )
-    sub.add_argument("--threads", type=int, default=1)
+    sub.add_argument("--threads", type=count, default=1)
     add_json(sub)
     sub.add_argument("--save", type=Path, help="also write the figures, with device and commit, to this JSON file")
 
@@ -348,7 +409,7 @@ def add_quantisation(sub: argparse.ArgumentParser) -> None:
     from .evaluate import TRAINING_TEXT
     from .model import ALLOCATIONS, INITS, Config
 
-    sub.add_argument("--bits", type=float, default=Config.bits, help="ceiling in stored bits per weight")
+    sub.add_argument("--bits", type=positive, default=Config.bits, help="ceiling in stored bits per weight")
     sub.add_argument(
         "--paths",
         choices=["auto", "1", "2"],
@@ -357,20 +418,22 @@ def add_quantisation(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--init", choices=INITS, default=Config.init, help="how factors are found")
     sub.add_argument("--allocation", choices=ALLOCATIONS, default=Config.allocation, help="how ranks are divided")
-    sub.add_argument("--spread", type=float, help="sensitivity: largest factor between rank and uniform rank")
+    sub.add_argument(
+        "--spread", type=number(float, low=1), help="sensitivity: largest factor between rank and uniform rank"
+    )
     sub.add_argument("--importance", action="store_true", help="weigh channels by calibration (with --init admm)")
     sub.add_argument("--calibration", type=Path, default=TRAINING_TEXT, help="UTF-8 text to calibrate on")
-    sub.add_argument("--calibration-tokens", type=int, default=8192, help="tokens of it to use")
+    sub.add_argument("--calibration-tokens", type=number(int, low=2), default=8192, help="tokens of it to use")
     sub.add_argument("--include", nargs="+", default=list(Config.include), help="patterns of layer names")
     sub.add_argument("--exclude", nargs="+", default=list(Config.exclude), help="patterns of layer names")
     sub.add_argument("--split-fused", action="store_true", help="quantise the parts of fused projections one by one")
     sub.add_argument(
         "--kv-rank-factor",
-        type=float,
+        type=positive,
         default=1.0,
         help="rank of k_proj and v_proj in models with grouped queries, times",
     )
-    sub.add_argument("--seed", type=int, default=Config.seed)
+    sub.add_argument("--seed", type=seed, default=Config.seed)
 
 
 def add_training(sub: argparse.ArgumentParser) -> None:
@@ -379,40 +442,100 @@ def add_training(sub: argparse.ArgumentParser) -> None:
     from .student import TRAINABLE
     from .trainer import OPTIMIZERS, TrainConfig
 
-    sub.add_argument("--tokens", type=int, default=TrainConfig.tokens, help="training tokens in all")
-    sub.add_argument("--sequence", type=int, default=TrainConfig.sequence, help="tokens in a sequence")
-    sub.add_argument("--batch", type=int, default=TrainConfig.batch, help="sequences in a step, over all processes")
-    sub.add_argument("--micro-batch", type=int, help="sequences that a process handles at once; by default all of its")
-    sub.add_argument("--lr-latents", type=float, default=TrainConfig.lr_latents, help="highest learning rate of u, v")
-    sub.add_argument("--lr-scales", type=float, default=TrainConfig.lr_scales, help="that of h, ell, g")
-    sub.add_argument("--lr-others", type=float, default=TrainConfig.lr_others, help="that of norms and the rest")
+    sub.add_argument("--tokens", type=count, default=TrainConfig.tokens, help="training tokens in all")
+    sub.add_argument("--sequence", type=count, default=TrainConfig.sequence, help="tokens in a sequence")
+    sub.add_argument("--batch", type=count, default=TrainConfig.batch, help="sequences in a step, over all processes")
+    sub.add_argument(
+        "--micro-batch", type=count, help="sequences that a process handles at once; by default all of its"
+    )
+    sub.add_argument(
+        "--lr-latents", type=not_negative, default=TrainConfig.lr_latents, help="highest learning rate of u, v"
+    )
+    sub.add_argument("--lr-scales", type=not_negative, default=TrainConfig.lr_scales, help="that of h, ell, g")
+    sub.add_argument("--lr-others", type=not_negative, default=TrainConfig.lr_others, help="that of norms and the rest")
     sub.add_argument("--train", choices=TRAINABLE, default=TrainConfig.train, help="which other parameters are trained")
     sub.add_argument("--rule", choices=list(RULES), default=TrainConfig.rule, help="derivative of a sign")
-    sub.add_argument("--hidden", type=float, default=TrainConfig.hidden, help="weight of the hidden-state loss")
-    sub.add_argument("--block-tokens", type=int, default=0, help="of the tokens, those that train block by block first")
-    sub.add_argument("--long-tokens", type=int, default=0, help="of the tokens, the last ones, in longer sequences")
-    sub.add_argument("--long-sequence", type=int, default=TrainConfig.long_sequence, help="tokens in such a sequence")
-    sub.add_argument("--frozen-tokens", type=int, default=0, help="of the tokens, the last ones, which move no latent")
-    sub.add_argument("--label-weight", type=float, default=0.0, help="share of the text's own next token in the target")
-    sub.add_argument("--latent-scale", type=float, default=0.0, help="root mean square of the latents at the start")
+    sub.add_argument("--hidden", type=not_negative, default=TrainConfig.hidden, help="weight of the hidden-state loss")
+    sub.add_argument(
+        "--block-tokens",
+        type=number(int, low=0),
+        default=0,
+        help="of the tokens, those that train block by block first",
+    )
+    whole = number(int, low=0)
+    sub.add_argument("--long-tokens", type=whole, default=0, help="of the tokens, the last ones, in longer sequences")
+    sub.add_argument("--long-sequence", type=count, default=TrainConfig.long_sequence, help="tokens in such a sequence")
+    sub.add_argument(
+        "--frozen-tokens", type=whole, default=0, help="of the tokens, the last ones, which move no latent"
+    )
+    sub.add_argument(
+        "--label-weight",
+        type=number(float, low=0, high=1),
+        default=0.0,
+        help="share of the text's own next token in the target",
+    )
+    sub.add_argument(
+        "--latent-scale", type=not_negative, default=0.0, help="root mean square of the latents at the start"
+    )
     sub.add_argument("--optimizer", choices=OPTIMIZERS, default=TrainConfig.optimizer, help="what moves the latents")
-    sub.add_argument("--warmup", type=float, default=TrainConfig.warmup, help="part of the schedule that warms up")
-    sub.add_argument("--final", type=float, default=TrainConfig.final, help="last learning rates over the highest")
-    sub.add_argument("--clip", type=float, default=TrainConfig.clip, help="largest norm of the gradients; 0 for none")
+    sub.add_argument(
+        "--warmup",
+        type=number(float, low=0, below=1),
+        default=TrainConfig.warmup,
+        help="part of the schedule that warms up",
+    )
+    sub.add_argument(
+        "--final", type=not_negative, default=TrainConfig.final, help="last learning rates over the highest"
+    )
+    sub.add_argument(
+        "--clip", type=not_negative, default=TrainConfig.clip, help="largest norm of the gradients; 0 for none"
+    )
 
 
 def add_compute(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that run a model."""
     sub.add_argument("--device", type=device, default="cpu", help="a torch device, such as cpu or cuda")
-    sub.add_argument("--threads", type=int, help="CPU threads; by default OMP_NUM_THREADS, or all")
+    sub.add_argument("--threads", type=count, help="CPU threads; by default OMP_NUM_THREADS, or all")
     add_json(sub)
+
+
+def number(kind: type[int] | type[float], **limits: float) -> Callable[[str], Any]:
+    """Make a reader of numbers within `checks.check_number`'s limits, for argparse."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            wanted = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted}") from error
+        try:
+            check_number("it", value, **limits, whole=kind is int)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    return read
+
+
+count = number(int, low=1)
+positive = number(float, above=0)
+not_negative = number(float, low=0)
+seed = number(int, low=0, below=2**63)
+
+
+def utf8(text: str) -> str:
+    """Read an argument as UTF-8, whatever encoding the locale names."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"it is not UTF-8 text ({error})") from error
 
 
 def shape(text: str) -> tuple[int, int]:
     """'4096x11008' as (4096, 11008)."""
     try:
-        d_out, d_in = (int(part) for part in text.lower().split("x"))
-    except ValueError as error:
+        d_out, d_in = (count(part) for part in text.lower().split("x"))
+    except (ValueError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not D_OUTxD_IN, such as 4096x11008") from error
     return d_out, d_in
 
@@ -607,7 +730,7 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     from .hf import load_model, load_tokenizer, training_tokens
     from .model import quantize_
     from .resume import Keeper
-    from .trainer import process, train_
+    from .trainer import check_config, checked_text, longest, process, train_
     from .writing import place_of
 
     tokenizer = load_tokenizer(arguments.model)
@@ -621,6 +744,8 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     if keeper.newest() is not None:  # what was trained takes the place of all factors, so the cheapest ones will do
         config = replace(config, init="dual-svid", importance=False)
     teacher = load_model(arguments.model, device)
+    check_config(training, process()[1])  # before the model is quantised
+    texts = [checked_text(text, teacher, longest(training)) for text in texts]
     model = copy.deepcopy(teacher)
     quantize_(model, config, calibration, progress=process()[0] == 0)
     log = train_(
@@ -1017,9 +1142,9 @@ def tune_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--model-shape", choices=list(MODEL_SHAPES), default="llama2-7b", help="or a random model of a published shape"
     )
-    sub.add_argument("--bits", type=float, nargs="+", default=[0.55], help="of the random model's layers")
-    sub.add_argument("--paths", type=int, default=1, help="of the random model's layers")
-    sub.add_argument("--batch", type=int, default=1, help="sequences that are decoded together")
+    sub.add_argument("--bits", type=positive, nargs="+", default=[0.55], help="of the random model's layers")
+    sub.add_argument("--paths", type=count, default=1, help="of the random model's layers")
+    sub.add_argument("--batch", type=count, default=1, help="sequences that are decoded together")
     sub.add_argument(
         "--table", type=Path, help="JSON file to add to; by default one in the cache folder, which is used"
     )

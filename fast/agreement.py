@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .checks import check_number, check_positions, flat_tokens, positions_of
 from .decode_cpu import Decoder
 from .decode_loaded import decodable
 from .embeddings import QuantizedEmbedding, QuantizedHead
 from .factors import Factors
+from .hf import transformers
+from .hf_names import cache_argument
 from .model import packed_layers, replace_module
 from .packing import unpack_factors
 
@@ -100,14 +103,15 @@ def rounding_terms(model: Any, length: int) -> int:
 def transformers_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[int], list[np.ndarray]]:
     """`count` tokens after a prompt (length,) by transformers with its cache, and the logits that chose each."""
     tokens, logits = [], []
+    past = cache_argument(transformers().DynamicCache(config=model.config), model.forward)
     with torch.inference_mode():
-        output = model(prompt[None], use_cache=True)
+        output = model(prompt[None], use_cache=True, **past)
         for left in range(count - 1, -1, -1):
             logits.append(output.logits[0, -1].float().numpy())
             tokens.append(int(logits[-1].argmax()))
             if left:
                 last = torch.tensor([[tokens[-1]]])
-                output = model(last, past_key_values=output.past_key_values, use_cache=True)
+                output = model(last, use_cache=True, **past)
     return tokens, logits
 
 
@@ -145,10 +149,13 @@ def agreement(
     distance of a logit from its exact value while the texts are the same), bound_share (the larger of the two over
     the bound of its position).
     """
+    check_number("count", count, low=1, whole=True)
+    starts = [flat_tokens(tokenizer(prompt)["input_ids"], model) for prompt in prompts]
+    for start in starts:
+        check_positions(len(start) + count - 1, positions_of(model), f"a prompt with {count} new tokens")
     twin = dense_twin(model)
     pairs = []
-    for prompt in tqdm(prompts, desc="greedy", disable=not progress):
-        start = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
+    for start in tqdm(starts, desc="greedy", disable=not progress):
         pairs.append((start, decoder_greedy(model, start, count), transformers_greedy(twin, start, count)))
     del twin
     texts = [torch.cat([start, torch.tensor(tokens[:-1])]) for start, (tokens, _), _ in pairs]

@@ -258,13 +258,13 @@ def loaded_code() -> dict[str, str]:
     """Compute `code_digest` of each module of this package that is loaded, so that a later reader sees what changed."""
     package = __name__.rpartition(".")[0] + "."
     files = {name.removeprefix(package): module.__file__ for name, module in sys.modules.items() if package in name}
-    return {name: code_digest(Path(file).read_text()) for name, file in sorted(files.items()) if file}
+    return {name: code_digest(Path(file).read_text(encoding="utf-8")) for name, file in sorted(files.items()) if file}
 
 
 def cpu_name() -> str:
     """The processor's name, with the instruction sets that matter to the kernels."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     values = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)

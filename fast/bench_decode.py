@@ -239,17 +239,19 @@ def dense_times(source: str, threads: int, tokens: int) -> list[float]:
     """Seconds of each token through transformers, in float32 with its dynamic cache."""
     import torch
 
-    from .hf import load_model, load_tokenizer
+    from .hf import load_model, load_tokenizer, transformers
+    from .hf_names import cache_argument
 
     torch.set_num_threads(threads)
     prompt = load_tokenizer(source)(PROMPT, return_tensors="pt")["input_ids"]
     model, times = load_model(source), []
+    past = cache_argument(transformers().DynamicCache(config=model.config), model.forward)
     with torch.inference_mode():
-        output = model(prompt, use_cache=True)
+        output = model(prompt, use_cache=True, **past)
         for _ in range(tokens):
             token = output.logits[:, -1:].argmax(-1)
             start = time.perf_counter()
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(token, use_cache=True, **past)
             times.append(time.perf_counter() - start)
     return times
 
@@ -257,7 +259,7 @@ def dense_times(source: str, threads: int, tokens: int) -> list[float]:
 def memory_bytes(name: str) -> int:
     """Resident memory of this process, VmRSS now and VmHWM at most so far; 0 where the system does not say."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)

@@ -189,7 +189,7 @@ def random_model(shape: ModelShape, bits: float | None, paths: int = 1, device: 
     ]
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     kinds = shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.intermediate, shape.layers
-    sizes = Architecture(*kinds, shape.vocabulary, 1e-5, rope)
+    sizes = Architecture(*kinds, shape.vocabulary, 1e-5, rope, shape.context)
     head = random_linear(shape.vocabulary, shape.hidden, generator)
     rows = head if shape.tied else random_linear(shape.vocabulary, shape.hidden, generator)
     embedding = nn.Embedding(1, 1, device="meta")
@@ -344,6 +344,7 @@ def profiled(engine: FusedEngine, loop: Loop) -> list[dict[str, Any]]:
 def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: float) -> dict[str, Any]:
     """What transformers takes for a step of a random Llama of the same shape."""
     from .hf import transformers
+    from .hf_names import cache_argument
 
     hf = transformers()
     config = hf.LlamaConfig(
@@ -361,13 +362,14 @@ def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: f
     with torch.device("cuda"):
         model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
     prompts = torch.randint(shape.vocabulary, (batch, context), generator=torch.Generator().manual_seed(0))
+    past = cache_argument(hf.DynamicCache(config=model.config), model.forward)
     with torch.inference_mode():
-        output = model(prompts.cuda(), use_cache=True, logits_to_keep=1)
+        output = model(prompts.cuda(), use_cache=True, logits_to_keep=1, **past)
 
         def step() -> None:
             nonlocal output
             token = output.logits[:, -1:].argmax(-1)
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(token, use_cache=True, **past)
 
         seconds = step_seconds(step, EAGER_TOKENS)
     weights = sum(parameter.nbytes for parameter in model.parameters())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .checks import flat_tokens, window_for
 from .evaluate import windows
 from .headers import layer_kind
 from .progress import tqdm
@@ -34,7 +35,7 @@ def calibrate(
     model: nn.Module,
     tokens: Tensor,
     names: Iterable[str],
-    window: int = CALIBRATION_WINDOW,
+    window: int | None = None,
     progress: bool = True,
 ) -> dict[str, Moments]:
     """Second moments of inputs and output gradients of a model's linear layers (after NanoQuant, arXiv 2602.06694).
@@ -45,12 +46,12 @@ def calibrate(
     Parameters
     ----------
     model : transformers causal language model
-    tokens : (n,) integer tensor
+    tokens : (n,) or (1, n) integer tensor
         Calibration text, at least two tokens; cut into windows, an incomplete last one is dropped unless it is alone.
     names : iterable of str
         Names of linear layers.
-    window : int
-        Tokens read at once.
+    window : int, optional
+        Tokens read at once; by default 512, or all positions of a model that has fewer.
     progress : bool
         Whether to show a progress bar.
 
@@ -61,11 +62,10 @@ def calibrate(
     Raises
     ------
     ValueError
-        If there are fewer than two tokens.
+        If there are fewer than two tokens, they have another shape or no row in the model's embedding, or the window is
+        shorter than two or longer than the model has positions.
     """
-    if len(tokens) < 2:
-        raise ValueError(f"calibration needs at least two tokens, but the text has {len(tokens)}")
-    parts = windows(tokens, window)
+    parts = windows(flat_tokens(tokens, model, least=2), window_for(model, window, CALIBRATION_WINDOW))
     device = next(model.parameters()).device
     sums: dict[str, list[Tensor]] = {name: [torch.zeros((), device=device)] * 2 for name in names}
     handles = [watch(model.get_submodule(name), kept) for name, kept in sums.items()]

@@ -59,10 +59,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .checks import check_number
 from .digests import contents, entry_digest
 from .embeddings import QuantizedEmbedding, Table, replace_embeddings, settle_ties, tie_embeddings
 from .experts import is_known, projection_names, split_experts
 from .fetch import locate_packed
+from .generation_settings import FILE as GENERATION, read_generation
 from .headers import (
     FORMAT_VERSION,
     INDEX,
@@ -152,8 +154,9 @@ def save(
         If `path` exists and may not be replaced, or cannot be written.
     """
     path = Path(path)
+    check_number("shard_bytes", shard_bytes, low=1, whole=True)
     model = without_adapters(model, "save")
-    layers_to_save(model, path, overwrite)
+    layers_to_save(model, path, overwrite, bits)
     settle_ties(model)
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     config["architectures"] = [type(model).__name__]
@@ -163,15 +166,14 @@ def save(
     check_loadable(type(model).__name__, config, tensors, path)
     check_room(place_of(path), sum(tensor.nbytes for tensor in tensors.values()))
     with written_whole(path, overwrite) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         write_tensors(tensors, folder, shard_bytes, config)
         if results is not None:
             rows = {name: asdict(result) for name, result in results.items()}
-            (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n")
+            (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         if log is not None:
-            (folder / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+            (folder / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+        write_generation(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return path
@@ -192,8 +194,33 @@ def check_loadable(kind: str, config: dict[str, Any], tensors: Mapping[str, Tens
         ) from error
 
 
-def layers_to_save(model: nn.Module, path: Path, overwrite: bool) -> dict[str, PackedLinear]:
+def write_generation(model: Any, folder: Path) -> None:
+    """Write a model's generation_config as it is; transformers' own writer refuses some that it reads."""
+    if getattr(model, "generation_config", None) is not None:
+        (folder / GENERATION).write_text(model.generation_config.to_json_string(), encoding="utf-8")
+
+
+def generation_config(path: Path) -> Any:
+    """Read the generation_config of a checkpoint for transformers.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged.
+    """
+    from .hf import transformers
+
+    said = read_generation(path)
+    try:
+        return transformers().GenerationConfig.from_dict(said)
+    except Exception as error:  # transformers raises anything at all on values that make no sense
+        raise CheckpointError(f"{path / GENERATION} cannot be used: {error!r}; mend the file") from error
+
+
+def layers_to_save(model: nn.Module, path: Path, overwrite: bool, bits: float | None) -> dict[str, PackedLinear]:
     """The layers of a model that is to be written to `path`, packed in place; an error if either cannot be."""
+    if bits is not None:
+        check_number("bits", bits, above=0)
     check_target(path, overwrite)
     if not hasattr(model, "config"):
         raise ValueError("save writes transformers models; for another module, pack_ it and save its state_dict()")
@@ -299,7 +326,7 @@ def write_tensors(
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     checksums: list[dict[str, str]] = [{} for _ in shards]
     if config is not None:
         checksums = make_checksums([tensor_digests(shard) for shard in shards], config)
@@ -374,6 +401,7 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     config, layers, tensors = read_checkpoint(path, verify)
     model = built(config, layers, tensors, dtype, path)
     model.name_or_path = str(path)  # type: ignore[assignment]
+    model.generation_config = generation_config(path)  # type: ignore[assignment]
     attach(model, config["quantization_config"])
     return cast_dense(model, dtype).to(device)
 

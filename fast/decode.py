@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from ..reference._renamed import renamed_value
+from .checks import check_number, check_prompts, embedding_rows, flat_tokens, positions_of
 from .decode_cpu import Decodable, NotDecodableError, decode
+from .generation_settings import Sampling, check_sampling, settings_of
 from .memory import KV_CACHES
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ def generate(
     model: Any,
     prompt: str,
     max_new_tokens: int = ...,
-    temperature: float = ...,
+    temperature: float | None = ...,
     top_k: int | None = ...,
     top_p: float | None = ...,
     seed: int = ...,
@@ -36,7 +38,7 @@ def generate(
     model: Any,
     prompt: Sequence[str],
     max_new_tokens: int = ...,
-    temperature: float = ...,
+    temperature: float | None = ...,
     top_k: int | None = ...,
     top_p: float | None = ...,
     seed: int = ...,
@@ -48,7 +50,7 @@ def generate(
     model: Any,
     prompt: str | Sequence[str],
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -66,10 +68,12 @@ def generate(
         On a GPU up to 16 are decoded at once.
     max_new_tokens : int
         For each prompt.
-    temperature : float
+    temperature : float, optional
         0 for greedy decoding, else sampling at this temperature.
     top_k, top_p : optional
-        Sample among the k likeliest tokens, or the likeliest that hold probability p.
+        Sample among the k likeliest tokens (0: all), or the likeliest that hold probability p. For each of these three
+        that is None, the model's generation_config decides: its own value, or transformers' default, if its do_sample
+        is true; else decoding is greedy, and nothing is cut off that it does not name.
     seed : int
         Of the sampling (NumPy's generator in the compiled decoder, torch's on a GPU and in transformers); global ones
         stay as they were.
@@ -87,7 +91,8 @@ def generate(
     Raises
     ------
     ValueError
-        If a prompt has no tokens, or a setting is out of range.
+        If a prompt has no tokens or is not text, a setting is out of range, a token has no row in the model's
+        embedding, or prompt and new tokens need more positions than the model has (max_position_embeddings).
     """
     kv_cache = renamed_value("kv_cache", kv_cache)
     settings = max_new_tokens, temperature, top_k, top_p, seed
@@ -104,7 +109,7 @@ def stream(
     model: Any,
     prompt: str,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -152,21 +157,43 @@ def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """Tokens of a prompt, in the tokenizer's chat template if it is a chat.
+    """Tokenise a prompt; as the user's turn of a chat, it gets the special tokens of the chat template alone.
 
     Raises
     ------
     ValueError
-        If there are none.
+        If there are no tokens, the prompt cannot be written as UTF-8, or the chat template cannot be used.
     """
+    if not isinstance(prompt, str):
+        raise ValueError(f"a prompt must be a str, got {type(prompt).__name__}: give tokens to generate_tokens instead")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt must be text that UTF-8 can hold: {error}") from error
     if chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    tokens = tokenizer(prompt)["input_ids"]
+        prompt = in_chat_template(tokenizer, prompt)
+    tokens = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
     if not tokens:
         raise ValueError("the prompt is empty: give at least one character")
     return tokens
+
+
+def in_chat_template(tokenizer: Any, prompt: str) -> str:
+    """Put a prompt into the tokenizer's chat template, as the user's turn.
+
+    Raises
+    ------
+    ValueError
+        If there is no template, or it refuses.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the tokenizer's chat template cannot be used: {error}") from error
 
 
 def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
@@ -196,23 +223,24 @@ def generate_tokens(
     model: Any,
     tokens: "Tensor",
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
     pad: int | None = None,
     kv_cache: str = "full",
 ) -> "Tensor":
-    """New tokens, (1, at most max_new_tokens), after the prompt `tokens`, (1, length); see `generate`.
+    """Generate (1, at most max_new_tokens) tokens after the prompt `tokens`, (length,) or (1, length); see `generate`.
 
     Raises
     ------
     ValueError
-        If a setting is out of range.
+        If a setting is out of range, or the tokens have another shape.
     """
     import torch
 
-    new = stream_tokens(model, tokens[0].tolist(), max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
+    prompt = flat_tokens(tokens, model).tolist()
+    new = stream_tokens(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
     return torch.tensor([list(new)], dtype=torch.int64, device=next(model.parameters()).device)
 
 
@@ -220,7 +248,7 @@ def stream_tokens(
     model: Any,
     tokens: Sequence[int],
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -234,8 +262,10 @@ def stream_tokens(
     ValueError
         If a setting is out of range.
     """
+    check_generation(max_new_tokens, temperature, top_k, top_p, seed, kv_cache)
+    check_prompts([tokens], max_new_tokens, *rows_and_positions(model))
+    temperature, top_k, top_p = chosen_sampling(model, temperature, top_k, top_p)
     settings = max_new_tokens, temperature, top_k, top_p, seed
-    check_generation(*settings[:4], kv_cache)
     if isinstance(model, Decodable):
         if kv_cache != "full":
             raise ValueError(f"a cache of kind {kv_cache!r} needs a model that `load` made")
@@ -260,7 +290,7 @@ def batch_tokens(
     model: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -274,8 +304,10 @@ def batch_tokens(
     ValueError
         If a setting is out of range.
     """
+    check_generation(max_new_tokens, temperature, top_k, top_p, seed, kv_cache)
+    check_prompts(prompts, max_new_tokens, *rows_and_positions(model))
+    temperature, top_k, top_p = chosen_sampling(model, temperature, top_k, top_p)
     settings = max_new_tokens, temperature, top_k, top_p, seed
-    check_generation(*settings[:4], kv_cache)
     if on_gpu(model):
         from .decode_cuda import LARGEST_BATCH, decode_batch
         from .decode_loaded import check_settings
@@ -299,14 +331,28 @@ def on_gpu(model: Any) -> bool:
     return not isinstance(model, Decodable) and next(model.parameters()).device.type == "cuda"
 
 
+def rows_and_positions(model: Any) -> tuple[int | None, int | None]:
+    """Count the rows of a model's embedding and the positions that it has; None for what has no limit."""
+    if isinstance(model, Decodable):
+        return model.sizes.vocabulary, model.sizes.positions
+    return embedding_rows(model), positions_of(model)
+
+
+def chosen_sampling(model: Any, temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling:
+    """Take the caller's sampling, and the checkpoint's own for what is None."""
+    generation = model.generation if isinstance(model, Decodable) else settings_of(model)
+    chosen = generation.chosen(temperature, top_k, top_p)
+    check_sampling(*chosen)
+    return chosen
+
+
 def check_generation(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, kv_cache: str
+    max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None, seed: int, kv_cache: str
 ) -> None:
     """Raise ValueError if a setting is out of range."""
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"need max_new_tokens >= 1 and temperature >= 0, not {max_new_tokens} and {temperature}")
-    if (top_k is not None and top_k < 0) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"need top_k >= 0 and 0 < top_p <= 1, not {top_k} and {top_p}")
+    check_number("max_new_tokens", max_new_tokens, low=1, whole=True)
+    check_sampling(temperature, top_k, top_p)
+    check_number("seed", seed, low=0, below=2**63, whole=True)
     if kv_cache not in KV_CACHES:
         raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
 

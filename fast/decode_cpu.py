@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .checks import has_sliding_window, position_limit
+from .generation_settings import GenerationSettings
 from .kernels import cpu, cpu_decode, cpu_threads
 
 BLOCK = 32  # tokens of a prompt that pass through the model at once
@@ -18,10 +20,6 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 STATIC_ROPE = ("default", "linear", "llama3")  # kinds whose frequencies do not depend on the length
-
-# Settings of a generation_config that change which token is chosen, and their values that do not
-NEUTRAL = {"repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0)}
-NEUTRAL |= {"min_new_tokens": (None, 0), "bad_words_ids": (None,), "suppress_tokens": (None,), "num_beams": (None, 1)}
 
 
 class NotDecodableError(Exception):
@@ -38,6 +36,8 @@ class Architecture(NamedTuple):
         Added to the mean square in RMSNorm.
     rope : mapping
         The `rope_parameters` of the configuration.
+    positions : int
+        Tokens of a context at most.
     """
 
     hidden: int
@@ -49,6 +49,7 @@ class Architecture(NamedTuple):
     vocabulary: int
     eps: float
     rope: Mapping[str, Any]
+    positions: int
 
     def linear_shapes(self) -> list[tuple[int, int]]:
         """(d_out, d_in) of each of PROJECTIONS."""
@@ -114,8 +115,8 @@ class Decodable(NamedTuple):
     ----------
     sizes : Architecture
     weights : Weights
-    stop : sequence of int
-        The tokens after which it says no more.
+    generation : GenerationSettings
+        Its stop tokens, and how it samples unless it is told otherwise.
     name_or_path : str
         Where its tokenizer is.
     threads : int, optional
@@ -124,9 +125,14 @@ class Decodable(NamedTuple):
 
     sizes: Architecture
     weights: Weights
-    stop: Sequence[int] = ()
+    generation: GenerationSettings = GenerationSettings()
     name_or_path: str = ""
     threads: int | None = None
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """The tokens after which it says no more."""
+        return self.generation.stop
 
 
 def architecture(config: Mapping[str, Any], kinds: Sequence[str] = MODEL_TYPES) -> Architecture:
@@ -142,21 +148,25 @@ def architecture(config: Mapping[str, Any], kinds: Sequence[str] = MODEL_TYPES) 
         raise NotDecodableError(f"model type {kind!r} is not one of {', '.join(kinds)}")
     if config.get("hidden_act") != "silu":
         raise NotDecodableError(f"its activation is {config.get('hidden_act')}, not silu")
-    if config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window"):
+    if has_sliding_window(config):
         raise NotDecodableError("it attends through a sliding window")
     rope: Any = config.get("rope_parameters")
+    if config.get("rope_scaling") or config.get("partial_rotary_factor") not in (None, 1.0):
+        raise NotDecodableError("its rotary embedding is described outside rope_parameters")
     check_rope(rope)
     names = ["hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers"]
+    names.append("max_position_embeddings")
     sizes: list[Any] = [config.get(name) for name in [*names, "vocab_size"]]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
         raise NotDecodableError(f"its configuration does not say {', '.join(names)} and vocab_size as whole numbers")
-    hidden, heads, kv_heads, intermediate, layers, vocabulary = sizes
+    hidden, heads, kv_heads, intermediate, layers, positions, vocabulary = sizes
     head_dim, eps = config.get("head_dim") or hidden // heads, config.get("rms_norm_eps")
     if not isinstance(eps, int | float) or not isinstance(head_dim, int) or heads % kv_heads:
         raise NotDecodableError("its configuration does not say head_dim, rms_norm_eps or groups of queries")
     if head_dim % cpu.LANES or hidden % cpu.LANES or intermediate % cpu.LANES:
         raise NotDecodableError("its sizes are not multiples of sixteen")
-    return Architecture(hidden, heads, kv_heads, head_dim, intermediate, layers, vocabulary, float(eps), rope)
+    limit = position_limit(positions, rope) or positions
+    return Architecture(hidden, heads, kv_heads, head_dim, intermediate, layers, vocabulary, float(eps), rope, limit)
 
 
 def check_rope(rope: Any) -> None:
@@ -311,7 +321,7 @@ def decode(
     """New tokens after the prompt `tokens`, one by one; the last may be one of `model.stop`."""
     decoder = Decoder(model, len(tokens) + max_new_tokens)
     generator = np.random.default_rng(seed)
-    logits = decoder(np.array(tokens))
+    logits = decoder(np.array(tokens, np.int64))
     for left in range(max_new_tokens - 1, -1, -1):
         token = int(logits.argmax()) if temperature == 0 else sample(logits, temperature, top_k, top_p, generator)
         yield token

@@ -9,13 +9,14 @@ On a CPU everything runs as it is written, without graphs: that is how it is tes
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .checks import check_prompts, embedding_rows, positions_of
 from .decode_cpu import NotDecodableError
-from .decode_loaded import stop_tokens
+from .generation_settings import Sampling, settings_of
 from .model import device_of
 
 log = logging.getLogger(__name__)
@@ -58,14 +59,6 @@ class Engine(Protocol):
     def grow(self, capacity: int) -> None:
         """Make room for more tokens, and keep those that are there."""
         ...
-
-
-class Sampling(NamedTuple):
-    """How the next token is chosen: `decode_cpu.sample`, or the likeliest at temperature 0."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -194,11 +187,13 @@ def decode_batch(
         cache does not fit the GPU, or the model is spread over several devices.
     """
     device_of(model)
-    check_prompts(model, prompts, max_new_tokens)
+    check_batch(prompts)
+    check_prompts(prompts, max_new_tokens, embedding_rows(model), positions_of(model))
     longest = max(map(len, prompts))
     capacity = max(SMALLEST_CAPACITY, 1 << longest.bit_length())
     engine = engine_for(model, len(prompts), capacity, kv_cache)
-    return stream(Loop(engine, Sampling(temperature, top_k, top_p), seed), prompts, max_new_tokens, stop_tokens(model))
+    loop = Loop(engine, Sampling(temperature, top_k, top_p), seed)
+    return stream(loop, prompts, max_new_tokens, settings_of(model).stop)
 
 
 def engine_for(model: Any, batch: int, capacity: int, kv_cache: str = "full") -> Engine:
@@ -221,20 +216,10 @@ def engine_for(model: Any, batch: int, capacity: int, kv_cache: str = "full") ->
     return StaticEngine(model, batch, capacity)
 
 
-def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise ValueError unless a model can read these prompts and go on by so many tokens."""
+def check_batch(prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError unless the prompts can be decoded at once."""
     if not 1 <= len(prompts) <= LARGEST_BATCH or not all(prompts):
         raise ValueError(f"give 1 to {LARGEST_BATCH} prompts of at least one token, not {len(prompts)}")
-    config = model.config.get_text_config(decoder=True)
-    if any(not 0 <= token < config.vocab_size for prompt in prompts for token in prompt):
-        raise ValueError(f"tokens must be numbers from 0 to {config.vocab_size - 1}")
-    limit = getattr(config, "max_position_embeddings", None)
-    longest = max(map(len, prompts))
-    if limit is not None and longest + max_new_tokens - 1 > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} that the model "
-            "knows (max_position_embeddings): shorten the prompt or ask for fewer new tokens"
-        )
 
 
 def stream(

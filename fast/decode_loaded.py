@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from .decode_cpu import (
-    NEUTRAL,
     NORMS,
     PROJECTIONS,
     Decodable,
@@ -18,6 +17,8 @@ from .decode_cpu import (
     architecture,
 )
 from .embeddings import QuantizedEmbedding, QuantizedHead
+from .generation_settings import settings_of
+from .hf_names import cache_argument
 from .kernels import cpu
 from .kernels.plan import layer_plan
 from .latent_cache import LATENT_TYPES, latent_cache
@@ -51,7 +52,7 @@ def decodable(model: Any) -> Decodable:
     if getattr(model.lm_head, "bias", None) is not None:
         raise NotDecodableError("its head has a bias")
     weights = Weights(layers, [floats(norm.weight) for norm in norms], rows(inner.embed_tokens), rows(model.lm_head))
-    return Decodable(sizes, weights, stop_tokens(model), model.name_or_path)
+    return Decodable(sizes, weights, settings_of(model), model.name_or_path)
 
 
 def linear(name: str, module: nn.Module) -> Linear:
@@ -85,24 +86,14 @@ def rows(module: Any) -> Rows:
     return Rows(table.codes.numpy(), table.scale.numpy(), None if table.offset is None else table.offset.numpy())
 
 
-def stop_tokens(model: Any) -> tuple[int, ...]:
-    """The tokens after which a model says no more."""
-    settings = getattr(model, "generation_config", None) or model.config
-    stop = settings.eos_token_id
-    return () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
-
-
 def check_settings(model: Any) -> None:
-    """Raise NotDecodableError if a model has adapters, hooks or settings that only transformers honours."""
+    """Raise NotDecodableError if a model has adapters, hooks or settings that only transformers follows."""
     if has_adapters(model):
         raise NotDecodableError("it has adapters of PEFT")
     if has_hooks(model):
         raise NotDecodableError("hooks run with its modules")
-    settings = getattr(model, "generation_config", None)
-    for name, neutral in NEUTRAL.items():
-        value = getattr(settings, name, None)
-        if value not in neutral:
-            raise NotDecodableError(f"its generation_config sets {name} to {value}")
+    if beyond := settings_of(model).beyond:
+        raise NotDecodableError(f"its generation_config sets {beyond}")
 
 
 def through_transformers(
@@ -119,7 +110,7 @@ def through_transformers(
     """`decode.stream_tokens` by transformers' generate, all at once."""
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
     greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    cache = latent_cache(model, LATENT_TYPES[kv_cache]) if kv_cache in LATENT_TYPES else None
+    past = cache_argument(latent_cache(model, LATENT_TYPES[kv_cache])) if kv_cache in LATENT_TYPES else {}
     prompt = torch.tensor([list(tokens)], device=next(model.parameters()).device)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
@@ -128,7 +119,8 @@ def through_transformers(
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            past_key_values=cache,
+            return_dict_in_generate=False,
+            **past,
             **(sampling if temperature else greedy),
         )
     return output[0, prompt.shape[1] :].tolist()

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from .decode_cpu import (
-    NEUTRAL,
     NORMS,
     PROJECTIONS,
     Architecture,
@@ -27,6 +26,7 @@ from .decode_cpu import (
     Weights,
     architecture,
 )
+from .generation_settings import generation_settings, read_generation
 from .headers import (
     CheckpointError,
     check_contents,
@@ -67,7 +67,7 @@ def map_model(path: Path, threads: int | None = None, verify: bool = True) -> De
     NotDecodableError
         If this is a model that only `load` or `load_model` can read, or nobody.
     CheckpointError
-        If a packed checkpoint is damaged, as from `load`.
+        If a packed checkpoint or its generation_config.json is damaged, as from `load`.
     """
     if is_official(path) or not (path / "config.json").is_file():
         raise NotDecodableError("it is not a directory of this project's, or transformers', format")
@@ -75,7 +75,9 @@ def map_model(path: Path, threads: int | None = None, verify: bool = True) -> De
     section = config.get("quantization_config") or {}
     if section.get("fused") or section.get("shared"):
         raise NotDecodableError("it has layers that were split or are shared")
-    sizes, stop = architecture(config), stop_tokens(path, config, bool(layers))
+    sizes, generation = architecture(config), generation_settings(read_generation(path))
+    if generation.beyond:
+        raise NotDecodableError(f"its generation_config sets {generation.beyond}")
     try:
         files = weight_files(path)
         tensors = Tensors(files)
@@ -89,7 +91,7 @@ def map_model(path: Path, threads: int | None = None, verify: bool = True) -> De
     weights = Reader(sizes, config, layers, tensors).weights(section.get("embeddings"), path / "config.json")
     if left := tensors.headers.keys() - tensors.taken:
         raise NotDecodableError(f"it has a tensor {min(left)}")
-    return Decodable(sizes, weights, stop, str(path), threads)
+    return Decodable(sizes, weights, generation, str(path), threads)
 
 
 def read_dense_config(path: Path) -> dict[str, Any]:
@@ -101,23 +103,6 @@ def read_dense_config(path: Path) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise NotDecodableError("it is quantised in some other way")
     return config
-
-
-def stop_tokens(path: Path, config: Mapping[str, Any], packed: bool) -> tuple[int, ...]:
-    """The tokens after which a model says no more, from where `load`, respectively `load_model`, takes them."""
-    settings, file = config, path / "generation_config.json"
-    if not packed and file.is_file():
-        try:
-            settings = read_json(path, file.name)
-        except CheckpointError as error:
-            raise NotDecodableError("its generation_config.json is damaged") from error
-    if any(settings.get(name) not in neutral for name, neutral in NEUTRAL.items()):
-        raise NotDecodableError("its generation_config has a setting that only transformers honours")
-    stop = settings.get("eos_token_id")
-    stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
-    if not all(isinstance(token, int) for token in stop):
-        raise NotDecodableError("its eos_token_id is no token")
-    return tuple(stop)
 
 
 class Tensors:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .checks import flat_tokens, window_for
 from .wrappers import to_change
 
 GROUPS = {8: 64, 4: 32}  # entries that share a scale, at most
@@ -298,7 +299,7 @@ def head_moments(model: Any, tokens: Tensor) -> Tensor:
     hook = head.register_forward_pre_hook(add)
     try:
         with torch.inference_mode():
-            for part in tokens.split(CALIBRATION_WINDOW):
+            for part in tokens.split(window_for(model, None, CALIBRATION_WINDOW)):
                 model(part[None].to(device), use_cache=False)
     finally:
         hook.remove()
@@ -352,7 +353,7 @@ def quantize_embeddings_(model: Any, bits: int, tokens: Tensor | None = None) ->
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     moments = None
     if bits == 4 and tokens is not None:
-        texts = tokens, random_tokens(embedding.num_embeddings)
+        texts = flat_tokens(tokens, model), random_tokens(embedding.num_embeddings)
         moments = torch.stack([head_moments(model, each) for each in texts]).mean(0)
     table = quantize_table(head.weight, bits, moments)
     tied = head.weight is embedding.weight

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .checks import check_number, flat_tokens, window_for
 from .progress import tqdm
 
 WINDOW = 2048
@@ -38,7 +39,7 @@ class Perplexity(NamedTuple):
 
 
 def perplexity(
-    model: nn.Module, tokens: Tensor, window: int = WINDOW, max_windows: int | None = None, progress: bool = True
+    model: nn.Module, tokens: Tensor, window: int | None = None, max_windows: int | None = None, progress: bool = True
 ) -> Perplexity:
     """Perplexity of a model on a text's tokens.
 
@@ -49,9 +50,9 @@ def perplexity(
     Parameters
     ----------
     model : transformers causal language model
-    tokens : (n,) integer tensor, at least two
-    window : int
-        Tokens in a window.
+    tokens : (n,) or (1, n) integer tensor, at least two
+    window : int, optional
+        Tokens in a window; by default 2048, or all positions of a model that has fewer.
     max_windows : int, optional
         Stop after so many windows.
     progress : bool
@@ -60,10 +61,12 @@ def perplexity(
     Raises
     ------
     ValueError
-        If there are fewer than two tokens, or a window of fewer than two is asked for.
+        If there are fewer than two tokens, they have another shape or no row in the model's embedding, a window is
+        shorter than two or longer than the model has positions, or `max_windows` is not positive.
     """
-    if len(tokens) < 2 or window < 2:
-        raise ValueError(f"perplexity needs two tokens and windows of two, but got {len(tokens)} and {window}")
+    tokens, window = flat_tokens(tokens, model, least=2), window_for(model, window, WINDOW)
+    if max_windows is not None:
+        check_number("max_windows", max_windows, low=1, whole=True)
     parts = windows(tokens, window)[:max_windows]
     device = next(model.parameters()).device
     total = 0.0

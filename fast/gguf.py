@@ -6,13 +6,16 @@ there to evaluate a trained model elsewhere, and to compare.
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from .checks import LittleBitWarning, has_sliding_window
 from .embeddings import QuantizedEmbedding, QuantizedHead
+from .generation_settings import GenerationSettings, settings_of
 from .layers import Joined, PackedLinear, stored_half
 from .shared import refuse_shared
 from .wrappers import without_adapters
@@ -80,6 +83,7 @@ def write_model(part: Path, model: Any, tokenizer: Any, precision: str) -> None:
     try:
         add_settings(writer, model.config, precision)
         add_vocabulary(writer, vocabulary, tokenizer, model.config.vocab_size)
+        add_generation(writer, tokenizer, settings_of(model))
         for name, tensor in dense_tensors(model):
             if architecture == "llama":
                 tensor = interleaved(name, tensor, model.config)
@@ -129,10 +133,14 @@ def check_architecture(model: Any) -> str:
         raise ValueError(
             f"GGUF files are written of {', '.join(ARCHITECTURES)} models with whole layers, not of {config.model_type}"
         )
-    if rope(config).get("rope_type", "default") != "default":
+    if rope(config).get("rope_type", "default") != "default" or rope(config).get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"GGUF files are written of models with plain rotary positions, not {rope(config)}")
-    if getattr(config, "use_sliding_window", False):
+    if has_sliding_window(config.to_dict()):
         raise ValueError("GGUF files are written of models without sliding windows")
+    if config.hidden_act != "silu":
+        raise ValueError(
+            f"llama.cpp computes {config.model_type} models with the activation silu, not {config.hidden_act}"
+        )
     return ARCHITECTURES[config.model_type]
 
 
@@ -257,9 +265,31 @@ def add_vocabulary(writer: Any, described: dict[str, Any], tokenizer: Any, size:
     writer.add_add_bos_token(
         len(tokenizer("a")["input_ids"]) > len(tokenizer("a", add_special_tokens=False)["input_ids"])
     )
-    for name in ("bos", "eos", "pad", "unk"):
+    for name in ("bos", "pad", "unk"):
         token = getattr(tokenizer, f"{name}_token_id", None)
         if token is not None:
             getattr(writer, f"add_{name}_token_id")(token)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
+
+
+def add_generation(writer: Any, tokenizer: Any, settings: GenerationSettings) -> None:
+    """Give the writer the stop tokens, of which GGUF names two; warn of what it cannot say."""
+    stop = list(settings.stop)
+    if tokenizer.eos_token_id is not None and (tokenizer.eos_token_id in stop or not stop):
+        stop = [tokenizer.eos_token_id, *(token for token in stop if token != tokenizer.eos_token_id)]
+    for token, name in zip(stop, ("eos", "eot"), strict=False):
+        getattr(writer, f"add_{name}_token_id")(token)
+    unsaid = [f"the stop tokens {', '.join(map(str, stop[2:]))}"] if stop[2:] else []
+    if settings.sampling.temperature:
+        unsaid.append(
+            "how to sample: " + ", ".join(f"{name} {value}" for name, value in settings.sampling._asdict().items())
+        )
+    unsaid += [f"that generation_config sets {settings.beyond}"] if settings.beyond else []
+    if unsaid:
+        warnings.warn(
+            f"the GGUF file does not say {' and '.join(unsaid)}: give that to llama.cpp", LittleBitWarning, stacklevel=3
+        )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .checks import check_positions
 from .kv_cache import Latents, round_latents
 
 GROWTH = 512  # tokens that room is made for at once
@@ -76,11 +77,11 @@ class LatentCache(Cache):
         Of the latents, see `kv_cache.round_latents`.
     rotary : torch.nn.Module
         The model's rotary embedding: cosines and sines, (batch, tokens, size), of positions, (batch, tokens).
-    limit : int
-        Tokens that the model knows at most.
+    limit : int, optional
+        Tokens of a context at most.
     """
 
-    def __init__(self, layers: int, dtype: torch.dtype, rotary: nn.Module, limit: int):
+    def __init__(self, layers: int, dtype: torch.dtype, rotary: nn.Module, limit: int | None):
         super().__init__(layers=[LatentLayer() for _ in range(layers)])
         self.dtype, self.rotary, self.limit = dtype, rotary, limit
         self.positions = GrowingTensor()
@@ -106,11 +107,7 @@ class LatentCache(Cache):
         """
         layer: Any = self.layers[at]
         length, room = layer.get_seq_length() + keys.shape[1], layer.parts[0].room
-        if length > self.limit:
-            raise ValueError(
-                f"a context of {length} tokens is longer than the {self.limit} that the model knows "
-                "(max_position_embeddings): shorten the prompt or ask for fewer new tokens"
-            )
+        check_positions(length, self.limit, f"a context of {length} tokens")
         if room is not None and room.shape[0] != len(keys):
             raise ValueError(
                 f"the latent cache holds {room.shape[0]} sequences, but {len(keys)} go on: make a new one with "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import has_sliding_window, positions_of
 from .decode_cpu import MODEL_TYPES, STATIC_ROPE
 from .kv_cache import LARGEST_CODE, apply_rope, latent_attention, latents
 from .layers import PackedLinear
@@ -23,8 +24,8 @@ LATENT_TYPES = {"latent": torch.float16, "latent-int8": torch.int8}
 def latent_cache(model: nn.Module, dtype: torch.dtype = torch.float16) -> Any:
     """An empty cache that keeps latents of k_proj and v_proj instead of keys and values.
 
-    Give it to transformers: `model.generate(tokens, past_key_values=latent_cache(model))`, or `model(tokens,
-    past_key_values=...)`. Batches, left padding, beams and `crop` work as with transformers' own DynamicCache. The
+    Give it to transformers: `model.generate(tokens, **cache_argument(latent_cache(model)))`, or to `model(tokens,
+    ...)` in the same way. Batches, left padding, beams and `crop` work as with transformers' own DynamicCache. The
     model's attention layers learn to read it, and treat all other caches as before.
 
     Parameters
@@ -56,12 +57,12 @@ def latent_cache(model: nn.Module, dtype: torch.dtype = torch.float16) -> Any:
     check_latent(model, dtype)
     from .hf_cache import LatentCache
 
-    config, inner = model.config, model.model  # type: ignore[union-attr]
+    inner = model.model  # type: ignore[union-attr]
     for layer in inner.layers:  # type: ignore[union-attr]
         attention: Any = layer.self_attn
         if not isinstance(attention.forward, partial):
             attention.forward = partial(attend, attention, attention.forward)
-    return LatentCache(len(inner.layers), dtype, inner.rotary_emb, config.max_position_embeddings)  # type: ignore[arg-type, union-attr]
+    return LatentCache(len(inner.layers), dtype, inner.rotary_emb, positions_of(model))  # type: ignore[arg-type, union-attr]
 
 
 def check_latent(model: Any, dtype: torch.dtype) -> None:
@@ -72,10 +73,10 @@ def check_latent(model: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"a latent cache needs a model of type {', '.join(MODEL_TYPES)}, not {kind}")
     if dtype != torch.float32 and dtype not in LARGEST_CODE:
         raise ValueError(f"latents are kept in float32, float16 or int8, not {dtype}")
-    if getattr(config, "use_sliding_window", kind == "mistral") and getattr(config, "sliding_window", None):
+    if has_sliding_window(config.to_dict()):
         raise ValueError(
             f"the model attends through a sliding window of {config.sliding_window} tokens, and a latent cache keeps "
-            "all of them: use the ordinary cache, or set config.sliding_window to None before loading"
+            "all of them: use the ordinary cache"
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in STATIC_ROPE:
@@ -92,26 +93,32 @@ def check_latent(model: Any, dtype: torch.dtype) -> None:
     device_of(model)
 
 
-def attend(
+def attend(attention: Any, ordinary: Any, /, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+    """Run a model's attention: `ordinary`, its own forward, unless one of the arguments is a LatentCache."""
+    cache = next((each for each in (*inputs, *named.values()) if hasattr(each, "put_latents")), None)
+    if cache is None:
+        return ordinary(*inputs, **named)
+    return attend_to_latents(attention, cache, *inputs, **named)
+
+
+def attend_to_latents(
     attention: Any,
-    ordinary: Any,
+    kept: Any,
+    /,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    position_embeddings: Any = None,
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **others: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The forward of a model's attention: `ordinary` unless the cache is a LatentCache."""
-    if not hasattr(past_key_values, "put_latents"):
-        others |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
-        return ordinary(hidden_states, position_embeddings=position_embeddings, **others)
-    cache, at = past_key_values, attention.layer_idx
+    *_: Any,
+    position_ids: Tensor,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    """Append the latents of new tokens to a LatentCache, and attend to all that it holds."""
     key, value = attention.k_proj, attention.v_proj
     projected = [latents(hidden_states, each.factors()) for each in (key, value)]
-    keys, values = cache.put_latents(at, *projected, others["position_ids"])
+    keys, values = kept.put_latents(attention.layer_idx, *projected, position_ids)
     queries = hidden_states.shape[1]
     query = attention.q_proj(hidden_states).float().unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    cosine, sine = cache.angles()  # (batch, tokens, size / 2)
+    cosine, sine = kept.angles()  # (batch, tokens, size / 2)
     query = apply_rope(query, cosine[:, None, -queries:], sine[:, None, -queries:])
     output = latent_attention(
         query,

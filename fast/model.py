@@ -15,6 +15,7 @@ from .admm import admm, importance
 from .alignment import itq, random_rotation
 from .bits import Ranks, allocate_ranks, layer_bits, official_rank
 from .calibrate import Moments, bounded_gains, calibrate, spectral_gains
+from .checks import check_number
 from .dual_svid import dual_svid
 from .experts import check_left_dense, is_known, projection_names, split_experts
 from .factors import Factors
@@ -303,8 +304,11 @@ def check_config(config: Config, tokens: Tensor | None) -> None:
     for key, known in (("init", INITS), ("allocation", ALLOCATIONS)):
         if getattr(config, key) not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, not {getattr(config, key)!r}")
-    if not (math.isfinite(config.kv_rank_factor) and config.kv_rank_factor > 0):
-        raise ValueError(f"kv_rank_factor must be a positive number, not {config.kv_rank_factor}")
+    check_number("bits", config.bits, above=0)
+    check_number("kv_rank_factor", config.kv_rank_factor, above=0)
+    check_number("seed", config.seed, low=0, below=2**63, whole=True)
+    if config.paths is not None:
+        check_number("paths", config.paths, low=1, whole=True)
     if config.kv_rank_factor != 1 and config.allocation == "sensitivity":
         raise ValueError("allocation by sensitivity measures what k_proj and v_proj need: leave kv_rank_factor at 1")
     if config.spread is not None and not config.spread >= 1:

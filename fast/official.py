@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from .bits import official_rank, official_rank_before_rounding
-from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_tensors
+from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_generation, write_tensors
+from .checks import LittleBitWarning
 from .embeddings import settle_ties
 from .experts import has_experts
 from .headers import (
@@ -210,7 +211,7 @@ def save_official(
     model = without_adapters(model, "save_official")
     if has_experts(model):
         raise ValueError("the authors' format holds layers of dense models, but this one has experts; keep it as it is")
-    layers = layers_to_save(model, path, overwrite)
+    layers = layers_to_save(model, path, overwrite, bits)
     refuse_shared(model, "the authors' format")
     settle_ties(model)
     tensors = stored_tensors(model)
@@ -232,12 +233,14 @@ def save_official(
         warnings.warn(
             f"the authors' program works the ranks out from the bits per weight and will not load this checkpoint: "
             f"layer {other} has {layers[other].ranks}. Quantise with allocation 'official' for one that it loads",
+            LittleBitWarning,
             stacklevel=2,
         )
     with written_whole(path, overwrite) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        (folder / OFFICIAL).write_text(json.dumps(note, indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / OFFICIAL).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
         write_tensors(tensors, folder)
+        write_generation(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return path

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .checks import LittleBitWarning, check_number
 from .digests import file_digest, json_digest
 from .writing import locked, unlock, written_whole
 
@@ -37,6 +38,7 @@ class Keeper:
     """
 
     def __init__(self, folder: str | Path, minutes: float = 5.0, run: dict[str, Any] | None = None):
+        check_number("minutes", minutes, low=0)
         self.folder, self.minutes, self.run = Path(folder).absolute(), minutes, dict(run or {})
         self.folder.mkdir(parents=True, exist_ok=True)
         self.saved = time.monotonic()
@@ -92,9 +94,15 @@ class Keeper:
             with written_whole(path) as part:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part / STATE)
                 description = {"run": self.run, "step": step, "sha256": file_digest(part / STATE)}
-                (part / RUN).write_text(json.dumps(description | {"check": json_digest(description)}, indent=1) + "\n")
+                (part / RUN).write_text(
+                    json.dumps(description | {"check": json_digest(description)}, indent=1) + "\n", encoding="utf-8"
+                )
         except OSError as error:
-            warnings.warn(f"the state of step {step} was not saved, the one before it stays: {error}", stacklevel=1)
+            warnings.warn(
+                f"the state of step {step} was not saved, the one before it stays: {error}",
+                LittleBitWarning,
+                stacklevel=1,
+            )
             return
         for old in self.states()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
@@ -108,7 +116,9 @@ class Keeper:
                 error = "its checksum is wrong"
             except OSError as missing:
                 error = str(missing)
-            warnings.warn(f"{path} is damaged and passed over ({error}); going on from before it", stacklevel=1)
+            warnings.warn(
+                f"{path} is damaged and passed over ({error}); going on from before it", LittleBitWarning, stacklevel=1
+            )
             shutil.rmtree(path, ignore_errors=True)
         return None
 
@@ -122,13 +132,13 @@ class Keeper:
 
     def log(self, entry: dict[str, float]) -> None:
         """Add an entry to the log."""
-        with (self.folder / LOG).open("a") as file:
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def entries(self, step: int) -> list[dict[str, float]]:
         """The log's entries up to a step; what comes after it will be done again."""
         path, entries = self.folder / LOG, []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
                 entries.append(json.loads(line))
             except ValueError:  # the last line of a process that was killed
@@ -140,14 +150,14 @@ class Keeper:
         for left in self.folder.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
         part = self.folder / f"{LOG}.part"
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
         part.replace(self.folder / LOG)
 
 
 def described(path: Path) -> dict[str, Any]:
     """What run.json says of a saved state; nothing if it is damaged."""
     try:
-        description = json.loads((path / RUN).read_text())
+        description = json.loads((path / RUN).read_text(encoding="utf-8"))
         check = description.pop("check")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}

@@ -42,12 +42,12 @@ def put_together(file: Path, folder: Path) -> None:
     trained = load_file(file)
     quantised = tuple(f"{layer}.weight" for layer in note["quantization_config"]["layers"])
     tensors = {name: t for name, t in load_file(base / WEIGHTS).items() if name not in quantised} | trained
-    config = json.loads((base / "config.json").read_text())
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     section = note["quantization_config"] | {"format_version": FORMAT_VERSION}
     config |= {"dtype": "float16", "quantization_config": section}
-    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     write_tensors(tensors, folder, config=config)
-    (folder / "training.json").write_text(json.dumps(note["training"], indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(note["training"], indent=1) + "\n", encoding="utf-8")
     load_tokenizer(note["base"]).save_pretrained(folder)
 
 
@@ -71,7 +71,7 @@ def ship(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> N
         If the checkpoint lacks a tensor of its base, so that it was made from another.
     """
     before, after = load_file(resolve(base) / WEIGHTS), load_file(checkpoint / WEIGHTS)
-    section = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    section = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     quantised = {f"{layer}.weight" for layer in section["layers"]}
     if missing := sorted(before.keys() - after.keys() - quantised):
         raise CheckpointError(f"{checkpoint} was not made from {base}: it lacks {missing[0]}")

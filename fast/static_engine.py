@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from .decode_cpu import NotDecodableError
 from .experts import has_experts
+from .hf_names import cache_argument
 from .model import device_of
 
 
@@ -88,6 +89,7 @@ class StaticEngine:
         self.mask = torch.ones(batch, capacity, dtype=torch.bool, device=self.device)
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = Cache(layers=[FixedLayer(capacity, self.position) for _ in range(layers)])
+        self.past = cache_argument(self.cache, model.forward)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (batch, vocabulary) after the prompts."""
@@ -115,9 +117,9 @@ class StaticEngine:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **self.past,
         )
         return found.logits[:, -1]
 

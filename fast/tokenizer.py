@@ -55,6 +55,9 @@ class Tokenizer:
         self.special = {name: config[name] for name in SPECIAL if config.get(name)}
         if any(self.backend.token_to_id(str(token)) is None for token in self.special.values()):
             raise NotDecodableError("its special tokens are not in tokenizer.json")
+        prefixes = prefixing(json.loads(self.backend.to_str())["pre_tokenizer"])
+        if config.get("add_prefix_space") in (True, False) and prefixes - {config["add_prefix_space"]}:
+            raise NotDecodableError("its tokenizer_config.json changes add_prefix_space of tokenizer.json")
         self.template = read_template(folder, config)
 
     @property
@@ -109,6 +112,18 @@ class Tokenizer:
             raise ValueError(f"the tokenizer's chat template cannot be used: {error}") from error
 
 
+def prefixing(step: Any) -> set[bool]:
+    """Find out from a pre-tokenizer's description whether its steps put a space before a text."""
+    if not isinstance(step, dict):
+        return set()
+    found = set().union(*map(prefixing, step.get("pretokenizers") or ()))
+    if step.get("type") == "ByteLevel":
+        found.add(bool(step.get("add_prefix_space")))
+    if step.get("type") == "Metaspace":
+        found.add(step.get("prepend_scheme") != "never")
+    return found
+
+
 def read_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The chat template of a directory, if it has one.
 
@@ -118,7 +133,7 @@ def read_template(folder: Path, config: dict[str, Any]) -> str | None:
         If there are several, or it has blocks that Jinja does not know.
     """
     file = folder / "chat_template.jinja"
-    template = file.read_text() if file.is_file() else config.get("chat_template")
+    template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     several = (folder / "additional_chat_templates").exists() or not isinstance(template, str | None)
     if several or re.search(r"{%[-+]?\s*generation\b", template or ""):
         raise NotDecodableError("it has a chat template that only transformers knows")

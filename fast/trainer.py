@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from .checks import check_number, check_positions, flat_tokens, positions_of
 from .digests import digest
 from .distill import KLLoss, hidden_loss, kl_rows
 from .experts import has_experts
@@ -225,7 +226,7 @@ def train_(
     model : transformers causal language model after `quantize_`, float32
     teacher : the model that it was made from, on the same device
         Its parameters are rounded to `dtype`, in place.
-    tokens : (n,) integer tensor, or several
+    tokens : (n,) or (1, n) integer tensor, or several
         Training texts.
     config : TrainConfig, optional
     weights : sequence of float, optional
@@ -265,8 +266,7 @@ def train_(
     check_config(config, world)
     model, teacher = to_change(model, "train_"), with_adapters_inside(teacher)
     check_models(model, teacher)
-    for text in texts:
-        check_tokens(text, model, config)
+    texts = [checked_text(text, model, longest(config)) for text in texts]
     device = next(model.parameters()).device
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     starts = schedules([len(text) for text in texts], weights, config)
@@ -275,8 +275,7 @@ def train_(
         raise ValueError("shard divides the masters over processes: start them with torchrun")
     if shard and config.optimizer == "muon":
         raise ValueError("muon needs whole latents, but shard divides them: use the optimizer adam with shard")
-    if log_steps < 1:
-        raise ValueError(f"log_steps must be at least 1, not {log_steps}")
+    check_number("log_steps", log_steps, low=1, whole=True)
     if keeper is not None:
         kind = {"dtype": str(dtype), "device": device.type}
         keeper.check(asdict(config) | kind | {"world": world, "shard": shard, "data": digest(corpus, *starts)})
@@ -878,9 +877,12 @@ def check_config(config: TrainConfig, world: int) -> None:
     """Raise ValueError unless the settings make sense."""
     named_rule(config.rule)
     check_trainable(config.train)
-    for key in ("tokens", "sequence", "batch", "long_sequence"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key} must be at least 1, not {getattr(config, key)}")
+    smallest = dict.fromkeys(("tokens", "sequence", "batch", "long_sequence"), 1)
+    smallest |= dict.fromkeys(("block_tokens", "long_tokens", "frozen_tokens", "seed"), 0)
+    for key, low in smallest.items():
+        check_number(key, getattr(config, key), low=low, below=2**63, whole=True)
+    if config.micro_batch is not None:
+        check_number("micro_batch", config.micro_batch, low=1, whole=True)
     if config.batch % world:
         raise ValueError(f"a step's {config.batch} sequences cannot be divided evenly among {world} processes")
     at_once = config.batch // world if config.micro_batch is None else config.micro_batch
@@ -889,8 +891,6 @@ def check_config(config: TrainConfig, world: int) -> None:
             f"a process's {config.batch // world} sequences a step cannot be divided evenly into parts of {at_once} "
             "(micro_batch)"
         )
-    if not 0 <= config.warmup < 1:
-        raise ValueError(f"warmup must be a part of the schedule, 0 to below 1, not {config.warmup}")
     if config.long_tokens and config.batch // world * config.sequence % config.long_sequence:
         raise ValueError(
             f"a process's {config.batch // world} sequences of {config.sequence} tokens a step cannot be read as "
@@ -898,12 +898,12 @@ def check_config(config: TrainConfig, world: int) -> None:
         )
     if config.optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {config.optimizer!r}")
-    if not 0 <= config.label_weight <= 1:
-        raise ValueError(f"label_weight must be between 0 and 1, not {config.label_weight}")
-    rates = ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final", "latent_scale")
-    for key in (*rates, "block_tokens", "long_tokens", "frozen_tokens"):
-        if not (math.isfinite(getattr(config, key)) and getattr(config, key) >= 0):
-            raise ValueError(f"{key} must be a finite number, not negative, not {getattr(config, key)}")
+    check_number("warmup", config.warmup, low=0, below=1)
+    check_number("label_weight", config.label_weight, low=0, high=1)
+    for key in ("lr_latents", "lr_scales", "lr_others", "hidden", "clip", "final", "latent_scale"):
+        check_number(key, getattr(config, key), low=0)
+    for beta in config.betas:
+        check_number("betas", beta, low=0, below=1)
 
 
 def check_models(model: nn.Module, teacher: nn.Module) -> None:
@@ -918,11 +918,13 @@ def check_models(model: nn.Module, teacher: nn.Module) -> None:
             raise ValueError(f"teacher and student do not fit each other: {key} is {theirs} and {mine}")
 
 
-def check_tokens(text: Tensor, model: nn.Module, config: TrainConfig) -> None:
-    """Raise ValueError unless a text is long enough and its tokens are in the vocabulary."""
-    if text.ndim != 1 or len(text) < longest(config):
-        raise ValueError(f"a training text has {text.numel()} tokens, but a sequence needs {longest(config)}")
-    known: Any = model.config
-    largest, size = int(text.max()), known.vocab_size
-    if int(text.min()) < 0 or largest >= size:
-        raise ValueError(f"a training text has token {largest}, but the model's vocabulary has {size}: wrong tokenizer")
+def checked_text(text: Tensor, model: nn.Module, sequence: int) -> Tensor:
+    """Turn a training text into (n,) tokens, of which the model can read `sequence` at once.
+
+    Raises
+    ------
+    ValueError
+        If it is too short or has no such tokens, or the model has fewer positions.
+    """
+    check_positions(sequence, positions_of(model), f"a sequence of {sequence} tokens")
+    return flat_tokens(text, model, least=sequence)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import check_number, check_prompts, embedding_rows, positions_of
 from .evaluate import sequence_losses
 from .progress import tqdm
 from .wrappers import unwrapped
@@ -80,8 +81,9 @@ def blimp(
         If the archive is damaged or holds no paradigm, a line is no minimal pair, `items` or `batch` is not positive,
         or the tokenizer has neither BOS nor EOS.
     """
-    if batch < 1 or (items is not None and items < 1):
-        raise ValueError(f"blimp needs items >= 1 and batch >= 1, but got {items} and {batch}")
+    check_number("batch", batch, low=1, whole=True)
+    if items is not None:
+        check_number("items", items, low=1, whole=True)
     paradigms = read_paradigms(path, items)
     sentences = sorted({text for pairs in paradigms.values() for pair in pairs for text in pair})
     tokens = dict(zip(sentences, sentence_tokens(tokenizer, sentences), strict=True))
@@ -113,6 +115,7 @@ def log_probabilities(
     Equal sequences are scored once, so that they tie exactly, and in an order that does not depend on the given one.
     """
     unique = sorted(set(sequences), key=lambda sequence: (len(sequence), sequence))
+    check_prompts(unique, 0, embedding_rows(model), positions_of(model))  # a sequence's last token is not read
     parts = [
         part
         for length, group in itertools.groupby(unique, key=len)

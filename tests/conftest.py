@@ -17,12 +17,6 @@ settings.register_profile("quick", max_examples=20, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:transformers")
-    config.addinivalue_line("filterwarnings", "ignore::UserWarning:transformers")
-    config.addinivalue_line("filterwarnings", "ignore::FutureWarning:transformers")
-
-
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """Directory of a random Llama with grouped queries, biases in attention, and a byte-level tokenizer."""

@@ -57,7 +57,7 @@ TESTS = {
     "selection": "test_selection.py test_families.py test_model.py",
     "wrappers": "test_wrappers.py",
     "arrays": "test_arrays.py",
-    "checkpoint": "test_model.py test_hostile.py test_quantizer.py test_families.py test_reading.py test_shared.py",
+    "checkpoint": "test_model.py test_hostile.py test_quantizer.py test_families.py test_reading.py test_shared.py test_generation_settings.py",
     "digests": "test_hostile.py test_resume.py",
     "writing": "test_writing.py test_outputs.py test_model.py",
     "quantizer": "test_quantizer.py test_reading.py",
@@ -70,10 +70,12 @@ TESTS = {
     "completion": "test_cli.py",
     "official": "test_official.py",
     "plugin": "test_plugin.py test_quantizer.py test_lora.py",
+    "checks": "test_checks.py test_kv_cache.py",
+    "generation_settings": "test_generation_settings.py",
     "evaluate": "test_model.py test_zero_shot.py",
     "zero_shot": "test_zero_shot.py",
     "calibrate": "test_calibrate.py",
-    "decode": "test_kv_cache.py test_model.py test_decode.py",
+    "decode": "test_kv_cache.py test_model.py test_decode.py test_generation_settings.py",
     "decode_cpu": "test_decode.py",
     "decode_loaded": "test_kv_cache.py test_decode.py",
     "decode_mapped": "test_mapped.py",
@@ -244,7 +246,25 @@ MUTANTS = [
         "if True:",
         "attention wrapped again and again",
     ),
-    Mutant("fast/hf_cache.py", "if length > self.limit:", "if length > self.limit + 1:", "a token too many"),
+    Mutant(
+        "fast/checks.py",
+        "limit is not None and needed > limit:",
+        "limit is not None and needed > limit + 1:",
+        "a token too many",
+    ),
+    Mutant("fast/checks.py", "above < number < below", "above <= number < below", "a setting at its limit"),
+    Mutant("fast/checks.py", "token >= rows)", "token > rows)", "a token behind the embedding"),
+    Mutant("fast/checks.py", "max(positions, int(factor * trained))", "positions", "scaled positions are not counted"),
+    Mutant(
+        "fast/generation_settings.py", "name not in understood and", "name in NEUTRAL and", "new settings are dropped"
+    ),
+    Mutant(
+        "fast/generation_settings.py", "SAMPLING[name] if value is None else value", "value", "defaults of sampling"
+    ),
+    Mutant("fast/decode.py", "add_special_tokens=not chat", "add_special_tokens=True", "two BOS in a chat"),
+    Mutant(
+        "fast/checkpoint.py", "model.generation_config = generation_config(path)", "pass", "stop tokens are forgotten"
+    ),
     Mutant(
         "fast/hf_cache.py", "            self.turned = None\n        new", "        new", "angles of the step before"
     ),
@@ -383,7 +403,12 @@ MUTANTS = [
     Mutant("fast/decode_cpu.py", "before < top_p", "before + chances < top_p", "the nucleus is one token short"),
     Mutant("fast/embeddings.py", "errors[:, j : j + 1] * feedback", "0 * feedback", "errors stay within a group"),
     Mutant("fast/embeddings.py", "return total / len(tokens)", "return total", "moments are sums"),
-    Mutant("fast/embeddings.py", "texts = tokens, random_tokens", "texts = tokens, 0 * random_tokens", "one token"),
+    Mutant(
+        "fast/embeddings.py",
+        "texts = flat_tokens(tokens, model), random_tokens",
+        "texts = flat_tokens(tokens, model), 0 * random_tokens",
+        "one token",
+    ),
     Mutant("fast/embeddings.py", "diagonal += RIDGE", "diagonal += 0", "equal codes have no scale"),
     Mutant("fast/embeddings.py", "moved.sum(-1)\n", "0 * moved.sum(-1)\n", "scales refitted without their offsets"),
     Mutant("fast/kernels/cpu_dense.py", "s1, s1 + offsets", "s1, s0 + offsets", "rows share an offset"),
@@ -556,8 +581,8 @@ MUTANTS = [
     Mutant("fast/gguf.py", "if module.table not in seen:", "if True:", "tied tables are written twice"),
     Mutant(
         "fast/gguf.py",
-        'if rope(config).get("rope_type", "default") != "default":',
-        "if False:",
+        'if rope(config).get("rope_type", "default") != "default" or',
+        "if",
         "scaled positions are written as plain ones",
     ),
     Mutant(

@@ -50,7 +50,7 @@ def test_calibrate_leaves_no_hooks_and_no_change(tiny_llama):
     assert not model.get_submodule(LAYER)._forward_hooks
     for name, tensor in model.state_dict().items():
         assert_same(tensor, before[name])
-    with pytest.raises(ValueError, match="at least two tokens"):
+    with pytest.raises(ValueError, match="at least 2 tokens"):
         lb.calibrate(model, TOKENS[:1], [LAYER], progress=False)
 
 

@@ -15,6 +15,7 @@ from littlebit.fast import decode, decode_loaded, kv_cache
 from littlebit.fast.__main__ import main
 from littlebit.fast.bench_cache import bench_cache, crossover
 from littlebit.fast.hf_cache import GROWTH
+from littlebit.fast.hf_names import CACHE_NAMES
 from littlebit.fast.latent_cache import LATENT_TYPES
 from littlebit.fast.memory import KV_CACHES
 from littlebit.fast.model import packed_layers
@@ -258,7 +259,7 @@ def test_latent_cache_gives_the_logits_of_the_model(packed, steps, attention):
     tokens, cache = some_tokens(2, 17), lb.latent_cache(model, torch.float32)
     with torch.inference_mode():
         for part in tokens.split(list(steps), 1):
-            logits = model(part, past_key_values=cache).logits[:, -1]
+            logits = model(part, **lb.cache_argument(cache)).logits[:, -1]
     assert_last_logits(logits, packed, tokens)
     assert cache.get_seq_length() == 17
 
@@ -272,28 +273,28 @@ def test_generate_writes_the_same_from_latents(packed):
         settings["num_beams"] = beams
         expected = packed.generate(tokens, attention_mask=mask, **settings)
         cache = lb.latent_cache(packed, torch.float32)
-        assert_same(packed.generate(tokens, attention_mask=mask, past_key_values=cache, **settings), expected)
+        assert_same(packed.generate(tokens, attention_mask=mask, **lb.cache_argument(cache), **settings), expected)
         assert cache.get_seq_length() == 40
         assert cache.positions.filled().shape == (3 * beams, 40)
-        alone = packed.generate(tokens[:1, 5:], past_key_values=lb.latent_cache(packed, torch.float32), **settings)
+        alone = packed.generate(tokens[:1, 5:], **lb.cache_argument(lb.latent_cache(packed, torch.float32)), **settings)
         assert_same(alone[0, 6:], expected[0, 11:])
 
 
 def test_generate_goes_on_from_a_cropped_cache(one_packed):
     tokens, cache = some_tokens(2, 20), lb.latent_cache(one_packed, torch.float32)
     with torch.inference_mode():
-        whole = one_packed(tokens, past_key_values=cache).logits
+        whole = one_packed(tokens, **lb.cache_argument(cache)).logits
         cache.crop(-6)
         assert cache.get_seq_length() == 14
-        again = one_packed(tokens[:, 14:], past_key_values=cache).logits
+        again = one_packed(tokens[:, 14:], **lb.cache_argument(cache)).logits
         assert_last_logits(again[:, -1], one_packed, tokens)
         cache.batch_select_indices(torch.tensor([1]))
         cache.crop(-1)
-        again = one_packed(tokens[1:, 19:], past_key_values=cache).logits
+        again = one_packed(tokens[1:, 19:], **lb.cache_argument(cache)).logits
         assert_last_logits(again[:, -1], one_packed, tokens[1:])
         cache.reset()
         assert cache.nbytes == cache.get_seq_length() == 0
-        assert_same(one_packed(tokens, past_key_values=cache).logits, whole)
+        assert_same(one_packed(tokens, **lb.cache_argument(cache)).logits, whole)
     with pytest.raises(ValueError, match="negative number"):
         cache.crop(3)
 
@@ -304,7 +305,7 @@ def test_latent_cache_holds_what_it_says(one_packed, dtype):
     length = GROWTH // 4 - 3
     for part in some_tokens(2, length).split(100, 1):
         with torch.inference_mode():
-            one_packed(part, past_key_values=cache)
+            one_packed(part, **lb.cache_argument(cache))
     widths = [sum(layer.ranks) for layer in projections(one_packed)]
     width = {"float32": 4, "float16": 2, "int8": 1}[dtype]
     assert cache.nbytes == ref.kv_cache_bytes(2 * length, widths, width, 4) + 4 * 2 * length
@@ -331,7 +332,7 @@ def test_other_caches_are_as_before(one_packed):
         clone = copy.deepcopy(one_packed)
         for layer in projections(clone):
             layer.paths[0].h *= -2
-        changed = clone(tokens, past_key_values=lb.latent_cache(clone, torch.float32)).logits
+        changed = clone(tokens, **lb.cache_argument(lb.latent_cache(clone, torch.float32))).logits
         assert_last_logits(changed[:, -1], clone, tokens)
         with pytest.raises(AssertionError, match="entries are off"):
             assert_last_logits(changed[:, -1], one_packed, tokens)
@@ -350,7 +351,7 @@ def test_latent_cache_serves_other_models(kind):
     tokens = some_tokens(1, 12)
     expected = decode.generate_tokens(model, tokens, 20)
     cache = lb.latent_cache(model, torch.float32)
-    found = model.generate(tokens, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    found = model.generate(tokens, **lb.cache_argument(cache), max_new_tokens=20, do_sample=False)
     assert_same(found[:, 12:], expected)
 
 
@@ -362,7 +363,9 @@ def test_generate_takes_the_kind_of_cache(one_packed, tiny_llama, tmp_path, caps
     for kind, dtype in (("latent", torch.float16), ("latent-int8", torch.int8)):
         tokens = tokenizer("abc", return_tensors="pt")["input_ids"]
         cache = lb.latent_cache(one_packed, dtype)
-        new = one_packed.generate(tokens, past_key_values=cache, max_new_tokens=12, do_sample=False, pad_token_id=258)
+        new = one_packed.generate(
+            tokens, **lb.cache_argument(cache), max_new_tokens=12, do_sample=False, pad_token_id=258
+        )
         expected = tokenizer.decode(new[0, tokens.shape[1] :], skip_special_tokens=True)
         assert lb.generate(one_packed, "abc", kv_cache=kind, **settings) == expected
         assert made[-1].layers[0].parts[0].filled().dtype == dtype
@@ -413,17 +416,17 @@ def test_latent_cache_refuses_what_it_cannot_keep(one_packed):
 def test_latent_cache_refuses_what_does_not_go_on_from_it(one_packed):
     cache, limit = lb.latent_cache(one_packed), one_packed.config.max_position_embeddings
     with torch.inference_mode():
-        one_packed(some_tokens(1, limit), past_key_values=cache)
-        with pytest.raises(ValueError, match=f"{limit + 1} tokens is longer than the {limit}"):
-            one_packed(some_tokens(1, 1), past_key_values=cache)
+        one_packed(some_tokens(1, limit), **lb.cache_argument(cache))
+        with pytest.raises(ValueError, match=f"needs {limit + 1} positions, but the model has {limit}"):
+            one_packed(some_tokens(1, 1), **lb.cache_argument(cache))
         cache.crop(-9)
         with pytest.raises(ValueError, match="holds 1 sequences, but 2 go on"):
-            one_packed(some_tokens(2, 1), past_key_values=cache)
+            one_packed(some_tokens(2, 1), **lb.cache_argument(cache))
         with pytest.raises(ValueError, match="takes latents, not keys and values"):
-            small_llama()(some_tokens(1, 2), past_key_values=lb.latent_cache(one_packed))
+            small_llama()(some_tokens(1, 2), **lb.cache_argument(lb.latent_cache(one_packed)))
         with pytest.raises(ValueError, match="understands masks of shape"):
             one_packed(
-                some_tokens(1, 2), past_key_values=cache, attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool)
+                some_tokens(1, 2), **lb.cache_argument(cache), attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool)
             )
         with pytest.raises(ValueError, match="cache is empty"):
             lb.latent_cache(one_packed).angles()
@@ -466,3 +469,25 @@ def test_crossover_lies_where_the_times_meet():
     assert crossover(rows(-1, -1)) == 1
     assert crossover(rows(-1, 1)) is None
     assert crossover([]) is None
+
+
+def test_cache_argument_follows_the_signature():
+    """Of what is called, and else of transformers' own generate; a name it does not know is an error."""
+
+    def old(tokens, past_key_values=None): ...
+    def new(tokens, cache=None, past_key_values=None): ...
+
+    assert lb.cache_argument(1, old) == {"past_key_values": 1}
+    assert lb.cache_argument(1, new) == {"cache": 1}
+    assert lb.cache_argument(1, lambda **named: None) == lb.cache_argument(1, small_llama().forward)
+    assert lb.cache_argument(1) == lb.cache_argument(1, small_llama().forward)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_latent_attention_knows_its_cache_under_any_name(one_packed, name):
+    cache = lb.latent_cache(one_packed, torch.float32)
+    attention = one_packed.model.layers[0].self_attn
+    x, positions = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)), torch.arange(3)[None]
+    output, _ = attention(x, position_embeddings=None, attention_mask=None, position_ids=positions, **{name: cache})
+    assert output.shape == (1, 3, 64)
+    assert cache.get_seq_length() == 3

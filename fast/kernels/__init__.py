@@ -57,12 +57,12 @@ def drop_stale_code() -> None:
     place = Path(cpu.layer_rows.stats.cache_path or sources[0].parent)
     note = place / "littlebit-kernels.sha256"
     with contextlib.suppress(OSError):  # a cache that cannot be written cannot be stale for long
-        if note.exists() and note.read_text() == digest:
+        if note.exists() and note.read_text(encoding="utf-8") == digest:
             return
         place.mkdir(parents=True, exist_ok=True)
         for path in place.glob("*.nb[ci]"):
             path.unlink(missing_ok=True)
-        note.write_text(digest)
+        note.write_text(digest, encoding="utf-8")
 
 
 drop_stale_code()

@@ -254,7 +254,7 @@ def vectors_of(rows: int) -> int:
 @cache
 def measured() -> dict[str, dict[str, Schedule]]:
     """The fastest schedules that were measured, by the GPU's name and `name_of`: what ships, and what `tune` kept."""
-    tables = json.loads(SCHEDULES.read_text())
+    tables = json.loads(SCHEDULES.read_text(encoding="utf-8"))
     try:
         own = own_schedules()
         for name, table in read_schedules(own).items() if own.exists() else ():
@@ -278,7 +278,7 @@ def read_schedules(path: Path) -> dict[str, dict[str, list[Any]]]:
         If it is damaged.
     """
     try:
-        tables = json.loads(path.read_text())
+        tables = json.loads(path.read_text(encoding="utf-8"))
         for table in tables.values():
             for each in table.values():
                 schedule_from(each)
