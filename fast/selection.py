@@ -86,7 +86,7 @@ def select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> 
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     names: dict[int, list[str]] = {}  # of each module, since one may stand in several places
-    modules: dict[int, nn.Module] = {}
+    modules: dict[int, Any] = {}
     known: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if is_linear(module) or isinstance(module, nn.Embedding | LowRankLinear):
