@@ -26,7 +26,7 @@ ORDER = [
 # Where a module that only fast/ has belongs; one that is not named here is one of "More".
 GROUPS = {
     "Whole models": ["model", "layers", "embeddings", "calibrate", "evaluate", "zero_shot"],
-    "Training": ["student", "trainer", "resume"],
+    "Training": ["student", "trainer", "muon", "resume"],
     "Files": ["checkpoint", "headers", "digests", "writing", "official", "gguf", "fetch", "shipped"],
     "Running": [
         "decode",
