@@ -277,7 +277,10 @@ def training_tokens(tokenizer: Any, path: Path) -> Tensor:
         If the file is neither.
     """
     if path.suffix == ".npy":
-        tokens = np.load(path)
+        try:
+            tokens = np.load(path)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is not an array that NumPy can read: {error}") from error
         if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"{path} must hold tokens, one row of integers, not {tokens.dtype} of {tokens.shape}")
         return torch.from_numpy(tokens.astype(np.int64))

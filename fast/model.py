@@ -313,6 +313,8 @@ def check_config(config: Config, tokens: Tensor | None) -> None:
         raise ValueError("allocation by sensitivity measures what k_proj and v_proj need: leave kv_rank_factor at 1")
     if config.spread is not None and not config.spread >= 1:
         raise ValueError(f"spread must be at least 1, where ranks are uniform, not {config.spread}")
+    if config.spread is not None and config.allocation != "sensitivity":
+        raise ValueError(f"spread bounds allocation by sensitivity: leave it out with allocation {config.allocation!r}")
     if config.allocation == "official" and config.paths is None:
         raise ValueError("the authors' program has as many paths in every layer: choose paths=1 or 2")
     if config.importance and config.init != "admm":

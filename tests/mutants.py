@@ -105,6 +105,7 @@ TESTS = {
     "fused_engine": "test_decode_cuda.py test_cuda_decode.py",
     "decode_cuda": "test_decode_cuda.py",
     "student": "test_student.py",
+    "muon": "test_muon.py",
     "trainer": "test_resume.py test_trainer.py",
     "resume": "test_resume.py test_trainer.py",
     "__main__": "test_resume.py test_command.py test_cli.py",

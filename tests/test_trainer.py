@@ -681,6 +681,13 @@ def test_command_reads_tokens(loud_llama, one_process, text, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (one_process / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("content", [b"", b"some text"])
+def test_command_refuses_what_is_no_array(loud_llama, tmp_path, capsys, content):
+    (tmp_path / "tokens.npy").write_bytes(content)
+    assert main(command(loud_llama, tmp_path / "out", tmp_path / "tokens.npy")) == 2
+    assert "tokens.npy is not an array that NumPy can read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("values", [np.zeros((2, 3), np.uint16), np.zeros(300, np.float32)])
 def test_command_refuses_arrays_that_hold_no_tokens(loud_llama, tmp_path, capsys, values):
     np.save(tmp_path / "tokens.npy", values)
