@@ -38,7 +38,7 @@ GROUPS = {
         "evaluate",
         "zero_shot",
     ],
-    "Training": ["student", "trainer", "resume"],
+    "Training": ["student", "trainer", "muon", "resume"],
     "Files": [
         "checkpoint",
         "headers",

@@ -207,10 +207,9 @@ def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu")) -> int:
         text = file.read_text().strip()
         if text[:-1].isdigit() and text[-1] in units:
             sizes.append(int(text[:-1]) * units[text[-1]])
-    names = [
-        name for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL4_CACHE_SIZE") if name in getattr(os, "sysconf_names", ())
-    ]
-    return max(*sizes, *(os.sysconf(name) for name in names), 0)
+    known = getattr(os, "sysconf_names", {})
+    sizes += [os.sysconf(name) for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL4_CACHE_SIZE") if name in known]
+    return max(sizes)
 
 
 def alternate(
@@ -256,9 +255,12 @@ def save_results(path: Path, rows: list[dict[str, Any]], command: str, device: s
 
 def loaded_code() -> dict[str, str]:
     """Compute `code_digest` of each module of this package that is loaded, so that a later reader sees what changed."""
-    package = __name__.rpartition(".")[0] + "."
-    files = {name.removeprefix(package): module.__file__ for name, module in sys.modules.items() if package in name}
-    return {name: code_digest(Path(file).read_text(encoding="utf-8")) for name, file in sorted(files.items()) if file}
+    package = ".".join(__name__.split(".")[:2]) + "."
+    loaded = {name.removeprefix(package): module for name, module in sys.modules.items() if name.startswith(package)}
+    return {
+        name: code_digest(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        for name, module in sorted(loaded.items())
+    }
 
 
 def cpu_name() -> str:
