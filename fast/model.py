@@ -52,7 +52,7 @@ class Config:
         Whether "admm" weighs channels by their second moments, measured on calibration text.
     include, exclude : tuple of str
         Shell-style patterns of module names. A linear layer is quantised if it matches one of `include` and none of
-        `exclude`; the output head and embeddings are never quantised.
+        `exclude`; the output head, embeddings and routers of experts are never quantised.
     split_fused : bool
         Quantise the parts of fused projections (qkv_proj, gate_up_proj; c_attn of GPT-2) as layers of their own, with
         names such as LAYER.qkv_proj.q_proj.
@@ -124,8 +124,8 @@ def quantize_(
     Raises
     ------
     ValueError
-        If no layer matches, a weight is not finite (the layer is named), the bits cannot be met, or calibration text
-        is missing.
+        If no layer matches, a weight is not finite (the layer is named), the bits cannot be met, calibration text is
+        missing, or more than a tenth of the weights would stay dense, in forms that are unknown, and is not excluded.
     """
     config = config or Config()
     check_config(config, tokens)
