@@ -78,19 +78,21 @@ def calibrate(
                 handle.remove()
     count = sum(map(len, parts))
     found = {name: Moments(*(total / count for total in kept)) for name, kept in sums.items()}
-    reached = {name: each for name, each in found.items() if each.inputs.ndim and each.outputs.ndim}
-    return {name: reached.get(name) or unreached_moments(model, name, reached) for name in found}
+    return {name: each if each.outputs.ndim else unreached(model, name, found) for name, each in found.items()}
 
 
-def unreached_moments(model: nn.Module, name: str, reached: Mapping[str, Moments]) -> Moments:
+def unreached(model: nn.Module, name: str, found: Mapping[str, Moments]) -> Moments:
     """Stand in for the moments of a layer that no token reached: the mean over the block's other experts, or zeros."""
+    same = []
+    if "." in layer_kind(name):
+        experts, at, projection = name.rsplit(".", 2)
+        count = len(model.get_submodule(experts))  # type: ignore[arg-type]
+        same = [found.get(f"{experts}.{other}.{projection}") for other in range(count) if other != int(at)]
+        same = [each for each in same if each is not None and each.outputs.ndim]
+    if same:
+        return Moments(*(torch.stack(each).mean(0) for each in zip(*same, strict=True)))
     weight: Any = model.get_submodule(name).weight
-    zeros = Moments(*(weight.new_zeros(size, dtype=torch.float32) for size in reversed(weight.shape)))
-    if "." not in layer_kind(name):
-        return zeros
-    block, _, projection = name.rsplit(".", 2)
-    same = [each for other, each in reached.items() if other.rsplit(".", 2)[::2] == [block, projection]]
-    return Moments(*(torch.stack(each).mean(0) for each in zip(*same, strict=True))) if same else zeros
+    return Moments(*(weight.new_zeros(size, dtype=torch.float32) for size in reversed(weight.shape)))
 
 
 def watch(layer: nn.Module, kept: list[Tensor]) -> tuple:

@@ -99,6 +99,8 @@ from .writing import check_folder, check_room, place_of, written_whole
 SHARD_BYTES = 5_000_000_000
 #: Most tensors in a file: the names and checksums of a model with thousands of experts must fit headers.JSON_BYTES.
 SHARD_TENSORS = 1 << 15
+#: Most experts that a model may have in all its blocks: each becomes several modules.
+MOST_EXPERTS = 1 << 16
 #: Most bytes that a model may compute at its start, for masks and the frequencies of positions.
 BUFFER_BYTES = 1 << 30
 #: Names that safetensors has for torch's dtypes.
@@ -579,8 +581,12 @@ def put_layers(model: nn.Module, layers: dict[str, dict[str, Any]], fused: Any, 
         if not fits:
             raise CheckpointError(f"{where}: 'fused' splits {name} into {parts!r}, which does not fit the model")
         replace_module(model, name, split(layer, sizes))
-    for name, module in list(model.named_modules()):
-        if is_known(module) and any(f"{name}.{part}" in layers for part in projection_names(module)):
+    blocks = {name: module for name, module in model.named_modules() if is_known(module)}
+    experts = sum(len(module.down_proj) for module in blocks.values())  # type: ignore[arg-type]
+    if experts > MOST_EXPERTS:
+        raise CheckpointError(f"{where}: a model may have {MOST_EXPERTS} experts, not {experts}; copy the files again")
+    for name, module in blocks.items():
+        if any(f"{name}.{part}" in layers for part in projection_names(module)):
             replace_module(model, name, split_experts(module, lambda part, name=name: f"{name}.{part}" in layers))
     for name, entry in layers.items():
         check_module(model, name, entry)

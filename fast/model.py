@@ -73,8 +73,8 @@ class Config:
         Whether "admm" weighs channels by their second moments, measured on calibration text.
     include, exclude : tuple of str
         Shell-style patterns of module names, or one pattern. A linear layer is quantised if it matches one of
-        `include` and none of `exclude`, and if it can be (see selection.py); the output head and embeddings are never
-        quantised. A pattern that matches no layer is an error.
+        `include` and none of `exclude`, and if it can be (see selection.py); the output head and embeddings and routers of
+        experts are never quantised. A pattern that matches no layer is an error.
     split_fused : bool
         Quantise the parts of fused projections (qkv_proj, gate_up_proj; c_attn of GPT-2) as layers of their own, with
         names such as LAYER.qkv_proj.q_proj.
@@ -169,7 +169,8 @@ def quantize_(
     ValueError
         If a pattern or the config matches no layer, a weight is not finite (the layer is named), a tensor of a
         transformers model does not fit float16, in which `save` stores it, the bits cannot be met, calibration text is
-        missing, or the model has adapters of PEFT or is DistributedDataParallel.
+        missing, experts of an unknown form hold more than a tenth of the weights and are not excluded, or the model has
+        adapters of PEFT or is DistributedDataParallel.
     """
     config = config or Config()
     check_config(config, tokens)

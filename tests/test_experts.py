@@ -370,6 +370,12 @@ def test_many_tensors_are_divided_over_files(packed, tmp_path, monkeypatch):
     assert_same(logits(lb.load(saved)), logits(lb.load(packed)))
 
 
+def test_load_refuses_more_experts_than_a_model_may_have(packed, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MOST_EXPERTS", 7)
+    with pytest.raises(lb.CheckpointError, match="may have 7 experts, not 8"):
+        lb.load(packed)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
