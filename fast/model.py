@@ -73,8 +73,8 @@ class Config:
         Whether "admm" weighs channels by their second moments, measured on calibration text.
     include, exclude : tuple of str
         Shell-style patterns of module names, or one pattern. A linear layer is quantised if it matches one of
-        `include` and none of `exclude`, and if it can be (see selection.py); the output head and embeddings and routers of
-        experts are never quantised. A pattern that matches no layer is an error.
+        `include` and none of `exclude`, and if it can be (see selection.py). The output head, embeddings and routers
+        of experts are never quantised. A pattern that matches no layer is an error.
     split_fused : bool
         Quantise the parts of fused projections (qkv_proj, gate_up_proj; c_attn of GPT-2) as layers of their own, with
         names such as LAYER.qkv_proj.q_proj.
