@@ -89,7 +89,7 @@ from .headers import (
     weight_files,
 )
 from .layers import Joined, PackedLinear, stored_half
-from .model import LayerResult, pack_, packed_layers, replace_module, replace_modules, split
+from .model import LayerResult, pack_, packed_layers, replace_module, replace_modules, split, tell_observers
 from .packing import PackedFactors
 from .selection import is_linear, linear_shape
 from .shared import share, share_checked, shared_names
@@ -397,14 +397,12 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     CheckpointError
         If the directory is not a complete, consistent checkpoint; the file, layer or tensor is named.
     """
-    from .quantizer import attach
-
     path = locate_packed(path)
     config, layers, tensors = read_checkpoint(path, verify)
     model = built(config, layers, tensors, dtype, path)
     model.name_or_path = str(path)  # type: ignore[assignment]
     model.generation_config = generation_config(path)  # type: ignore[assignment]
-    attach(model, config["quantization_config"])
+    tell_observers(model, config["quantization_config"])
     return cast_dense(model, dtype).to(device)
 
 

@@ -89,6 +89,19 @@ def fetch(name: str) -> Path:
         return shipped(name)
     if name not in ARTIFACTS:
         raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}{similar(name)}")
+    return fetch_artifact(name)
+
+
+def fetch_artifact(name: str) -> Path:
+    """Return the file of a model in ARTIFACTS, downloaded on first use and checked against its known hash.
+
+    Raises
+    ------
+    ValueError
+        If what was downloaded is not the expected file.
+    OSError
+        If the download fails.
+    """
     artifact = ARTIFACTS[name]
     path = cached(Path(artifact.member).name)
     if not path.exists():

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +39,8 @@ from .wrappers import to_change, unwrapped
 
 log = logging.getLogger(__name__)
 
+#: Functions that are called with each model that was quantized or loaded, and what config.json says of it.
+OBSERVERS: list[Callable[[nn.Module, dict[str, Any]], None]] = []
 BATCH_ELEMENTS = 1 << 24  # weights factorised at once: bounds the memory that the decompositions take
 OVERSAMPLING = 16  # columns of the sketch beyond the rank
 
@@ -214,13 +216,16 @@ def quantize_(
                 results[name] = LayerResult(*shapes[name], ranks[name], bits, errors[at])
             replace_modules(model, made)
             bar.update(len(names))
-    if hasattr(model, "save_pretrained"):  # a transformers model, which should know how it is to be saved
-        from .quantizer import attach
-
-        attach(model, {"bits": config.bits})
+    tell_observers(model, {"bits": config.bits})
     ordered = Results({name: results[name] for name in layers})
     ordered.dense = selection.dense
     return ordered
+
+
+def tell_observers(model: nn.Module, described: dict[str, Any]) -> None:
+    """Tell the libraries that registered in OBSERVERS of a model that was quantized, or loaded packed."""
+    for observer in OBSERVERS:
+        observer(model, described)
 
 
 def plan(model: nn.Module, config: Config) -> tuple[Selection, dict[str, Ranks]]:

@@ -31,7 +31,7 @@ from .headers import (
 )
 from .hf import check_whole
 from .layers import LittleBitLinear
-from .model import Config, pack_, quantize_
+from .model import OBSERVERS, Config, pack_, quantize_
 from .selection import as_patterns
 from .shared import put, share, share_checked, shared_names, thing
 from .wrappers import has_adapters
@@ -230,7 +230,9 @@ def reports(model: Any) -> list[dict[str, Any]]:
 
 
 def attach(model: Any, described: dict[str, Any]) -> None:
-    """Let a transformers model that was quantised or loaded here know its quantiser, so that save_pretrained works."""
+    """Let a transformers model that was quantized or loaded here know its quantizer, so that save_pretrained works."""
+    if not hasattr(model, "save_pretrained"):
+        return
     config = LittleBitConfig(**{name: value for name, value in described.items() if name in PACKED})
     model.hf_quantizer = LittleBitQuantizer(config)
     model.config.quantization_config = config
@@ -255,6 +257,8 @@ def register() -> None:
     """Put LittleBit into transformers' lists; again, if their module was reloaded."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LittleBitConfig
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = LittleBitQuantizer  # type: ignore[assignment]
+    if attach not in OBSERVERS:
+        OBSERVERS.append(attach)
 
 
 register()

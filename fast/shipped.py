@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from .cache import cached
 from .digests import file_digest
-from .fetch import DATA, resolve
+from .fetch import DATA, fetch_artifact
 from .headers import FORMAT_VERSION, WEIGHTS, CheckpointError
 from .writing import made_once
 
@@ -34,11 +34,12 @@ def put_together(file: Path, folder: Path) -> None:
     from safetensors.torch import load_file
 
     from .checkpoint import write_tensors
-    from .hf import load_tokenizer
+    from .gguf_reader import converted
+    from .hf import transformers
 
     with safe_open(file, framework="numpy") as opened:
         note = json.loads((opened.metadata() or {})["littlebit"])
-    base = resolve(note["base"])
+    base = converted(fetch_artifact(note["base"]))
     trained = load_file(file)
     quantised = tuple(f"{layer}.weight" for layer in note["quantization_config"]["layers"])
     tensors = {name: t for name, t in load_file(base / WEIGHTS).items() if name not in quantised} | trained
@@ -48,7 +49,7 @@ def put_together(file: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     write_tensors(tensors, folder, config=config)
     (folder / "training.json").write_text(json.dumps(note["training"], indent=1) + "\n", encoding="utf-8")
-    load_tokenizer(note["base"]).save_pretrained(folder)
+    transformers().AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
 def ship(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> None:
@@ -70,7 +71,9 @@ def ship(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> N
     CheckpointError
         If the checkpoint lacks a tensor of its base, so that it was made from another.
     """
-    before, after = load_file(resolve(base) / WEIGHTS), load_file(checkpoint / WEIGHTS)
+    from .gguf_reader import converted
+
+    before, after = load_file(converted(fetch_artifact(base)) / WEIGHTS), load_file(checkpoint / WEIGHTS)
     section = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     quantised = {f"{layer}.weight" for layer in section["layers"]}
     if missing := sorted(before.keys() - after.keys() - quantised):
