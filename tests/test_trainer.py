@@ -468,9 +468,9 @@ def test_train_clips_the_gradient_by_its_norm(models):
     assert_same(losses(other)[0], losses(log)[0])
 
 
-@pytest.mark.parametrize("clip", [1e6, 0.0])
-def test_train_leaves_a_small_gradient_alone(models, clip):
-    (step, *_), _ = gradients(models, clip=clip)
+def test_train_leaves_a_small_gradient_alone(models):
+    """A largest norm that is never reached, or 0 for none at all."""
+    (step, *_), _ = gradients(models, clip=1e6)
     (whole, *_), _ = gradients(models, clip=0.0)
     for mine, expected in zip(step, whole, strict=True):
         assert_same(mine, expected)
