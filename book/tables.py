@@ -147,7 +147,7 @@ def shipped() -> Table:
     for each in checkpoints("shipped"):
         tokens = f"{each['tokens'] / 1e6:.1f} M"
         scores = [fixed(each[key]) for key in ("perplexity_packed", "held_out_512", "held_out_2048")]
-        lines.append([f"`{each['name']}`", tokens, *scores, fixed(each["blimp"], 3)])
+        lines.append([f"`{each['name']}`", tokens, *scores, fixed(each["blimp"], 3) if "blimp" in each else ""])
     head = ["", "tokens", "WikiText-2 test, window 2048", "held-out, 512", "held-out, 2048", "BLiMP"]
     return Table(head, lines, [SMOLLM2])
 
