@@ -154,7 +154,8 @@ def shipped() -> Table:
     head += ["held-out, 512", "held-out, 2048", "BLiMP"]
     note = (
         "The name gives the ceiling for the layers alone. Embedding and head have 16 bits. "
-        f"{wikitext_share()} of the training text is WikiText-2's train split or text in its style; held-out text is of that split too."
+        f"{wikitext_share()} of the training text is WikiText-2's train split or text in its style; held-out text is "
+        "of that split too."
     )
     return Table(head, lines, [SMOLLM2, STORED], note)
 
