@@ -70,7 +70,7 @@ GROUPS = {
     "With torch, transformers and PEFT": ["operators", "hf", "quantizer", "plugin", "lora"],
     "Measuring": [
         "agreement",
-        "bench",
+        "bench_linear",
         "bench_peers",
         "bench_cuda",
         "tune_cuda",

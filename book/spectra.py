@@ -11,7 +11,7 @@ from pathlib import Path
 
 import littlebit.fast as lb
 import torch
-from littlebit.fast.bench import cpu_name, save_results
+from littlebit.fast.bench_linear import cpu_name, save_results
 from littlebit.fast.model import target_layers
 from littlebit.fast.selection import linear_weight
 

@@ -149,7 +149,8 @@ def shipped() -> Table:
         stored = row(STORED, name=each["name"])["described_bits_per_weight"]
         tokens = f"{each['tokens'] / 1e6:.1f} M"
         scores = [fixed(each[key]) for key in ("perplexity_packed", "held_out_512", "held_out_2048")]
-        lines.append([f"`{each['name']}`", fixed(stored, 3), tokens, *scores, fixed(each["blimp"], 3) if "blimp" in each else ""])
+        scores.append(fixed(each["blimp"], 3) if "blimp" in each else "")
+        lines.append([f"`{each['name']}`", fixed(stored, 3), tokens, *scores])
     head = ["", "bits, names and checksums included", "tokens", "WikiText-2 test, window 2048"]
     head += ["held-out, 512", "held-out, 2048", "BLiMP"]
     note = (

@@ -43,7 +43,7 @@ from littlebit.fast import (
     shipped,
     train_,
 )
-from littlebit.fast.bench import save_results
+from littlebit.fast.bench_linear import save_results
 from littlebit.fast.hf import text_tokens, training_tokens
 from littlebit.fast.student import littlebit_layers
 from littlebit.fast.zero_shot import blimp

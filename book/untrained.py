@@ -14,7 +14,7 @@ from pathlib import Path
 
 import littlebit.fast as lb
 import torch
-from littlebit.fast.bench import cpu_name, save_results
+from littlebit.fast.bench_linear import cpu_name, save_results
 from littlebit.fast.evaluate import SAMPLE_TEXT, TRAINING_TEXT
 from littlebit.fast.hf import text_tokens
 

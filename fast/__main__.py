@@ -999,7 +999,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench`."""
     import torch
 
-    from .bench import BITS, SHAPES, bench_linear, cpu_name
+    from .bench_linear import BITS, SHAPES, bench_linear, cpu_name
     from .writing import check_file
 
     if arguments.save:
@@ -1048,7 +1048,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
 def answered(arguments: argparse.Namespace, rows: list[dict[str, Any]], device: str) -> bool:
     """Save a benchmark's rows if they are to be kept; whether JSON was asked for, which is then printed."""
     if arguments.save:
-        from .bench import save_results
+        from .bench_linear import save_results
 
         save_results(arguments.save, rows, arguments.typed, device)
     if arguments.json:
@@ -1058,8 +1058,8 @@ def answered(arguments: argparse.Namespace, rows: list[dict[str, Any]], device: 
 
 def run_bench_decode(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode`."""
-    from .bench import cpu_name
     from .bench_decode import bench_decode
+    from .bench_linear import cpu_name
     from .checkpoint import info
 
     stored = info(arguments.model)
@@ -1085,8 +1085,8 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
 
 def run_bench_load(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode --under-load`."""
-    from .bench import cpu_name
     from .bench_decode import QUIET_SHARE, bench_load, cores
+    from .bench_linear import cpu_name
 
     most = max(arguments.threads, min(2, cores()))
     model = arguments.model or "smollm2-0.55bit"
@@ -1192,7 +1192,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
 def run_bench_agreement(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench agreement`."""
     from .agreement import agreement
-    from .bench import cpu_name
+    from .bench_linear import cpu_name
     from .checkpoint import load
     from .hf import load_tokenizer
 
@@ -1209,8 +1209,8 @@ def run_bench_agreement(arguments: argparse.Namespace) -> None:
 
 def run_bench_cache(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench cache`."""
-    from .bench import BITS, cpu_name
     from .bench_cache import CONTEXTS, bench_cache, crossover
+    from .bench_linear import BITS, cpu_name
 
     rows = [
         row

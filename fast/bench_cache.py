@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from .bench import alternate, random_path
+from .bench_linear import alternate, random_path
 from .kv_cache import apply_rope, latent_attention, latents, round_latents
 from .latent_cache import LATENT_TYPES
 from .linear import packed_linear

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from .bench import exact_path, random_path
+from .bench_linear import exact_path, random_path
 from .bits import layer_bits, rank_for_bits
 from .kernels.cuda_launch import SMALL_BATCH, Plan, Schedule
 from .packing import PackedFactors

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bench import random_path
 from .bench_cuda import copy_bytes_per_second, replay_seconds
+from .bench_linear import random_path
 from .bits import WORD_BITS, layer_bits
 from .decode_cpu import Architecture
 from .decode_cuda import Loop, sent

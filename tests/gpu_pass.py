@@ -9,8 +9,8 @@ import itertools
 import sys
 
 import torch
-from littlebit.fast.bench import random_path
 from littlebit.fast.bench_decode_cuda import random_model
+from littlebit.fast.bench_linear import random_path
 from littlebit.fast.embeddings import QuantizedEmbedding, QuantizedHead, quantize_table
 from littlebit.fast.fused_engine import FusedEngine, engine_of
 from littlebit.fast.kernels import cuda_launch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import littlebit.fast as lb
 import torch
-from littlebit.fast.bench import random_path
+from littlebit.fast.bench_linear import random_path
 from littlebit.fast.headers import weight_files
 from littlebit.fast.hf import empty_model
 from littlebit.fast.layers import PackedLinear

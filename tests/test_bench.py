@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from littlebit.fast import bench, bench_peers
+from littlebit.fast import bench_linear as bench, bench_peers
 from littlebit.fast.bench_peers import PEERS, relative_error
 from littlebit.fast.digests import code_digest
 from littlebit.fast.kernels import cpu

@@ -9,7 +9,7 @@ from pathlib import Path
 import littlebit.fast as lb
 import pytest
 import torch
-from littlebit.fast import bench, info
+from littlebit.fast import bench_linear as bench, info
 from littlebit.fast.__main__ import main
 from littlebit.fast.agreement import PROMPTS
 from test_linear import in_magnitude

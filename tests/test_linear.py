@@ -15,7 +15,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within, roundings
 from hypothesis import HealthCheck, given, settings, strategies as st
-from littlebit.fast.bench import exact_path, random_path
+from littlebit.fast.bench_linear import exact_path, random_path
 from littlebit.fast.kernels import cpu, cpu_threads, plan as plans
 from littlebit.fast.kernels.dispatch import unpacked_linear
 from littlebit.fast.kernels.lanes import FLOATS, LEVEL, LEVELS, WORDS, half_bits_to_float, levels_of, lookup_neon
@@ -296,7 +296,7 @@ LEVEL_CHECK = """
 import sys, numpy as np, torch
 sys.path.insert(0, {tests!r})
 from compare import assert_same, assert_within
-from littlebit.fast.bench import exact_path, random_path
+from littlebit.fast.bench_linear import exact_path, random_path
 from littlebit.fast.kernels import cpu, cpu_threads, plan as plans
 from littlebit.fast.kernels.lanes import LEVEL
 from test_linear import in_magnitude

@@ -13,7 +13,7 @@ import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
 from littlebit.fast import writing
-from littlebit.fast.bench import random_path
+from littlebit.fast.bench_linear import random_path
 from littlebit.fast.checkpoint import write_tensors
 from littlebit.fast.headers import WITHOUT_CHECKSUMS
 from littlebit.fast.layers import LittleBitLinear, PackedLinear, packed_shapes

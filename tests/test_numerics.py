@@ -5,7 +5,7 @@ import pytest
 import torch
 from compare import assert_same
 from hypothesis import given, strategies as st
-from littlebit.fast.bench import random_path
+from littlebit.fast.bench_linear import random_path
 from littlebit.fast.kernels import cpu, plan as plans
 from littlebit.fast.kernels.dispatch import unpacked
 from strategies import sizes

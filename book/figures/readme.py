@@ -123,8 +123,8 @@ def table_of_results() -> str:
         (
             "WikiText-2 perplexity of SmolLM2-135M at 1.0, 0.55, 0.3, 0.1 bits, 16-bit embedding and head",
             ", ".join(fixed(perplexity(bits)) for bits in (1.0, 0.55, 0.3, 0.1)),
-            f"original: {fixed(teacher)}; {wikitext_share()} of the training text is WikiText-2's train split or in its "
-            "style",
+            f"original: {fixed(teacher)}; {wikitext_share()} of the training text is WikiText-2's train split or in "
+            "its style",
             "training_smollm2",
         ),
         (
