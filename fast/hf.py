@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from .fetch import cache_folder, known_names, resolve
 from .headers import CheckpointError, inside, is_checkpoint, is_official
+from .hf_names import dense_gguf
 from .writing import made_once
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
@@ -141,9 +142,7 @@ def convert(gguf: Path, folder: Path) -> None:
     hf = transformers()
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        model = hf.AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=hf.GgufConfig(dequantize=True), dtype=torch.float32
-        )
+        model = hf.AutoModelForCausalLM.from_pretrained(**where, **dense_gguf(), dtype=torch.float32)
         tokenizer = hf.AutoTokenizer.from_pretrained(**where)
     except (ImportError, MemoryError):
         raise

@@ -13,6 +13,14 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
+def dense_gguf() -> dict[str, Any]:
+    """Ask transformers for the dense weights of a GGUF file; its older versions give nothing else."""
+    import transformers
+
+    kind = getattr(transformers, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
 def cache_argument(cache: Any, function: Callable[..., Any] | None = None) -> dict[str, Any]:
     """Give a key-value cache the name by which the installed transformers takes it.
 

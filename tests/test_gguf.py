@@ -12,12 +12,13 @@ from compare import assert_same
 from conftest import make_tiny_llama
 from littlebit.fast.embeddings import quantize_embeddings_
 from littlebit.fast.gguf import PRECISIONS, dense_tensors, interleaved, splitting
-from transformers import AutoModelForCausalLM, GgufConfig, Qwen2Config, Qwen3Config
+from littlebit.fast.hf_names import dense_gguf
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 
 def read(path):
     """The model in a file, by transformers' reader."""
-    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    options = {"dtype": torch.float32} | dense_gguf()
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
 
 
