@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class LittleBitWarning(UserWarning):
-    """A warning of this package, which the command shows; it leaves out those of libraries."""
+    """Warn of something in this package: the command shows such warnings, and hides the ones of libraries."""
 
 
 def check_number(
@@ -59,7 +59,7 @@ def check_number(
 
 
 def check_token_ids(tokens: Sequence[int], rows: int | None) -> None:
-    """Raise ValueError unless there are tokens, and each has a row in an embedding of so many rows."""
+    """Raise ValueError unless there are tokens, and each is the number of one of the `rows` of an embedding."""
     if not len(tokens):
         raise ValueError("there are no tokens: give at least one")
     wrong = [token for token in (min(tokens), max(tokens)) if token < 0 or (rows is not None and token >= rows)]
@@ -80,7 +80,7 @@ def check_positions(needed: int, limit: int | None, what: str) -> None:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], new: int, rows: int | None, limit: int | None) -> None:
-    """Raise ValueError unless a model of so many rows and positions can read prompts and go on by `new` tokens."""
+    """Raise ValueError unless a model with `rows` and `limit` positions can read prompts and add `new` tokens."""
     for prompt in prompts:
         check_token_ids(prompt, rows)
         check_positions(len(prompt) + new - 1, limit, f"a prompt of {len(prompt)} tokens with {new} new ones")

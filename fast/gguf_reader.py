@@ -18,6 +18,7 @@ from .cache import cached
 from .digests import file_digest
 from .headers import CheckpointError
 from .hf import check_whole, first_line, transformers
+from .hf_names import dense_gguf
 from .writing import made_once
 
 VERSIONS = (2, 3)
@@ -298,7 +299,7 @@ def convert(gguf: Path, folder: Path) -> None:
         model, found = hf.AutoModelForCausalLM.from_pretrained(
             **where,
             config=config,
-            **gguf_options(),
+            **dense_gguf(),
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # they are found, and named, by `check_whole`
             output_loading_info=True,
@@ -312,15 +313,6 @@ def convert(gguf: Path, folder: Path) -> None:
     half = all(torch.isfinite(tensor.half()).all() for tensor in model.state_dict().values())
     model.to(torch.float16 if half else torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def gguf_options() -> dict[str, Any]:
-    """Return the arguments with which `from_pretrained` dequantizes a GGUF file.
-
-    The first releases of transformers 5 always dequantize, and have no class to ask them for it.
-    """
-    hf = transformers()
-    return {"quantization_config": hf.GgufConfig(dequantize=True)} if hasattr(hf, "GgufConfig") else {}
 
 
 def unread(header: GgufHeader, model: Any) -> set[str]:

@@ -8,6 +8,19 @@ from typing import Any
 CACHE_NAMES = ("cache", "past_key_values")
 
 
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Decide whether a function of the installed transformers has a parameter of this name."""
+    return name in inspect.signature(function).parameters
+
+
+def dense_gguf() -> dict[str, Any]:
+    """Ask transformers for the dense weights of a GGUF file; its older versions give nothing else."""
+    import transformers
+
+    kind = getattr(transformers, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
 def cache_argument(cache: Any, function: Callable[..., Any] | None = None) -> dict[str, Any]:
     """Give a key-value cache the name by which the installed transformers takes it.
 
@@ -30,7 +43,6 @@ def cache_argument(cache: Any, function: Callable[..., Any] | None = None) -> di
 
     generation: Any = GenerationMixin
     for each in filter(None, (function, generation.prepare_inputs_for_generation)):
-        named = inspect.signature(each).parameters
-        if name := next((name for name in CACHE_NAMES if name in named), None):
+        if name := next((name for name in CACHE_NAMES if takes(each, name)), None):
             return {name: cache}
     raise RuntimeError("the installed transformers takes no cache by a known name: install transformers>=5.0,<6")

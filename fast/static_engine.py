@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from .decode_cpu import NotDecodableError
 from .experts import has_experts
-from .hf_names import cache_argument
+from .hf_names import cache_argument, takes
 from .model import device_of
 
 
@@ -90,6 +90,7 @@ class StaticEngine:
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = Cache(layers=[FixedLayer(capacity, self.position) for _ in range(layers)])
         self.past = cache_argument(self.cache, model.forward)
+        self.takes_places = takes(model.forward, "cache_position")  # else the cache itself is asked for them
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (batch, vocabulary) after the prompts."""
@@ -113,13 +114,16 @@ class StaticEngine:
 
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Logits of the last tokens."""
+        further = dict(self.past)
+        if self.takes_places:
+            further["cache_position"] = self.position + torch.arange(tokens.shape[1], device=self.device)
         found = self.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **self.past,
+            **further,
         )
         return found.logits[:, -1]
 

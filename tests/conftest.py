@@ -17,6 +17,11 @@ settings.register_profile("quick", max_examples=20, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_configure(config):
+    """Let PEFT ask transformers for a name that is going; nothing of this package does."""
+    config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """Directory of a random Llama with grouped queries, biases in attention, and a byte-level tokenizer."""

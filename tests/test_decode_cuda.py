@@ -20,7 +20,7 @@ from test_families import FAMILIES, GROUPED, SIZES
 
 BITS = 3.0
 LONG = {"max_position_embeddings": 400}
-PHI = {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}
+PHI = {"num_key_value_heads": 2, "partial_rotary_factor": 0.5, "pad_token_id": None}
 KINDS = {name: FAMILIES[name] for name in FAMILIES if name != "GPT-2"}
 KINDS["Mistral, no window"] = (hf.MistralConfig, GROUPED | {"sliding_window": None}, KINDS["Mistral"][2])
 KINDS["Phi"] = (hf.PhiConfig, SIZES | PHI, {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"})

@@ -12,13 +12,14 @@ from compare import assert_same
 from conftest import make_tiny_llama
 from littlebit.fast.embeddings import quantize_embeddings_
 from littlebit.fast.gguf import PRECISIONS, dense_tensors, interleaved, splitting
-from littlebit.fast.gguf_reader import gguf_options
+from littlebit.fast.hf_names import dense_gguf
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 
 def read(path):
     """The model in a file, by transformers' reader."""
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **gguf_options())
+    options = {"dtype": torch.float32} | dense_gguf()
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
 
 
 @pytest.fixture(scope="module")

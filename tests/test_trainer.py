@@ -720,8 +720,8 @@ def test_long_texts_are_tokenised_once(loud_llama, tmp_path, monkeypatch):
         ("broken.xz", lzma.compress(b"text" * 100)[:-20], "is not a UTF-8 text file"),
         ("plain.xz", b"text", "is not a UTF-8 text file"),
         ("missing.txt", None, "missing.txt"),
-        ("empty.txt", b"", "a training text has 0 tokens, but a sequence needs 32"),
-        ("short.txt", b"too short", "a training text has 9 tokens"),
+        ("empty.txt", b"", "at least 32 tokens are needed, got 0"),
+        ("short.txt", b"too short", "at least 32 tokens are needed, got 9"),
     ],
 )
 def test_command_says_what_is_wrong_with_the_data(loud_llama, tmp_path, capsys, name, content, message):
