@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
-from littlebit.fast.digests import code_digest
+from littlebit.fast.files.digests import code_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "book" / "results"

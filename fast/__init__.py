@@ -12,7 +12,7 @@ if __name__ != "littlebit.fast":
         "import littlebit.fast"
     )
 
-from .lazy import exports_of, make_lazy
+from ._lazy import exports_of, make_lazy
 from .plugin import announce
 
 if TYPE_CHECKING:  # what is exported
@@ -43,8 +43,8 @@ if TYPE_CHECKING:  # what is exported
     from .evaluate import Perplexity as Perplexity, perplexity as perplexity
     from .factors import Factors as Factors
     from .fetch import fetch as fetch
+    from .files.untrusted import CheckpointError as CheckpointError
     from .gguf import save_gguf as save_gguf
-    from .headers import CheckpointError as CheckpointError
     from .hf import load_model as load_model, load_tokenizer as load_tokenizer
     from .hf_names import cache_argument as cache_argument
     from .kv_cache import (

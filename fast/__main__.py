@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..reference._renamed import renamed_value
-from .checks import LittleBitWarning, check_number
+from ._checks import LittleBitWarning, check_number
 from .completion import SHELLS, completion
 from .fetch import fetch, known_names, locate_packed, resolve
 from .headers import damage, is_checkpoint, is_official
@@ -598,10 +598,10 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     """Run `littlebit quantize`."""
     from .checkpoint import check_target, info, save
     from .embeddings import check_embeddings, quantize_embeddings_
+    from .files.atomic import check_file, check_room, place_of
     from .hf import load_model, load_tokenizer
     from .model import quantize_, stored_bytes
     from .report import html_report, kind_table, kinds_of
-    from .writing import check_file, check_room, place_of
 
     check_target(arguments.out, arguments.overwrite)
     check_apart(arguments.model, arguments.out)
@@ -631,7 +631,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 def check_apart(source: str, out: Path) -> None:
     """Raise ValueError if writing an output would remove the model that it is made from."""
-    from .writing import place_of
+    from .files.atomic import place_of
 
     model, place = Path(source), place_of(out)
     if model.exists() and place_of(model).is_relative_to(place):
@@ -726,12 +726,12 @@ def run_train(arguments: argparse.Namespace) -> int | None:
 def train(arguments: argparse.Namespace, device: str) -> None:
     """Quantise, train and save; only the first process writes and prints."""
     from .checkpoint import info, save
-    from .digests import digest
+    from .files.atomic import place_of
+    from .files.digests import digest
     from .hf import load_model, load_tokenizer, training_tokens
     from .model import quantize_
     from .resume import Keeper
     from .trainer import check_config, checked_text, longest, process, train_
-    from .writing import place_of
 
     tokenizer = load_tokenizer(arguments.model)
     texts = [training_tokens(tokenizer, path) for path in arguments.data]
@@ -835,7 +835,8 @@ def blimp_table(result: "BlimpResult") -> str:
 def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """A model and its tokenizer: mapped into memory, where the compiled decoder can run it so, else in torch."""
     if arguments.device == "cpu" and arguments.kv_cache == "full":
-        from .decode_mapped import NotDecodableError, map_model
+        from .decode_cpu import NotDecodableError
+        from .decode_mapped import map_model
         from .tokenizer import Tokenizer
 
         try:
@@ -1000,7 +1001,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     import torch
 
     from .bench_linear import BITS, SHAPES, bench_linear, cpu_name
-    from .writing import check_file
+    from .files.atomic import check_file
 
     if arguments.save:
         check_file(arguments.save)
@@ -1161,10 +1162,10 @@ def run_tune(arguments: argparse.Namespace) -> None:
         raise ValueError("tuning needs an NVIDIA GPU that the kernels can use; on a CPU there is nothing to tune")
     from .bench_decode_cuda import llama_shape, random_model
     from .decode_cuda import SMALLEST_CAPACITY
+    from .files.atomic import check_file
     from .fused_engine import engine_of, parts_of
     from .kernels.cuda_launch import own_schedules
     from .tune_cuda import keep, tune
-    from .writing import check_file
 
     check_file(arguments.table or own_schedules())
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checks import check_number, check_positions, flat_tokens, positions_of
+from ._checks import check_number, check_positions, flat_tokens, positions_of
 from .decode_cpu import Decoder
 from .decode_loaded import decodable
 from .embeddings import QuantizedEmbedding, QuantizedHead

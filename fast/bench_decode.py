@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._progress import tqdm
 from .fetch import resolve
-from .progress import tqdm
 
 if TYPE_CHECKING:
     from .decode_cpu import Decoder

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bench_cuda import copy_bytes_per_second, replay_seconds
+from .bench_cuda import copy_bytes_per_second
 from .bench_linear import random_path
 from .bits import WORD_BITS, layer_bits
 from .decode_cpu import Architecture
@@ -24,6 +24,7 @@ from .embeddings import QuantizedEmbedding, QuantizedHead
 from .fused_engine import Block, FusedEngine, Model, engine_of, parts_of
 from .layers import PackedLinear
 from .memory import MODEL_SHAPES, ModelShape, layer_ranks, linear_shapes, model_memory
+from .tune_cuda import replay_seconds
 
 log = logging.getLogger(__name__)
 WARM_TOKENS = 4  # steps before the first that is timed: one runs by itself, one is captured

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._progress import tqdm
 from .bench_peers import MOST_ERROR, PEERS, relative_error
 from .bits import layer_bits, rank_for_bits
-from .digests import code_digest
+from .files.atomic import write_text
+from .files.digests import code_digest
 from .kernels.cpu import lookups_per_second
 from .kernels.cpu_threads import MAX_THREADS
 from .layers import PackedLinear
 from .packing import PackedFactors, row_words, unpack_factors
-from .progress import tqdm
-from .writing import write_text
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 BITS = (0.1, 0.55)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checks import flat_tokens, window_for
+from ._checks import flat_tokens, window_for
+from ._progress import tqdm
 from .evaluate import windows
 from .headers import layer_kind
-from .progress import tqdm
 
 CALIBRATION_WINDOW = 512
 

@@ -59,18 +59,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .checks import check_number
-from .digests import contents, entry_digest
+from ._checks import check_number
 from .embeddings import QuantizedEmbedding, Table, replace_embeddings, settle_ties, tie_embeddings
 from .experts import is_known, projection_names, split_experts
 from .fetch import locate_packed
+from .files.atomic import check_folder, check_room, place_of, written_whole
+from .files.digests import contents, entry_digest
+from .files.untrusted import CheckpointError, readable
 from .generation_settings import FILE as GENERATION, read_generation
 from .headers import (
     FORMAT_VERSION,
     INDEX,
     OFFICIAL,
     WEIGHTS,
-    CheckpointError,
     Header,
     check_contents,
     check_embeddings,
@@ -85,7 +86,6 @@ from .headers import (
     read_checksums,
     read_config,
     read_headers,
-    readable,
     weight_files,
 )
 from .layers import Joined, PackedLinear, stored_half
@@ -94,7 +94,6 @@ from .packing import PackedFactors
 from .selection import is_linear, linear_shape
 from .shared import share, share_checked, shared_names
 from .wrappers import without_adapters
-from .writing import check_folder, check_room, place_of, written_whole
 
 SHARD_BYTES = 5_000_000_000
 #: Most tensors in a file: the names and checksums of a model with thousands of experts must fit headers.JSON_BYTES.

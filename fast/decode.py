@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from ..reference._renamed import renamed_value
-from .checks import check_number, check_prompts, embedding_rows, flat_tokens, positions_of
+from ._checks import check_number, check_prompts, embedding_rows, flat_tokens, positions_of
 from .decode_cpu import Decodable, NotDecodableError, decode
 from .generation_settings import Sampling, check_sampling, settings_of
 from .memory import KV_CACHES

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checks import has_sliding_window, position_limit
+from ._checks import has_sliding_window, position_limit
 from .generation_settings import GenerationSettings
 from .kernels import cpu, cpu_decode, cpu_threads
 

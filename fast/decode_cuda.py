@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .checks import check_prompts, embedding_rows, positions_of
+from ._checks import check_prompts, embedding_rows, positions_of
 from .decode_cpu import NotDecodableError
 from .generation_settings import Sampling, settings_of
 from .model import device_of

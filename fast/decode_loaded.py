@@ -6,16 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decode_cpu import (
-    NORMS,
-    PROJECTIONS,
-    Decodable,
-    Linear,
-    NotDecodableError,
-    Rows,
-    Weights,
-    architecture,
-)
+from .decode_cpu import NORMS, PROJECTIONS, Decodable, Linear, NotDecodableError, Rows, Weights, architecture
 from .embeddings import QuantizedEmbedding, QuantizedHead
 from .generation_settings import settings_of
 from .hf_names import cache_argument

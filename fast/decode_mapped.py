@@ -26,9 +26,9 @@ from .decode_cpu import (
     Weights,
     architecture,
 )
+from .files.untrusted import CheckpointError, read_json, readable
 from .generation_settings import generation_settings, read_generation
 from .headers import (
-    CheckpointError,
     check_contents,
     check_embeddings,
     check_layers,
@@ -39,8 +39,6 @@ from .headers import (
     places,
     read_config,
     read_headers,
-    read_json,
-    readable,
     weight_files,
 )
 

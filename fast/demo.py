@@ -10,14 +10,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._progress import tqdm
 from .bench_decode import QUIET_SHARE, prompted, token_times
 from .decode import stream
 from .decode_mapped import map_model
 from .fetch import TINY, fetch, resolve
-from .progress import tqdm
+from .files.atomic import check_file, write_text
 from .shipped import place
 from .tokenizer import Tokenizer
-from .writing import check_file, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor

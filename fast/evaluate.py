@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checks import check_number, flat_tokens, window_for
-from .progress import tqdm
+from ._checks import check_number, flat_tokens, window_for
+from ._progress import tqdm
 
 WINDOW = 2048
 SAMPLE_TEXT = Path(__file__).with_name("data") / "roosevelt_1901.txt"  # for evaluation only

@@ -14,10 +14,10 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from .cache import cached
-from .digests import file_digest
-from .headers import CheckpointError
-from .writing import synchronise, temporary_beside
+from .files.atomic import synchronise, temporary_beside
+from .files.cache import cached
+from .files.digests import file_digest
+from .files.untrusted import CheckpointError
 
 
 class Artifact(NamedTuple):

@@ -19,15 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .decode_cpu import (
-    MODEL_TYPES,
-    NORMS,
-    PROJECTIONS,
-    Architecture,
-    NotDecodableError,
-    architecture,
-    rotary_angles,
-)
+from .decode_cpu import MODEL_TYPES, NORMS, PROJECTIONS, Architecture, NotDecodableError, architecture, rotary_angles
 from .embeddings import QuantizedEmbedding, QuantizedHead
 from .kernels.steps import (
     CudaSteps,

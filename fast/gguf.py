@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import LittleBitWarning, has_sliding_window
+from ._checks import LittleBitWarning, has_sliding_window
 from .embeddings import QuantizedEmbedding, QuantizedHead
+from .files.atomic import check_file, check_room, file_whole
 from .generation_settings import GenerationSettings, settings_of
 from .layers import Joined, PackedLinear, stored_half
 from .shared import refuse_shared
 from .wrappers import without_adapters
-from .writing import check_file, check_room, file_whole
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PRECISIONS = ("f16", "q8_0")

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .cache import cached
-from .digests import file_digest
-from .headers import CheckpointError
+from .files.cache import cached, made_once
+from .files.digests import file_digest
+from .files.untrusted import CheckpointError
 from .hf import check_whole, first_line, transformers
 from .hf_names import dense_gguf
-from .writing import made_once
 
 VERSIONS = (2, 3)
 STRING, ARRAY, F32 = 8, 9, 0

@@ -10,47 +10,65 @@ names the file. What a model's configuration asks for is bounded in hf.py.
 """
 
 import base64
-import contextlib
 import json
 import math
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from .bits import word_width
-from .digests import TAG_BYTES, entry_digest, json_digest, set_digest, tag
+from .files.digests import TAG_BYTES, entry_digest, json_digest, set_digest, tag
+from .files.untrusted import JSON_BYTES, CheckpointError, checked_json, inside, read_json, readable
 
 #: The format that `save` writes, and those that are read; checkpoint.py says how they differ.
 FORMAT_VERSION = 3
+
+
 WITHOUT_CHECKSUMS = 1
+
+
 WITHOUT_SET = 2
+
+
 FORMATS = (WITHOUT_CHECKSUMS, WITHOUT_SET, FORMAT_VERSION)
+
+
 WEIGHTS = "model.safetensors"
+
+
 INDEX = "model.safetensors.index.json"
+
+
 OFFICIAL = "littlebit_config.json"  # what only a checkpoint of the authors' repository has
+
+
 #: Sections of config.json that quantised models have, with who writes them if they do not say it, and files beside it.
 SECTIONS = {"quantization_config": "another program", "compression_config": "compressed-tensors", "quantization": "mlx"}
+
+
 FOREIGN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
-#: Most bytes of a JSON file, and of a safetensors header: a million tensors have names of 30 characters in one.
-JSON_BYTES = 1 << 25
+
 #: Most entries of a tensor, an empty size counted as one.
 MOST_ENTRIES = 1 << 48
+
+
 #: The key of a safetensors file's metadata under which its checksums stand, as JSON.
 CHECKSUMS = "checksums"
+
+
 #: What `damaged` names if the checksum of the whole set alone is wrong.
 SET = "the list of tensors"
+
+
 #: Bytes of an element, by the name of its dtype in a safetensors header; other dtypes are not read.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+
+
 WORD_TYPES = {8: "U8", 16: "I16", 32: "I32"}  # of packed words, by their bits
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as what it claims to be."""
 
 
 class Header(NamedTuple):
@@ -97,64 +115,6 @@ class Checksums(NamedTuple):
         if self.whole is None:
             return self.tensors.get(name) == digest
         return digest is not None and tag(name, digest) in self.tags
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Path of an ordinary file that lies in a folder.
-
-    Links may lead to other places in the folder or, in the cache of the hub, to the blobs of the same model.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such file, it is not an ordinary one, or it lies elsewhere.
-    """
-    file = folder / name
-    if "\0" in name or Path(name).name != name:
-        raise CheckpointError(f"{folder}: {name!r} is not the name of a file in it; download the checkpoint again")
-    try:
-        real, home = file.resolve(strict=True), folder.resolve(strict=True)
-        ordinary = stat.S_ISREG(real.stat().st_mode)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not a checkpoint: there is no {name}") from error
-    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
-        raise CheckpointError(f"{file} cannot be read ({error}); copy or download it again") from error
-    homes = [home]
-    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
-        homes.append(home.parents[1] / "blobs")
-    if not any(real.is_relative_to(place) for place in homes):
-        raise CheckpointError(f"{file} is a link that leads out of its directory, to {real}; copy the file itself")
-    if not ordinary:
-        raise CheckpointError(f"{file} is not an ordinary file; copy or download it again")
-    return file
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a folder.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such file, or it holds something else.
-    """
-    file = inside(folder, name)
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(JSON_BYTES + 1)
-        return checked_json(data)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); copy or download it again") from error
-
-
-def checked_json(data: bytes) -> dict[str, Any]:
-    """The object that some JSON holds; ValueError or RecursionError if there is none."""
-    if len(data) > JSON_BYTES:
-        raise ValueError(f"it is larger than {JSON_BYTES:,} bytes")
-    value = json.loads(data.decode("utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}, not an object")
-    json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses halves of surrogate pairs
-    return value
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -314,19 +274,6 @@ def weight_files(path: Path) -> list[Path]:
     if not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path / INDEX} must name files beside it, not {names[:3]}")
     return [inside(path, name) for name in names]
-
-
-@contextlib.contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Turns what goes wrong when a safetensors file is read into a CheckpointError that names it."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file.parent} is not a checkpoint: there is no {file.name}") from error
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged or incomplete ({error}); copy or download it again") from error
 
 
 def places(file: Path) -> dict[str, tuple[int, int]]:

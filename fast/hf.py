@@ -13,24 +13,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .cache import cached
-from .digests import file_digest, json_digest
 from .embeddings import settle_ties
 from .fetch import resolve
-from .headers import (
-    INDEX,
-    JSON_BYTES,
-    WEIGHTS,
-    CheckpointError,
-    checked_json,
-    foreign_files,
-    foreign_method,
-    inside,
-    is_checkpoint,
-    is_official,
-    readable,
-)
-from .writing import made_once
+from .files.cache import cached, made_once
+from .files.digests import file_digest, json_digest
+from .files.untrusted import JSON_BYTES, CheckpointError, checked_json, inside, readable
+from .headers import INDEX, WEIGHTS, foreign_files, foreign_method, is_checkpoint, is_official
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
 # Settings that are not the model's own: some name code on a hub, which transformers would fetch and run

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import has_sliding_window, positions_of
+from ._checks import has_sliding_window, positions_of
 from .decode_cpu import MODEL_TYPES, STATIC_ROPE
 from .kv_cache import LARGEST_CODE, apply_rope, latent_attention, latents
 from .layers import PackedLinear

@@ -20,15 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import check_values, put_embeddings, put_layers, read_tensors, section
 from .embeddings import settle_ties
-from .headers import (
-    WITHOUT_CHECKSUMS,
-    CheckpointError,
-    check_contents,
-    check_layers,
-    inside,
-    read_headers,
-    read_layers,
-)
+from .files.untrusted import CheckpointError, inside
+from .headers import WITHOUT_CHECKSUMS, check_contents, check_layers, read_headers, read_layers
 from .hf import check_whole
 from .layers import LittleBitLinear
 from .model import OBSERVERS, Config, pack_, quantize_

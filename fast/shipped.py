@@ -12,11 +12,11 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from .cache import cached
-from .digests import file_digest
 from .fetch import DATA, fetch_artifact
-from .headers import FORMAT_VERSION, WEIGHTS, CheckpointError
-from .writing import made_once
+from .files.cache import cached, made_once
+from .files.digests import file_digest
+from .files.untrusted import CheckpointError
+from .headers import FORMAT_VERSION, WEIGHTS
 
 
 def shipped(name: str) -> Path:

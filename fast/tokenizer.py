@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .decode_cpu import NotDecodableError
-from .headers import inside, read_json
+from .files.untrusted import inside, read_json
 
 #: Classes of transformers that add nothing of their own to tokenizer.json.
 CLASSES = ("TokenizersBackend", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer")

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from .checks import check_number, check_positions, flat_tokens, positions_of
-from .digests import digest
+from ._checks import check_number, check_positions, flat_tokens, positions_of
+from ._progress import tqdm
 from .distill import KLLoss, hidden_loss, kl_rows
 from .experts import has_experts
+from .files.digests import digest
 from .hf import causal_attention, is_plainly_causal
 from .muon import Muon
-from .progress import tqdm
 from .resume import Keeper
 from .signs import named_rule
 from .student import (

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ._progress import tqdm
+from .files.atomic import write_text
 from .fused_engine import GROUPS, FusedEngine, Packed
 from .kernels.cuda import ROWS
 from .kernels.cuda_launch import (
@@ -31,8 +33,6 @@ from .kernels.cuda_launch import (
     slices_of,
     vectors_of,
 )
-from .progress import tqdm
-from .writing import write_text
 
 PARTS = (1, 2, 4, 8, 16)  # that d_in is tried to be divided into
 FEWEST_BLOCKS = 48  # that a GPU is given, if a layer has work for so many

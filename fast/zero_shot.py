@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_number, check_prompts, embedding_rows, positions_of
+from ._checks import check_number, check_prompts, embedding_rows, positions_of
+from ._progress import tqdm
 from .evaluate import sequence_losses
-from .progress import tqdm
 from .wrappers import unwrapped
 
 BATCH_TOKENS = 2048  # read at once: their logits are what takes memory

@@ -7,7 +7,7 @@ import pytest
 import torch
 from littlebit.fast import bench_linear as bench, bench_peers
 from littlebit.fast.bench_peers import PEERS, relative_error
-from littlebit.fast.digests import code_digest
+from littlebit.fast.files.digests import code_digest
 from littlebit.fast.kernels import cpu
 
 

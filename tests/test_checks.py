@@ -17,7 +17,7 @@ import torch
 from compare import assert_same
 from littlebit.fast import __main__ as command, decode
 from littlebit.fast.__main__ import main
-from littlebit.fast.checks import (
+from littlebit.fast._checks import (
     LittleBitWarning,
     check_number,
     check_positions,

@@ -11,7 +11,7 @@ import time
 import littlebit.fast as lb
 import pytest
 import torch
-from littlebit.fast import progress
+from littlebit.fast import _progress
 from littlebit.fast.__main__ import EXAMPLES, main, parser
 from littlebit.fast.admm import ADMM_STEPS
 from littlebit.fast.completion import SHELLS, completion, options, subcommands
@@ -245,7 +245,7 @@ class Terminal(io.StringIO):
 def test_bars_are_redrawn_on_terminals_and_lines_in_logs(redrawn, monkeypatch):
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     file = Terminal() if redrawn else io.StringIO()
-    for _ in progress.tqdm(range(5000), desc="work", file=file):
+    for _ in _progress.tqdm(range(5000), desc="work", file=file):
         pass
     shown = file.getvalue()
     assert ("\r" in shown) == redrawn
@@ -253,7 +253,7 @@ def test_bars_are_redrawn_on_terminals_and_lines_in_logs(redrawn, monkeypatch):
         assert 1 <= len(shown.splitlines()) <= 3
         assert shown.splitlines()[-1].startswith("work: 100%|#")
         monkeypatch.setitem(sys.modules, "ipykernel", sys)  # a notebook draws over, and says that it is no terminal
-        assert progress.redrawn(io.StringIO())
+        assert _progress.redrawn(io.StringIO())
 
 
 def test_an_option_that_is_mistyped_exits_with_2(tmp_path):

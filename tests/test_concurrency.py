@@ -11,7 +11,7 @@ import pytest
 import torch
 from compare import assert_same
 from littlebit.fast.bench_linear import random_path
-from littlebit.fast.digests import digest
+from littlebit.fast.files.digests import digest
 from littlebit.fast.kernels import cpu_threads
 from littlebit.fast.layers import PackedLinear
 
@@ -105,7 +105,7 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, {tests!r})
 import torch
 import littlebit.fast as lb
-from littlebit.fast.digests import digest
+from littlebit.fast.files.digests import digest
 from littlebit.fast.kernels import cpu_threads
 cpu_threads.PARALLEL_WORK = 0
 

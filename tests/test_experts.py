@@ -16,8 +16,9 @@ from littlebit.fast.__main__ import main
 from littlebit.fast.agreement import logit_bound
 from littlebit.fast.headers import INDEX, weight_files
 from littlebit.fast.layers import LittleBitLinear, PackedLinear
-from littlebit.fast.model import is_linear, packed_layers
+from littlebit.fast.model import packed_layers
 from littlebit.fast.packing import unpack_factors
+from littlebit.fast.selection import is_linear
 from safetensors.torch import load_file, save_file
 from test_model import edit_config
 

@@ -10,7 +10,7 @@ from compare import assert_same
 from conftest import make_tiny_llama
 from littlebit.fast import decode
 from littlebit.fast.__main__ import load_to_generate, main, parser
-from littlebit.fast.checks import LittleBitWarning
+from littlebit.fast._checks import LittleBitWarning
 from littlebit.fast.decode_cpu import NotDecodableError
 from littlebit.fast.decode_loaded import decodable, through_transformers
 from littlebit.fast.decode_mapped import map_model

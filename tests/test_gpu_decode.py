@@ -9,10 +9,11 @@ import torch
 from littlebit.fast import decode_cuda
 from littlebit.fast.agreement import logit_bound
 from littlebit.fast.bench_decode_cuda import random_model
-from littlebit.fast.decode_cuda import Loop, Sampling, decode_batch
+from littlebit.fast.decode_cuda import Loop, decode_batch
 from littlebit.fast.embeddings import QuantizedHead, quantize_embeddings_, quantize_table
 from littlebit.fast.fetch import fetch
 from littlebit.fast.fused_engine import FusedEngine, Packed, engine_of, fused_engine
+from littlebit.fast.generation_settings import Sampling
 from littlebit.fast.kernels import dispatch
 from littlebit.fast.kernels.steps import CudaSteps, HeadNorms, Heads, Stream, TorchSteps
 from littlebit.fast.latent_engine import LatentEngine

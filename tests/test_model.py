@@ -12,9 +12,9 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
-from littlebit.fast import writing
 from littlebit.fast.bench_linear import random_path
 from littlebit.fast.checkpoint import write_tensors
+from littlebit.fast.files import atomic
 from littlebit.fast.headers import WITHOUT_CHECKSUMS
 from littlebit.fast.layers import LittleBitLinear, PackedLinear, packed_shapes
 from littlebit.fast.model import packed_layers
@@ -342,7 +342,7 @@ def test_the_same_tensors_are_the_same_bytes(name):
 def test_save_gives_back_the_old_checkpoint_if_the_new_one_cannot_take_its_place(quantised, tmp_path, monkeypatch):
     path = lb.save(quantised, tmp_path / "out")
     before = (path / "model.safetensors").read_bytes()
-    monkeypatch.setattr(writing, "exchange", lambda one, other: False)
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     rename, calls = os.rename, []
 
     def second_fails(source, target):

@@ -21,7 +21,7 @@ import sources  # noqa: E402
 import stale  # noqa: E402
 import tables  # noqa: E402
 from littlebit.fast.__main__ import EXAMPLES, parser  # noqa: E402
-from littlebit.fast.digests import code_digest  # noqa: E402
+from littlebit.fast.files.digests import code_digest  # noqa: E402
 
 PAGES = {path.name: path.read_text() for path in sorted(BOOK.glob("*.md"))}
 FIGURES = {name: make.script(name) for name in make.names()}

@@ -10,11 +10,11 @@ from pathlib import Path
 import littlebit.fast as lb
 import pytest
 import torch
-from littlebit.fast import cache
 from littlebit.fast.__main__ import main
 from littlebit.fast.checkpoint import check_target
+from littlebit.fast.files import cache
+from littlebit.fast.files.atomic import check_file, check_folder, check_room, write_text, written_whole
 from littlebit.fast.gguf import check_gguf
-from littlebit.fast.writing import check_file, check_folder, check_room, write_text, written_whole
 
 LONG = "n" * 255
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_moved_away_is_refused(code, here, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
 def test_mount_points_and_read_only_places_are_refused(here):
     code = """
-import sys; from pathlib import Path; from littlebit.fast.writing import check_folder
+import sys; from pathlib import Path; from littlebit.fast.files.atomic import check_folder
 for path in ("out", "closed/out", "closed"):
     try: check_folder(Path(path).resolve())
     except OSError as error: print(error)
@@ -144,7 +144,7 @@ def test_a_file_is_written_whole_through_links_and_to_devices(here, monkeypatch,
 
 def test_standard_output_may_be_named_whatever_it_is(here):
     """Redirected to a file too, which must not be replaced under the process that prints to it."""
-    code = "import sys; from littlebit.fast.writing import write_text; print('before', flush=True)"
+    code = "import sys; from littlebit.fast.files.atomic import write_text; print('before', flush=True)"
     code += "; write_text('/dev/stdout', 'text\\n'); print('after')"
     with Path("log").open("w") as log:
         subprocess.run([sys.executable, "-c", code], stdout=log, check=True)

@@ -14,7 +14,7 @@ import torch
 import workers
 from compare import assert_same
 from littlebit.fast import resume
-from littlebit.fast.digests import digest
+from littlebit.fast.files.digests import digest
 from littlebit.fast.trainer import Run
 
 SETTINGS = {"tokens": 12 * 64, "sequence": 16, "batch": 4, "warmup": 0.1, "lr_latents": 0.01}

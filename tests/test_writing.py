@@ -5,8 +5,9 @@ from pathlib import Path
 
 import littlebit.fast as lb
 import pytest
-from littlebit.fast import writing
-from littlebit.fast.writing import PART, locked, made_once, temporary_beside, unlock, written_whole
+from littlebit.fast.files import atomic
+from littlebit.fast.files.atomic import PART, locked, temporary_beside, unlock, written_whole
+from littlebit.fast.files.cache import made_once
 
 
 def write(path, text, overwrite=False):
@@ -17,7 +18,7 @@ def write(path, text, overwrite=False):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_output_is_replaced_only_if_asked_for(can_exchange, tmp_path, monkeypatch):
     if not can_exchange:
-        monkeypatch.setattr(writing, "exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     path = tmp_path / "out"
     write(path, "first")
     with pytest.raises(OSError, match="nothing was left there"):
@@ -32,10 +33,10 @@ def test_exchange_never_leaves_the_place_empty(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     write(one, "1")
     write(other, "2")
-    if not writing.exchange(one, other):
+    if not atomic.exchange(one, other):
         pytest.skip("this file system cannot exchange directories")
     assert ((one / "file").read_text(), (other / "file").read_text()) == ("2", "1")
-    assert not writing.exchange(one, tmp_path / "nowhere")
+    assert not atomic.exchange(one, tmp_path / "nowhere")
 
 
 def test_what_a_killed_writer_left_is_removed_and_what_others_write_is_not(tmp_path):
@@ -55,7 +56,7 @@ def test_what_a_killed_writer_left_is_removed_and_what_others_write_is_not(tmp_p
 def test_a_place_without_locks_is_written_and_nothing_is_removed(tmp_path, monkeypatch):
     left = tmp_path / f".out-abcdefgh{PART}"
     left.mkdir()
-    monkeypatch.setattr(writing, "fcntl", None)
+    monkeypatch.setattr(atomic, "fcntl", None)
     write(tmp_path / "out", "first")
     assert (tmp_path / "out" / "file").read_text() == "first"
     assert left.exists()
@@ -90,7 +91,7 @@ def test_everything_is_brought_to_the_disk_before_it_is_renamed(tmp_path, monkey
     done = []
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda *places: (done.append("renamed"), rename(*places)))
-    monkeypatch.setattr(writing, "synchronise", lambda path: done.append(Path(path).name))
+    monkeypatch.setattr(atomic, "synchronise", lambda path: done.append(Path(path).name))
     with written_whole(tmp_path / "out") as part:
         (part / "inner").mkdir()
         (part / "inner" / "file").write_text("")

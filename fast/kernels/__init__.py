@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numba
 
-from ..cache import cached
+from ..files.cache import cached
 
 CODE_BYTES = 1 << 25  # of compiled kernels, at most
 

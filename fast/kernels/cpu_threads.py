@@ -32,18 +32,7 @@ import numba
 import numpy as np
 from numba import types
 
-from .cpu import (
-    PATH_NUMBERS,
-    RANK,
-    U,
-    aligned,
-    ask_for,
-    first_stage,
-    floats_at,
-    layer_rows,
-    path_starts,
-    second_stage,
-)
+from .cpu import PATH_NUMBERS, RANK, U, aligned, ask_for, first_stage, floats_at, layer_rows, path_starts, second_stage
 from .cpu_dense import attend, head_rows
 from .lanes import LANES, address_of, atomic_load, atomic_store, call, compare_and_swap, pause, pointer
 

@@ -47,16 +47,7 @@ from .cuda import (
     times,
     warp_sum,
 )
-from .cuda_lanes import (
-    as_float,
-    exponential,
-    halves,
-    larger,
-    let_next_start,
-    permute,
-    reciprocal_root,
-    wait,
-)
+from .cuda_lanes import as_float, exponential, halves, larger, let_next_start, permute, reciprocal_root, wait
 
 WARPS = 4  # of a block of the element-wise kernels, whose threads have eight entries each
 EIGHTS = 32 * WARPS

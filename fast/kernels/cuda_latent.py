@@ -43,29 +43,8 @@ from .cuda import (
     warp_sum,
 )
 from .cuda_batch import two_halves
-from .cuda_decode import (
-    BYTES,
-    INTEGERS,
-    LOWEST,
-    block_sum,
-    four_bytes,
-    half_words,
-    nothing,
-    over,
-    put_eight,
-    summed,
-)
-from .cuda_lanes import (
-    as_bits,
-    as_float,
-    copied,
-    copy4,
-    exponential,
-    larger,
-    let_next_start,
-    round_to_half,
-    wait,
-)
+from .cuda_decode import BYTES, INTEGERS, LOWEST, block_sum, four_bytes, half_words, nothing, over, put_eight, summed
+from .cuda_lanes import as_bits, as_float, copied, copy4, exponential, larger, let_next_start, round_to_half, wait
 from .cuda_tiles import copy1, group_product, let_group_read, no_sums, put_scores, store4, tile_product
 
 WARPS = 16  # of a block, but for tiles

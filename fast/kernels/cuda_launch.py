@@ -24,32 +24,11 @@ from numba import cuda
 from torch import Tensor
 from torch.nn import functional
 
-from ..cache import cached
+from ..files.cache import cached, made_once
 from ..packing import PackedFactors
-from ..writing import made_once
 from . import plan
-from .cuda import (
-    PLANES,
-    RECIPES,
-    ROWS,
-    SIGNATURES,
-    SLICE,
-    VECTORS,
-    Shares,
-    latent,
-    output,
-    plain_latent,
-    plain_output,
-)
-from .cuda_batch import (
-    DEPTH,
-    SCALED_AT_ONCE,
-    SCALING_THREADS,
-    WORDS_DEPTH,
-    Tile,
-    products,
-    scaled_vectors,
-)
+from .cuda import PLANES, RECIPES, ROWS, SIGNATURES, SLICE, VECTORS, Shares, latent, output, plain_latent, plain_output
+from .cuda_batch import DEPTH, SCALED_AT_ONCE, SCALING_THREADS, WORDS_DEPTH, Tile, products, scaled_vectors
 from .cuda_unpacked import ACROSS, STRIP, UNPACKING_BLOCKS, UNPACKING_THREADS, unpacking
 from .dispatch import unpacked_linear
 

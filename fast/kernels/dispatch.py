@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import operators as operators
 from ..packing import PackedFactors, check_words, row_bits
 from .plan import Plan, batched, packed_linear as packed_linear_on_cpu
 

@@ -1,9 +1,4 @@
-"""Where this project keeps what it makes once: fetched and converted models, tuned launches, compiled kernels.
-
-That is $LITTLEBIT_CACHE if it is set. Else it is $XDG_CACHE_HOME/littlebit, ~/.cache/littlebit or a folder of this user
-among the temporary ones: what is found in one of them is used, and what is new goes to the first that can be written. A
-container may have no home, or one that is read-only.
-"""
+"""Keep files that are made once in the user's cache folder."""
 
 import contextlib
 import functools
@@ -11,11 +6,30 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .atomic import written_whole
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A directory that `make` fills on first use; if several processes are first, all get what one of them made."""
+    if not folder.exists():
+        try:
+            with written_whole(folder) as part:
+                make(part)
+        except OSError:
+            if not folder.exists():
+                raise
+    return folder
+
+
 NAME = "littlebit"
+
+
 VARIABLE = "LITTLEBIT_CACHE"
+
+
 PROBE_BYTES = 4096
 
 

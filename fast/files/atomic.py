@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -26,8 +26,13 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
+
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+
+
 PART = ".part"  # what the name of a directory that is being written ends in
+
+
 LONG_NAME = 100  # bytes of a name that would leave too little for those of temporary directories
 
 
@@ -314,15 +319,3 @@ def exchange(one: Path, other: Path) -> bool:
     except (AttributeError, OSError):
         return False
     return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
-
-
-def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A directory that `make` fills on first use; if several processes are first, all get what one of them made."""
-    if not folder.exists():
-        try:
-            with written_whole(folder) as part:
-                make(part)
-        except OSError:
-            if not folder.exists():
-                raise
-    return folder

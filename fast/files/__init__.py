@@ -1,0 +1,1 @@
+"""Whole files: atomic writes, digests and the cache folder."""
