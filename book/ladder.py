@@ -15,7 +15,7 @@ import torch
 from littlebit.fast.bench_linear import copies_beyond_cache, cpu_name, random_path, save_results
 from littlebit.fast.bits import layer_bits, rank_for_bits
 from littlebit.fast.kernels.cpu import KERNELS
-from littlebit.fast.kernels.plan import Plan
+from littlebit.fast.kernels.cpu_layer import Plan
 
 SHAPES = ((4096, 4096), (11008, 4096))
 BITS = (0.1, 0.55)

@@ -1164,7 +1164,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
     from .decode_cuda import SMALLEST_CAPACITY
     from .files.atomic import check_file
     from .fused_engine import engine_of, parts_of
-    from .kernels.cuda_launch import own_schedules
+    from .kernels.cuda_schedule import own_schedules
     from .tune_cuda import keep, tune
 
     check_file(arguments.table or own_schedules())

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from .bench_linear import exact_path, random_path
 from .bits import layer_bits, rank_for_bits
-from .kernels.cuda_launch import SMALL_BATCH, Plan, Schedule
+from .kernels.cuda_layer import Plan
+from .kernels.cuda_schedule import SMALL_BATCH, Schedule
 from .packing import PackedFactors
 from .tune_cuda import REPLAYS, fastest, replay_seconds
 

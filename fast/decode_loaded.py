@@ -11,7 +11,7 @@ from .embeddings import QuantizedEmbedding, QuantizedHead
 from .generation_settings import settings_of
 from .hf_names import cache_argument
 from .kernels import cpu
-from .kernels.plan import layer_plan
+from .kernels.cpu_layer import layer_plan
 from .latent_cache import LATENT_TYPES, latent_cache
 from .layers import PackedLinear
 from .wrappers import has_adapters, has_hooks

@@ -182,7 +182,7 @@ class Packed:
     """
 
     def __init__(self, modules: Sequence[PackedLinear], batch: int, eps: float):
-        from .kernels.cuda_launch import Siblings
+        from .kernels.cuda_layer import Siblings
 
         self.siblings = Siblings([[tensor for path in each.factors() for tensor in path] for each in modules])
         self.d_outs, self.rows, self.eps = [each.d_out for each in modules], batch, eps
@@ -195,7 +195,8 @@ class Packed:
 
     def use(self, schedule: Any) -> None:
         """Launch by a schedule; None if there is none, and the layers cannot be launched together."""
-        from .kernels.cuda_launch import output_blocks, slices_of
+        from .kernels.cuda_layer import output_blocks
+        from .kernels.cuda_schedule import slices_of
 
         self.schedule, slices = schedule, slices_of(self.siblings.sizes.d_in)
         self.parts = -(-slices // -(-slices // schedule.parts)) if schedule else 0
@@ -216,7 +217,7 @@ class Packed:
 
     def latents(self) -> tuple[Tensor, list[Spans]]:
         """What the first kernel of the last `normed` made, (parts, rows, columns), and where each layer's is."""
-        from .kernels.cuda_launch import padded
+        from .kernels.cuda_schedule import padded
 
         spans, begin = [], 0
         for ranks in self.siblings.sizes.ranks:
@@ -226,7 +227,7 @@ class Packed:
 
     def added(self, x: Tensor, stream: Stream, activation: str | None = None) -> None:
         """As that of Modules, in place; x may also be the shares that `CudaSteps.attend` leaves."""
-        from .kernels.cuda import SUMMARY, Shares
+        from .kernels.cuda_gemv import SUMMARY, Shares
 
         rows, device = len(stream.x), stream.x.device
         squares = torch.empty(rows, self.blocks, device=device)

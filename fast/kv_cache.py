@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.dispatch import signs
+from .kernels.unpacked import signs
 from .packing import PackedFactors
 
 BLOCK = 256  # tokens whose keys are up-projected at once, at most

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from .factors import Factors
 from .headers import packed_headers
-from .kernels.dispatch import plan_for, unpacked
-from .kernels.plan import Plan
+from .kernels.cpu_layer import Plan
+from .kernels.dispatch import plan_for
+from .kernels.unpacked import unpacked
 from .linear import folded, linear, packed_linear
 from .packing import PackedFactors, pack_factors, to_half
 from .signs import named_rule

@@ -18,8 +18,8 @@ import torch
 from ._progress import tqdm
 from .files.atomic import write_text
 from .fused_engine import GROUPS, FusedEngine, Packed
-from .kernels.cuda import ROWS
-from .kernels.cuda_launch import (
+from .kernels.cuda_gemv import ROWS
+from .kernels.cuda_schedule import (
     Blocks,
     Device,
     Schedule,

@@ -13,7 +13,7 @@ from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.bench_linear import random_path
 from littlebit.fast.embeddings import QuantizedEmbedding, QuantizedHead, quantize_table
 from littlebit.fast.fused_engine import FusedEngine, engine_of
-from littlebit.fast.kernels import cuda_launch
+from littlebit.fast.kernels import cuda_driver, cuda_layer, cuda_schedule
 from littlebit.fast.memory import ModelShape
 
 GENERATOR = torch.Generator("cuda").manual_seed(0)
@@ -33,8 +33,8 @@ def tensors(d_out: int, d_in: int, *ranks: int) -> list[torch.Tensor]:
 def vectors() -> None:
     """Few vectors, by every version."""
     for (d_in, ranks), rows in itertools.product(((600, (70,)), (1152, (128, 40)), (512, (300,))), (1, 2, 5)):
-        plan = cuda_launch.Plan(tensors(50, d_in, *ranks))
-        for dtype, version in itertools.product((torch.float16, torch.float32), cuda_launch.VERSIONS):
+        plan = cuda_layer.Plan(tensors(50, d_in, *ranks))
+        for dtype, version in itertools.product((torch.float16, torch.float32), cuda_driver.VERSIONS):
             plan(numbers(rows, d_in).to(dtype), version)
 
 
@@ -42,30 +42,30 @@ def unpacked() -> None:
     """Layers as dense factors."""
     for d_in, ranks in ((600, (70,)), (1152, (128, 40)), (512, (300,))):
         for dtype in (torch.float16, torch.bfloat16):
-            cuda_launch.Plan(tensors(50, d_in, *ranks)).factors(dtype)
+            cuda_layer.Plan(tensors(50, d_in, *ranks)).factors(dtype)
 
 
 def batches() -> None:
     """Many vectors, by tensor cores."""
     for grouped, rows, d_in in itertools.product((True, False), (9, 30, 60, 130), (600, 602)):
-        plan, x = cuda_launch.Plan(tensors(150, d_in, 70, 130)), numbers(rows, d_in)
+        plan, x = cuda_layer.Plan(tensors(150, d_in, 70, 130)), numbers(rows, d_in)
         if not grouped:
             plan.capability = (8, 0)
-        for tile, dtype in itertools.product(cuda_launch.tiles_for(rows, grouped), (torch.float16, torch.bfloat16)):
+        for tile, dtype in itertools.product(cuda_schedule.tiles_for(rows, grouped), (torch.float16, torch.bfloat16)):
             y = torch.empty(rows, 150, dtype=dtype, device="cuda")
-            plan.batch(x.to(dtype), y, rows, cuda_launch.BatchSchedule(2, tile, tile))
+            plan.batch(x.to(dtype), y, rows, cuda_schedule.BatchSchedule(2, tile, tile))
 
 
 def siblings() -> None:
     """Layers that share their input, with all that is done on the way."""
     layers = [tensors(d_out, 512, rank) for d_out, rank in ((64, 40), (32, 33), (32, 64))]
-    group, last = cuda_launch.Siblings(layers), cuda_launch.Siblings([tensors(512, 64, 40)])
+    group, last = cuda_layer.Siblings(layers), cuda_layer.Siblings([tensors(512, 64, 40)])
     for rows in (1, 3):
         x, weight, y = numbers(rows, 512), torch.ones(512, device="cuda"), torch.empty(rows, 128, device="cuda")
         parts = [torch.empty(each.part_size(rows, each.schedule(rows)), device="cuda") for each in (group, last)]
         norm = weight, x.square().sum(1, keepdim=True), 1, 1e-5
         group.launch(x, y, parts[0], norm=norm, bias=torch.ones(128, device="cuda"))
-        squares = torch.empty(rows, cuda_launch.output_blocks(512, last.schedule(rows)), device="cuda")
+        squares = torch.empty(rows, cuda_layer.output_blocks(512, last.schedule(rows)), device="cuda")
         last.launch(y, x, parts[1], activation="silu", squares=squares)
 
 

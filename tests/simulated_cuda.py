@@ -8,14 +8,14 @@ import os
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 
 import cuda_simulator  # noqa: F401 (before any kernel)
-import littlebit.fast.kernels.cuda_launch as kernels
+import littlebit.fast.kernels.cuda_layer as kernels
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from littlebit.fast.bench_linear import exact_path, random_path
-from littlebit.fast.kernels.cuda_batch import Tile
-from littlebit.fast.kernels.cuda_launch import Blocks, Schedule
+from littlebit.fast.kernels.cuda_gemm import Tile
+from littlebit.fast.kernels.cuda_schedule import Blocks, Schedule
 from littlebit.fast.packing import PackedFactors, unpack_factors
 from numba import cuda
 

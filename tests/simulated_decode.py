@@ -20,7 +20,7 @@ from littlebit.fast.bench_decode_cuda import random_model, random_packed
 from littlebit.fast.decode_cpu import NotDecodableError
 from littlebit.fast.embeddings import quantize_table
 from littlebit.fast.fused_engine import GROUPS, FusedEngine, Packed
-from littlebit.fast.kernels import cuda_latent, cuda_launch, dispatch
+from littlebit.fast.kernels import cuda_driver, cuda_latent_attention, cuda_schedule, dispatch
 from littlebit.fast.kernels.cuda_decode import EIGHTS, Attention
 from littlebit.fast.kernels.steps import CudaSteps, Heads, Spans, TorchSteps, stored_latents
 from littlebit.fast.kv_cache import Latents, round_latents
@@ -228,14 +228,14 @@ def simulated(monkeypatch):
         for host, on_gpu in known.values():
             host[:] = on_gpu.copy_to_host()
 
-    monkeypatch.setattr(cuda_launch, "array", array)
-    monkeypatch.setattr(cuda_launch, "start", start)
-    monkeypatch.setattr(cuda_launch, "described", lambda index: cuda_launch.Device("any", 1, 227 << 10))
-    one_warp = cuda_launch.Blocks(1, 0, 2)  # a simulator runs idle warps too; simulated_cuda.py has other schedules
-    schedule = cuda_launch.Schedule(1, one_warp, one_warp)
-    monkeypatch.setattr(cuda_launch, "schedule_for", lambda *sizes: schedule)
-    monkeypatch.setattr(cuda_latent, "WARPS", 4)
-    monkeypatch.setattr(cuda_latent, "THREADS", 128)
+    monkeypatch.setattr(cuda_driver, "array", array)
+    monkeypatch.setattr(cuda_driver, "start", start)
+    monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 1, 227 << 10))
+    one_warp = cuda_schedule.Blocks(1, 0, 2)  # a simulator runs idle warps too; simulated_cuda.py has other schedules
+    schedule = cuda_schedule.Schedule(1, one_warp, one_warp)
+    monkeypatch.setattr(cuda_schedule, "schedule_for", lambda *sizes: schedule)
+    monkeypatch.setattr(cuda_latent_attention, "WARPS", 4)
+    monkeypatch.setattr(cuda_latent_attention, "THREADS", 128)
     monkeypatch.setattr(dispatch, "cuda_kernels", lambda index: cuda_launch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
@@ -245,7 +245,7 @@ def simulated(monkeypatch):
 @pytest.mark.usefixtures("simulated")
 def test_shares_of_a_context_are_put_together_by_the_output_layer(monkeypatch):
     """Contexts of which some blocks have no token, next to torch."""
-    monkeypatch.setattr(cuda_launch, "described", lambda index: cuda_launch.Device("any", 3, 227 << 10))
+    monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 3, 227 << 10))
     monkeypatch.setattr(Attention, "unroll", lambda self, early: 1)
     monkeypatch.setattr(CudaSteps, "made", lambda self, *tensors: Attention("single", "half", 64, 1, 1, False))
     model = random_model(ModelShape("a small one", 64, 80, 1, 1, 1, 64, 40, 256), 2.0, 1, "cpu")
@@ -283,7 +283,7 @@ def test_packed_layers_take_what_dense_ones_give():
 )
 def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, monkeypatch):
     """Packed layers as siblings, or dense ones and the kernels between them; keys and values, or latents."""
-    monkeypatch.setattr(cuda_latent, "TILES", (8, 8))  # few tokens are there
+    monkeypatch.setattr(cuda_latent_attention, "TILES", (8, 8))  # few tokens are there
     monkeypatch.setattr(CudaSteps, "fewest_tiles", 1)
     shape = ModelShape("a small one", 64, 80, 1, heads, 1, 64, 40, 256)
     model = random_model(shape, bits, paths, "cpu")
@@ -291,7 +291,7 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, 
     if kv_cache == "full":
         sides = [FusedEngine(*common, kernels) for kernels in (True, False)]
     else:
-        monkeypatch.setattr(cuda_launch, "described", lambda index: cuda_launch.Device("any", 4 * heads, 227 << 10))
+        monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 4 * heads, 227 << 10))
         sides = [LatentEngine(*common, kernels, kv_cache) for kernels in (True, False)]
     assert all(isinstance(group, Packed) == (bits is not None) for groups in sides[0].groups for group in groups)
     with torch.inference_mode():
@@ -323,12 +323,12 @@ def test_attention_to_latents_is_that_of_torch(
     size, heads, kv_heads, ranks, kept, tokens, positions, grouped, shares, monkeypatch
 ):
     """Contexts of several tiles, the last of which is not full; one path and two, of ranks that fill no word."""
-    monkeypatch.setattr(cuda_launch, "GROUPED", torch.cuda.get_device_capability(0) if grouped else None)
-    monkeypatch.setattr(cuda_latent, "TILES", (tokens, tokens))
+    monkeypatch.setattr(cuda_schedule, "GROUPED", torch.cuda.get_device_capability(0) if grouped else None)
+    monkeypatch.setattr(cuda_latent_attention, "TILES", (tokens, tokens))
     monkeypatch.setattr(CudaSteps, "fewest_tiles", 1)
     generator, rows, capacity = torch.Generator().manual_seed(0), len(positions), 44
-    device = cuda_launch.Device("any", rows * heads * shares, 227 << 10)
-    monkeypatch.setattr(cuda_launch, "described", lambda index: device)
+    device = cuda_schedule.Device("any", rows * heads * shares, 227 << 10)
+    monkeypatch.setattr(cuda_driver, "described", lambda index: device)
     biases = False, shares == 1
     layers = [
         random_packed(kv_heads * size, 64, each, generator, bias) for each, bias in zip(ranks, biases, strict=True)
@@ -339,8 +339,8 @@ def test_attention_to_latents_is_that_of_torch(
     projected, places = numbers(rows, (heads + 2 * kv_heads) * size), torch.tensor(positions)
     spans, begin = [], 3
     for each in ranks:
-        spans.append(Spans.at(begin, each, cuda_launch.padded))
-        begin = sum(spans[-1].begins[-1:]) + cuda_launch.padded(each[-1])
+        spans.append(Spans.at(begin, each, cuda_schedule.padded))
+        begin = sum(spans[-1].begins[-1:]) + cuda_schedule.padded(each[-1])
     part = numbers(2, rows, begin, seed=1)
     for of, each in zip(spans, ranks, strict=True):  # as kernels leave them: zeros where there is no rank
         for at, count, rank in zip(*of, each, strict=True):
@@ -357,7 +357,7 @@ def test_attention_to_latents_is_that_of_torch(
         found.append((steps.attend_latents(projected, part, spans, mine, expanding, places, angles, shares == 1), mine))
     (got, ours), (want, theirs) = found
     if shares > 1:
-        assert got.shape == (rows, heads, shares, size + cuda_latent.SUMMARY)
+        assert got.shape == (rows, heads, shares, size + cuda_latent_attention.SUMMARY)
         weights = (got[..., size] - got[..., size].amax(-1, keepdim=True)).exp()
         totals = (weights * got[..., size + 1]).sum(-1, keepdim=True)
         got = ((weights[..., None] * got[..., :size]).sum(-2) / totals).flatten(1)

@@ -19,7 +19,7 @@ import littlebit.fast as lb
 import torch
 from fuzz import held
 from littlebit.fast.bench_linear import random_path
-from littlebit.fast.kernels.dispatch import unpacked
+from littlebit.fast.kernels.unpacked import unpacked
 from littlebit.fast.layers import PackedLinear
 
 SHAPES = 10_000

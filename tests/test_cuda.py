@@ -13,8 +13,16 @@ import pytest
 from littlebit.fast import tune_cuda
 from littlebit.fast.__main__ import main
 from littlebit.fast.bits import rank_for_bits
-from littlebit.fast.kernels import cuda as kernels, cuda_batch, cuda_launch, cuda_unpacked
-from littlebit.fast.kernels.cuda_launch import Blocks, Schedule
+from littlebit.fast.kernels import (
+    cuda_driver,
+    cuda_gemm,
+    cuda_gemv as kernels,
+    cuda_layer,
+    cuda_plain,
+    cuda_schedule,
+    cuda_unpack,
+)
+from littlebit.fast.kernels.cuda_schedule import Blocks, Schedule
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 KINDS = ("half", "bfloat", "single")
@@ -37,10 +45,10 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
         "numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=capability)
     )
     # device functions keep what they were compiled for
-    plain = kernels.plain_latent, kernels.plain_output
-    for factory in (kernels.latent, kernels.output, *plain, cuda_unpacked.unpacking):
+    plain = cuda_plain.plain_latent, cuda_plain.plain_output
+    for factory in (kernels.latent, kernels.output, *plain, cuda_unpack.unpacking):
         factory.cache_clear()
-    early = capability >= cuda_launch.EARLY
+    early = capability >= cuda_driver.EARLY
     kinds = KINDS if capability == CAPABILITIES[-1] else ("bfloat",)
     for kind, (wide, vectors) in itertools.product(kinds, ((True, 1), (False, 4))):
         chosen = [kernels.latent(kind, wide, wide, vectors, early), kernels.output(kind, wide, vectors, 4, early)]
@@ -53,10 +61,10 @@ def test_kernels_compile_without_spills(capability, monkeypatch):
             assert text.count(b"mma.sync") == 3 * vectors
             assert (b"griddepcontrol.wait" in text) == early
             assert attributes[FRAME_SIZE] == 0
-    for kernel in (kernels.plain_latent("half"), kernels.plain_output("half")):
+    for kernel in (cuda_plain.plain_latent("half"), cuda_plain.plain_output("half")):
         assert compiled(kernel, capability)[1][FRAME_SIZE] == 0
     for kind, paths in (("half", 1), ("bfloat", 2)):
-        text, attributes = compiled(cuda_unpacked.unpacking(kind, paths, early), capability)
+        text, attributes = compiled(cuda_unpack.unpacking(kind, paths, early), capability)
         assert b"st.global.v4" in text
         assert attributes[FRAME_SIZE] == 0
 
@@ -67,21 +75,21 @@ def test_kernels_for_batches_compile_without_spills(capability, grouped, monkeyp
     monkeypatch.setattr(
         "numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=capability)
     )
-    cuda_batch.scaled_vectors.cache_clear()
-    cuda_batch.products.cache_clear()
-    early = capability >= cuda_launch.EARLY
-    large, small = cuda_launch.tiles_for(100, grouped)[0], cuda_launch.tiles_for(16, grouped)[0]
+    cuda_gemm.scaled_vectors.cache_clear()
+    cuda_gemm.products.cache_clear()
+    early = capability >= cuda_driver.EARLY
+    large, small = cuda_schedule.tiles_for(100, grouped)[0], cuda_schedule.tiles_for(16, grouped)[0]
     chosen = [
-        cuda_batch.products(kind, tile, 1, 2, early, grouped) for kind, tile in (("half", large), ("bfloat", small))
+        cuda_gemm.products(kind, tile, 1, 2, early, grouped) for kind, tile in (("half", large), ("bfloat", small))
     ]
-    chosen += [cuda_batch.products("single", large, 2, 1, early, grouped, direct) for direct in (False, True)]
+    chosen += [cuda_gemm.products("single", large, 2, 1, early, grouped, direct) for direct in (False, True)]
     for kernel in chosen:
         text, attributes = compiled(kernel, capability)
         assert (b"wgmma.mma_async" if grouped else b"mma.sync.aligned.m16n8k16") in text
         assert attributes[FRAME_SIZE] == 0
     if not grouped:
         for scaled in (("half", False, 2, 1), ("single", True, 0, 8)):
-            assert compiled(cuda_batch.scaled_vectors(*scaled, early), capability)[1][FRAME_SIZE] == 0
+            assert compiled(cuda_gemm.scaled_vectors(*scaled, early), capability)[1][FRAME_SIZE] == 0
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -89,9 +97,9 @@ def test_kernels_for_batches_compile_without_spills(capability, grouped, monkeyp
 def test_tiles_of_batches_fit_and_are_filled(rows, grouped):
     limit = (227 if grouped else 99) << 10
     for (d_out, d_in), ranks in itertools.product(SHAPES, ((1,), (600,), (300, 310), (6336,))):
-        sizes = cuda_launch.Sizes(d_in, (d_out,), (ranks,))
-        schedule = cuda_launch.batch_schedule(sizes, rows, 132, grouped)
-        assert 1 <= schedule.parts <= max(1, cuda_launch.steps_of(d_in))
+        sizes = cuda_schedule.Sizes(d_in, (d_out,), (ranks,))
+        schedule = cuda_schedule.batch_schedule(sizes, rows, 132, grouped)
+        assert 1 <= schedule.parts <= max(1, cuda_schedule.steps_of(d_in))
         for tile in (schedule.latent, schedule.output):
             assert max(tile.shared_bytes(len(ranks)), tile.shared_bytes(1, True)) <= limit
             assert tile.threads % tile.rows == 0
@@ -102,8 +110,8 @@ def test_tiles_of_batches_fit_and_are_filled(rows, grouped):
 @pytest.mark.parametrize("ranks", [(64,), (184,), (300, 310), (1096,), (6336,)])
 def test_a_layer_is_quicker_unpacked_from_some_number_of_rows_on(ranks):
     for d_out, d_in in SHAPES:
-        sizes = cuda_launch.Sizes(d_in, (d_out,), (ranks,))
-        quicker = [cuda_launch.is_quicker_unpacked(sizes, 1 << log) for log in range(17)]
+        sizes = cuda_schedule.Sizes(d_in, (d_out,), (ranks,))
+        quicker = [cuda_schedule.is_quicker_unpacked(sizes, 1 << log) for log in range(17)]
         assert quicker == sorted(quicker)
         assert not any(quicker[:6])
         assert all(quicker[11:]) or d_in < 100
@@ -113,7 +121,7 @@ def compiled(kernel, capability):
     """PTX of a kernel and, from its cubin, its attributes by number."""
     from cuda.core import Program, ProgramOptions  # pyright: ignore[reportAttributeAccessIssue]
 
-    text, _ = cuda_launch.compiled.__wrapped__(kernel, capability)
+    text, _ = cuda_driver.compiled.__wrapped__(kernel, capability)
     options = ProgramOptions(arch=f"sm_{capability[0]}{capability[1]}{'a' if b'wgmma' in text else ''}")
     return text, attributes_of(bytes(Program(text.decode(), "ptx", options).compile("cubin").code))
 
@@ -143,17 +151,17 @@ def attributes_of(cubin):
 @pytest.mark.parametrize("multiprocessors", [16, 132])
 @pytest.mark.parametrize("rows", [1, 2, 16])
 def test_schedules_fit_what_they_are_for(rows, multiprocessors, shared_bytes):
-    device = cuda_launch.Device("any", multiprocessors, shared_bytes)
-    vectors = cuda_launch.vectors_of(rows)
+    device = cuda_schedule.Device("any", multiprocessors, shared_bytes)
+    vectors = cuda_schedule.vectors_of(rows)
     for (d_out, d_in), ranks in itertools.product(SHAPES, ((1,), (17,), (600,), (300, 310), (6336,))):
-        sizes = cuda_launch.Sizes(d_in, (d_out, d_out), (ranks, ranks[:1]))
-        schedule = cuda_launch.schedule_for(sizes, rows, device)
+        sizes = cuda_schedule.Sizes(d_in, (d_out, d_out), (ranks, ranks[:1]))
+        schedule = cuda_schedule.schedule_for(sizes, rows, device)
         if schedule is None:  # planes of four vectors, and words, of long rows
             assert vectors == 4 or shared_bytes == 99 << 10
             continue
         assert schedule.parts <= max(1, d_in // 256)
-        assert cuda_launch.latent_bytes(schedule.latent, vectors, d_in, schedule.parts) <= shared_bytes
-        assert cuda_launch.output_bytes(schedule.output, vectors, sizes) <= shared_bytes
+        assert cuda_schedule.latent_bytes(schedule.latent, vectors, d_in, schedule.parts) <= shared_bytes
+        assert cuda_schedule.output_bytes(schedule.output, vectors, sizes) <= shared_bytes
         for blocks in (schedule.latent, schedule.output):
             assert 32 <= blocks.threads <= 512
             assert blocks.tiles >= 1
@@ -161,17 +169,17 @@ def test_schedules_fit_what_they_are_for(rows, multiprocessors, shared_bytes):
 
 def test_a_kernel_is_compiled_once_and_kept(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(cuda_launch, "ptx_of", lambda kernel, of: made.append(of) or b".visible .entry some_name(")
+    monkeypatch.setattr(cuda_driver, "ptx_of", lambda kernel, of: made.append(of) or b".visible .entry some_name(")
     monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path / "cache"))
-    compiled_now = cuda_launch.compiled.__wrapped__
-    one, other = (kernels.plain_output(kind) for kind in ("half", "single"))
+    compiled_now = cuda_driver.compiled.__wrapped__
+    one, other = (cuda_plain.plain_output(kind) for kind in ("half", "single"))
     for _ in range(2):
         assert compiled_now(one, (9, 0)) == (b".visible .entry some_name(", b"some_name")
     assert made == [(9, 0)]
     compiled_now(other, (9, 0))
     compiled_now(one, (8, 0))
     assert made == [(9, 0), (9, 0), (8, 0)]
-    monkeypatch.setattr(cuda_launch, "sources", lambda: "changed")
+    monkeypatch.setattr(cuda_driver, "sources", lambda: "changed")
     compiled_now(one, (9, 0))
     (tmp_path / "file").touch()
     monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path / "file"))  # where no folder can be made
@@ -181,39 +189,39 @@ def test_a_kernel_is_compiled_once_and_kept(tmp_path, monkeypatch):
 
 def test_measured_schedules_are_of_layers_that_exist_and_fit_their_gpu():
     limit = 227 << 10
-    known = cuda_launch.measured()["NVIDIA H100 80GB HBM3"]
+    known = cuda_schedule.measured()["NVIDIA H100 80GB HBM3"]
     for d_out, d_in in ((4096, 4096), (28672, 8192)):
         assert f"{d_out}x{d_in}:{rank_for_bits(d_out, d_in, 0.1, 1)}" in known
     for sizes, schedule in known.items():
         d_outs, d_in, ranks = re.split("[x:]", sizes)
         ranks = tuple(tuple(map(int, each.split("+"))) for each in ranks.split(","))
-        parsed = cuda_launch.Sizes(int(d_in), tuple(map(int, d_outs.split(","))), ranks)
+        parsed = cuda_schedule.Sizes(int(d_in), tuple(map(int, d_outs.split(","))), ranks)
         assert str(parsed) == sizes
-        assert cuda_launch.latent_bytes(schedule.latent, 1, parsed.d_in, schedule.parts) <= limit
-        assert cuda_launch.output_bytes(schedule.output, 1, parsed) <= limit
+        assert cuda_schedule.latent_bytes(schedule.latent, 1, parsed.d_in, schedule.parts) <= limit
+        assert cuda_schedule.output_bytes(schedule.output, 1, parsed) <= limit
 
 
 @pytest.fixture
 def own_table(tmp_path, monkeypatch):
     """Where `tune` keeps schedules."""
     monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path))
-    cuda_launch.measured.cache_clear()
+    cuda_schedule.measured.cache_clear()
     yield tmp_path / "cuda_schedules.json"
-    cuda_launch.measured.cache_clear()
+    cuda_schedule.measured.cache_clear()
 
 
 def test_what_was_tuned_is_kept_and_taken(own_table):
-    sizes = cuda_launch.Sizes(512, (512, 64), ((40,), (33, 17)))
+    sizes = cuda_schedule.Sizes(512, (512, 64), ((40,), (33, 17)))
     chosen = Schedule(2, Blocks(1, 1, 2), Blocks(2, 0, 1))
-    device = cuda_launch.Device("NVIDIA H100 80GB HBM3", 132, 227 << 10)
-    before = cuda_launch.schedule_for(sizes, 1, device)
+    device = cuda_schedule.Device("NVIDIA H100 80GB HBM3", 132, 227 << 10)
+    before = cuda_schedule.schedule_for(sizes, 1, device)
     assert before != chosen
     for of, rows in ((str(sizes), 1), (f"{sizes}*4", 3)):
         tune_cuda.keep([{"sizes": of, "schedule": chosen}], device.name)
-        assert cuda_launch.schedule_for(sizes, rows, device) == chosen
-    assert cuda_launch.schedule_for(sizes, 2, device) == before
-    assert cuda_launch.schedule_for(sizes, 1, device._replace(name="another")) == before
-    assert f"28672x8192:{rank_for_bits(28672, 8192, 0.1, 1)}" in cuda_launch.measured()[device.name]
+        assert cuda_schedule.schedule_for(sizes, rows, device) == chosen
+    assert cuda_schedule.schedule_for(sizes, 2, device) == before
+    assert cuda_schedule.schedule_for(sizes, 1, device._replace(name="another")) == before
+    assert f"28672x8192:{rank_for_bits(28672, 8192, 0.1, 1)}" in cuda_schedule.measured()[device.name]
     assert own_table.read_text().count("\n") == 6
     assert [path.name for path in own_table.parent.iterdir()] == [own_table.name]
 
@@ -224,9 +232,9 @@ def test_what_was_tuned_is_kept_and_taken(own_table):
 )
 def test_a_damaged_table_is_passed_over_and_not_written_over(text, own_table, monkeypatch):
     said = []
-    monkeypatch.setattr(cuda_launch.log, "warning", lambda message, *of: said.append(message % of))
+    monkeypatch.setattr(cuda_layer.log, "warning", lambda message, *of: said.append(message % of))
     own_table.write_text(text)
-    assert "NVIDIA H100 80GB HBM3" in cuda_launch.measured()
+    assert "NVIDIA H100 80GB HBM3" in cuda_schedule.measured()
     assert f"{own_table} is no table of launch schedules" in said[0]
     with pytest.raises(ValueError, match="remove it, and run `littlebit tune` again"):
         tune_cuda.keep([], "GPU")
@@ -240,15 +248,15 @@ def test_tune_says_that_it_needs_a_gpu(capsys, monkeypatch):
 
 
 def test_a_measured_schedule_is_taken_for_its_gpu_and_a_vector_only():
-    device = cuda_launch.Device("NVIDIA H100 80GB HBM3", 132, 227 << 10)
-    known = cuda_launch.measured()[device.name]
+    device = cuda_schedule.Device("NVIDIA H100 80GB HBM3", 132, 227 << 10)
+    known = cuda_schedule.measured()[device.name]
     rank = rank_for_bits(28672, 8192, 0.55, 1)
-    layer = cuda_launch.Sizes(8192, (28672,), ((rank,),))
+    layer = cuda_schedule.Sizes(8192, (28672,), ((rank,),))
     schedule = known[f"28672x8192:{rank}"]
-    estimate = cuda_launch.estimated(layer, 132)
+    estimate = cuda_schedule.estimated(layer, 132)
     assert schedule != estimate
-    assert cuda_launch.schedule_for(layer, 1, device) == schedule
-    assert cuda_launch.schedule_for(layer, 1, device._replace(name="another")) == estimate
-    of_two = cuda_launch.schedule_for(layer, 2, device)
+    assert cuda_schedule.schedule_for(layer, 1, device) == schedule
+    assert cuda_schedule.schedule_for(layer, 1, device._replace(name="another")) == estimate
+    of_two = cuda_schedule.schedule_for(layer, 2, device)
     assert of_two
     assert of_two.parts == estimate.parts

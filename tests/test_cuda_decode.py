@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from littlebit.fast.kernels import cuda, cuda_decode as kernels, cuda_latent, cuda_launch
+from littlebit.fast.kernels import cuda_decode as kernels, cuda_driver, cuda_gemv, cuda_latent_attention
 from littlebit.fast.kernels.cuda_decode import Attention
 from littlebit.fast.kernels.steps import ACTIVATIONS
 from test_cuda import CAPABILITIES, FRAME_SIZE, compiled
@@ -26,9 +26,9 @@ ATTENTION = (
     Attention("single", "half", 256, 2, 8, False),
 )
 TILES = (
-    cuda_latent.LatentTile("single", "half", 128, 64, True),
-    cuda_latent.LatentTile("single", "byte", 64, 64, False),
-    cuda_latent.LatentTile("half", "half", 256, 32, True),
+    cuda_latent_attention.LatentTile("single", "half", 128, 64, True),
+    cuda_latent_attention.LatentTile("single", "byte", 64, 64, False),
+    cuda_latent_attention.LatentTile("half", "half", 256, 32, True),
 )
 
 
@@ -46,20 +46,27 @@ def test_kernels_compile_without_spills_and_with_the_registers_that_there_are(ca
     monkeypatch.setattr(
         "numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=capability)
     )
-    early, newest = capability >= cuda_launch.EARLY, capability == CAPABILITIES[-1]
+    early, newest = capability >= cuda_driver.EARLY, capability == CAPABILITIES[-1]
     factories = kernels.embed, kernels.added, kernels.normed, kernels.gated, kernels.logits
-    factories += kernels.attend, cuda_latent.latents, cuda_latent.attend_latents, cuda_latent.expand_latents
+    factories += (
+        kernels.attend,
+        cuda_latent_attention.latents,
+        cuda_latent_attention.attend_latents,
+        cuda_latent_attention.expand_latents,
+    )
     for factory in factories:  # device functions keep what they were compiled for
         factory.cache_clear()
     plain = [(kernels.embed(kind), kernels.EIGHTS) for kind in (kernels.TABLES if newest else ["half"])]
     plain += [(factory("half"), kernels.EIGHTS) for factory in (kernels.added, kernels.normed)]
     plain += [(kernels.gated("half", "silu"), kernels.EIGHTS)]
     plain += [(kernels.logits("half", *of), kernels.EIGHTS) for of in (("8", 1), ("4", 4))]
-    latent = [cuda_latent.latents(kept, early) for kept in cuda_latent.KEPT]
+    latent = [cuda_latent_attention.latents(kept, early) for kept in cuda_latent_attention.KEPT]
     tiles = TILES if newest else [made._replace(tokens=32, grouped=False) for made in TILES]
-    plain += [(cuda_latent.attend_latents(made, early), made.threads) for made in tiles]
-    latent += [cuda_latent.expand_latents("single", *of, early) for of in ((64, True), (128, False), (256, True))]
-    plain += [(kernel, cuda_latent.THREADS) for kernel in latent]
+    plain += [(cuda_latent_attention.attend_latents(made, early), made.threads) for made in tiles]
+    latent += [
+        cuda_latent_attention.expand_latents("single", *of, early) for of in ((64, True), (128, False), (256, True))
+    ]
+    plain += [(kernel, cuda_latent_attention.THREADS) for kernel in latent]
     for made in ATTENTION if newest else [made._replace(group=min(made.group, 2), warps=8) for made in ATTENTION[::3]]:
         plain.append((kernels.attend(made, early), made.threads))
     for kernel, threads in plain:
@@ -71,4 +78,4 @@ def test_kernels_compile_without_spills_and_with_the_registers_that_there_are(ca
 
 
 def test_activations_have_the_same_names_in_torch_and_in_the_kernels():
-    assert set(ACTIVATIONS) == set(cuda.ACTIVATIONS)
+    assert set(ACTIVATIONS) == set(cuda_gemv.ACTIVATIONS)

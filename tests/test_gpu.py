@@ -29,7 +29,6 @@ SMALL_BATCH = 4  # rows of 16 bits up to which that is so
 @pytest.fixture(scope="module")
 def cuda_launch():
     assert dispatch.cuda_kernels(0)
-    from littlebit.fast.kernels import cuda_launch
 
     return cuda_launch
 
@@ -93,7 +92,7 @@ def test_layers_of_any_size_equal_the_exact_product(d_out, d_in, ranks, rows, dt
 @pytest.mark.parametrize(("d_out", "d_in"), [(28672, 8192), (8192, 28672), (4096, 4096)])
 def test_every_version_at_real_sizes(cuda_launch, d_out, d_in, rows, version):
     paths, x = layer(d_out, d_in, (200, 300)), inputs(rows, d_in)
-    plan = cuda_launch.Plan([tensor for path in paths for tensor in path])
+    plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
     assert_exact(plan(x, version), x, paths)
 
 
@@ -108,11 +107,11 @@ def test_the_error_is_that_of_the_outputs_rounding_which_the_dense_layer_has_too
 
 def test_schedules_do_not_change_the_result(cuda_launch):
     paths, x = layer(4096, 4096, [600]), inputs(2, 4096, torch.float32)
-    plan = cuda_launch.Plan([tensor for path in paths for tensor in path])
+    plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
     schedule = plan.schedule(2)
     one = plan(x, "tensor")
     assert torch.equal(one, plan(x, "early"))
-    other = schedule._replace(latent=cuda_launch.Blocks(schedule.latent.sharing, 1, 2))
+    other = schedule._replace(latent=cuda_schedule.Blocks(schedule.latent.sharing, 1, 2))
     assert torch.equal(one, plan(x, "early", other))
     assert torch.equal(one, plan(x, "early"))
 
@@ -138,20 +137,20 @@ def test_batches_of_any_size_equal_the_exact_product_but_for_roundings(d_out, d_
 @pytest.mark.parametrize("rows", [9, 30, 60, 200])
 def test_every_tile_of_a_batch(cuda_launch, monkeypatch, rows, d_in, grouped):
     if not grouped:
-        monkeypatch.setattr(cuda_launch, "GROUPED", None)
+        monkeypatch.setattr(cuda_schedule, "GROUPED", None)
     paths, x = layer(1500, d_in, (130, 260)), inputs(rows, d_in)
-    plan = cuda_launch.Plan([tensor for path in paths for tensor in path])
-    for tile in cuda_launch.tiles_for(rows, grouped):
+    plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
+    for tile in cuda_schedule.tiles_for(rows, grouped):
         for parts in (1, 3):
             y = torch.full((rows, 1500), 99.0, device="cuda").half()
-            assert_near(plan.batch(x, y, rows, cuda_launch.BatchSchedule(parts, tile, tile)), x, paths)
+            assert_near(plan.batch(x, y, rows, cuda_schedule.BatchSchedule(parts, tile, tile)), x, paths)
 
 
 @pytest.mark.parametrize("rows", [33, 2000])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_batches_are_multiplied_by_unpacked_signs(cuda_launch, rows, dtype):
     paths, x = layer(777, 1027, (130, 35)), inputs(rows, 1027, dtype)
-    plan = cuda_launch.Plan([tensor for path in paths for tensor in path])
+    plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
     y, want = plan.unpacked(x), exact(x, paths)
     assert y.dtype == dtype
     assert relative_error(y, want) <= 3 * torch.finfo(dtype).eps
@@ -162,14 +161,14 @@ def test_scales_whose_products_overflow_float16(cuda_launch):
     path = path._replace(h=path.h * 600, ell=path.ell * 600)
     x = inputs(200, 128) / 1024
     want = exact(x, [path])
-    for y in (lb.packed_linear(x, [path]), cuda_launch.Plan([*path]).unpacked(x)):
+    for y in (lb.packed_linear(x, [path]), cuda_layer.Plan([*path]).unpacked(x)):
         assert y.isfinite().all()
         assert relative_error(y, want) <= 3e-3
 
 
 def test_scales_are_read_anew_when_a_graph_of_unpacked_signs_is_replayed(cuda_launch):
     (path,), x = layer(300, 1024, [100]), inputs(200, 1024) / 1024
-    plan = cuda_launch.Plan([*path])
+    plan = cuda_layer.Plan([*path])
     plan.unpacked(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -246,7 +245,7 @@ def flat(paths):
 @pytest.mark.parametrize("rows", [1, 4, 16])
 def test_siblings_with_all_that_goes_before_and_after(cuda_launch, rows):
     layers = [layer(d_out, 1024, ranks, d_out) for d_out, ranks in ((1024, (100,)), (256, (64, 70)), (256, (33,)))]
-    group = cuda_launch.Siblings([flat(paths) for paths in layers])
+    group = cuda_layer.Siblings([flat(paths) for paths in layers])
     generator = torch.Generator("cuda").manual_seed(rows)
     x, bias = (torch.randn(n, generator=generator, device="cuda") for n in ((rows, 1024), 1536))
     weight, squares = torch.rand(1024, generator=generator, device="cuda"), x.square().reshape(rows, 8, 128).sum(-1)
@@ -259,10 +258,10 @@ def test_siblings_with_all_that_goes_before_and_after(cuda_launch, rows):
     want = torch.cat([exact(normed, paths) for paths in layers], 1) + bias
     assert relative_error(y, want) < EXACT_NORM
     down = layer(1024, 768, (90, 80))
-    last = cuda_launch.Siblings([flat(down)])
+    last = cuda_layer.Siblings([flat(down)])
     schedule = last.schedule(rows)
     part = torch.empty(last.part_size(rows, schedule), device="cuda")
-    squares = torch.empty(rows, cuda_launch.output_blocks(1024, schedule), device="cuda")
+    squares = torch.empty(rows, cuda_layer.output_blocks(1024, schedule), device="cuda")
     residual = x.clone()
     last.launch(y, residual, part, activation="silu", squares=squares)
     gated = functional.silu(y[:, :768].double()) * y[:, 768:]

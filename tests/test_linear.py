@@ -16,9 +16,9 @@ import torch
 from compare import assert_same, assert_within, roundings
 from hypothesis import HealthCheck, given, settings, strategies as st
 from littlebit.fast.bench_linear import exact_path, random_path
-from littlebit.fast.kernels import cpu, cpu_threads, plan as plans
-from littlebit.fast.kernels.dispatch import unpacked_linear
-from littlebit.fast.kernels.lanes import FLOATS, LEVEL, LEVELS, WORDS, half_bits_to_float, levels_of, lookup_neon
+from littlebit.fast.kernels import cpu, cpu_layer as plans, cpu_threads
+from littlebit.fast.kernels.cpu_simd import FLOATS, LEVEL, LEVELS, WORDS, half_bits_to_float, levels_of, lookup_neon
+from littlebit.fast.kernels.unpacked import unpacked_linear
 from llvmlite import binding as llvm, ir
 from strategies import factor_arrays, inputs, sizes
 
@@ -298,7 +298,7 @@ sys.path.insert(0, {tests!r})
 from compare import assert_same, assert_within
 from littlebit.fast.bench_linear import exact_path, random_path
 from littlebit.fast.kernels import cpu, cpu_threads, plan as plans
-from littlebit.fast.kernels.lanes import LEVEL
+from littlebit.fast.kernels.cpu_simd import LEVEL
 from test_linear import in_magnitude
 assert LEVEL == {level!r}
 cpu_threads.PARALLEL_WORK = 0

@@ -6,8 +6,8 @@ import torch
 from compare import assert_same
 from hypothesis import given, strategies as st
 from littlebit.fast.bench_linear import random_path
-from littlebit.fast.kernels import cpu, plan as plans
-from littlebit.fast.kernels.dispatch import unpacked
+from littlebit.fast.kernels import cpu, cpu_layer as plans
+from littlebit.fast.kernels.unpacked import unpacked
 from strategies import sizes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from littlebit.fast.bench_decode import bench_load
 from littlebit.fast.bench_linear import random_path
 from littlebit.fast.kernels import cpu, cpu_threads as threads
-from littlebit.fast.kernels.lanes import atomic_store
-from littlebit.fast.kernels.plan import Plan
+from littlebit.fast.kernels.cpu_layer import Plan
+from littlebit.fast.kernels.cpu_simd import atomic_store
 
 WAIT_S = 20
 MARK = np.float32(7)

@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 
-from .lanes import (
+from .cpu_simd import (
     LANES,
     add,
     add_lookups,

@@ -20,8 +20,7 @@ import numpy as np
 
 from .cpu import NIBBLES, G, V, ask_for, floats_at
 from .cpu_dense import embed
-from .cpu_threads import divided_attention, divided_head, divided_layer
-from .lanes import (
+from .cpu_simd import (
     add,
     address_of,
     broadcast,
@@ -35,6 +34,7 @@ from .lanes import (
     subtract,
     zeros,
 )
+from .cpu_threads import divided_attention, divided_head, divided_layer
 
 # Sizes of a model, by their place in an int64 array
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY, CAPACITY = range(8)

@@ -7,7 +7,7 @@ All in float32, from weights of 32, 16, 8 or 4 bits; for one thread, which cpu_t
 import numba
 import numpy as np
 
-from .lanes import (
+from .cpu_simd import (
     LANES,
     add,
     address_of,

@@ -34,7 +34,7 @@ from numba import types
 
 from .cpu import PATH_NUMBERS, RANK, U, aligned, ask_for, first_stage, floats_at, layer_rows, path_starts, second_stage
 from .cpu_dense import attend, head_rows
-from .lanes import LANES, address_of, atomic_load, atomic_store, call, compare_and_swap, pause, pointer
+from .cpu_simd import LANES, address_of, atomic_load, atomic_store, call, compare_and_swap, pause, pointer
 
 MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 PARALLEL_WORK = 1 << 19  # sign additions, or products, below which a second thread costs more than it brings

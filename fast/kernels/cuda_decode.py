@@ -27,27 +27,9 @@ from typing import Any, NamedTuple
 
 from numba import config, cuda, float32, int32, types, uint32
 
-from .cuda import (
-    ACTIVATIONS,
-    EIGHT,
-    ELEMENTS,
-    HALVES,
-    POINTER,
-    ROUND,
-    SIGNATURES,
-    SINGLES,
-    SUMMARY,
-    eight_times,
-    half_at,
-    kernel_factory,
-    load2,
-    load4,
-    plus,
-    single_eight,
-    times,
-    warp_sum,
-)
-from .cuda_lanes import as_float, exponential, halves, larger, let_next_start, permute, reciprocal_root, wait
+from .cuda_gemv import ACTIVATIONS, EIGHT, SUMMARY, eight_times, load2, load4, plus, single_eight, times
+from .cuda_intrinsics import as_float, exponential, halves, larger, let_next_start, permute, reciprocal_root, wait
+from .cuda_plain import ELEMENTS, HALVES, POINTER, ROUND, SIGNATURES, SINGLES, half_at, kernel_factory, warp_sum
 
 WARPS = 4  # of a block of the element-wise kernels, whose threads have eight entries each
 EIGHTS = 32 * WARPS
@@ -66,7 +48,7 @@ else:
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
-    from .cuda_lanes import WORD, place_of
+    from .cuda_intrinsics import WORD, place_of
 
     @intrinsic
     def ticket(typingctx, array, index):

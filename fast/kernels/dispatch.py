@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ..packing import PackedFactors, check_words, row_bits
-from .plan import Plan, batched, packed_linear as packed_linear_on_cpu
+from ..packing import PackedFactors, check_words
+from .cpu_layer import Plan, batched, packed_linear as packed_linear_on_cpu
+from .unpacked import HALVES, unpacked_linear
 
-HALVES = (torch.float16, torch.bfloat16)
 MOST_PATHS = 2  # that a launch of the CUDA kernels takes
 
 
@@ -60,9 +59,9 @@ def packed_linear_on_gpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 def cuda_kernels(index: int) -> Any:
     """The module of the CUDA kernels, or None where they cannot be used on a GPU; a warning says why, once."""
     try:
-        from . import cuda_launch
+        from . import cuda_driver
 
-        reason = cuda_launch.unusable(index)
+        reason = cuda_driver.unusable(index)
     except Exception as error:  # whatever Numba, the driver or a missing library raises
         reason = f"{type(error).__name__}: {error}"
     if reason is None:
@@ -111,38 +110,3 @@ def plan_for(x: Tensor, tensors: Sequence[Tensor], plan: Plan | None) -> Plan | 
         return kernels.Plan(tensors) if kernels and len(paths) <= MOST_PATHS else None
     plan = Plan(tensors)
     return plan if plan.fits(tensors) else None
-
-
-def unpacked_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
-    """`packed_linear` on any device, by two matrix products with unpacked signs; waits for no device.
-
-    All paths are one pair of factors, y = B (A x), with scales folded in float32 (see `linear.folded`). A, B and A x
-    are then rounded to x's dtype if it is float16 or bfloat16, in which torch multiplies. B is divided by its largest
-    magnitude first where that exceeds one, since products of float16 scales need not fit float16.
-
-    Parameters
-    ----------
-    x : (rows, d_in) float tensor
-    paths : sequence of PackedFactors on x's device
-
-    Returns
-    -------
-    (rows, d_out) float32 tensor; A and B take R * (d_in + d_out) elements while the call lasts, for a total rank R.
-    """
-    dtype = x.dtype if x.dtype in HALVES else torch.float32
-    a, b = unpacked(paths)
-    largest = b.abs().amax().clamp(min=1)
-    t = functional.linear(x.to(dtype), a.to(dtype))  # (rows, R)
-    return functional.linear(t, (b / largest).to(dtype)).float() * largest
-
-
-def unpacked(paths: Sequence[PackedFactors]) -> tuple[Tensor, Tensor]:
-    """All paths folded into one pair in float32 (see `linear.folded`): A, (R, d_in), and B, (d_out, R)."""
-    a = torch.cat([path.g * signs(path.v_words, len(path.g)) for path in paths])
-    b = torch.cat([path.h[:, None] * signs(path.u_words, path.rank) * path.ell for path in paths], dim=1)
-    return a, b
-
-
-def signs(words: Tensor, count: int) -> Tensor:
-    """The first `count` signs of each row of words as float32, with no look at the pad bits."""
-    return 1 - 2 * row_bits(words)[..., :count].float()

@@ -17,7 +17,7 @@ from ..embeddings import QuantizedEmbedding, QuantizedHead, Table
 from ..kv_cache import Latents, apply_rope, latent_attention, round_latents
 from ..layers import PackedLinear
 from ..packing import pack_signs
-from .dispatch import signs
+from .unpacked import signs
 
 #: Activations of a gated MLP: as torch computes them. cuda.ACTIVATIONS has the same names.
 ACTIVATIONS = {"silu": functional.silu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}
@@ -323,7 +323,7 @@ class CudaSteps:
             raise NotDecodableError("the CUDA kernels cannot be used")
         if heads.size not in (64, 128, 256):
             raise NotDecodableError(f"its heads have {heads.size} entries, not 64, 128 or 256")
-        from . import cuda_decode, cuda_latent
+        from . import cuda_decode
 
         self.kernels, self.latent, self.launching = cuda_decode, cuda_latent, launching
         self.heads, self.dtype, self.eps, self.index = heads, dtype, eps, index

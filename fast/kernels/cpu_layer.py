@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from ..packing import PackedFactors, to_half
 from . import cpu, cpu_threads
-from .lanes import LANES, LEVEL
+from .cpu_simd import LANES, LEVEL
 
 # What large batches cost, in the time of a sign addition of `nibbles`, as measured with 1 to 544 signs a row; not
 # measured with NEON, which is taken to be like AVX2

@@ -23,29 +23,12 @@ from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, types, uint8, uint32
 
-from .cuda import (
-    AT,
-    ELEMENTS,
-    HALVES,
-    ROUND,
-    SIGNATURES,
-    SINGLES,
-    SUMMARY,
-    WORDS,
-    eight_times,
-    half_at,
-    kernel_factory,
-    load2,
-    load4,
-    plus,
-    plus_four,
-    scaled,
-    warp_sum,
-)
-from .cuda_batch import two_halves
 from .cuda_decode import BYTES, INTEGERS, LOWEST, block_sum, four_bytes, half_words, nothing, over, put_eight, summed
-from .cuda_lanes import as_bits, as_float, copied, copy4, exponential, larger, let_next_start, round_to_half, wait
-from .cuda_tiles import copy1, group_product, let_group_read, no_sums, put_scores, store4, tile_product
+from .cuda_gemm import two_halves
+from .cuda_gemv import SUMMARY, eight_times, load2, load4, plus, plus_four, scaled
+from .cuda_intrinsics import as_bits, as_float, copied, copy4, exponential, larger, let_next_start, round_to_half, wait
+from .cuda_mma import copy1, group_product, let_group_read, no_sums, put_scores, store4, tile_product
+from .cuda_plain import AT, ELEMENTS, HALVES, ROUND, SIGNATURES, SINGLES, WORDS, half_at, kernel_factory, warp_sum
 
 WARPS = 16  # of a block, but for tiles
 THREADS = 32 * WARPS

@@ -17,7 +17,7 @@ library.define("packed_linear(Tensor x, Tensor[] paths) -> Tensor")
 @torch.library.impl(library, "packed_linear", "CPU")
 def packed_linear_on_cpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """The operator: x (rows, d_in), and the tensors of all paths one after the other."""
-    from .kernels.plan import batched, packed_linear
+    from .cpu_layer import batched, packed_linear
 
     return packed_linear(x, batched(tensors))
 
@@ -25,7 +25,7 @@ def packed_linear_on_cpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 @torch.library.impl(library, "packed_linear", "CUDA")
 def packed_linear_on_gpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """The operator on a GPU, on torch's current stream."""
-    from .kernels.dispatch import packed_linear_on_gpu
+    from .dispatch import packed_linear_on_gpu
 
     return packed_linear_on_gpu(x, tensors)
 
@@ -33,8 +33,8 @@ def packed_linear_on_gpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 @torch.library.register_fake("littlebit::packed_linear", lib=library)
 def packed_linear_shape(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """An empty tensor of the operator's output shape and dtype."""
-    from .kernels.dispatch import HALVES
-    from .kernels.plan import batched
+    from .cpu_layer import batched
+    from .unpacked import HALVES
 
     dtype = x.dtype if x.device.type == "cuda" and x.dtype in HALVES else torch.float32
     return x.new_empty((x.shape[0], batched(tensors)[0].h.shape[0]), dtype=dtype)
@@ -49,8 +49,8 @@ def keep_for_gradient(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor]], output:
 
 def packed_linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None]]:
     """Gradient of x, dx = A^T (B^T dy), with signs unpacked while this lasts; words and scales have none."""
-    from .kernels.dispatch import unpacked
-    from .kernels.plan import batched
+    from .cpu_layer import batched
+    from .unpacked import unpacked
 
     tensors = ctx.saved_tensors
     a, b = unpacked(batched(tensors))

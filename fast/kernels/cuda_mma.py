@@ -193,7 +193,7 @@ if config.ENABLE_CUDASIM:
 else:
     from llvmlite import ir
 
-    from .cuda_lanes import FLOAT, WORD, instruction, place_of
+    from .cuda_intrinsics import FLOAT, WORD, instruction, place_of
 
     LONG = ir.IntType(64)
 

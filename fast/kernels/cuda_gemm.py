@@ -23,25 +23,9 @@ from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, types, uint32
 
-from .cuda import (
-    AT,
-    EIGHT,
-    ELEMENTS,
-    HALVES,
-    ROUND,
-    SIGNATURES,
-    SINGLES,
-    WORDS,
-    eights,
-    half_at,
-    half_eight,
-    kernel_factory,
-    largest_of,
-    plus,
-    times,
-)
-from .cuda_lanes import as_bits, as_float, copy4, larger, let_next_start, round_to_half, wait, warp_max
-from .cuda_tiles import (
+from .cuda_gemv import EIGHT, eights, half_eight, largest_of, plus, times
+from .cuda_intrinsics import as_bits, as_float, copy4, larger, let_next_start, round_to_half, wait, warp_max
+from .cuda_mma import (
     commit,
     copy1,
     copy_chunk,
@@ -54,6 +38,7 @@ from .cuda_tiles import (
     store4,
     tile_product,
 )
+from .cuda_plain import AT, ELEMENTS, HALVES, ROUND, SIGNATURES, SINGLES, WORDS, half_at, kernel_factory
 
 DEPTH = 64  # entries of a vector, and signs of a row, that a block multiplies between two barriers: a step
 WORDS_DEPTH = DEPTH // 2  # words of a step's piece of a vector, two float16 in each

@@ -17,9 +17,10 @@ from typing import Any
 
 from numba import cuda, float32, int32, types, uint32
 
-from .cuda import HALVES, ROUND, SIGNATURES, WORDS, eights, half_at, half_eight, kernel_factory, largest_of
-from .cuda_lanes import as_bits, as_float, larger, wait, warp_max
-from .cuda_tiles import SIGNS, store4
+from .cuda_gemv import eights, half_eight, largest_of
+from .cuda_intrinsics import as_bits, as_float, larger, wait, warp_max
+from .cuda_mma import SIGNS, store4
+from .cuda_plain import HALVES, ROUND, SIGNATURES, WORDS, half_at, kernel_factory
 
 UNPACKING_THREADS = 256  # of a block
 UNPACKING_BLOCKS = 4  # for each multiprocessor, at most: each reads all scales
