@@ -12,8 +12,8 @@ from pathlib import Path
 import littlebit.fast as lb
 import torch
 from littlebit.fast.bench_linear import cpu_name, save_results
-from littlebit.fast.model import target_layers
-from littlebit.fast.selection import linear_weight
+from littlebit.fast.models.quantize import target_layers
+from littlebit.fast.models.selection import linear_weight
 
 FRACTIONS = [at / 32 for at in range(33)]  # of the full rank
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # what is exported
         paths_for_bits as paths_for_bits,
         rank_for_bits as rank_for_bits,
     )
-    from .calibrate import Moments as Moments, calibrate as calibrate, spectral_gains as spectral_gains
     from .checkpoint import info as info, load as load, save as save, verify as verify
     from .decode import generate as generate
     from .distill import (
@@ -46,7 +45,6 @@ if TYPE_CHECKING:  # what is exported
     from .files.untrusted import CheckpointError as CheckpointError
     from .gguf import save_gguf as save_gguf
     from .hf import load_model as load_model, load_tokenizer as load_tokenizer
-    from .hf_names import cache_argument as cache_argument
     from .kv_cache import (
         Latents as Latents,
         apply_rope as apply_rope,
@@ -56,7 +54,6 @@ if TYPE_CHECKING:  # what is exported
         up_projection as up_projection,
     )
     from .latent_cache import latent_cache as latent_cache
-    from .layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
     from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
     from .memory import (
         MODEL_SHAPES as MODEL_SHAPES,
@@ -64,7 +61,10 @@ if TYPE_CHECKING:  # what is exported
         ModelShape as ModelShape,
         model_memory as model_memory,
     )
-    from .model import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
+    from .models.calibrate import Moments as Moments, calibrate as calibrate, spectral_gains as spectral_gains
+    from .models.hf_names import cache_argument as cache_argument
+    from .models.layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
+    from .models.quantize import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
     from .official import save_official as save_official
     from .packing import (
         PackedFactors as PackedFactors,

@@ -28,7 +28,7 @@ from .memory import KV_CACHES, MODEL_SHAPES, model_memory
 if TYPE_CHECKING:
     import torch
 
-    from .model import Config
+    from .models.quantize import Config
     from .trainer import TrainConfig
     from .zero_shot import BlimpResult
 
@@ -407,7 +407,7 @@ def add_answer(sub: argparse.ArgumentParser) -> None:
 def add_quantisation(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that quantise a model."""
     from .evaluate import TRAINING_TEXT
-    from .model import ALLOCATIONS, INITS, Config
+    from .models.quantize import ALLOCATIONS, INITS, Config
 
     sub.add_argument("--bits", type=positive, default=Config.bits, help="ceiling in stored bits per weight")
     sub.add_argument(
@@ -567,7 +567,7 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 
 def chosen(arguments: argparse.Namespace) -> "Config":
     """The Config that the arguments say."""
-    from .model import Config
+    from .models.quantize import Config
 
     return Config(
         bits=arguments.bits,
@@ -597,10 +597,10 @@ def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> "tuple[Config
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Run `littlebit quantize`."""
     from .checkpoint import check_target, info, save
-    from .embeddings import check_embeddings, quantize_embeddings_
     from .files.atomic import check_file, check_room, place_of
     from .hf import load_model, load_tokenizer
-    from .model import quantize_, stored_bytes
+    from .models.embeddings import check_embeddings, quantize_embeddings_
+    from .models.quantize import quantize_, stored_bytes
     from .report import html_report, kind_table, kinds_of
 
     check_target(arguments.out, arguments.overwrite)
@@ -729,7 +729,7 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     from .files.atomic import place_of
     from .files.digests import digest
     from .hf import load_model, load_tokenizer, training_tokens
-    from .model import quantize_
+    from .models.quantize import quantize_
     from .resume import Keeper
     from .trainer import check_config, checked_text, longest, process, train_
 

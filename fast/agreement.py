@@ -15,11 +15,11 @@ from tqdm import tqdm
 from ._checks import check_number, check_positions, flat_tokens, positions_of
 from .decode_cpu import Decoder
 from .decode_loaded import decodable
-from .embeddings import QuantizedEmbedding, QuantizedHead
 from .factors import Factors
-from .hf import transformers
-from .hf_names import cache_argument
-from .model import packed_layers, replace_module
+from .models.build import transformers
+from .models.embeddings import QuantizedEmbedding, QuantizedHead
+from .models.hf_names import cache_argument
+from .models.quantize import packed_layers, replace_module
 from .packing import unpack_factors
 
 PROMPTS = (

@@ -239,8 +239,9 @@ def dense_times(source: str, threads: int, tokens: int) -> list[float]:
     """Seconds of each token through transformers, in float32 with its dynamic cache."""
     import torch
 
-    from .hf import load_model, load_tokenizer, transformers
-    from .hf_names import cache_argument
+    from .hf import load_model, load_tokenizer
+    from .models.build import transformers
+    from .models.hf_names import cache_argument
 
     torch.set_num_threads(threads)
     prompt = load_tokenizer(source)(PROMPT, return_tensors="pt")["input_ids"]

@@ -20,10 +20,10 @@ from .bench_linear import random_path
 from .bits import WORD_BITS, layer_bits
 from .decode_cpu import Architecture
 from .decode_cuda import Loop, sent
-from .embeddings import QuantizedEmbedding, QuantizedHead
 from .fused_engine import Block, FusedEngine, Model, engine_of, parts_of
-from .layers import PackedLinear
 from .memory import MODEL_SHAPES, ModelShape, layer_ranks, linear_shapes, model_memory
+from .models.embeddings import QuantizedEmbedding, QuantizedHead
+from .models.layers import PackedLinear
 from .tune_cuda import replay_seconds
 
 log = logging.getLogger(__name__)
@@ -344,8 +344,8 @@ def profiled(engine: FusedEngine, loop: Loop) -> list[dict[str, Any]]:
 
 def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: float) -> dict[str, Any]:
     """What transformers takes for a step of a random Llama of the same shape."""
-    from .hf import transformers
-    from .hf_names import cache_argument
+    from .models.build import transformers
+    from .models.hf_names import cache_argument
 
     hf = transformers()
     config = hf.LlamaConfig(

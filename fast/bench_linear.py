@@ -24,7 +24,7 @@ from .files.atomic import write_text
 from .files.digests import code_digest
 from .kernels.cpu import lookups_per_second
 from .kernels.cpu_threads import MAX_THREADS
-from .layers import PackedLinear
+from .models.layers import PackedLinear
 from .packing import PackedFactors, row_words, unpack_factors
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))

@@ -60,19 +60,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ._checks import check_number
-from .embeddings import QuantizedEmbedding, Table, replace_embeddings, settle_ties, tie_embeddings
-from .experts import is_known, projection_names, split_experts
 from .fetch import locate_packed
 from .files.atomic import check_folder, check_room, place_of, written_whole
 from .files.digests import contents, entry_digest
 from .files.untrusted import CheckpointError, readable
-from .generation_settings import FILE as GENERATION, read_generation
 from .headers import (
     FORMAT_VERSION,
     INDEX,
     OFFICIAL,
     WEIGHTS,
-    Header,
     check_contents,
     check_embeddings,
     check_layers,
@@ -80,7 +76,6 @@ from .headers import (
     damaged,
     is_checkpoint,
     is_official,
-    layer_kind,
     make_checksums,
     packed_tensors,
     read_checksums,
@@ -88,12 +83,16 @@ from .headers import (
     read_headers,
     weight_files,
 )
-from .layers import Joined, PackedLinear, stored_half
-from .model import LayerResult, pack_, packed_layers, replace_module, replace_modules, split, tell_observers
+from .models.embeddings import QuantizedEmbedding, Table, replace_embeddings, settle_ties, tie_embeddings
+from .models.experts import is_known, projection_names, split_experts
+from .models.generation_settings import FILE as GENERATION, read_generation
+from .models.layers import Joined, PackedLinear, stored_half
+from .models.packed_shapes import Header, layer_kind
+from .models.quantize import LayerResult, pack_, packed_layers, replace_module, replace_modules, split, tell_observers
+from .models.selection import is_linear, linear_shape
+from .models.shared import share, share_checked, shared_names
+from .models.wrappers import without_adapters
 from .packing import PackedFactors
-from .selection import is_linear, linear_shape
-from .shared import share, share_checked, shared_names
-from .wrappers import without_adapters
 
 SHARD_BYTES = 5_000_000_000
 #: Most tensors in a file: the names and checksums of a model with thousands of experts must fit headers.JSON_BYTES.
@@ -209,7 +208,7 @@ def generation_config(path: Path) -> Any:
     CheckpointError
         If it is damaged.
     """
-    from .hf import transformers
+    from .models.build import transformers
 
     said = read_generation(path)
     try:
@@ -521,7 +520,7 @@ def unfilled(
     path: Path,
 ) -> nn.Module:
     """Build the model that the files describe, its stored tensors on the meta device, shared and tied."""
-    from .hf import empty_model
+    from .models.build import empty_model
 
     where, described = path / "config.json", config["quantization_config"]
     model = empty_model(config, 2 * len(tensors))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, overload
 from ..reference._renamed import renamed_value
 from ._checks import check_number, check_prompts, embedding_rows, flat_tokens, positions_of
 from .decode_cpu import Decodable, NotDecodableError, decode
-from .generation_settings import Sampling, check_sampling, settings_of
 from .memory import KV_CACHES
+from .models.generation_settings import Sampling, check_sampling, settings_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +130,7 @@ def bare(model: Any) -> Any:
     """Take torch.compile and data parallelism off a model, which decode one sequence no faster."""
     if isinstance(model, Decodable):
         return model
-    from .wrappers import unwrapped
+    from .models.wrappers import unwrapped
 
     return unwrapped(model)
 

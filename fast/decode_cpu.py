@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._checks import has_sliding_window, position_limit
-from .generation_settings import GenerationSettings
 from .kernels import cpu, cpu_decode, cpu_threads
+from .models.generation_settings import GenerationSettings
 
 BLOCK = 32  # tokens of a prompt that pass through the model at once
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

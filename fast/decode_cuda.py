@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ._checks import check_prompts, embedding_rows, positions_of
 from .decode_cpu import NotDecodableError
-from .generation_settings import Sampling, settings_of
-from .model import device_of
+from .models.generation_settings import Sampling, settings_of
+from .models.quantize import device_of
 
 log = logging.getLogger(__name__)
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from .decode_cpu import NORMS, PROJECTIONS, Decodable, Linear, NotDecodableError, Rows, Weights, architecture
-from .embeddings import QuantizedEmbedding, QuantizedHead
-from .generation_settings import settings_of
-from .hf_names import cache_argument
 from .kernels import cpu
 from .kernels.cpu_layer import layer_plan
 from .latent_cache import LATENT_TYPES, latent_cache
-from .layers import PackedLinear
-from .wrappers import has_adapters, has_hooks
+from .models.embeddings import QuantizedEmbedding, QuantizedHead
+from .models.generation_settings import settings_of
+from .models.hf_names import cache_argument
+from .models.layers import PackedLinear
+from .models.wrappers import has_adapters, has_hooks
 
 
 def why_not(model: nn.Module) -> str | None:

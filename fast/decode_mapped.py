@@ -27,7 +27,6 @@ from .decode_cpu import (
     architecture,
 )
 from .files.untrusted import CheckpointError, read_json, readable
-from .generation_settings import generation_settings, read_generation
 from .headers import (
     check_contents,
     check_embeddings,
@@ -35,12 +34,13 @@ from .headers import (
     check_path,
     is_checkpoint,
     is_official,
-    packed_headers,
     places,
     read_config,
     read_headers,
     weight_files,
 )
+from .models.generation_settings import generation_settings, read_generation
+from .models.packed_shapes import packed_headers
 
 # How NumPy sees the dtypes of safetensors; BF16 are the upper halves of float32, which `take` makes of them
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}

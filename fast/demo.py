@@ -136,7 +136,7 @@ def write_untrained(folder: Path) -> None:
 
     from .checkpoint import save
     from .hf import load_model, load_tokenizer
-    from .model import Config, quantize_
+    from .models.quantize import Config, quantize_
 
     model, threads = load_model(MODEL), torch.get_num_threads()
     torch.set_num_threads(
@@ -150,8 +150,8 @@ def write_untrained(folder: Path) -> None:
 def write_small(folder: Path) -> None:
     """Save the trained model with an embedding of 8 bits."""
     from .checkpoint import load, save
-    from .embeddings import quantize_embeddings_
     from .hf import load_tokenizer
+    from .models.embeddings import quantize_embeddings_
 
     model = load(fetch(TRAINED))
     quantize_embeddings_(model, 8)
@@ -233,7 +233,7 @@ def draw(folder: Path, path: Path) -> Path:
 
     from .checkpoint import load
     from .hf import load_model
-    from .model import packed_layers
+    from .models.quantize import packed_layers
     from .packing import unpack_factors
 
     weight = load_model(MODEL).get_submodule(PICTURED).weight.detach()  # type: ignore[union-attr]

@@ -12,10 +12,11 @@ from .admm import ADMM_STEPS, admm
 from .alignment import ITQ_STEPS
 from .bits import Ranks, Shape, layer_bits, model_bits
 from .fetch import locate
-from .headers import layer_kind
-from .hf import check_dense, empty_model, transformers
-from .model import OVERSAMPLING, Config, check_config, factorise, fused_split, plan
-from .selection import linear_shape
+from .hf import check_dense
+from .models.build import empty_model, transformers
+from .models.packed_shapes import layer_kind
+from .models.quantize import OVERSAMPLING, Config, check_config, factorise, fused_split, plan
+from .models.selection import linear_shape
 
 PROBE_SECONDS = 0.1
 PROBE_SIZE = 512  # rows and columns of the matrices that are multiplied, and of the layer that is factorised

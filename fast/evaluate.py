@@ -10,10 +10,17 @@ from torch.nn import functional
 
 from ._checks import check_number, flat_tokens, window_for
 from ._progress import tqdm
+from .models.calibrate import windows
 
 WINDOW = 2048
+
+
 SAMPLE_TEXT = Path(__file__).with_name("data") / "roosevelt_1901.txt"  # for evaluation only
+
+
 TRAINING_TEXT = SAMPLE_TEXT.with_name("lincoln_1862.txt")  # for calibration and small training runs
+
+
 LOGIT_ROWS = 256  # positions whose logits are turned into float32 at once
 
 
@@ -76,15 +83,6 @@ def perplexity(
     length = min(window, len(tokens))
     scored = len(parts) * (length - 1)
     return Perplexity(math.exp(min(total / scored, 700.0)), len(parts), length, scored)
-
-
-def windows(tokens: Tensor, window: int) -> list[Tensor]:
-    """Consecutive windows of a text's tokens that do not overlap.
-
-    An incomplete last window is dropped, unless it is the only one.
-    """
-    length = min(window, len(tokens))
-    return list(tokens[: len(tokens) // length * length].split(length))
 
 
 def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:

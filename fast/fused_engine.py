@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .decode_cpu import MODEL_TYPES, NORMS, PROJECTIONS, Architecture, NotDecodableError, architecture, rotary_angles
-from .embeddings import QuantizedEmbedding, QuantizedHead
 from .kernels.steps import (
     CudaSteps,
     HeadNorms,
@@ -33,8 +32,9 @@ from .kernels.steps import (
     stored_latents,
 )
 from .kv_cache import latents
-from .layers import PackedLinear
-from .model import device_of
+from .models.embeddings import QuantizedEmbedding, QuantizedHead
+from .models.layers import PackedLinear
+from .models.quantize import device_of
 
 #: Types of models that the engine runs: those of the CPU's decoder, and Qwen3, whose queries and keys have norms.
 FUSED_TYPES = (*MODEL_TYPES, "qwen3")

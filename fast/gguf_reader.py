@@ -17,8 +17,9 @@ import torch
 from .files.cache import cached, made_once
 from .files.digests import file_digest
 from .files.untrusted import CheckpointError
-from .hf import check_whole, first_line, transformers
-from .hf_names import dense_gguf
+from .hf import check_whole, first_line
+from .models.build import transformers
+from .models.hf_names import dense_gguf
 
 VERSIONS = (2, 3)
 STRING, ARRAY, F32 = 8, 9, 0

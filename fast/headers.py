@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from .bits import word_width
 from .files.digests import TAG_BYTES, entry_digest, json_digest, set_digest, tag
 from .files.untrusted import JSON_BYTES, CheckpointError, checked_json, inside, read_json, readable
+from .models.packed_shapes import ITEM_BYTES, Header, packed_headers
 
 #: The format that `save` writes, and those that are read; checkpoint.py says how they differ.
 FORMAT_VERSION = 3
@@ -62,32 +62,6 @@ CHECKSUMS = "checksums"
 
 #: What `damaged` names if the checksum of the whole set alone is wrong.
 SET = "the list of tensors"
-
-
-#: Bytes of an element, by the name of its dtype in a safetensors header; other dtypes are not read.
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-
-
-WORD_TYPES = {8: "U8", 16: "I16", 32: "I32"}  # of packed words, by their bits
-
-
-class Header(NamedTuple):
-    """What a file says about a tensor before the tensor is read.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    dtype : str
-        The name that it has in the file, one of `ITEM_BYTES`.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the tensor takes."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class Checksums(NamedTuple):
@@ -455,45 +429,12 @@ def check_layers(layers: Mapping[str, dict[str, Any]], headers: Mapping[str, Hea
             )
 
 
-def layer_kind(name: str) -> str:
-    """Return the kind that a layer is counted under: the last part of its name, with `experts.` before an expert's.
-
-    Examples
-    --------
-    >>> layer_kind("model.layers.0.self_attn.q_proj"), layer_kind("model.layers.0.mlp.experts.3.up_proj")
-    ('q_proj', 'experts.up_proj')
-    """
-    *path, last = name.split(".")
-    return f"{path[-2]}.{last}" if len(path) > 1 and "expert" in path[-2] and path[-1].isdigit() else last
-
-
 def packed_tensors(layers: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str, Header]]:
     """(layer, tensor name, shape and dtype) of every tensor that the packed layers store, biases excepted."""
     for layer, entry in layers.items():
         for order, rank in enumerate(entry["ranks"]):
             for kind, header in packed_headers(entry["d_out"], entry["d_in"], rank).items():
                 yield layer, f"{layer}.paths.{order}.{kind}", header
-
-
-def packed_headers(d_out: int, d_in: int, rank: int) -> dict[str, Header]:
-    """Shape and dtype of each tensor of a packed path, by its name in PackedFactors.
-
-    Examples
-    --------
-    >>> packed_headers(64, 96, 16)["u_words"], packed_headers(64, 96, 16)["v_words"]
-    (Header(shape=(64, 1), dtype='I16'), Header(shape=(16, 3), dtype='I32'))
-    """
-
-    def words(rows: int, count: int) -> Header:
-        width = word_width(count)
-        return Header((rows, -(-count // width)), WORD_TYPES[width])
-
-    scales = {"h": d_out, "ell": rank, "g": d_in}
-    return {
-        "u_words": words(d_out, rank),
-        "v_words": words(rank, d_in),
-        **{name: Header((size,), "F16") for name, size in scales.items()},
-    }
 
 
 def check_path(place: str, arrays: Mapping[str, np.ndarray]) -> None:

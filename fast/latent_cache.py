@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ._checks import has_sliding_window, positions_of
 from .decode_cpu import MODEL_TYPES, STATIC_ROPE
 from .kv_cache import LARGEST_CODE, apply_rope, latent_attention, latents
-from .layers import PackedLinear
-from .model import device_of
-from .wrappers import with_adapters_inside
+from .models.layers import PackedLinear
+from .models.quantize import device_of
+from .models.wrappers import with_adapters_inside
 
 #: In what the kinds of latent cache in `memory.KV_CACHES` keep a latent.
 LATENT_TYPES = {"latent": torch.float16, "latent-int8": torch.int8}

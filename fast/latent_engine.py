@@ -16,7 +16,7 @@ from .fused_engine import Block, FusedEngine, Model
 from .kernels.steps import kept_width, split_heads, stored_latents, used_latents
 from .kv_cache import Latents, latent_attention, latents, round_latents
 from .latent_cache import LATENT_TYPES
-from .layers import PackedLinear
+from .models.layers import PackedLinear
 
 BLOCK = 2048  # tokens that the cache grows by
 

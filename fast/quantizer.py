@@ -19,15 +19,15 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import check_values, put_embeddings, put_layers, read_tensors, section
-from .embeddings import settle_ties
 from .files.untrusted import CheckpointError, inside
 from .headers import WITHOUT_CHECKSUMS, check_contents, check_layers, read_headers, read_layers
 from .hf import check_whole
-from .layers import LittleBitLinear
-from .model import OBSERVERS, Config, pack_, quantize_
-from .selection import as_patterns
-from .shared import put, share, share_checked, shared_names, thing
-from .wrappers import has_adapters
+from .models.embeddings import settle_ties
+from .models.layers import LittleBitLinear
+from .models.quantize import OBSERVERS, Config, pack_, quantize_
+from .models.selection import as_patterns
+from .models.shared import put, share, share_checked, shared_names, thing
+from .models.wrappers import has_adapters
 
 METHOD = "littlebit"
 SECTION = "quantization_config"

@@ -35,7 +35,7 @@ def put_together(file: Path, folder: Path) -> None:
 
     from .checkpoint import write_tensors
     from .gguf_reader import converted
-    from .hf import transformers
+    from .models.build import transformers
 
     with safe_open(file, framework="numpy") as opened:
         note = json.loads((opened.metadata() or {})["littlebit"])

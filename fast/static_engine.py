@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from .decode_cpu import NotDecodableError
-from .experts import has_experts
-from .hf_names import cache_argument, takes
-from .model import device_of
+from .models.experts import has_experts
+from .models.hf_names import cache_argument, takes
+from .models.quantize import device_of
 
 
 class FixedLayer(StaticLayer):

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from .admm import root_mean_square
 from .factors import Factors
-from .layers import LittleBitLinear
 from .linear import folded
+from .models.layers import LittleBitLinear
 from .signs import named_rule
 
 TRAINABLE = ("none", "norms", "all")  # which parameters other than the LittleBit layers' are trained

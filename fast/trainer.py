@@ -25,9 +25,10 @@ from torch.nn import functional
 from ._checks import check_number, check_positions, flat_tokens, positions_of
 from ._progress import tqdm
 from .distill import KLLoss, hidden_loss, kl_rows
-from .experts import has_experts
 from .files.digests import digest
 from .hf import causal_attention, is_plainly_causal
+from .models.experts import has_experts
+from .models.wrappers import to_change, with_adapters_inside
 from .muon import Muon
 from .resume import Keeper
 from .signs import named_rule
@@ -43,7 +44,6 @@ from .student import (
     shard_,
     whole,
 )
-from .wrappers import to_change, with_adapters_inside
 
 OPTIMIZERS = ("adam", "muon")  # what moves the latents
 RECOMPILE_LIMIT = 64  # several trainings in one process, each with sizes of its own

@@ -102,7 +102,7 @@ def tiny_model(kind):
 def seeds():
     """Small checkpoints of every kind, {kind: {file name: bytes}}."""
     import littlebit.fast as lb
-    from littlebit.fast.embeddings import quantize_embeddings_
+    from littlebit.fast.models.embeddings import quantize_embeddings_
 
     made = {}
     with tempfile.TemporaryDirectory() as folder:

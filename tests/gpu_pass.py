@@ -11,10 +11,10 @@ import sys
 import torch
 from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.bench_linear import random_path
-from littlebit.fast.embeddings import QuantizedEmbedding, QuantizedHead, quantize_table
 from littlebit.fast.fused_engine import FusedEngine, engine_of
 from littlebit.fast.kernels import cuda_driver, cuda_layer, cuda_schedule
 from littlebit.fast.memory import ModelShape
+from littlebit.fast.models.embeddings import QuantizedEmbedding, QuantizedHead, quantize_table
 
 GENERATOR = torch.Generator("cuda").manual_seed(0)
 SHAPE = ModelShape("a small one", 256, 320, 1, 4, 2, 64, 100, 256)

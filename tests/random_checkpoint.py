@@ -11,9 +11,9 @@ import littlebit.fast as lb
 import torch
 from littlebit.fast.bench_linear import random_path
 from littlebit.fast.headers import weight_files
-from littlebit.fast.hf import empty_model
-from littlebit.fast.layers import PackedLinear
-from littlebit.fast.model import Config, replace_module, target_layers
+from littlebit.fast.models.build import empty_model
+from littlebit.fast.models.layers import PackedLinear
+from littlebit.fast.models.quantize import Config, replace_module, target_layers
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_7B |= {"num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096}

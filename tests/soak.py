@@ -20,7 +20,7 @@ import torch
 from fuzz import held
 from littlebit.fast.bench_linear import random_path
 from littlebit.fast.kernels.unpacked import unpacked
-from littlebit.fast.layers import PackedLinear
+from littlebit.fast.models.layers import PackedLinear
 
 SHAPES = 10_000
 LARGEST = 400

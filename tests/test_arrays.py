@@ -9,7 +9,7 @@ import pytest
 import torch
 from compare import assert_same
 from littlebit.fast.dual_svid import factors_from
-from littlebit.fast.layers import LittleBitLinear, PackedLinear
+from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
 
 WEIGHT = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
 X = np.linspace(-1, 1, 16, dtype=np.float32).reshape(2, 8)

@@ -5,8 +5,8 @@ import torch
 from littlebit.fast import bench_decode_cuda as bench
 from littlebit.fast.__main__ import main
 from littlebit.fast.fused_engine import FusedEngine, parts_of
-from littlebit.fast.layers import PackedLinear
 from littlebit.fast.memory import ModelShape, model_memory
+from littlebit.fast.models.layers import PackedLinear
 from test_decode_cuda import packed_model
 
 SHAPE = ModelShape("a small one", 128, 192, 2, 4, 2, 32, 96, 256)

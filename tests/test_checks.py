@@ -30,7 +30,7 @@ from littlebit.fast._checks import (
     window_for,
 )
 from littlebit.fast.completion import subcommands
-from littlebit.fast.embeddings import head_moments, quantize_embeddings_
+from littlebit.fast.models.embeddings import head_moments, quantize_embeddings_
 from littlebit.fast.trainer import check_config
 from littlebit.fast.zero_shot import log_probabilities
 

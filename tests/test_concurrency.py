@@ -13,7 +13,7 @@ from compare import assert_same
 from littlebit.fast.bench_linear import random_path
 from littlebit.fast.files.digests import digest
 from littlebit.fast.kernels import cpu_threads
-from littlebit.fast.layers import PackedLinear
+from littlebit.fast.models.layers import PackedLinear
 
 THREADS, PROCESSES = 8, 4
 TIMEOUT_S = 400

@@ -17,7 +17,8 @@ from littlebit.fast import decode
 from littlebit.fast.agreement import PROMPTS, agreement, dense_twin
 from littlebit.fast.decode_cpu import STATIC_ROPE, Decoder, inverse_frequencies, rotary_angles, sample
 from littlebit.fast.decode_loaded import decodable, through_transformers, why_not
-from littlebit.fast.embeddings import (
+from littlebit.fast.kernels import cpu, cpu_threads
+from littlebit.fast.models.embeddings import (
     LEVELS,
     QuantizedHead,
     Table,
@@ -27,9 +28,8 @@ from littlebit.fast.embeddings import (
     quantize_table,
     random_tokens,
 )
-from littlebit.fast.kernels import cpu, cpu_threads
-from littlebit.fast.layers import PackedLinear
-from littlebit.fast.model import packed_layers
+from littlebit.fast.models.layers import PackedLinear
+from littlebit.fast.models.quantize import packed_layers
 from strategies import NOISE
 
 BITS = 2.5

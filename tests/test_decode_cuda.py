@@ -13,9 +13,9 @@ from littlebit.fast.agreement import logit_bound
 from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.decode_cpu import NotDecodableError
 from littlebit.fast.decode_cuda import Loop, choose, decode_batch
-from littlebit.fast.embeddings import quantize_embeddings_
 from littlebit.fast.fused_engine import FUSED_TYPES, FusedEngine, engine_of, fused_engine
-from littlebit.fast.generation_settings import Sampling
+from littlebit.fast.models.embeddings import quantize_embeddings_
+from littlebit.fast.models.generation_settings import Sampling
 from littlebit.fast.static_engine import StaticEngine
 from test_families import FAMILIES, GROUPED, SIZES
 

@@ -11,14 +11,15 @@ import pytest
 import torch
 import transformers as hf
 from compare import assert_same, assert_within
-from littlebit.fast import checkpoint, experts
+from littlebit.fast import checkpoint
 from littlebit.fast.__main__ import main
 from littlebit.fast.agreement import logit_bound
 from littlebit.fast.headers import INDEX, weight_files
-from littlebit.fast.layers import LittleBitLinear, PackedLinear
-from littlebit.fast.model import packed_layers
+from littlebit.fast.models import experts
+from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
+from littlebit.fast.models.quantize import packed_layers
+from littlebit.fast.models.selection import is_linear
 from littlebit.fast.packing import unpack_factors
-from littlebit.fast.selection import is_linear
 from safetensors.torch import load_file, save_file
 from test_model import edit_config
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers as hf
 from compare import assert_same
-from littlebit.fast.layers import Joined, LittleBitLinear, PackedLinear
-from littlebit.fast.model import packed_layers
-from littlebit.fast.selection import linear_weight
+from littlebit.fast.models.layers import Joined, LittleBitLinear, PackedLinear
+from littlebit.fast.models.quantize import packed_layers
+from littlebit.fast.models.selection import linear_weight
 
 BITS = 3.0
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -177,7 +177,7 @@ def test_kv_rank_factor_refuses_models_without_grouped_queries(source):
 
 
 def test_embeddings_that_scale_are_kept(source):
-    from littlebit.fast.embeddings import quantize_embeddings_
+    from littlebit.fast.models.embeddings import quantize_embeddings_
 
     with pytest.raises(ValueError, match="must be kept in 16 bits"):
         quantize_embeddings_(lb.load_model(source("Gemma 3")), 8)

@@ -14,7 +14,7 @@ from littlebit.fast._checks import LittleBitWarning
 from littlebit.fast.decode_cpu import NotDecodableError
 from littlebit.fast.decode_loaded import decodable, through_transformers
 from littlebit.fast.decode_mapped import map_model
-from littlebit.fast.generation_settings import (
+from littlebit.fast.models.generation_settings import (
     FILE,
     HARMLESS,
     NEUTRAL,

@@ -10,14 +10,14 @@ from littlebit.fast import decode_cuda
 from littlebit.fast.agreement import logit_bound
 from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.decode_cuda import Loop, decode_batch
-from littlebit.fast.embeddings import QuantizedHead, quantize_embeddings_, quantize_table
 from littlebit.fast.fetch import fetch
 from littlebit.fast.fused_engine import FusedEngine, Packed, engine_of, fused_engine
-from littlebit.fast.generation_settings import Sampling
 from littlebit.fast.kernels import dispatch
 from littlebit.fast.kernels.steps import CudaSteps, HeadNorms, Heads, Stream, TorchSteps
 from littlebit.fast.latent_engine import LatentEngine
 from littlebit.fast.memory import MODEL_SHAPES, ModelShape
+from littlebit.fast.models.embeddings import QuantizedHead, quantize_embeddings_, quantize_table
+from littlebit.fast.models.generation_settings import Sampling
 from littlebit.fast.static_engine import StaticEngine
 from shares import put_together
 from test_decode_cuda import FUSED, KINDS, by_transformers, columns, packed_model, prompt, put_in_charge

@@ -20,7 +20,7 @@ from littlebit.fast.decode_mapped import map_model
 from littlebit.fast.files.digests import json_digest
 from littlebit.fast.files.untrusted import inside
 from littlebit.fast.headers import FORMAT_VERSION, FORMATS, INDEX, WEIGHTS, has_pad_bits, make_checksums
-from littlebit.fast.hf import empty_model, plain_settings
+from littlebit.fast.models.build import empty_model, plain_settings
 from littlebit.fast.packing import row_words
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -498,7 +498,7 @@ def test_building_a_model_leaves_other_threads_alone():
     """What other threads build meanwhile has memory."""
     import threading
 
-    from littlebit.fast.hf import parameters_on_meta
+    from littlebit.fast.models.build import parameters_on_meta
 
     made = []
     with parameters_on_meta():

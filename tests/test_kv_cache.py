@@ -15,10 +15,10 @@ from littlebit.fast import decode, decode_loaded, kv_cache
 from littlebit.fast.__main__ import main
 from littlebit.fast.bench_cache import bench_cache, crossover
 from littlebit.fast.hf_cache import GROWTH
-from littlebit.fast.hf_names import CACHE_NAMES
 from littlebit.fast.latent_cache import LATENT_TYPES
 from littlebit.fast.memory import KV_CACHES
-from littlebit.fast.model import packed_layers
+from littlebit.fast.models.hf_names import CACHE_NAMES
+from littlebit.fast.models.quantize import packed_layers
 from littlebit.reference.memory import LATENT_BYTES
 from test_decode import exact_and_condition
 

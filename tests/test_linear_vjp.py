@@ -7,7 +7,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within, roundings
 from hypothesis import given, strategies as st
-from littlebit.fast.layers import LittleBitLinear
+from littlebit.fast.models.layers import LittleBitLinear
 from strategies import factor_arrays, inputs
 from test_linear import same_outer
 

@@ -7,8 +7,8 @@ import littlebit.fast as lb
 import pytest
 import torch
 from compare import assert_same, assert_within
-from littlebit.fast.embeddings import quantize_embeddings_
-from littlebit.fast.model import replace_module
+from littlebit.fast.models.embeddings import quantize_embeddings_
+from littlebit.fast.models.quantize import replace_module
 
 peft = pytest.importorskip("peft")
 

@@ -21,8 +21,8 @@ from littlebit.fast.bench_decode import packed_times
 from littlebit.fast.decode_cpu import Decoder, NotDecodableError
 from littlebit.fast.decode_loaded import decodable
 from littlebit.fast.decode_mapped import map_model, widened
-from littlebit.fast.embeddings import quantize_embeddings_
 from littlebit.fast.headers import is_checkpoint
+from littlebit.fast.models.embeddings import quantize_embeddings_
 from littlebit.fast.packing import pack_signs
 from littlebit.fast.tokenizer import Tokenizer
 from safetensors.torch import load_file

@@ -8,9 +8,9 @@ import littlebit.fast as fast
 import littlebit.reference as ref
 import pytest
 import torch
-from littlebit.fast.embeddings import Table
-from littlebit.fast.layers import PackedLinear
-from littlebit.fast.model import Config, replace_module, target_layers
+from littlebit.fast.models.embeddings import Table
+from littlebit.fast.models.layers import PackedLinear
+from littlebit.fast.models.quantize import Config, replace_module, target_layers
 from littlebit.reference.memory import activation_numbers, embedding_bytes, latent_widths, linear_shapes
 
 GB = 1e9

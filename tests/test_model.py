@@ -16,8 +16,8 @@ from littlebit.fast.bench_linear import random_path
 from littlebit.fast.checkpoint import write_tensors
 from littlebit.fast.files import atomic
 from littlebit.fast.headers import WITHOUT_CHECKSUMS
-from littlebit.fast.layers import LittleBitLinear, PackedLinear, packed_shapes
-from littlebit.fast.model import packed_layers
+from littlebit.fast.models.layers import LittleBitLinear, PackedLinear, packed_shapes
+from littlebit.fast.models.quantize import packed_layers
 from safetensors.torch import load_file, save_file
 from test_decode import exact_and_condition
 

@@ -13,7 +13,7 @@ from compare import assert_same, assert_within
 from conftest import make_tiny_llama
 from littlebit.fast.__main__ import main
 from littlebit.fast.headers import OFFICIAL, WEIGHTS, read_headers, weight_files
-from littlebit.fast.model import packed_layers
+from littlebit.fast.models.quantize import packed_layers
 from littlebit.fast.official import kv_factor
 from safetensors.numpy import load_file as load_arrays, save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -142,7 +142,7 @@ def test_export_gives_back_every_bit(tiny_llama, tmp_path):
 
 
 def test_export_refuses_what_the_format_does_not_hold(tiny_llama, tmp_path):
-    from littlebit.fast.embeddings import quantize_embeddings_
+    from littlebit.fast.models.embeddings import quantize_embeddings_
 
     model = lb.load_model(tiny_llama)
     with pytest.raises(ValueError, match="call quantize_ first"):

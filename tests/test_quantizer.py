@@ -12,10 +12,10 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
-from littlebit.fast.embeddings import quantize_embeddings_
 from littlebit.fast.headers import INDEX, weight_files
-from littlebit.fast.layers import LittleBitLinear
-from littlebit.fast.model import packed_layers
+from littlebit.fast.models.embeddings import quantize_embeddings_
+from littlebit.fast.models.layers import LittleBitLinear
+from littlebit.fast.models.quantize import packed_layers
 from random_checkpoint import peak_over_size, random_checkpoint
 from safetensors.torch import load_file
 from test_model import rewrite, without_checksums
@@ -90,7 +90,7 @@ def test_whatever_is_done_first_the_format_is_known(first, checkpoint):
     code = (
         f"import sys, littlebit.fast as lb; path = sys.argv[1]; {first}\n"
         "from transformers import AutoModelForCausalLM\n"
-        "from littlebit.fast.model import packed_layers\n"
+        "from littlebit.fast.models.quantize import packed_layers\n"
         "assert len(packed_layers(AutoModelForCausalLM.from_pretrained(path))) == 14"
     )
     done = subprocess.run([sys.executable, "-c", code, checkpoint], capture_output=True, text=True, check=False)

@@ -9,9 +9,9 @@ import torch
 import transformers as hf
 from compare import assert_same
 from littlebit.fast.__main__ import main
-from littlebit.fast.layers import LittleBitLinear, PackedLinear
-from littlebit.fast.model import packed_layers
-from littlebit.fast.selection import computes_linear, near, reads_in, weights_read
+from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
+from littlebit.fast.models.quantize import packed_layers
+from littlebit.fast.models.selection import computes_linear, near, reads_in, weights_read
 from torch import nn
 from torch.nn import functional
 
@@ -151,7 +151,7 @@ def test_quantize_leaves_layers_dense_that_are_not_plain(case, caplog):
     model = make()
     before, x = model.inner.special, model.plain(X)
     expected = model.inner(x)
-    with caplog.at_level(logging.WARNING, "littlebit.fast.model"):
+    with caplog.at_level(logging.WARNING, "littlebit.fast.models.quantize"):
         results = lb.quantize_(model, CONFIG, progress=False)
     assert set(results) == {"plain"}
     assert re.search(reason, results.dense["inner.special"])

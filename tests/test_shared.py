@@ -7,8 +7,8 @@ import pytest
 import torch
 from compare import assert_same
 from littlebit.fast.headers import WEIGHTS
-from littlebit.fast.layers import LittleBitLinear, PackedLinear
-from littlebit.fast.shared import shared_names
+from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
+from littlebit.fast.models.shared import shared_names
 from safetensors.torch import load_file
 from test_model import without_checksums
 from transformers import AutoModelForCausalLM

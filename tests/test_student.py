@@ -12,7 +12,7 @@ from compare import assert_same, assert_within
 from littlebit.fast import student as students
 from littlebit.fast.distill import kl_loss
 from littlebit.fast.linear import folded
-from littlebit.fast.model import replace_module
+from littlebit.fast.models.quantize import replace_module
 from littlebit.fast.signs import RULES
 from littlebit.fast.student import RANK_STEP, StackedStudent, littlebit_layers
 from strategies import condition

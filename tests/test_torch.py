@@ -10,9 +10,9 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
-from littlebit.fast.embeddings import quantize_embeddings_
-from littlebit.fast.layers import LittleBitLinear, PackedLinear
 from littlebit.fast.linear import folded
+from littlebit.fast.models.embeddings import quantize_embeddings_
+from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
 
 # torch's compiler uses what torch itself deprecates
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

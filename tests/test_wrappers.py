@@ -5,12 +5,12 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
-from littlebit.fast.embeddings import quantize_embeddings_
 from littlebit.fast.gguf import save_gguf
 from littlebit.fast.latent_cache import check_latent
-from littlebit.fast.layers import LittleBitLinear, PackedLinear
-from littlebit.fast.model import packed_layers
-from littlebit.fast.wrappers import has_adapters, has_hooks, unwrapped, with_adapters_inside
+from littlebit.fast.models.embeddings import quantize_embeddings_
+from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
+from littlebit.fast.models.quantize import packed_layers
+from littlebit.fast.models.wrappers import has_adapters, has_hooks, unwrapped, with_adapters_inside
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 peft = pytest.importorskip("peft")

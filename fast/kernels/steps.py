@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..decode_cpu import NotDecodableError
-from ..embeddings import QuantizedEmbedding, QuantizedHead, Table
 from ..kv_cache import Latents, apply_rope, latent_attention, round_latents
-from ..layers import PackedLinear
+from ..models.embeddings import QuantizedEmbedding, QuantizedHead, Table
+from ..models.layers import PackedLinear
 from ..packing import pack_signs
 from .unpacked import signs
 

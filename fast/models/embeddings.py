@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._checks import flat_tokens, window_for
+from .._checks import flat_tokens, window_for
 from .wrappers import to_change
 
 GROUPS = {8: 64, 4: 32}  # entries that share a scale, at most

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .files.untrusted import CheckpointError
+from ..files.untrusted import CheckpointError
 
 
 def parameter_users(model: nn.Module) -> dict[int, list[str]]:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._checks import flat_tokens, window_for
-from ._progress import tqdm
-from .evaluate import windows
-from .headers import layer_kind
+from .._checks import flat_tokens, window_for
+from .._progress import tqdm
+from .packed_shapes import layer_kind
 
 CALIBRATION_WINDOW = 512
 
@@ -178,3 +177,12 @@ def bounded_gains(
         inside = [0.0 if rank >= highest else value for rank, value in enumerate(values)]
         bounded[name] = [math.inf] * lowest + inside[lowest:]
     return bounded
+
+
+def windows(tokens: Tensor, window: int) -> list[Tensor]:
+    """Consecutive windows of a text's tokens that do not overlap.
+
+    An incomplete last window is dropped, unless it is the only one.
+    """
+    length = min(window, len(tokens))
+    return list(tokens[: len(tokens) // length * length].split(length))

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_number
-from ._progress import tqdm
-from .admm import admm, importance
-from .alignment import itq, random_rotation
-from .bits import Ranks, allocate_ranks, layer_bits, official_rank
+from .._checks import check_number
+from .._progress import tqdm
+from ..admm import admm, importance
+from ..alignment import itq, random_rotation
+from ..bits import Ranks, allocate_ranks, layer_bits, official_rank
+from ..dual_svid import dual_svid
+from ..factors import Factors
+from ..residual import compensate, compensate_weighted
 from .calibrate import Moments, bounded_gains, calibrate, spectral_gains
-from .dual_svid import dual_svid
 from .experts import check_left_dense, is_known, projection_names, split_experts
-from .factors import Factors
 from .layers import Joined, LittleBitLinear, LowRankLinear, PackedLinear, linear_over, stored_half
-from .residual import compensate, compensate_weighted
 from .selection import (
     Selection,
     as_patterns,

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._checks import check_number
-from .files.untrusted import CheckpointError, read_json
+from .._checks import check_number
+from ..files.untrusted import CheckpointError, read_json
 
 FILE = "generation_config.json"
 #: Settings that every decoder follows, and what transformers takes for them where a checkpoint samples

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .factors import Factors
-from .headers import packed_headers
-from .kernels.cpu_layer import Plan
-from .kernels.dispatch import plan_for
-from .kernels.unpacked import unpacked
-from .linear import folded, linear, packed_linear
-from .packing import PackedFactors, pack_factors, to_half
-from .signs import named_rule
+from ..factors import Factors
+from ..kernels.cpu_layer import Plan
+from ..kernels.dispatch import plan_for
+from ..kernels.unpacked import unpacked
+from ..linear import folded, linear, packed_linear
+from ..packing import PackedFactors, pack_factors, to_half
+from ..signs import named_rule
+from .packed_shapes import packed_headers
 
 # What the tensors of a packed path are called in a safetensors header
 DTYPES = {"F16": torch.float16, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}

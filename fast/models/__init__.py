@@ -1,0 +1,1 @@
+"""Whole models: quantise them, and the layers that take a linear layer's place."""
