@@ -14,8 +14,8 @@ from pathlib import Path
 import littlebit.fast as lb
 import torch
 from littlebit.fast.bench_linear import cpu_name, save_results
+from littlebit.fast.checkpoints.texts import text_tokens
 from littlebit.fast.evaluate import SAMPLE_TEXT, TRAINING_TEXT
-from littlebit.fast.hf import text_tokens
 from littlebit.fast.models.embeddings import quantize_embeddings_
 
 CALIBRATION_TOKENS = 8192

@@ -31,20 +31,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from littlebit.fast import (
-    Config,
-    TrainConfig,
-    load,
-    load_model,
-    load_tokenizer,
-    perplexity,
-    quantize_,
-    save,
-    shipped,
-    train_,
-)
+from littlebit.fast import Config, TrainConfig, load, load_model, load_tokenizer, perplexity, quantize_, save, train_
 from littlebit.fast.bench_linear import save_results
-from littlebit.fast.hf import text_tokens, training_tokens
+from littlebit.fast.checkpoints import bundled
+from littlebit.fast.checkpoints.texts import text_tokens, training_tokens
 from littlebit.fast.student import littlebit_layers
 from littlebit.fast.zero_shot import blimp
 
@@ -177,7 +167,7 @@ def ship(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = save(student.cpu(), Path(folder) / "checkpoint", data.tokenizer, arguments.bits)
         training = {key: value for key, value in row.items() if key != "log"}
-        shipped.ship(checkpoint, TEACHER, arguments.out.with_name(f"{arguments.out.stem}.safetensors"), training)
+        bundled.ship(checkpoint, TEACHER, arguments.out.with_name(f"{arguments.out.stem}.safetensors"), training)
         packed: Any = load(checkpoint, arguments.device)
     row["perplexity_packed"] = perplexity(packed, data.test, progress=False).perplexity
     if arguments.blimp:

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 
 from littlebit.fast import load_tokenizer
-from littlebit.fast.hf import read_text
+from littlebit.fast.checkpoints.texts import read_text
 
 MODEL = "smollm2"
 ROLES = {"User": "user", "Assistant": "assistant"}

@@ -15,8 +15,8 @@ from pathlib import Path
 import littlebit.fast as lb
 import torch
 from littlebit.fast.bench_linear import cpu_name, save_results
+from littlebit.fast.checkpoints.texts import text_tokens
 from littlebit.fast.evaluate import SAMPLE_TEXT, TRAINING_TEXT
-from littlebit.fast.hf import text_tokens
 
 MODEL = "smollm2"
 CALIBRATION_TOKENS = 8192

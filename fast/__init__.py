@@ -30,7 +30,12 @@ if TYPE_CHECKING:  # what is exported
         paths_for_bits as paths_for_bits,
         rank_for_bits as rank_for_bits,
     )
-    from .checkpoint import info as info, load as load, save as save, verify as verify
+    from .checkpoints.checkpoint import info as info, load as load, verify as verify
+    from .checkpoints.dense import load_model as load_model, load_tokenizer as load_tokenizer
+    from .checkpoints.fetch import fetch as fetch
+    from .checkpoints.gguf import save_gguf as save_gguf
+    from .checkpoints.official import save_official as save_official
+    from .checkpoints.saving import save as save
     from .decode import generate as generate
     from .distill import (
         hidden_loss as hidden_loss,
@@ -41,10 +46,7 @@ if TYPE_CHECKING:  # what is exported
     from .dual_svid import dual_svid as dual_svid, svid as svid
     from .evaluate import Perplexity as Perplexity, perplexity as perplexity
     from .factors import Factors as Factors
-    from .fetch import fetch as fetch
     from .files.untrusted import CheckpointError as CheckpointError
-    from .gguf import save_gguf as save_gguf
-    from .hf import load_model as load_model, load_tokenizer as load_tokenizer
     from .kv_cache import (
         Latents as Latents,
         apply_rope as apply_rope,
@@ -65,7 +67,6 @@ if TYPE_CHECKING:  # what is exported
     from .models.hf_names import cache_argument as cache_argument
     from .models.layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
     from .models.quantize import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
-    from .official import save_official as save_official
     from .packing import (
         PackedFactors as PackedFactors,
         pack_factors as pack_factors,

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..reference._renamed import renamed_value
 from ._checks import LittleBitWarning, check_number
+from .checkpoints.fetch import fetch, locate_packed, resolve
+from .checkpoints.format import damage, is_checkpoint, is_official
+from .checkpoints.names import known_names
 from .completion import SHELLS, completion
-from .fetch import fetch, known_names, locate_packed, resolve
-from .headers import damage, is_checkpoint, is_official
 from .memory import KV_CACHES, MODEL_SHAPES, model_memory
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def info_arguments(sub: argparse.ArgumentParser) -> None:
 
 def export_arguments(sub: argparse.ArgumentParser) -> None:
     """Arguments of `littlebit export`."""
-    from .gguf import PRECISIONS
+    from .checkpoints.gguf import PRECISIONS
 
     sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
     sub.add_argument("out", type=Path, help="what to write")
@@ -586,7 +587,7 @@ def chosen(arguments: argparse.Namespace) -> "Config":
 
 def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> "tuple[Config, torch.Tensor | None]":
     """The Config that the arguments say, and the calibration tokens if it, or a 4-bit embedding, needs any."""
-    from .hf import text_tokens
+    from .checkpoints.texts import text_tokens
 
     config, tokens = chosen(arguments), None
     if config.needs_calibration() or getattr(arguments, "embedding_bits", 16) == 4:
@@ -596,9 +597,10 @@ def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> "tuple[Config
 
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Run `littlebit quantize`."""
-    from .checkpoint import check_target, info, save
+    from .checkpoints.checkpoint import info
+    from .checkpoints.dense import load_model, load_tokenizer
+    from .checkpoints.saving import check_target, save
     from .files.atomic import check_file, check_room, place_of
-    from .hf import load_model, load_tokenizer
     from .models.embeddings import check_embeddings, quantize_embeddings_
     from .models.quantize import quantize_, stored_bytes
     from .report import html_report, kind_table, kinds_of
@@ -706,7 +708,7 @@ def duration(seconds: float) -> str:
 
 def run_train(arguments: argparse.Namespace) -> int | None:
     """Run `littlebit train`, in one process or as one of torchrun's."""
-    from .checkpoint import check_target
+    from .checkpoints.saving import check_target
     from .trainer import TrainingError, TrainingStopped, joined_processes
 
     check_target(arguments.out, arguments.overwrite)
@@ -725,10 +727,12 @@ def run_train(arguments: argparse.Namespace) -> int | None:
 
 def train(arguments: argparse.Namespace, device: str) -> None:
     """Quantise, train and save; only the first process writes and prints."""
-    from .checkpoint import info, save
+    from .checkpoints.checkpoint import info
+    from .checkpoints.dense import load_model, load_tokenizer
+    from .checkpoints.saving import save
+    from .checkpoints.texts import training_tokens
     from .files.atomic import place_of
     from .files.digests import digest
-    from .hf import load_model, load_tokenizer, training_tokens
     from .models.quantize import quantize_
     from .resume import Keeper
     from .trainer import check_config, checked_text, longest, process, train_
@@ -784,8 +788,8 @@ def summary(stored: dict[str, Any]) -> str:
 
 def load_any(source: str, device: str, dtype: "torch.dtype | None" = None) -> "torch.nn.Module":
     """A packed checkpoint or a dense model, by default in float32."""
-    from .checkpoint import load
-    from .hf import load_model
+    from .checkpoints.checkpoint import load
+    from .checkpoints.dense import load_model
 
     folder = resolve(source)
     packed = is_checkpoint(folder) or is_official(folder)
@@ -795,8 +799,9 @@ def load_any(source: str, device: str, dtype: "torch.dtype | None" = None) -> "t
 
 def run_eval(arguments: argparse.Namespace) -> None:
     """Run `littlebit eval`."""
+    from .checkpoints.dense import load_tokenizer
+    from .checkpoints.texts import text_tokens
     from .evaluate import SAMPLE_TEXT, perplexity
-    from .hf import load_tokenizer, text_tokens
     from .zero_shot import blimp, harness, lm_eval
 
     tokenizer = load_tokenizer(arguments.model)
@@ -844,7 +849,7 @@ def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:
             return map_model(folder, arguments.threads), Tokenizer(folder)
         except NotDecodableError as reason:
             log.debug("littlebit: %s is loaded by torch: %s", arguments.model, reason)
-    from .hf import load_tokenizer
+    from .checkpoints.dense import load_tokenizer
 
     use_torch(arguments.threads)
     return load_any(arguments.model, arguments.device), load_tokenizer(arguments.model)
@@ -884,7 +889,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> None:
     """Run `littlebit verify`; exit with 2 if something changed since it was saved."""
-    from .checkpoint import verify
+    from .checkpoints.checkpoint import verify
 
     folder = locate_packed(arguments.model)
     found = verify(folder)
@@ -899,7 +904,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 def run_info(arguments: argparse.Namespace) -> None:
     """Run `littlebit info`."""
-    from .checkpoint import info
+    from .checkpoints.checkpoint import info
 
     stored = info(arguments.model)
     if arguments.json:
@@ -917,9 +922,10 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write the authors' format; what was written, and the same in words."""
-    from .checkpoint import check_target, info, load
-    from .hf import load_tokenizer
-    from .official import save_official
+    from .checkpoints.checkpoint import info, load
+    from .checkpoints.dense import load_tokenizer
+    from .checkpoints.official import save_official
+    from .checkpoints.saving import check_target
 
     check_target(arguments.out, arguments.overwrite)
     model, tokenizer = load(arguments.model), load_tokenizer(arguments.model)
@@ -931,9 +937,9 @@ def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]
 
 def export_gguf(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write the dense model that the packed one stands for; what was written, and the same in words."""
-    from .checkpoint import load
-    from .gguf import check_gguf, save_gguf
-    from .hf import load_tokenizer
+    from .checkpoints.checkpoint import load
+    from .checkpoints.dense import load_tokenizer
+    from .checkpoints.gguf import check_gguf, save_gguf
 
     check_gguf(arguments.out, arguments.overwrite)
     model, tokenizer = load(arguments.model), load_tokenizer(arguments.model)
@@ -1061,7 +1067,7 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode`."""
     from .bench_decode import bench_decode
     from .bench_linear import cpu_name
-    from .checkpoint import info
+    from .checkpoints.checkpoint import info
 
     stored = info(arguments.model)
     rows = bench_decode(
@@ -1110,7 +1116,7 @@ def run_bench_decode_cuda(arguments: argparse.Namespace) -> None:
     import torch
 
     from .bench_decode_cuda import bench_checkpoint_cuda, bench_decode_cuda
-    from .checkpoint import info
+    from .checkpoints.checkpoint import info
 
     common = {"contexts": arguments.context or [128], "tokens": arguments.tokens or 256, "batch": arguments.batch[0]}
     common |= {"profile": arguments.profile, "kv_caches": arguments.kv_cache}
@@ -1194,8 +1200,8 @@ def run_bench_agreement(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench agreement`."""
     from .agreement import agreement
     from .bench_linear import cpu_name
-    from .checkpoint import load
-    from .hf import load_tokenizer
+    from .checkpoints.checkpoint import load
+    from .checkpoints.dense import load_tokenizer
 
     rows = agreement(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens or 64)
     if answered(arguments, rows, cpu_name()):

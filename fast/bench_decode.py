@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._progress import tqdm
-from .fetch import resolve
+from .checkpoints.fetch import resolve
 
 if TYPE_CHECKING:
     from .decode_cpu import Decoder
@@ -239,7 +239,7 @@ def dense_times(source: str, threads: int, tokens: int) -> list[float]:
     """Seconds of each token through transformers, in float32 with its dynamic cache."""
     import torch
 
-    from .hf import load_model, load_tokenizer
+    from .checkpoints.dense import load_model, load_tokenizer
     from .models.build import transformers
     from .models.hf_names import cache_argument
 

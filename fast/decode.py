@@ -145,7 +145,7 @@ def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
     """
     if tokenizer is not None:
         return tokenizer
-    from .hf import load_tokenizer
+    from .checkpoints.dense import load_tokenizer
 
     place = getattr(model, "name_or_path", "")
     if not place:

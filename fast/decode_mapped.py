@@ -15,6 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoints.format import (
+    check_contents,
+    check_embeddings,
+    check_layers,
+    check_path,
+    is_checkpoint,
+    is_official,
+    places,
+    read_config,
+    read_headers,
+    weight_files,
+)
 from .decode_cpu import (
     NORMS,
     PROJECTIONS,
@@ -27,18 +39,6 @@ from .decode_cpu import (
     architecture,
 )
 from .files.untrusted import CheckpointError, read_json, readable
-from .headers import (
-    check_contents,
-    check_embeddings,
-    check_layers,
-    check_path,
-    is_checkpoint,
-    is_official,
-    places,
-    read_config,
-    read_headers,
-    weight_files,
-)
 from .models.generation_settings import generation_settings, read_generation
 from .models.packed_shapes import packed_headers
 

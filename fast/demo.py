@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ._progress import tqdm
 from .bench_decode import QUIET_SHARE, prompted, token_times
+from .checkpoints.bundled import place
+from .checkpoints.fetch import fetch, resolve
+from .checkpoints.names import TINY
 from .decode import stream
 from .decode_mapped import map_model
-from .fetch import TINY, fetch, resolve
 from .files.atomic import check_file, write_text
-from .shipped import place
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def measure(out: Path) -> str:
 
     Leaves the models, demo.json and a picture in the folder.
     """
-    from .checkpoint import check_target, info
+    from .checkpoints.checkpoint import info
+    from .checkpoints.saving import check_target
 
     folders = {name: out / name for name in (UNTRAINED, SMALL)}
     for folder in folders.values():
@@ -134,8 +136,8 @@ def write_untrained(folder: Path) -> None:
     """Quantise the model by Dual-SVID and save it."""
     import torch
 
-    from .checkpoint import save
-    from .hf import load_model, load_tokenizer
+    from .checkpoints.dense import load_model, load_tokenizer
+    from .checkpoints.saving import save
     from .models.quantize import Config, quantize_
 
     model, threads = load_model(MODEL), torch.get_num_threads()
@@ -149,8 +151,9 @@ def write_untrained(folder: Path) -> None:
 
 def write_small(folder: Path) -> None:
     """Save the trained model with an embedding of 8 bits."""
-    from .checkpoint import load, save
-    from .hf import load_tokenizer
+    from .checkpoints.checkpoint import load
+    from .checkpoints.dense import load_tokenizer
+    from .checkpoints.saving import save
     from .models.embeddings import quantize_embeddings_
 
     model = load(fetch(TRAINED))
@@ -179,8 +182,9 @@ def figures(source: str | Path) -> dict[str, Any]:
     Speed is that of `littlebit generate`'s decoder: the median over the tokens of several rounds. `core_share` is the
     processor time of the thread that decodes over the time that passed: below one, other programs kept it waiting.
     """
+    from .checkpoints.dense import load_tokenizer
+    from .checkpoints.texts import text_tokens
     from .evaluate import SAMPLE_TEXT, perplexity
-    from .hf import load_tokenizer, text_tokens
 
     folder = Path(resolve(source))
     text = "".join(text_of(folder)).replace("\n", " ")
@@ -197,9 +201,9 @@ def figures(source: str | Path) -> dict[str, Any]:
 
 def loaded(folder: Path) -> Any:
     """A model, packed or dense."""
-    from .checkpoint import load
-    from .headers import is_checkpoint
-    from .hf import load_model
+    from .checkpoints.checkpoint import load
+    from .checkpoints.dense import load_model
+    from .checkpoints.format import is_checkpoint
 
     return load(folder) if is_checkpoint(folder) else load_model(folder)
 
@@ -231,8 +235,8 @@ def draw(folder: Path, path: Path) -> Path:
     """The paper's Figure 2: a weight matrix, its primary path, its residual and their sum, from the stored bits."""
     from matplotlib.figure import Figure
 
-    from .checkpoint import load
-    from .hf import load_model
+    from .checkpoints.checkpoint import load
+    from .checkpoints.dense import load_model
     from .models.quantize import packed_layers
     from .packing import unpack_factors
 

@@ -18,10 +18,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import check_values, put_embeddings, put_layers, read_tensors, section
+from .checkpoints.format import WITHOUT_CHECKSUMS, check_contents, check_layers, read_headers, read_layers
+from .checkpoints.loading import check_values, put_embeddings, put_layers, read_tensors
+from .checkpoints.saving import section
+from .checkpoints.whole import check_whole
 from .files.untrusted import CheckpointError, inside
-from .headers import WITHOUT_CHECKSUMS, check_contents, check_layers, read_headers, read_layers
-from .hf import check_whole
 from .models.embeddings import settle_ties
 from .models.layers import LittleBitLinear
 from .models.quantize import OBSERVERS, Config, pack_, quantize_

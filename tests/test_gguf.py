@@ -10,7 +10,7 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
-from littlebit.fast.gguf import PRECISIONS, dense_tensors, interleaved, splitting
+from littlebit.fast.checkpoints.gguf import PRECISIONS, dense_tensors, interleaved, splitting
 from littlebit.fast.models.embeddings import quantize_embeddings_
 from littlebit.fast.models.hf_names import dense_gguf
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config

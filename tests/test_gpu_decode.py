@@ -9,8 +9,8 @@ import torch
 from littlebit.fast import decode_cuda
 from littlebit.fast.agreement import logit_bound
 from littlebit.fast.bench_decode_cuda import random_model
+from littlebit.fast.checkpoints.fetch import fetch
 from littlebit.fast.decode_cuda import Loop, decode_batch
-from littlebit.fast.fetch import fetch
 from littlebit.fast.fused_engine import FusedEngine, Packed, engine_of, fused_engine
 from littlebit.fast.kernels import dispatch
 from littlebit.fast.kernels.steps import CudaSteps, HeadNorms, Heads, Stream, TorchSteps

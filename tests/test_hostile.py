@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from littlebit.fast.__main__ import main
-from littlebit.fast.checkpoint import tensor_digests
+from littlebit.fast.checkpoints.format import FORMAT_VERSION, FORMATS, INDEX, WEIGHTS, has_pad_bits, make_checksums
+from littlebit.fast.checkpoints.saving import tensor_digests
 from littlebit.fast.decode_cpu import NotDecodableError
 from littlebit.fast.decode_mapped import map_model
 from littlebit.fast.files.digests import json_digest
 from littlebit.fast.files.untrusted import inside
-from littlebit.fast.headers import FORMAT_VERSION, FORMATS, INDEX, WEIGHTS, has_pad_bits, make_checksums
 from littlebit.fast.models.build import empty_model, plain_settings
 from littlebit.fast.packing import row_words
 from safetensors import safe_open

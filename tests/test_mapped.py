@@ -18,10 +18,10 @@ from hypothesis import given, strategies as st
 from littlebit.fast import decode
 from littlebit.fast.__main__ import main
 from littlebit.fast.bench_decode import packed_times
+from littlebit.fast.checkpoints.format import is_checkpoint
 from littlebit.fast.decode_cpu import Decoder, NotDecodableError
 from littlebit.fast.decode_loaded import decodable
 from littlebit.fast.decode_mapped import map_model, widened
-from littlebit.fast.headers import is_checkpoint
 from littlebit.fast.models.embeddings import quantize_embeddings_
 from littlebit.fast.packing import pack_signs
 from littlebit.fast.tokenizer import Tokenizer

@@ -13,9 +13,9 @@ import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
 from littlebit.fast.bench_linear import random_path
-from littlebit.fast.checkpoint import write_tensors
+from littlebit.fast.checkpoints.format import WITHOUT_CHECKSUMS
+from littlebit.fast.checkpoints.saving import write_tensors
 from littlebit.fast.files import atomic
-from littlebit.fast.headers import WITHOUT_CHECKSUMS
 from littlebit.fast.models.layers import LittleBitLinear, PackedLinear, packed_shapes
 from littlebit.fast.models.quantize import packed_layers
 from safetensors.torch import load_file, save_file
@@ -313,7 +313,7 @@ def test_save_refuses_to_replace_what_is_not_its_own(quantised, tmp_path):
 def test_save_leaves_nothing_when_the_disk_is_full(quantised, tmp_path, monkeypatch):
     import errno
 
-    from littlebit.fast import checkpoint
+    from littlebit.fast.checkpoints import checkpoint
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")

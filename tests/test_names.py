@@ -11,8 +11,8 @@ import torch
 from compare import assert_same
 from huggingface_hub.errors import OfflineModeIsEnabled
 from littlebit.fast.__main__ import main
+from littlebit.fast.checkpoints.fetch import locate, resolve
 from littlebit.fast.estimate import estimate
-from littlebit.fast.fetch import locate, resolve
 
 BITS = 2.5
 COMMIT = "a" * 40

@@ -12,9 +12,9 @@ import torch
 from compare import assert_same, assert_within
 from conftest import make_tiny_llama
 from littlebit.fast.__main__ import main
-from littlebit.fast.headers import OFFICIAL, WEIGHTS, read_headers, weight_files
+from littlebit.fast.checkpoints.format import OFFICIAL, WEIGHTS, read_headers, weight_files
+from littlebit.fast.checkpoints.official import kv_factor
 from littlebit.fast.models.quantize import packed_layers
-from littlebit.fast.official import kv_factor
 from safetensors.numpy import load_file as load_arrays, save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from test_decode import exact_and_condition

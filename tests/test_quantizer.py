@@ -12,7 +12,7 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
-from littlebit.fast.headers import INDEX, weight_files
+from littlebit.fast.checkpoints.format import INDEX, weight_files
 from littlebit.fast.models.embeddings import quantize_embeddings_
 from littlebit.fast.models.layers import LittleBitLinear
 from littlebit.fast.models.quantize import packed_layers

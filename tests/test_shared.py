@@ -6,7 +6,7 @@ import littlebit.fast as lb
 import pytest
 import torch
 from compare import assert_same
-from littlebit.fast.headers import WEIGHTS
+from littlebit.fast.checkpoints.format import WEIGHTS
 from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
 from littlebit.fast.models.shared import shared_names
 from safetensors.torch import load_file

@@ -8,9 +8,10 @@ import pytest
 import torch
 from compare import assert_same
 from littlebit.fast.__main__ import main
-from littlebit.fast.fetch import DATA, shipped_names
-from littlebit.fast.headers import WEIGHTS
-from littlebit.fast.shipped import put_together, ship, shipped
+from littlebit.fast.checkpoints.bundled import put_together, ship, shipped
+from littlebit.fast.checkpoints.download import DATA
+from littlebit.fast.checkpoints.format import WEIGHTS
+from littlebit.fast.checkpoints.names import shipped_names
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -82,7 +83,7 @@ def test_shipped_names_are_the_promised_ones():
 
 def test_shipped_is_put_together_once(packed, tmp_path, monkeypatch):
     monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("littlebit.fast.shipped.DATA", tmp_path)
+    monkeypatch.setattr("littlebit.fast.checkpoints.bundled.DATA", tmp_path)
     ship(packed, "tiny", tmp_path / "tiny-2bit.safetensors", {})
     folder = shipped("tiny-2bit")
     changed = (folder / WEIGHTS).stat().st_mtime_ns

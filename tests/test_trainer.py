@@ -21,8 +21,9 @@ import torch
 import workers
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
-from littlebit.fast import hf, trainer
+from littlebit.fast import trainer
 from littlebit.fast.__main__ import main
+from littlebit.fast.checkpoints import dense, texts
 from littlebit.fast.distill import hidden_loss
 from littlebit.fast.student import littlebit_layers
 from littlebit.fast.trainer import Taps, learning_rate_factor, phases, schedule, schedules
@@ -498,14 +499,14 @@ def test_causal_attention_is_the_models_own(models):
     model = copy.deepcopy(models[0])
     with torch.no_grad():
         before = model(TEXT[None], use_cache=False).logits
-        with hf.causal_attention(model):
+        with dense.causal_attention(model):
             inside = model(TEXT[None], use_cache=False).logits
         assert_same(model(TEXT[None], use_cache=False).logits, before)
         moved = torch.zeros(())
         for parameter in model.parameters():
             parameter.data *= 1 + NOISE * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
         moved = (model(TEXT[None], use_cache=False).logits - before).abs().max() / NOISE
-    assert hf.is_plainly_causal(model, 128)
+    assert dense.is_plainly_causal(model, 128)
     assert_within(inside, before, torch.full_like(before, float(moved)), ROUNDINGS)
 
 
@@ -649,7 +650,7 @@ def one_process(loud_llama, text, tmp_path_factory):
 @pytest.fixture(scope="module")
 def command_conditions(loud_llama, models, text):
     """The conditions of what the command trains."""
-    tokens = hf.text_tokens(lb.load_tokenizer(loud_llama), text)
+    tokens = texts.text_tokens(lb.load_tokenizer(loud_llama), text)
     return measured(models, train(models, tokens)[1], tokens)
 
 
@@ -676,7 +677,7 @@ def test_command_reads_compressed_text(loud_llama, one_process, text, tmp_path, 
 
 def test_command_reads_tokens(loud_llama, one_process, text, tmp_path):
     tokens, out = tmp_path / "tokens.npy", tmp_path / "out"
-    np.save(tokens, hf.text_tokens(lb.load_tokenizer(loud_llama), text).numpy().astype(np.uint16))
+    np.save(tokens, texts.text_tokens(lb.load_tokenizer(loud_llama), text).numpy().astype(np.uint16))
     assert main(command(loud_llama, out, tokens)) == 0
     assert (out / "model.safetensors").read_bytes() == (one_process / "model.safetensors").read_bytes()
 
@@ -697,20 +698,20 @@ def test_command_refuses_arrays_that_hold_no_tokens(loud_llama, tmp_path, capsys
 
 def test_long_texts_are_tokenised_once(loud_llama, tmp_path, monkeypatch):
     """In pieces, of which this tokenizer, which reads bytes, makes the same tokens; another text has others."""
-    monkeypatch.setattr(hf, "LONG_TEXT", 10)
+    monkeypatch.setattr(texts, "LONG_TEXT", 10)
     monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path / "cache"))
     tokenizer, file = lb.load_tokenizer(loud_llama), tmp_path / "text.txt"
     file.write_text("It was the best of times.\n\nIt was the worst of times.\n\n\nThe age of wisdom.")
-    expected = hf.text_tokens(tokenizer, file)
-    assert_same(hf.training_tokens(tokenizer, file), expected)
+    expected = texts.text_tokens(tokenizer, file)
+    assert_same(texts.training_tokens(tokenizer, file), expected)
     with monkeypatch.context() as patch:
-        patch.setattr(hf, "read_text", lambda path: pytest.fail("tokenised again"))
-        assert_same(hf.training_tokens(tokenizer, file), expected)
+        patch.setattr(texts, "read_text", lambda path: pytest.fail("tokenised again"))
+        assert_same(texts.training_tokens(tokenizer, file), expected)
     file.write_text("It was the age of foolishness.")
-    assert_same(hf.training_tokens(tokenizer, file), hf.text_tokens(tokenizer, file))
+    assert_same(texts.training_tokens(tokenizer, file), texts.text_tokens(tokenizer, file))
     packed = tmp_path / "text.txt.xz"
     packed.write_bytes(lzma.compress(file.read_bytes()))
-    assert_same(hf.training_tokens(tokenizer, packed), hf.text_tokens(tokenizer, file))
+    assert_same(texts.training_tokens(tokenizer, packed), texts.text_tokens(tokenizer, file))
 
 
 @pytest.mark.parametrize(

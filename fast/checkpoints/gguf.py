@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._checks import LittleBitWarning, has_sliding_window
-from .files.atomic import check_file, check_room, file_whole
-from .models.embeddings import QuantizedEmbedding, QuantizedHead
-from .models.generation_settings import GenerationSettings, settings_of
-from .models.layers import Joined, PackedLinear, stored_half
-from .models.shared import refuse_shared
-from .models.wrappers import without_adapters
+from .._checks import LittleBitWarning, has_sliding_window
+from ..files.atomic import check_file, check_room, file_whole
+from ..models.embeddings import QuantizedEmbedding, QuantizedHead
+from ..models.generation_settings import GenerationSettings, settings_of
+from ..models.layers import Joined, PackedLinear, stored_half
+from ..models.shared import refuse_shared
+from ..models.wrappers import without_adapters
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PRECISIONS = ("f16", "q8_0")
@@ -53,7 +53,7 @@ def save_gguf(model: Any, path: str | Path, tokenizer: Any, precision: str = "f1
     OSError
         If `path` exists and may not be replaced, or cannot be written.
     """
-    from .models.build import transformers
+    from ..models.build import transformers
 
     transformers()  # gguf comes with it, and its absence is explained
     path = Path(path)

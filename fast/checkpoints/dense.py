@@ -1,29 +1,23 @@
 """Everything that needs transformers: loading dense models and tokenizers, and building empty ones for checkpoints."""
 
 import contextlib
-import lzma
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..files.untrusted import JSON_BYTES, CheckpointError, checked_json, inside, readable
+from ..models.build import transformers
+from ..models.embeddings import settle_ties
 from .fetch import resolve
-from .files.cache import cached, made_once
-from .files.digests import file_digest, json_digest
-from .files.untrusted import JSON_BYTES, CheckpointError, checked_json, inside, readable
-from .headers import INDEX, WEIGHTS, foreign_files, foreign_method, is_checkpoint, is_official
-from .models.build import transformers
-from .models.embeddings import settle_ties
+from .format import INDEX, WEIGHTS, foreign_files, foreign_method, is_checkpoint, is_official
+from .whole import check_whole, first_line
 
 CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
-
-
-LONG_TEXT = 1 << 20  # characters from which a training text is tokenised in pieces of that length, once
 
 
 def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -127,60 +121,6 @@ def check_files(folder: Path) -> None:
             pass  # its header is checked against the length of the file
 
 
-#: What wrappers put before the names of a model's tensors, and what to do about them.
-WRAPPERS = {
-    "_orig_mod.": "torch.compile: save model._orig_mod",
-    "module.": "DataParallel or DDP: save model.module",
-    "base_model.model.": "PEFT: save model.merge_and_unload()",
-    "_forward_module.": "Fabric: save model.module",
-    "_fsdp_wrapped_module.": "FSDP: save its full state dict",
-}
-
-
-def check_whole(place: Path | str, found: Mapping[str, Any]) -> None:
-    """Check what transformers reports after loading a model: each tensor of the model was read, and each of the files.
-
-    Parameters
-    ----------
-    place : Path
-        The folder or file that the model comes from.
-    found : mapping
-        What `from_pretrained(..., output_loading_info=True)` returns beside the model.
-
-    Raises
-    ------
-    CheckpointError
-        If tensors are missing, left over, or of another shape; the first of them are named.
-    """
-    missing, left = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    wrong = []
-    for verb, names in (("is missing", missing), ("is left over", left)):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            wrong.append(f"tensor {names[0]}{more} {verb}")
-    for name, stored, wanted in sorted(found["mismatched_keys"]):
-        wrong.append(f"tensor {name} is {tuple(stored)}, not {tuple(wanted)}")
-    if not wrong:
-        return
-    advice = "copy or download it again, or mend config.json"
-    for prefix, wrapper in WRAPPERS.items():
-        if left and all(name.startswith(prefix) or f".{prefix}" in name for name in left):
-            advice = f"the names have {prefix!r} of a wrapper ({wrapper})"
-    if any(".lora_" in name for name in left):
-        advice = "it holds a LoRA adapter that is not merged: merge it (merge_and_unload) and save the result"
-    if missing == ["lm_head.weight"]:
-        advice = "if the head is the embedding, set tie_word_embeddings to true in config.json"
-    more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    raise CheckpointError(
-        f"{place} does not fit the model that its configuration describes: {'; '.join(wrong[:3])}{more}; {advice}"
-    )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of anything that `load_model` or `load` accepts.
 
@@ -199,92 +139,6 @@ def load_tokenizer(source: str | Path) -> Any:
         raise
     except Exception as error:  # transformers and tokenizers raise anything at all on files that make no sense
         raise CheckpointError(f"{source} has no tokenizer that can be read: {first_line(error)}") from error
-
-
-def text_tokens(tokenizer: Any, path: Path) -> torch.Tensor:
-    """Tokens (n,) of a whole UTF-8 text file, with the special tokens that the tokenizer adds to a text.
-
-    Files that end in .xz are decompressed.
-
-    Raises
-    ------
-    ValueError
-        If the file is not UTF-8 text.
-    """
-    return torch.tensor(tokenizer(read_text(path), verbose=False)["input_ids"], dtype=torch.int64)
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file, decompressed if it ends in .xz; raise ValueError if it is not UTF-8 text."""
-    try:
-        content = path.read_bytes()
-        return (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8")
-    except (UnicodeDecodeError, lzma.LZMAError) as error:
-        raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
-
-
-def training_tokens(tokenizer: Any, path: Path) -> Tensor:
-    """Read the tokens of a training text, of any length.
-
-    A .npy file holds tokens already. Short texts are tokenised whole, as by `text_tokens`. Texts of LONG_TEXT bytes
-    and more are tokenised in pieces that end with a blank line, without special tokens; their tokens are kept in the
-    cache folder, by the contents of the text and of the tokenizer.
-
-    Parameters
-    ----------
-    tokenizer : of transformers
-    path : Path
-        UTF-8 text (.xz allowed), or integers in a .npy file.
-
-    Returns
-    -------
-    (n,) integer tensor.
-
-    Raises
-    ------
-    ValueError
-        If the file is neither.
-    """
-    if path.suffix == ".npy":
-        try:
-            tokens = np.load(path)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not an array that NumPy can read: {error}") from error
-        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"{path} must hold tokens, one row of integers, not {tokens.dtype} of {tokens.shape}")
-        return torch.from_numpy(tokens.astype(np.int64))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if path.stat().st_size < LONG_TEXT or backend is None:
-        return text_tokens(tokenizer, path)
-    key = json_digest([file_digest(path), path.suffix == ".xz", backend.to_str()])
-
-    def make(folder: Path) -> None:
-        pieces = [
-            np.asarray(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], np.uint32)
-            for piece in text_pieces(read_text(path), LONG_TEXT)
-        ]
-        np.save(folder / "tokens.npy", np.concatenate(pieces))
-
-    kept = made_once(cached("tokens", key[:32]), make) / "tokens.npy"
-    return torch.from_numpy(np.load(kept).astype(np.int64))
-
-
-def text_pieces(text: str, size: int) -> Iterator[str]:
-    r"""Cut a text into pieces of at least `size` characters that end with a blank line; the last may be shorter.
-
-    Examples
-    --------
-    >>> list(text_pieces("one\n\ntwo\n\n\nthree", 4))
-    ['one\n\ntwo\n\n\n', 'three']
-    """
-    start = 0
-    while start < len(text):
-        end = text.find("\n\n", start + size)
-        end = len(text) if end < 0 else end
-        while end < len(text) and text[end] == "\n":
-            end += 1
-        yield text[start:end]
-        start = end
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .files.untrusted import CheckpointError, read_json
-from .headers import INDEX, WEIGHTS
+from ..files.untrusted import CheckpointError, read_json
+from .format import INDEX, WEIGHTS
 
 #: What a hub id looks like: OWNER/NAME or, for the oldest models in a cache, NAME.
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?", re.ASCII)

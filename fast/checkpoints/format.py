@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from .files.digests import TAG_BYTES, entry_digest, json_digest, set_digest, tag
-from .files.untrusted import JSON_BYTES, CheckpointError, checked_json, inside, read_json, readable
-from .models.packed_shapes import ITEM_BYTES, Header, packed_headers
+from ..files.digests import TAG_BYTES, entry_digest, json_digest, set_digest, tag
+from ..files.untrusted import JSON_BYTES, CheckpointError, checked_json, inside, read_json, readable
+from ..models.packed_shapes import ITEM_BYTES, Header, packed_headers
 
 #: The format that `save` writes, and those that are read; checkpoint.py says how they differ.
 FORMAT_VERSION = 3

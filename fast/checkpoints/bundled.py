@@ -12,11 +12,11 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from .fetch import DATA, fetch_artifact
-from .files.cache import cached, made_once
-from .files.digests import file_digest
-from .files.untrusted import CheckpointError
-from .headers import FORMAT_VERSION, WEIGHTS
+from ..files.cache import cached, made_once
+from ..files.digests import file_digest
+from ..files.untrusted import CheckpointError
+from .download import DATA, fetch_artifact
+from .format import FORMAT_VERSION, WEIGHTS
 
 
 def shipped(name: str) -> Path:
@@ -33,9 +33,9 @@ def put_together(file: Path, folder: Path) -> None:
     """Write the whole checkpoint that a shipped file and its base make into a folder."""
     from safetensors.torch import load_file
 
-    from .checkpoint import write_tensors
-    from .gguf_reader import converted
-    from .models.build import transformers
+    from ..models.build import transformers
+    from .convert import converted
+    from .saving import write_tensors
 
     with safe_open(file, framework="numpy") as opened:
         note = json.loads((opened.metadata() or {})["littlebit"])
@@ -71,7 +71,7 @@ def ship(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> N
     CheckpointError
         If the checkpoint lacks a tensor of its base, so that it was made from another.
     """
-    from .gguf_reader import converted
+    from .convert import converted
 
     before, after = load_file(converted(fetch_artifact(base)) / WEIGHTS), load_file(checkpoint / WEIGHTS)
     section = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"]

