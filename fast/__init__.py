@@ -76,7 +76,6 @@ if TYPE_CHECKING:  # what is exported
     )
     from .quantizer import LittleBitConfig as LittleBitConfig
     from .residual import compensate as compensate, compensate_weighted as compensate_weighted
-    from .resume import Keeper as Keeper
     from .signs import (
         RULES as RULES,
         sign as sign,
@@ -99,7 +98,8 @@ if TYPE_CHECKING:  # what is exported
         qat as qat,
         qat_step as qat_step,
     )
-    from .trainer import (
+    from .training.resume import Keeper as Keeper
+    from .training.trainer import (
         TrainConfig as TrainConfig,
         TrainingError as TrainingError,
         TrainingStopped as TrainingStopped,

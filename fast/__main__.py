@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from .models.quantize import Config
-    from .trainer import TrainConfig
+    from .training.trainer import TrainConfig
     from .zero_shot import BlimpResult
 
 log = logging.getLogger(__name__)
@@ -440,8 +440,8 @@ def add_quantisation(sub: argparse.ArgumentParser) -> None:
 def add_training(sub: argparse.ArgumentParser) -> None:
     """Arguments that become a TrainConfig."""
     from .signs import RULES
-    from .student import TRAINABLE
-    from .trainer import OPTIMIZERS, TrainConfig
+    from .training.student import TRAINABLE
+    from .training.trainer import OPTIMIZERS, TrainConfig
 
     sub.add_argument("--tokens", type=count, default=TrainConfig.tokens, help="training tokens in all")
     sub.add_argument("--sequence", type=count, default=TrainConfig.sequence, help="tokens in a sequence")
@@ -644,7 +644,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
     """Say what `littlebit quantize` or `train` will take, and the recipe of a training."""
     from .estimate import estimate
     from .report import kind_table
-    from .trainer import check_config
+    from .training.trainer import check_config
 
     found = estimate(arguments.model, chosen(arguments), getattr(arguments, "tokens", 0))
     if "tokens" in arguments:
@@ -675,7 +675,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
 
 def training_config(arguments: argparse.Namespace) -> "TrainConfig":
     """The TrainConfig that the arguments of `littlebit train` say."""
-    from .trainer import TrainConfig
+    from .training.trainer import TrainConfig
 
     return TrainConfig(
         **{field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
@@ -684,7 +684,7 @@ def training_config(arguments: argparse.Namespace) -> "TrainConfig":
 
 def recipe(config: "TrainConfig") -> list[str]:
     """Say what a training will do: a line for each phase, and the settings that are not the defaults."""
-    from .trainer import TrainConfig, phases
+    from .training.trainer import TrainConfig, phases
 
     lines = []
     for phase in phases(config):
@@ -709,7 +709,7 @@ def duration(seconds: float) -> str:
 def run_train(arguments: argparse.Namespace) -> int | None:
     """Run `littlebit train`, in one process or as one of torchrun's."""
     from .checkpoints.saving import check_target
-    from .trainer import TrainingError, TrainingStopped, joined_processes
+    from .training.trainer import TrainingError, TrainingStopped, joined_processes
 
     check_target(arguments.out, arguments.overwrite)
     check_apart(arguments.model, arguments.out)
@@ -734,8 +734,8 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     from .files.atomic import place_of
     from .files.digests import digest
     from .models.quantize import quantize_
-    from .resume import Keeper
-    from .trainer import check_config, checked_text, longest, process, train_
+    from .training.resume import Keeper
+    from .training.trainer import check_config, checked_text, longest, process, train_
 
     tokenizer = load_tokenizer(arguments.model)
     texts = [training_tokens(tokenizer, path) for path in arguments.data]

@@ -31,7 +31,7 @@ from littlebit.fast._checks import (
 )
 from littlebit.fast.completion import subcommands
 from littlebit.fast.models.embeddings import head_moments, quantize_embeddings_
-from littlebit.fast.trainer import check_config
+from littlebit.fast.training.trainer import check_config
 from littlebit.fast.zero_shot import log_probabilities
 
 POSITIONS = 24

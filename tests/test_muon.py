@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_same, assert_within
-from littlebit.fast.muon import ITERATIONS, STEP_SIZE, Muon, orthogonalize
+from littlebit.fast.training.muon import ITERATIONS, STEP_SIZE, Muon, orthogonalize
 
 
 def matrices(*shape, seed=0):

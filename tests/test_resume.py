@@ -13,9 +13,9 @@ import pytest
 import torch
 import workers
 from compare import assert_same
-from littlebit.fast import resume
 from littlebit.fast.files.digests import digest
-from littlebit.fast.trainer import Run
+from littlebit.fast.training import resume
+from littlebit.fast.training.trainer import Run
 
 SETTINGS = {"tokens": 12 * 64, "sequence": 16, "batch": 4, "warmup": 0.1, "lr_latents": 0.01}
 TIMES = ("tokens_per_s", "memory_bytes")

@@ -21,12 +21,12 @@ import torch
 import workers
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
-from littlebit.fast import trainer
 from littlebit.fast.__main__ import main
-from littlebit.fast.checkpoints import dense, texts
+from littlebit.fast.checkpoints import texts
 from littlebit.fast.distill import hidden_loss
-from littlebit.fast.student import littlebit_layers
-from littlebit.fast.trainer import Taps, learning_rate_factor, phases, schedule, schedules
+from littlebit.fast.training import trainer
+from littlebit.fast.training.student import littlebit_layers
+from littlebit.fast.training.trainer import Taps, learning_rate_factor, phases, schedule, schedules
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 NOISE = 2.0**-12  # far above float32's rounding

@@ -1,14 +1,11 @@
 """Everything that needs transformers: loading dense models and tokenizers, and building empty ones for checkpoints."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from ..files.untrusted import JSON_BYTES, CheckpointError, checked_json, inside, readable
 from ..models.build import transformers
@@ -16,8 +13,6 @@ from ..models.embeddings import settle_ties
 from .fetch import resolve
 from .format import INDEX, WEIGHTS, foreign_files, foreign_method, is_checkpoint, is_official
 from .whole import check_whole, first_line
-
-CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
 
 
 def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -139,42 +134,3 @@ def load_tokenizer(source: str | Path) -> Any:
         raise
     except Exception as error:  # transformers and tokenizers raise anything at all on files that make no sense
         raise CheckpointError(f"{source} has no tokenizer that can be read: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def causal_attention(model: nn.Module) -> Iterator[None]:
-    """While active, a transformers model attends causally without a mask, so that its forward can be captured.
-
-    transformers looks at the positions to see whether it needs a mask: a look that no CUDA graph can hold. For whole
-    sequences without padding the answer is known.
-    """
-    hf = transformers()
-    hf.AttentionInterface.register(CAUSAL, causal)
-    before = model.config._attn_implementation  # type: ignore[union-attr]
-    model.set_attn_implementation(CAUSAL)  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
-
-
-def causal(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (batch, heads, sequence, d) in, (batch, sequence, heads, d) out."""
-    grouped = query.shape[1] != key.shape[1]
-    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def is_plainly_causal(model: nn.Module, length: int) -> bool:
-    """Whether `causal` says all of the model's attention for sequences of a length: no short window, no soft cap."""
-    config = model.config  # type: ignore[union-attr]
-    window = getattr(config, "sliding_window", None)
-    return (window is None or window >= length) and not getattr(config, "attn_logit_softcapping", None)

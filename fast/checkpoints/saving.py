@@ -21,14 +21,7 @@ from ..models.quantize import LayerResult, pack_, packed_layers
 from ..models.selection import linear_shape
 from ..models.shared import shared_names
 from ..models.wrappers import without_adapters
-from .format import (
-    FORMAT_VERSION,
-    INDEX,
-    WEIGHTS,
-    is_checkpoint,
-    is_official,
-    make_checksums,
-)
+from .format import FORMAT_VERSION, INDEX, WEIGHTS, is_checkpoint, is_official, make_checksums
 from .loading import check_state, skeleton
 
 SHARD_BYTES = 5_000_000_000

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from .admm import root_mean_square
-from .factors import Factors
-from .linear import folded
-from .models.layers import LittleBitLinear
-from .signs import named_rule
+from ..admm import root_mean_square
+from ..factors import Factors
+from ..linear import folded
+from ..models.layers import LittleBitLinear
+from ..signs import named_rule
 
 TRAINABLE = ("none", "norms", "all")  # which parameters other than the LittleBit layers' are trained
 LATENTS = ("u", "v")

@@ -16,9 +16,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ._checks import LittleBitWarning, check_number
-from .files.atomic import locked, unlock, written_whole
-from .files.digests import file_digest, json_digest
+from .._checks import LittleBitWarning, check_number
+from ..files.atomic import locked, unlock, written_whole
+from ..files.digests import file_digest, json_digest
 
 STATE, RUN, LOG = "state.safetensors", "run.json", "log.jsonl"
 KEPT = 2  # states

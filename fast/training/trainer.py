@@ -22,16 +22,16 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from ._checks import check_number, check_positions, flat_tokens, positions_of
-from ._progress import tqdm
-from .checkpoints.dense import causal_attention, is_plainly_causal
-from .distill import KLLoss, hidden_loss, kl_rows
-from .files.digests import digest
-from .models.experts import has_experts
-from .models.wrappers import to_change, with_adapters_inside
+from .._checks import check_number, check_positions, flat_tokens, positions_of
+from .._progress import tqdm
+from ..distill import KLLoss, hidden_loss, kl_rows
+from ..files.digests import digest
+from ..models.experts import has_experts
+from ..models.wrappers import to_change, with_adapters_inside
+from ..signs import named_rule
+from .causal_attention import causal_attention, is_plainly_causal
 from .muon import Muon
 from .resume import Keeper
-from .signs import named_rule
 from .student import (
     Masters,
     ShardedStudent,
