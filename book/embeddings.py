@@ -15,7 +15,7 @@ import littlebit.fast as lb
 import torch
 from littlebit.fast.bench_linear import cpu_name, save_results
 from littlebit.fast.checkpoints.texts import text_tokens
-from littlebit.fast.evaluate import SAMPLE_TEXT, TRAINING_TEXT
+from littlebit.fast.evaluation.perplexity import SAMPLE_TEXT, TRAINING_TEXT
 from littlebit.fast.models.embeddings import quantize_embeddings_
 
 CALIBRATION_TOKENS = 8192

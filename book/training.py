@@ -35,8 +35,8 @@ from littlebit.fast import Config, TrainConfig, load, load_model, load_tokenizer
 from littlebit.fast.bench_linear import save_results
 from littlebit.fast.checkpoints import bundled
 from littlebit.fast.checkpoints.texts import text_tokens, training_tokens
+from littlebit.fast.evaluation.zero_shot import blimp
 from littlebit.fast.training.student import littlebit_layers
-from littlebit.fast.zero_shot import blimp
 
 TEACHER = "smollm2"
 HELD_OUT = 60_000  # tokens

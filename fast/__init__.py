@@ -44,7 +44,8 @@ if TYPE_CHECKING:  # what is exported
         kl_loss_vjp as kl_loss_vjp,
     )
     from .dual_svid import dual_svid as dual_svid, svid as svid
-    from .evaluate import Perplexity as Perplexity, perplexity as perplexity
+    from .evaluation.perplexity import Perplexity as Perplexity, perplexity as perplexity
+    from .evaluation.zero_shot import BlimpResult as BlimpResult, blimp as blimp
     from .factors import Factors as Factors
     from .files.untrusted import CheckpointError as CheckpointError
     from .kv_cache import (
@@ -105,7 +106,6 @@ if TYPE_CHECKING:  # what is exported
         TrainingStopped as TrainingStopped,
         train_ as train_,
     )
-    from .zero_shot import BlimpResult as BlimpResult, blimp as blimp
 
 make_lazy(__name__, exports_of(__loader__.get_source(__name__)))
 announce()

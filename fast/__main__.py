@@ -29,9 +29,9 @@ from .memory import KV_CACHES, MODEL_SHAPES, model_memory
 if TYPE_CHECKING:
     import torch
 
+    from .evaluation.zero_shot import BlimpResult
     from .models.quantize import Config
     from .training.trainer import TrainConfig
-    from .zero_shot import BlimpResult
 
 log = logging.getLogger(__name__)
 USER_ERROR, INTERRUPTED, CLOSED_PIPE, STOPPED = 2, 130, 141, 143  # the last three: 128 + the signal
@@ -227,7 +227,7 @@ def quantize_arguments(sub: argparse.ArgumentParser) -> None:
 
 def train_arguments(sub: argparse.ArgumentParser) -> None:
     """Arguments of `littlebit train`."""
-    from .evaluate import TRAINING_TEXT
+    from .evaluation.perplexity import TRAINING_TEXT
 
     sub.add_argument("model", help=model_help())
     sub.add_argument("out", type=Path, help="directory to write; OUT.training keeps the state, to go on from")
@@ -407,7 +407,7 @@ def add_answer(sub: argparse.ArgumentParser) -> None:
 
 def add_quantisation(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that quantise a model."""
-    from .evaluate import TRAINING_TEXT
+    from .evaluation.perplexity import TRAINING_TEXT
     from .models.quantize import ALLOCATIONS, INITS, Config
 
     sub.add_argument("--bits", type=positive, default=Config.bits, help="ceiling in stored bits per weight")
@@ -801,8 +801,8 @@ def run_eval(arguments: argparse.Namespace) -> None:
     """Run `littlebit eval`."""
     from .checkpoints.dense import load_tokenizer
     from .checkpoints.texts import text_tokens
-    from .evaluate import SAMPLE_TEXT, perplexity
-    from .zero_shot import blimp, harness, lm_eval
+    from .evaluation.perplexity import SAMPLE_TEXT, perplexity
+    from .evaluation.zero_shot import blimp, harness, lm_eval
 
     tokenizer = load_tokenizer(arguments.model)
     text = arguments.text or (None if arguments.blimp or arguments.lm_eval else SAMPLE_TEXT)

@@ -184,7 +184,7 @@ def figures(source: str | Path) -> dict[str, Any]:
     """
     from .checkpoints.dense import load_tokenizer
     from .checkpoints.texts import text_tokens
-    from .evaluate import SAMPLE_TEXT, perplexity
+    from .evaluation.perplexity import SAMPLE_TEXT, perplexity
 
     folder = Path(resolve(source))
     text = "".join(text_of(folder)).replace("\n", " ")

@@ -30,9 +30,9 @@ from littlebit.fast._checks import (
     window_for,
 )
 from littlebit.fast.completion import subcommands
+from littlebit.fast.evaluation.zero_shot import log_probabilities
 from littlebit.fast.models.embeddings import head_moments, quantize_embeddings_
 from littlebit.fast.training.trainer import check_config
-from littlebit.fast.zero_shot import log_probabilities
 
 POSITIONS = 24
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from compare import assert_within
 from hypothesis import given, settings, strategies as st
-from littlebit.fast import zero_shot
 from littlebit.fast.__main__ import main
+from littlebit.fast.evaluation import zero_shot
 
 PAIRS = {
     "agreement": [("The cats sleep.", "The cats sleeps."), ("A dog barks", "A dog bark"), ("We go", "We goes")],

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_number, check_prompts, embedding_rows, positions_of
-from ._progress import tqdm
-from .evaluate import sequence_losses
-from .models.wrappers import unwrapped
+from .._checks import check_number, check_prompts, embedding_rows, positions_of
+from .._progress import tqdm
+from ..models.wrappers import unwrapped
+from .perplexity import sequence_losses
 
 BATCH_TOKENS = 2048  # read at once: their logits are what takes memory
 ARCHIVE_BYTES = 1 << 26  # of text that an archive may hold; BLiMP holds 30 MB

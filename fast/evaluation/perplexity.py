@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._checks import check_number, flat_tokens, window_for
-from ._progress import tqdm
-from .models.calibrate import windows
+from .._checks import check_number, flat_tokens, window_for
+from .._progress import tqdm
+from ..models.calibrate import windows
 
 WINDOW = 2048
 
