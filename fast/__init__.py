@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # what is exported
     from .checkpoints.gguf import save_gguf as save_gguf
     from .checkpoints.official import save_official as save_official
     from .checkpoints.saving import save as save
-    from .decode import generate as generate
+    from .decoding.generate import generate as generate
+    from .decoding.latent_cache import latent_cache as latent_cache
     from .distill import (
         hidden_loss as hidden_loss,
         hidden_loss_vjp as hidden_loss_vjp,
@@ -56,7 +57,6 @@ if TYPE_CHECKING:  # what is exported
         round_latents as round_latents,
         up_projection as up_projection,
     )
-    from .latent_cache import latent_cache as latent_cache
     from .linear import linear as linear, linear_vjp as linear_vjp, packed_linear as packed_linear
     from .memory import (
         MODEL_SHAPES as MODEL_SHAPES,

@@ -840,9 +840,9 @@ def blimp_table(result: "BlimpResult") -> str:
 def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """A model and its tokenizer: mapped into memory, where the compiled decoder can run it so, else in torch."""
     if arguments.device == "cpu" and arguments.kv_cache == "full":
-        from .decode_cpu import NotDecodableError
-        from .decode_mapped import map_model
-        from .tokenizer import Tokenizer
+        from .decoding.architecture import NotDecodableError
+        from .decoding.mapped_weights import map_model
+        from .decoding.tokenizer import Tokenizer
 
         try:
             folder = resolve(arguments.model)
@@ -857,7 +857,7 @@ def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     """Run `littlebit generate`."""
-    from .decode import generate, stream
+    from .decoding.generate import generate, stream
 
     model, tokenizer = load_to_generate(arguments)
     if arguments.json:  # the first token loads the kernels, which is not decoding
@@ -1167,9 +1167,10 @@ def run_tune(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available() or dispatch.cuda_kernels(0) is None:
         raise ValueError("tuning needs an NVIDIA GPU that the kernels can use; on a CPU there is nothing to tune")
     from .bench_decode_cuda import llama_shape, random_model
-    from .decode_cuda import SMALLEST_CAPACITY
+    from .decoding.engines import engine_of
+    from .decoding.fused_llama import parts_of
+    from .decoding.graph_decoder import SMALLEST_CAPACITY
     from .files.atomic import check_file
-    from .fused_engine import engine_of, parts_of
     from .kernels.cuda_schedule import own_schedules
     from .tune_cuda import keep, tune
 
@@ -1198,10 +1199,10 @@ def run_tune(arguments: argparse.Namespace) -> None:
 
 def run_bench_agreement(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench agreement`."""
-    from .agreement import agreement
     from .bench_linear import cpu_name
     from .checkpoints.checkpoint import load
     from .checkpoints.dense import load_tokenizer
+    from .decoding.parity import agreement
 
     rows = agreement(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens or 64)
     if answered(arguments, rows, cpu_name()):

@@ -15,7 +15,7 @@ from ._progress import tqdm
 from .checkpoints.fetch import resolve
 
 if TYPE_CHECKING:
-    from .decode_cpu import Decoder
+    from .decoding.cpu_decoder import Decoder
 
 PROMPT = "Once upon a time, in a small town by the sea, there lived"
 ENGINES = ("littlebit", "transformers", "llama.cpp")
@@ -142,9 +142,9 @@ def prompted(source: str | Path, threads: int | None, tokens: int) -> "Decoder":
     """A decoder that has read PROMPT and has room for more tokens."""
     import numpy as np
 
-    from .decode_cpu import Decoder
-    from .decode_mapped import map_model
-    from .tokenizer import Tokenizer
+    from .decoding.cpu_decoder import Decoder
+    from .decoding.mapped_weights import map_model
+    from .decoding.tokenizer import Tokenizer
 
     folder = resolve(source)
     prompt = Tokenizer(folder)(PROMPT)["input_ids"]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from .bench_cuda import copy_bytes_per_second
 from .bench_linear import random_path
 from .bits import WORD_BITS, layer_bits
-from .decode_cpu import Architecture
-from .decode_cuda import Loop, sent
-from .fused_engine import Block, FusedEngine, Model, engine_of, parts_of
+from .decoding.architecture import Architecture
+from .decoding.engines import engine_of
+from .decoding.fused_llama import Block, FusedEngine, Model, parts_of
+from .decoding.graph_decoder import Loop, sent
 from .memory import MODEL_SHAPES, ModelShape, layer_ranks, linear_shapes, model_memory
 from .models.embeddings import QuantizedEmbedding, QuantizedHead
 from .models.layers import PackedLinear

@@ -15,10 +15,10 @@ from .bench_decode import QUIET_SHARE, prompted, token_times
 from .checkpoints.bundled import place
 from .checkpoints.fetch import fetch, resolve
 from .checkpoints.names import TINY
-from .decode import stream
-from .decode_mapped import map_model
+from .decoding.generate import stream
+from .decoding.mapped_weights import map_model
+from .decoding.tokenizer import Tokenizer
 from .files.atomic import check_file, write_text
-from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

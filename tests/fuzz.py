@@ -388,8 +388,9 @@ class Judge:
     def __init__(self, seeds, folder):
         import littlebit.fast as lb
         import torch
-        from littlebit.fast.decode_cpu import NotDecodableError, decode
-        from littlebit.fast.decode_mapped import map_model
+        from littlebit.fast.decoding.architecture import NotDecodableError
+        from littlebit.fast.decoding.cpu_decoder import decode
+        from littlebit.fast.decoding.mapped_weights import map_model
 
         self.map, self.decode, self.not_decodable = map_model, decode, NotDecodableError
         torch.set_num_threads(1)

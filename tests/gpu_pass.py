@@ -11,7 +11,8 @@ import sys
 import torch
 from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.bench_linear import random_path
-from littlebit.fast.fused_engine import FusedEngine, engine_of
+from littlebit.fast.decoding.engines import engine_of
+from littlebit.fast.decoding.fused_llama import FusedEngine
 from littlebit.fast.kernels import cuda_driver, cuda_layer, cuda_schedule
 from littlebit.fast.memory import ModelShape
 from littlebit.fast.models.embeddings import QuantizedEmbedding, QuantizedHead, quantize_table

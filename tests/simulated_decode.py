@@ -17,13 +17,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 from littlebit.fast import tune_cuda
 from littlebit.fast.bench_decode_cuda import random_model, random_packed
-from littlebit.fast.decode_cpu import NotDecodableError
-from littlebit.fast.fused_engine import GROUPS, FusedEngine, Packed
+from littlebit.fast.decoding.architecture import NotDecodableError
+from littlebit.fast.decoding.fused_llama import GROUPS, FusedEngine, Packed
+from littlebit.fast.decoding.fused_llama_latent import LatentEngine
+from littlebit.fast.decoding.ops import CudaSteps, Heads, Spans, TorchSteps, stored_latents
 from littlebit.fast.kernels import cuda_driver, cuda_latent_attention, cuda_schedule, dispatch
 from littlebit.fast.kernels.cuda_decode import EIGHTS, Attention
-from littlebit.fast.kernels.steps import CudaSteps, Heads, Spans, TorchSteps, stored_latents
 from littlebit.fast.kv_cache import Latents, round_latents
-from littlebit.fast.latent_engine import LatentEngine
 from littlebit.fast.memory import ModelShape
 from littlebit.fast.models.embeddings import quantize_table
 from numba import cuda

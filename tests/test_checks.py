@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_same
-from littlebit.fast import __main__ as command, decode
+from littlebit.fast import __main__ as command
 from littlebit.fast.__main__ import main
 from littlebit.fast._checks import (
     LittleBitWarning,
@@ -30,6 +30,7 @@ from littlebit.fast._checks import (
     window_for,
 )
 from littlebit.fast.completion import subcommands
+from littlebit.fast.decoding import generate
 from littlebit.fast.evaluation.zero_shot import log_probabilities
 from littlebit.fast.models.embeddings import head_moments, quantize_embeddings_
 from littlebit.fast.training.trainer import check_config
@@ -175,22 +176,22 @@ def test_everything_that_reads_text_keeps_to_the_positions(gpt2, tiny_llama):
 
 def test_generate_refuses_the_same_in_every_engine(gpt2, tiny_llama):
     """Mapped, compiled, on the engine of GPUs, through transformers, and with a latent cache."""
-    from littlebit.fast.decode_cuda import decode_batch
-    from littlebit.fast.decode_mapped import map_model
+    from littlebit.fast.decoding.graph_decoder import decode_batch
+    from littlebit.fast.decoding.mapped_weights import map_model
 
     loaded, tokenizer = lb.load_model(tiny_llama), lb.load_tokenizer(tiny_llama)
     for model, limit in ((map_model(tiny_llama), 256), (loaded, 256), (gpt2, POSITIONS)):
         for prompt, new in (([1] * limit, 2), ([1], limit + 1)):
             with pytest.raises(ValueError, match=f"needs {limit + 1} positions, but the model has {limit}"):
-                decode.stream_tokens(model, prompt, new)
+                generate.stream_tokens(model, prompt, new)
             with pytest.raises(ValueError, match=f"needs {limit + 1} positions"):
-                decode.batch_tokens(model, [[1], prompt], new)
+                generate.batch_tokens(model, [[1], prompt], new)
         for wrong in (260, -1):
             with pytest.raises(ValueError, match=f"token {wrong} is not one of 0 to 259"):
-                decode.stream_tokens(model, [1, wrong], 3)
+                generate.stream_tokens(model, [1, wrong], 3)
     with pytest.raises(ValueError, match="needs 257 positions"):
         decode_batch(loaded, [[1] * 256], 2)
-    assert len(list(decode.stream_tokens(gpt2, [1] * (POSITIONS - 2), 3, pad=0))) <= 3
+    assert len(list(generate.stream_tokens(gpt2, [1] * (POSITIONS - 2), 3, pad=0))) <= 3
     settings = [("max_new_tokens", 0), ("max_new_tokens", 2.0), ("temperature", math.nan), ("temperature", -0.5)]
     settings += [("top_p", 0), ("top_p", 1.5), ("top_k", -1), ("seed", -1), ("seed", 0.5), ("temperature", math.inf)]
     for name, value in settings:
@@ -198,11 +199,11 @@ def test_generate_refuses_the_same_in_every_engine(gpt2, tiny_llama):
             lb.generate(loaded, "abc", tokenizer=tokenizer, **{name: value})
     for prompt, message in (("a\udcff", "UTF-8"), (b"abc", "must be a str, got bytes"), ("", "prompt is empty")):
         with pytest.raises(ValueError, match=message):
-            next(decode.stream(loaded, prompt, tokenizer=tokenizer))
+            next(generate.stream(loaded, prompt, tokenizer=tokenizer))
     with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
-        decode.generate_tokens(loaded, torch.ones(2, 2, dtype=torch.int64))
+        generate.generate_tokens(loaded, torch.ones(2, 2, dtype=torch.int64))
     tokens = torch.tensor([5, 6, 7])
-    assert_same(decode.generate_tokens(loaded, tokens, 3), decode.generate_tokens(loaded, tokens[None], 3))
+    assert_same(generate.generate_tokens(loaded, tokens, 3), generate.generate_tokens(loaded, tokens[None], 3))
 
 
 @pytest.mark.parametrize(

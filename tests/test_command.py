@@ -11,7 +11,7 @@ import pytest
 import torch
 from littlebit.fast import bench_linear as bench, info
 from littlebit.fast.__main__ import main
-from littlebit.fast.agreement import PROMPTS
+from littlebit.fast.decoding.parity import PROMPTS
 from test_linear import in_magnitude
 
 BITS = "2.5"

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from littlebit.fast.decoding.ops import ACTIVATIONS
 from littlebit.fast.kernels import cuda_decode as kernels, cuda_driver, cuda_gemv, cuda_latent_attention
 from littlebit.fast.kernels.cuda_decode import Attention
-from littlebit.fast.kernels.steps import ACTIVATIONS
 from test_cuda import CAPABILITIES, FRAME_SIZE, compiled
 
 REGISTERS = 0x2F  # attribute of a kernel in a cubin: of a thread

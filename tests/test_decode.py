@@ -13,10 +13,11 @@ import torch
 from compare import assert_same, assert_within
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
-from littlebit.fast import decode
-from littlebit.fast.agreement import PROMPTS, agreement, dense_twin
-from littlebit.fast.decode_cpu import STATIC_ROPE, Decoder, inverse_frequencies, rotary_angles, sample
-from littlebit.fast.decode_loaded import decodable, through_transformers, why_not
+from littlebit.fast.decoding import generate
+from littlebit.fast.decoding.architecture import STATIC_ROPE, inverse_frequencies, rotary_angles
+from littlebit.fast.decoding.cpu_decoder import Decoder, sample
+from littlebit.fast.decoding.parity import PROMPTS, agreement, dense_twin
+from littlebit.fast.decoding.torch_weights import decodable, through_transformers, why_not
 from littlebit.fast.kernels import cpu, cpu_threads
 from littlebit.fast.models.embeddings import (
     LEVELS,
@@ -99,7 +100,7 @@ def test_decoder_gives_the_same_on_any_number_of_threads(packed, monkeypatch):
 def test_generate_writes_what_transformers_writes(packed):
     prompts = [torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(length)) for length in (1, 9)]
     for tokens in prompts:
-        new = decode.generate_tokens(packed, tokens, 40)
+        new = generate.generate_tokens(packed, tokens, 40)
         expected = through_transformers(packed, tokens[0].tolist(), 40, 0.0, None, None, 0, 258)
         assert new[0].tolist() == expected
 
@@ -151,10 +152,10 @@ def test_stream_is_generate_in_pieces(tiny_llama):
     model, tokenizer = lb.load_model(tiny_llama), lb.load_tokenizer(tiny_llama)
     for seed in range(3):
         settings = {"max_new_tokens": 50, "temperature": 1.5, "seed": seed, "tokenizer": tokenizer}
-        pieces = list(decode.stream(model, "abc", **settings))
+        pieces = list(generate.stream(model, "abc", **settings))
         assert len(pieces) > 1
         tokens = tokenizer("abc", return_tensors="pt")["input_ids"]
-        new = decode.generate_tokens(model, tokens, 50, 1.5, seed=seed)
+        new = generate.generate_tokens(model, tokens, 50, 1.5, seed=seed)
         assert "".join(pieces) == lb.generate(model, "abc", **settings)
         assert "".join(pieces) == tokenizer.decode(new[0], skip_special_tokens=True)
 
@@ -162,15 +163,15 @@ def test_stream_is_generate_in_pieces(tiny_llama):
 def test_pieces_hold_whole_characters(tiny_llama):
     tokenizer = lb.load_tokenizer(tiny_llama)
     tokens = tokenizer("a é 漢 🎈!")["input_ids"]
-    assert list(decode.pieces(tokenizer, iter(tokens))) == list("a é 漢 🎈!")
+    assert list(generate.pieces(tokenizer, iter(tokens))) == list("a é 漢 🎈!")
 
 
 def test_generate_stops_at_the_last_token(packed):
     tokens = torch.tensor([[5, 6, 7]])
-    full = decode.generate_tokens(packed, tokens, 30)[0].tolist()
+    full = generate.generate_tokens(packed, tokens, 30)[0].tolist()
     model = copy.deepcopy(packed)
     model.generation_config.eos_token_id = [full[11]]
-    assert decode.generate_tokens(model, tokens, 30)[0].tolist() == full[: full.index(full[11]) + 1]
+    assert generate.generate_tokens(model, tokens, 30)[0].tolist() == full[: full.index(full[11]) + 1]
 
 
 def test_generate_falls_back_to_transformers_and_says_so(tiny_llama, tmp_path, caplog):
@@ -241,8 +242,8 @@ def test_a_second_start_compiles_nothing(tiny_llama):
 import littlebit.fast as lb
 from littlebit.fast.kernels import cpu_decode, cpu_threads
 import numpy as np, torch
-from littlebit.fast.decode_cpu import Decoder
-from littlebit.fast.decode_loaded import decodable
+from littlebit.fast.decoding.cpu_decoder import Decoder
+from littlebit.fast.decoding.torch_weights import decodable
 model = lb.load_model({str(tiny_llama)!r})
 Decoder(decodable(model), 8)(np.arange(3))
 lb.packed_linear(torch.zeros(1, 32), [lb.pack_factors(lb.Factors(*map(torch.ones, ((8, 4), (32, 4), 8, 4, 32))))])
@@ -428,7 +429,7 @@ def test_greedy_texts_are_those_of_transformers(tiny_llama):
 
 
 def test_agreement_finds_where_texts_part(tiny_llama, monkeypatch):
-    from littlebit.fast import agreement as module
+    from littlebit.fast.decoding import parity as module
 
     model, tokenizer = lb.load_model(tiny_llama), lb.load_tokenizer(tiny_llama)
     lb.quantize_(model, lb.Config(bits=BITS), progress=False)

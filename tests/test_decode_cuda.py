@@ -1,4 +1,4 @@
-"""The engines of decode_cuda.py on a CPU, without graphs, against transformers; and the choice of tokens."""
+"""The engines of graph_decoder.py on a CPU, without graphs, against transformers; and the choice of tokens."""
 
 import logging
 
@@ -8,15 +8,17 @@ import torch
 import transformers as hf
 from compare import assert_same
 from hypothesis import given, strategies as st
-from littlebit.fast import decode_cuda, memory
-from littlebit.fast.agreement import logit_bound
+from littlebit.fast import memory
 from littlebit.fast.bench_decode_cuda import random_model
-from littlebit.fast.decode_cpu import NotDecodableError
-from littlebit.fast.decode_cuda import Loop, choose, decode_batch
-from littlebit.fast.fused_engine import FUSED_TYPES, FusedEngine, engine_of, fused_engine
+from littlebit.fast.decoding import graph_decoder
+from littlebit.fast.decoding.architecture import NotDecodableError
+from littlebit.fast.decoding.engines import engine_of, fused_engine
+from littlebit.fast.decoding.fused_llama import FUSED_TYPES, FusedEngine
+from littlebit.fast.decoding.graph_decoder import Loop, choose, decode_batch
+from littlebit.fast.decoding.parity import logit_bound
+from littlebit.fast.decoding.static_cache import StaticEngine
 from littlebit.fast.models.embeddings import quantize_embeddings_
 from littlebit.fast.models.generation_settings import Sampling
-from littlebit.fast.static_engine import StaticEngine
 from test_families import FAMILIES, GROUPED, SIZES
 
 BITS = 3.0
@@ -84,7 +86,7 @@ def packed(request, models, monkeypatch):
     """A model of each family that each engine runs, and that engine in charge."""
     make, family = request.param
     put_in_charge(monkeypatch, make)
-    monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
+    monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
     return models(family)
 
 
@@ -105,10 +107,10 @@ def test_generate_answers_several_prompts_as_if_each_were_alone(batched, loud_ll
     model, prompts = lb.load_model(loud_llama), ["Hello", "a somewhat longer prompt", "x"]
     alone = [lb.generate(model, each, 12) for each in prompts]
     batches = []
-    batch = decode_cuda.decode_batch
-    monkeypatch.setattr(decode_cuda, "decode_batch", lambda *all_: batches.append(len(all_[1])) or batch(*all_))
-    monkeypatch.setattr(decode_cuda, "LARGEST_BATCH", 2)
-    monkeypatch.setattr("littlebit.fast.decode.on_gpu", lambda model: batched)
+    batch = graph_decoder.decode_batch
+    monkeypatch.setattr(graph_decoder, "decode_batch", lambda *all_: batches.append(len(all_[1])) or batch(*all_))
+    monkeypatch.setattr(graph_decoder, "LARGEST_BATCH", 2)
+    monkeypatch.setattr("littlebit.fast.decoding.generate.on_gpu", lambda model: batched)
     assert lb.generate(model, prompts, 12) == alone
     assert batches == ([2, 1] if batched else [])
     assert lb.generate(model, [], 12) == []
@@ -124,7 +126,7 @@ def test_generate_answers_several_prompts_as_if_each_were_alone(batched, loud_ll
 )
 def test_logits_of_the_fused_engine_are_exact_within_the_bound(changes, bits, monkeypatch):
     """Two prompts that pass in blocks of four tokens, then steps; every row of logits."""
-    from littlebit.fast import fused_engine as module
+    from littlebit.fast.decoding import fused_llama as module
 
     monkeypatch.setattr(module, "PREFILL", 4)
     model = packed_model("Llama", **changes)
@@ -266,7 +268,7 @@ def test_lack_of_memory_says_what_to_do(llama, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
-    monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
+    monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
     steps = decode_batch(llama, [prompt(4)], 10)
     monkeypatch.setattr(FusedEngine, "grow", fail)
     with pytest.raises(ValueError, match="no memory left after 8 tokens of 1 sequences: give fewer"):
@@ -299,10 +301,10 @@ def test_steps_go_on_without_a_graph_where_none_can_be_captured(llama, monkeypat
 @pytest.mark.parametrize("kind", ["latent", "latent-int8"])
 def test_latents_give_the_logits_of_keys_and_values(kind, monkeypatch):
     """On a CPU latents are rounded, which is all that the engines differ in; in blocks, steps and larger caches."""
-    from littlebit.fast import fused_engine as module, latent_engine
+    from littlebit.fast.decoding import fused_llama as module, fused_llama_latent
 
     monkeypatch.setattr(module, "PREFILL", 4)
-    monkeypatch.setattr(latent_engine, "BLOCK", 8)
+    monkeypatch.setattr(fused_llama_latent, "BLOCK", 8)
     model = packed_model("Llama", attention_bias=False, num_key_value_heads=2)
     sides = [fused_engine(model, 2, 11, kv_cache) for kv_cache in ("full", kind)]
     assert sides[1].larger == 16
@@ -320,7 +322,7 @@ def test_latents_give_the_logits_of_keys_and_values(kind, monkeypatch):
 
 
 def test_a_latent_cache_writes_what_an_ordinary_one_writes(monkeypatch):
-    monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
+    monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
     model = packed_model("Llama")
     prompts = [prompt(6), prompt(13)]
     ordinary, latent = (columns(decode_batch(model, prompts, 12, kv_cache=kind)) for kind in ("full", "latent"))

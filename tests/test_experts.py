@@ -12,9 +12,9 @@ import torch
 import transformers as hf
 from compare import assert_same, assert_within
 from littlebit.fast.__main__ import main
-from littlebit.fast.agreement import logit_bound
 from littlebit.fast.checkpoints import loading, saving
 from littlebit.fast.checkpoints.format import INDEX, weight_files
+from littlebit.fast.decoding.parity import logit_bound
 from littlebit.fast.models import experts
 from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
 from littlebit.fast.models.quantize import packed_layers
@@ -188,7 +188,7 @@ def test_a_step_of_training_moves_the_experts(family, folders, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 def test_generate_goes_through_transformers(packed, caplog):
-    from littlebit.fast.decode import stream_tokens
+    from littlebit.fast.decoding.generate import stream_tokens
 
     model = lb.load(packed)
     with caplog.at_level("DEBUG", logger="littlebit"):
@@ -405,8 +405,8 @@ def test_load_refuses_experts_that_the_model_has_not(name, changes, words, packe
 
 
 def test_what_cannot_hold_experts_says_so(packed, tmp_path, capsys):
-    from littlebit.fast.decode_cpu import NotDecodableError
-    from littlebit.fast.static_engine import StaticEngine
+    from littlebit.fast.decoding.architecture import NotDecodableError
+    from littlebit.fast.decoding.static_cache import StaticEngine
 
     assert main(["export", str(packed), str(tmp_path / "gguf"), "--to", "gguf"]) == 2
     with pytest.raises(ValueError, match="has experts"):

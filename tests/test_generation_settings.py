@@ -8,12 +8,13 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
-from littlebit.fast import decode
 from littlebit.fast.__main__ import load_to_generate, main, parser
 from littlebit.fast._checks import LittleBitWarning
-from littlebit.fast.decode_cpu import NotDecodableError
-from littlebit.fast.decode_loaded import decodable, through_transformers
-from littlebit.fast.decode_mapped import map_model
+from littlebit.fast.decoding import generate
+from littlebit.fast.decoding.architecture import NotDecodableError
+from littlebit.fast.decoding.mapped_weights import map_model
+from littlebit.fast.decoding.tokenizer import Tokenizer
+from littlebit.fast.decoding.torch_weights import decodable, through_transformers
 from littlebit.fast.models.generation_settings import (
     FILE,
     HARMLESS,
@@ -25,7 +26,6 @@ from littlebit.fast.models.generation_settings import (
     read_generation,
     settings_of,
 )
-from littlebit.fast.tokenizer import Tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 BITS = 3.0
@@ -144,7 +144,7 @@ def test_generate_samples_as_the_checkpoint_says(loud_llama, tmp_path):
     loaded, mapped, tokens = lb.load(path), map_model(path), [5, 6, 7]
 
     def written(model, **settings):
-        return list(decode.stream_tokens(model, tokens, 12, seed=3, pad=258, **settings))
+        return list(generate.stream_tokens(model, tokens, 12, seed=3, pad=258, **settings))
 
     own = {"temperature": 1.4, "top_k": 30, "top_p": 0.95}
     for model in (loaded, mapped):
@@ -152,7 +152,7 @@ def test_generate_samples_as_the_checkpoint_says(loud_llama, tmp_path):
         assert written(model, temperature=0) == written(map_model(greedy))
         assert written(model, temperature=0.5) == written(map_model(greedy), **own | {"temperature": 0.5})
         assert written(model, top_k=0, top_p=1.0) == written(map_model(greedy), temperature=1.4)
-    assert decode.batch_tokens(loaded, [tokens], 12, seed=3) == [written(mapped)]
+    assert generate.batch_tokens(loaded, [tokens], 12, seed=3) == [written(mapped)]
 
 
 def test_what_the_decoder_cannot_follow_goes_through_transformers(loud_llama, tmp_path, caplog):
@@ -166,23 +166,23 @@ def test_what_the_decoder_cannot_follow_goes_through_transformers(loud_llama, tm
     prompt = torch.tensor([[5, 6, 7]])
     settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": False, "pad_token_id": 258}
     expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
-    assert_same(decode.generate_tokens(model, prompt, 12, pad=258), expected[:, 3:])
+    assert_same(generate.generate_tokens(model, prompt, 12, pad=258), expected[:, 3:])
     assert "repetition_penalty to 1.5" in caplog.text
     plain = saved(loud_llama, tmp_path / "plain")
-    assert decode.generate_tokens(lb.load(plain), prompt, 12).tolist() != expected[:, 3:].tolist()
+    assert generate.generate_tokens(lb.load(plain), prompt, 12).tolist() != expected[:, 3:].tolist()
     drawn = through_transformers(model, [5, 6, 7], 12, 1.3, 5, 0.9, 1, 258)
-    assert list(decode.stream_tokens(model, [5, 6, 7], 12, 1.3, 5, 0.9, 1, 258)) == drawn
+    assert list(generate.stream_tokens(model, [5, 6, 7], 12, 1.3, 5, 0.9, 1, 258)) == drawn
 
 
 def test_generate_stops_at_each_of_several_tokens(loud_llama, tmp_path):
     path = saved(loud_llama, tmp_path / "out")
-    full = list(decode.stream_tokens(map_model(path), [5, 6, 7], 20))
+    full = list(generate.stream_tokens(map_model(path), [5, 6, 7], 20))
     for stop in (full[4], full[9]):
         said = json.loads((path / FILE).read_text()) | {"eos_token_id": [257, stop]}
         (path / FILE).write_text(json.dumps(said))
         expected = full[: full.index(stop) + 1]
         for model in (map_model(path), lb.load(path)):
-            assert list(decode.stream_tokens(model, [5, 6, 7], 20)) == expected
+            assert list(generate.stream_tokens(model, [5, 6, 7], 20)) == expected
         assert through_transformers(lb.load(path), [5, 6, 7], 20, 0.0, None, None, 0, 258) == expected
 
 
@@ -215,8 +215,8 @@ def test_a_chat_has_the_special_tokens_of_its_template_alone(with_bos, template,
     expected = list(theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
     assert expected.count(256) == (template == "with BOS")
     for tokenizer in (theirs, mine):
-        assert decode.prompt_tokens(tokenizer, "hé", True) == expected
-        assert decode.prompt_tokens(tokenizer, "hé", False)[0] == 256
+        assert generate.prompt_tokens(tokenizer, "hé", True) == expected
+        assert generate.prompt_tokens(tokenizer, "hé", False)[0] == 256
 
 
 def test_named_templates_are_those_of_transformers(with_bos, tmp_path, capsys):
@@ -232,7 +232,7 @@ def test_named_templates_are_those_of_transformers(with_bos, tmp_path, capsys):
     for folder in (listed, files):
         words = ["generate", str(folder), "--prompt", "a", "--chat", "--max-new-tokens", "4"]
         _, tokenizer = load_to_generate(parser("generate").parse_args(words))
-        assert decode.prompt_tokens(tokenizer, "a", True) == decode.prompt_tokens(tokenizer, "da", False)[1:]
+        assert generate.prompt_tokens(tokenizer, "a", True) == generate.prompt_tokens(tokenizer, "da", False)[1:]
         assert main(words) == 0
 
 
@@ -242,7 +242,7 @@ def test_a_template_that_refuses_is_an_error_in_words(with_bos, template, tmp_pa
     (folder / "chat_template.jinja").write_text(template)
     for tokenizer in (lb.load_tokenizer(folder), Tokenizer(folder)):
         with pytest.raises(ValueError, match="chat template cannot be used"):
-            decode.prompt_tokens(tokenizer, "a", True)
+            generate.prompt_tokens(tokenizer, "a", True)
 
 
 def test_tokenizer_leaves_a_changed_prefix_to_transformers(with_bos, tmp_path):
@@ -327,6 +327,6 @@ def test_models_beyond_the_decoder_write_what_transformers_writes(kind, changes,
     settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
     loaded.generation_config.eos_token_id = None
-    assert_same(decode.generate_tokens(loaded, prompt, 16, pad=0), expected[:, 20:])
+    assert_same(generate.generate_tokens(loaded, prompt, 16, pad=0), expected[:, 20:])
     assert "transformers generates for this model" in caplog.text
     assert settings_of(loaded).sampling == GREEDY

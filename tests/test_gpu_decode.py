@@ -6,19 +6,20 @@ import warnings
 import littlebit.fast as lb
 import pytest
 import torch
-from littlebit.fast import decode_cuda
-from littlebit.fast.agreement import logit_bound
 from littlebit.fast.bench_decode_cuda import random_model
 from littlebit.fast.checkpoints.fetch import fetch
-from littlebit.fast.decode_cuda import Loop, decode_batch
-from littlebit.fast.fused_engine import FusedEngine, Packed, engine_of, fused_engine
+from littlebit.fast.decoding import graph_decoder
+from littlebit.fast.decoding.engines import engine_of, fused_engine
+from littlebit.fast.decoding.fused_llama import FusedEngine, Packed
+from littlebit.fast.decoding.fused_llama_latent import LatentEngine
+from littlebit.fast.decoding.graph_decoder import Loop, decode_batch
+from littlebit.fast.decoding.ops import CudaSteps, HeadNorms, Heads, Stream, TorchSteps
+from littlebit.fast.decoding.parity import logit_bound
+from littlebit.fast.decoding.static_cache import StaticEngine
 from littlebit.fast.kernels import dispatch
-from littlebit.fast.kernels.steps import CudaSteps, HeadNorms, Heads, Stream, TorchSteps
-from littlebit.fast.latent_engine import LatentEngine
 from littlebit.fast.memory import MODEL_SHAPES, ModelShape
 from littlebit.fast.models.embeddings import QuantizedHead, quantize_embeddings_, quantize_table
 from littlebit.fast.models.generation_settings import Sampling
-from littlebit.fast.static_engine import StaticEngine
 from shares import put_together
 from test_decode_cuda import FUSED, KINDS, by_transformers, columns, packed_model, prompt, put_in_charge
 
@@ -38,7 +39,7 @@ def numbers(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("family", list(KINDS))
 def test_any_family_writes_on_the_gpu_what_it_writes_on_a_cpu(family, monkeypatch, caplog):
     """Prompts of several lengths, graphs, and two larger caches; float32 on both sides."""
-    monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 8)
+    monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
     put_in_charge(monkeypatch, StaticEngine)
     model, prompts = packed_model(family), [prompt(length, seed=length) for length in (3, 11)]
     expected = [by_transformers(model, tokens, 30) for tokens in prompts]
@@ -128,14 +129,14 @@ def test_fused_logits_are_within_what_float16_gives(family, bits):
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_replayed_steps_are_those_that_run_one_kernel_at_a_time(batch, temperature, monkeypatch):
     """From one capacity to the next, sequences of several lengths."""
-    monkeypatch.setattr(decode_cuda, "SMALLEST_CAPACITY", 16)
+    monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 16)
     model = packed_model("Llama", **HEADS64).cuda()
     prompts = [prompt(3 + row % 7, seed=row) for row in range(batch)]
 
     def text(captures):
         loop = Loop(fused_engine(model, batch, 16), Sampling(temperature, 40, 0.95), seed=3)
         loop.captures = captures
-        return columns(decode_cuda.stream(loop, prompts, 60, ()))
+        return columns(graph_decoder.stream(loop, prompts, 60, ()))
 
     replayed = text(True)
     assert replayed == text(False)
@@ -198,7 +199,7 @@ def test_replayed_steps_with_latents_are_those_that_run_one_kernel_at_a_time():
     def text(captures):
         loop = Loop(LatentEngine(model, 2, 2048, CUDA, torch.float16))
         loop.captures = captures
-        return columns(decode_cuda.stream(loop, [[token % 100 for token in each] for each in prompts], 30, ()))
+        return columns(graph_decoder.stream(loop, [[token % 100 for token in each] for each in prompts], 30, ()))
 
     assert text(True) == text(False)
 

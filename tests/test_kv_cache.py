@@ -11,11 +11,12 @@ import torch
 from compare import assert_same, assert_within
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
-from littlebit.fast import decode, decode_loaded, kv_cache
+from littlebit.fast import kv_cache
 from littlebit.fast.__main__ import main
 from littlebit.fast.bench_cache import bench_cache, crossover
-from littlebit.fast.hf_cache import GROWTH
-from littlebit.fast.latent_cache import LATENT_TYPES
+from littlebit.fast.decoding import generate, torch_weights
+from littlebit.fast.decoding.latent_cache import LATENT_TYPES
+from littlebit.fast.decoding.latent_cache_hf import GROWTH
 from littlebit.fast.memory import KV_CACHES
 from littlebit.fast.models.hf_names import CACHE_NAMES
 from littlebit.fast.models.quantize import packed_layers
@@ -316,7 +317,7 @@ def test_latent_cache_holds_what_it_says(one_packed, dtype):
 
 
 def test_latent_cache_grows_beyond_its_room(one_packed, monkeypatch):
-    monkeypatch.setattr("littlebit.fast.hf_cache.GROWTH", 4)
+    monkeypatch.setattr("littlebit.fast.decoding.latent_cache_hf.GROWTH", 4)
     test_latent_cache_gives_the_logits_of_the_model(one_packed, (3, 1, 1, 1, 11), "sdpa")
 
 
@@ -349,7 +350,7 @@ def test_latent_cache_serves_other_models(kind):
     lb.quantize_(model, lb.Config(bits=2.5), progress=False)
     lb.pack_(model)
     tokens = some_tokens(1, 12)
-    expected = decode.generate_tokens(model, tokens, 20)
+    expected = generate.generate_tokens(model, tokens, 20)
     cache = lb.latent_cache(model, torch.float32)
     found = model.generate(tokens, **lb.cache_argument(cache), max_new_tokens=20, do_sample=False)
     assert_same(found[:, 12:], expected)
@@ -357,7 +358,7 @@ def test_latent_cache_serves_other_models(kind):
 
 def test_generate_takes_the_kind_of_cache(one_packed, tiny_llama, tmp_path, capsys, monkeypatch):
     made = []
-    monkeypatch.setattr(decode_loaded, "latent_cache", lambda *given: made.append(lb.latent_cache(*given)) or made[-1])
+    monkeypatch.setattr(torch_weights, "latent_cache", lambda *given: made.append(lb.latent_cache(*given)) or made[-1])
     tokenizer = lb.load_tokenizer(tiny_llama)
     settings = {"max_new_tokens": 12, "tokenizer": tokenizer}
     for kind, dtype in (("latent", torch.float16), ("latent-int8", torch.int8)):

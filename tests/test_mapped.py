@@ -15,16 +15,17 @@ import torch
 from compare import assert_same
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
-from littlebit.fast import decode
 from littlebit.fast.__main__ import main
 from littlebit.fast.bench_decode import packed_times
 from littlebit.fast.checkpoints.format import is_checkpoint
-from littlebit.fast.decode_cpu import Decoder, NotDecodableError
-from littlebit.fast.decode_loaded import decodable
-from littlebit.fast.decode_mapped import map_model, widened
+from littlebit.fast.decoding import generate
+from littlebit.fast.decoding.architecture import NotDecodableError
+from littlebit.fast.decoding.cpu_decoder import Decoder
+from littlebit.fast.decoding.mapped_weights import map_model, widened
+from littlebit.fast.decoding.tokenizer import Tokenizer
+from littlebit.fast.decoding.torch_weights import decodable
 from littlebit.fast.models.embeddings import quantize_embeddings_
 from littlebit.fast.packing import pack_signs
-from littlebit.fast.tokenizer import Tokenizer
 from safetensors.torch import load_file
 from test_decode import CHANGES
 from test_model import BITS, DAMAGES, edit_config, without_checksums
@@ -75,8 +76,8 @@ def assert_decodes_the_same(mapped, loaded):
     assert mapped.stop == loaded.stop
     assert_same(Decoder(mapped, 64)(tokens), Decoder(loaded, 64)(tokens))
     for settings in ({}, {"temperature": 1.2, "top_k": 50, "top_p": 0.95, "seed": 3}, {"temperature": 0.7}):
-        assert list(decode.decode(mapped, [5, 6, 7], 30, **settings)) == list(
-            decode.decode(loaded, [5, 6, 7], 30, **settings)
+        assert list(generate.decode(mapped, [5, 6, 7], 30, **settings)) == list(
+            generate.decode(loaded, [5, 6, 7], 30, **settings)
         )
 
 

@@ -153,7 +153,7 @@ def test_the_head_in_the_file_is_the_head_of_the_model(untied, tmp_path):
 
 
 def test_the_compiled_decoder_reads_the_head_in_the_file(untied):
-    from littlebit.fast.decode_mapped import map_model
+    from littlebit.fast.decoding.mapped_weights import map_model
 
     assert_same(map_model(untied).weights.head.entries, load_file(untied / WEIGHTS)[HEAD].numpy())
 

@@ -5,8 +5,8 @@ import littlebit.reference as ref
 import numpy as np
 import pytest
 import torch
-from littlebit.fast import decode
 from littlebit.fast.__main__ import parser
+from littlebit.fast.decoding import generate
 from littlebit.reference._renamed import NAMES, VALUES, renamed_keywords
 
 PACKAGES = {"reference": ref, "fast": lb}
@@ -100,7 +100,7 @@ def test_generate_and_stream_take_the_old_name_of_the_full_cache(monkeypatch):
         "batch_tokens": lambda *arguments: seen.append(arguments[-1]) or [[2]],
     }.items():
         monkeypatch.setattr(decode, name, stub)
-    for call, prompt in ((lb.generate, "a"), (lb.generate, ["a"]), (decode.stream, "a")):
+    for call, prompt in ((lb.generate, "a"), (lb.generate, ["a"]), (generate.stream, "a")):
         with pytest.warns(DeprecationWarning, match="is now kv_cache='full'") as caught:
             call(None, prompt, tokenizer="tokenizer", kv_cache="ordinary")
         assert caught[0].filename == __file__

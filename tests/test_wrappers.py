@@ -6,7 +6,7 @@ import torch
 from compare import assert_same
 from conftest import make_tiny_llama
 from littlebit.fast.checkpoints.gguf import save_gguf
-from littlebit.fast.latent_cache import check_latent
+from littlebit.fast.decoding.latent_cache import check_latent
 from littlebit.fast.models.embeddings import quantize_embeddings_
 from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
 from littlebit.fast.models.quantize import packed_layers

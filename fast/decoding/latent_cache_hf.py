@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ._checks import check_positions
-from .kv_cache import Latents, round_latents
+from .._checks import check_positions
+from ..kv_cache import Latents, round_latents
 
 GROWTH = 512  # tokens that room is made for at once
 

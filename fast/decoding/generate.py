@@ -8,11 +8,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from ..reference._renamed import renamed_value
-from ._checks import check_number, check_prompts, embedding_rows, flat_tokens, positions_of
-from .decode_cpu import Decodable, NotDecodableError, decode
-from .memory import KV_CACHES
-from .models.generation_settings import Sampling, check_sampling, settings_of
+from ...reference._renamed import renamed_value
+from .._checks import check_number, check_prompts, embedding_rows, flat_tokens, positions_of
+from ..memory import KV_CACHES
+from ..models.generation_settings import Sampling, check_sampling, settings_of
+from .architecture import NotDecodableError
+from .cpu_decoder import Decodable, decode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +131,7 @@ def bare(model: Any) -> Any:
     """Take torch.compile and data parallelism off a model, which decode one sequence no faster."""
     if isinstance(model, Decodable):
         return model
-    from .models.wrappers import unwrapped
+    from ..models.wrappers import unwrapped
 
     return unwrapped(model)
 
@@ -145,7 +146,7 @@ def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
     """
     if tokenizer is not None:
         return tokenizer
-    from .checkpoints.dense import load_tokenizer
+    from ..checkpoints.dense import load_tokenizer
 
     place = getattr(model, "name_or_path", "")
     if not place:
@@ -270,12 +271,12 @@ def stream_tokens(
         if kv_cache != "full":
             raise ValueError(f"a cache of kind {kv_cache!r} needs a model that `load` made")
         return decode(model, tokens, *settings)
-    from .decode_loaded import check_settings, decodable, through_transformers
+    from .torch_weights import check_settings, decodable, through_transformers
 
     try:
         check_settings(model)
         if on_gpu(model):
-            from .decode_cuda import decode_batch
+            from .graph_decoder import decode_batch
 
             steps = decode_batch(model, [tokens], *settings, kv_cache)
             return (token for (token,) in steps if token is not None)
@@ -309,8 +310,8 @@ def batch_tokens(
     temperature, top_k, top_p = chosen_sampling(model, temperature, top_k, top_p)
     settings = max_new_tokens, temperature, top_k, top_p, seed
     if on_gpu(model):
-        from .decode_cuda import LARGEST_BATCH, decode_batch
-        from .decode_loaded import check_settings
+        from .graph_decoder import LARGEST_BATCH, decode_batch
+        from .torch_weights import check_settings
 
         try:
             check_settings(model)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ._checks import check_number, check_positions, flat_tokens, positions_of
-from .decode_cpu import Decoder
-from .decode_loaded import decodable
-from .factors import Factors
-from .models.build import transformers
-from .models.embeddings import QuantizedEmbedding, QuantizedHead
-from .models.hf_names import cache_argument
-from .models.quantize import packed_layers, replace_module
-from .packing import unpack_factors
+from .._checks import check_number, check_positions, flat_tokens, positions_of
+from ..factors import Factors
+from ..models.build import transformers
+from ..models.embeddings import QuantizedEmbedding, QuantizedHead
+from ..models.hf_names import cache_argument
+from ..models.quantize import packed_layers, replace_module
+from ..packing import unpack_factors
+from .cpu_decoder import Decoder
+from .torch_weights import decodable
 
 PROMPTS = (
     "Once upon a time, in a small town by the sea,",

@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decode_cpu import NORMS, PROJECTIONS, Decodable, Linear, NotDecodableError, Rows, Weights, architecture
-from .kernels import cpu
-from .kernels.cpu_layer import layer_plan
+from ..kernels import cpu
+from ..kernels.cpu_layer import layer_plan
+from ..models.embeddings import QuantizedEmbedding, QuantizedHead
+from ..models.generation_settings import settings_of
+from ..models.hf_names import cache_argument
+from ..models.layers import PackedLinear
+from ..models.wrappers import has_adapters, has_hooks
+from .architecture import NORMS, PROJECTIONS, NotDecodableError, architecture
+from .cpu_decoder import Decodable, Linear, Rows, Weights
 from .latent_cache import LATENT_TYPES, latent_cache
-from .models.embeddings import QuantizedEmbedding, QuantizedHead
-from .models.generation_settings import settings_of
-from .models.hf_names import cache_argument
-from .models.layers import PackedLinear
-from .models.wrappers import has_adapters, has_hooks
 
 
 def why_not(model: nn.Module) -> str | None:

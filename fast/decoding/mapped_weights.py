@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoints.format import (
+from ..checkpoints.format import (
     check_contents,
     check_embeddings,
     check_layers,
@@ -27,20 +27,11 @@ from .checkpoints.format import (
     read_headers,
     weight_files,
 )
-from .decode_cpu import (
-    NORMS,
-    PROJECTIONS,
-    Architecture,
-    Decodable,
-    Linear,
-    NotDecodableError,
-    Rows,
-    Weights,
-    architecture,
-)
-from .files.untrusted import CheckpointError, read_json, readable
-from .models.generation_settings import generation_settings, read_generation
-from .models.packed_shapes import packed_headers
+from ..files.untrusted import CheckpointError, read_json, readable
+from ..models.generation_settings import generation_settings, read_generation
+from ..models.packed_shapes import packed_headers
+from .architecture import NORMS, PROJECTIONS, Architecture, NotDecodableError, architecture
+from .cpu_decoder import Decodable, Linear, Rows, Weights
 
 # How NumPy sees the dtypes of safetensors; BF16 are the upper halves of float32, which `take` makes of them
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import has_sliding_window, positions_of
-from .decode_cpu import MODEL_TYPES, STATIC_ROPE
-from .kv_cache import LARGEST_CODE, apply_rope, latent_attention, latents
-from .models.layers import PackedLinear
-from .models.quantize import device_of
-from .models.wrappers import with_adapters_inside
+from .._checks import has_sliding_window, positions_of
+from ..kv_cache import LARGEST_CODE, apply_rope, latent_attention, latents
+from ..models.layers import PackedLinear
+from ..models.quantize import device_of
+from ..models.wrappers import with_adapters_inside
+from .architecture import MODEL_TYPES, STATIC_ROPE
 
 #: In what the kinds of latent cache in `memory.KV_CACHES` keep a latent.
 LATENT_TYPES = {"latent": torch.float16, "latent-int8": torch.int8}
@@ -55,7 +55,7 @@ def latent_cache(model: nn.Module, dtype: torch.dtype = torch.float16) -> Any:
     """
     model = with_adapters_inside(model)
     check_latent(model, dtype)
-    from .hf_cache import LatentCache
+    from .latent_cache_hf import LatentCache
 
     inner = model.model  # type: ignore[union-attr]
     for layer in inner.layers:  # type: ignore[union-attr]

@@ -9,56 +9,25 @@ On a CPU everything runs as it is written, without graphs: that is how it is tes
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import check_prompts, embedding_rows, positions_of
-from .decode_cpu import NotDecodableError
-from .models.generation_settings import Sampling, settings_of
-from .models.quantize import device_of
+from .._checks import check_prompts, embedding_rows, positions_of
+from ..models.generation_settings import Sampling, settings_of
+from ..models.quantize import device_of
+from .engines import Engine, engine_for
 
 log = logging.getLogger(__name__)
 
+
 #: Tokens that a cache has room for at first, if no prompt is longer.
 SMALLEST_CAPACITY = 256
+
+
 #: Sequences that are decoded at once, at most.
 LARGEST_BATCH = 16
-
-
-class Engine(Protocol):
-    """A model with a cache of fixed size, and how it goes on by one token.
-
-    Attributes
-    ----------
-    device : torch.device
-    batch : int
-        Sequences.
-    capacity : int
-        Tokens of each sequence that the cache has room for.
-    larger : int
-        The capacity to grow to.
-    """
-
-    device: torch.device
-    batch: int
-    capacity: int
-
-    @property
-    def larger(self) -> int: ...  # noqa: D102
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits (batch, vocabulary) after the prompts, which fill the empty cache."""
-        ...
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, vocabulary) after one more token of each sequence, (batch,) int64; nothing waits for it."""
-        ...
-
-    def grow(self, capacity: int) -> None:
-        """Make room for more tokens, and keep those that are there."""
-        ...
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -194,26 +163,6 @@ def decode_batch(
     engine = engine_for(model, len(prompts), capacity, kv_cache)
     loop = Loop(engine, Sampling(temperature, top_k, top_p), seed)
     return stream(loop, prompts, max_new_tokens, settings_of(model).stop)
-
-
-def engine_for(model: Any, batch: int, capacity: int, kv_cache: str = "full") -> Engine:
-    """The engine that runs a model.
-
-    Raises
-    ------
-    NotDecodableError
-        If none does.
-    """
-    from .fused_engine import fused_engine
-    from .static_engine import StaticEngine
-
-    try:
-        return fused_engine(model, batch, capacity, kv_cache)
-    except NotDecodableError as reason:
-        if kv_cache != "full":
-            raise
-        log.info("littlebit: transformers' own forward runs this model's steps, not the fused kernels: %s", reason)
-    return StaticEngine(model, batch, capacity)
 
 
 def check_batch(prompts: Sequence[Sequence[int]]) -> None:

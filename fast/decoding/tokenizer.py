@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .decode_cpu import NotDecodableError
-from .files.untrusted import inside, read_json
+from ..files.untrusted import inside, read_json
+from .architecture import NotDecodableError
 
 #: Classes of transformers that add nothing of their own to tokenizer.json.
 CLASSES = ("TokenizersBackend", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-from .decode_cpu import NotDecodableError
-from .models.experts import has_experts
-from .models.hf_names import cache_argument, takes
-from .models.quantize import device_of
+from ..models.experts import has_experts
+from ..models.hf_names import cache_argument, takes
+from ..models.quantize import device_of
+from .architecture import NotDecodableError
 
 
 class FixedLayer(StaticLayer):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .decode_cpu import NotDecodableError
-from .fused_engine import Block, FusedEngine, Model
-from .kernels.steps import kept_width, split_heads, stored_latents, used_latents
-from .kv_cache import Latents, latent_attention, latents, round_latents
+from ..kv_cache import Latents, latent_attention, latents, round_latents
+from ..models.layers import PackedLinear
+from .architecture import NotDecodableError
+from .fused_llama import Block, FusedEngine, Model
 from .latent_cache import LATENT_TYPES
-from .models.layers import PackedLinear
+from .ops import kept_width, split_heads, stored_latents, used_latents
 
 BLOCK = 2048  # tokens that the cache grows by
 

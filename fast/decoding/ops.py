@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..decode_cpu import NotDecodableError
+from ..kernels.unpacked import signs
 from ..kv_cache import Latents, apply_rope, latent_attention, round_latents
 from ..models.embeddings import QuantizedEmbedding, QuantizedHead, Table
 from ..models.layers import PackedLinear
 from ..packing import pack_signs
-from .unpacked import signs
+from .architecture import NotDecodableError
 
 #: Activations of a gated MLP: as torch computes them. cuda.ACTIVATIONS has the same names.
 ACTIVATIONS = {"silu": functional.silu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}
@@ -315,7 +315,7 @@ class CudaSteps:
     fewest_tiles = 32  # of a share, if there are shares
 
     def __init__(self, heads: Heads, dtype: torch.dtype, eps: float, batch: int, device: torch.device):
-        from . import dispatch
+        from ..kernels import dispatch
 
         index = device.index or 0
         launching = dispatch.cuda_kernels(index)
@@ -323,7 +323,7 @@ class CudaSteps:
             raise NotDecodableError("the CUDA kernels cannot be used")
         if heads.size not in (64, 128, 256):
             raise NotDecodableError(f"its heads have {heads.size} entries, not 64, 128 or 256")
-        from . import cuda_decode
+        from ..kernels import cuda_decode
 
         self.kernels, self.latent, self.launching = cuda_decode, cuda_latent, launching
         self.heads, self.dtype, self.eps, self.index = heads, dtype, eps, index

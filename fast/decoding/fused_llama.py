@@ -19,27 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .decode_cpu import MODEL_TYPES, NORMS, PROJECTIONS, Architecture, NotDecodableError, architecture, rotary_angles
-from .kernels.steps import (
-    CudaSteps,
-    HeadNorms,
-    Heads,
-    Spans,
-    Stream,
-    TorchSteps,
-    kept_width,
-    split_heads,
-    stored_latents,
-)
-from .kv_cache import latents
-from .models.embeddings import QuantizedEmbedding, QuantizedHead
-from .models.layers import PackedLinear
-from .models.quantize import device_of
+from ..kv_cache import latents
+from ..models.embeddings import QuantizedEmbedding, QuantizedHead
+from ..models.layers import PackedLinear
+from .architecture import MODEL_TYPES, NORMS, PROJECTIONS, Architecture, NotDecodableError, architecture, rotary_angles
+from .ops import CudaSteps, HeadNorms, Heads, Spans, Stream, TorchSteps, kept_width, split_heads, stored_latents
 
 #: Types of models that the engine runs: those of the CPU's decoder, and Qwen3, whose queries and keys have norms.
 FUSED_TYPES = (*MODEL_TYPES, "qwen3")
+
+
 PREFILL = 512  # tokens of each prompt that pass through the model at once
+
+
 MOST_PATHS, MOST_SIBLINGS = 2, 3  # of a layer, and layers, that one launch of the packed kernels takes
+
+
 GROUPS = ("qkv", "output", "gate, up", "down")  # what a block's groups of layers are called, in order
 
 
@@ -182,7 +177,7 @@ class Packed:
     """
 
     def __init__(self, modules: Sequence[PackedLinear], batch: int, eps: float):
-        from .kernels.cuda_layer import Siblings
+        from ..kernels.cuda_layer import Siblings
 
         self.siblings = Siblings([[tensor for path in each.factors() for tensor in path] for each in modules])
         self.d_outs, self.rows, self.eps = [each.d_out for each in modules], batch, eps
@@ -195,8 +190,8 @@ class Packed:
 
     def use(self, schedule: Any) -> None:
         """Launch by a schedule; None if there is none, and the layers cannot be launched together."""
-        from .kernels.cuda_layer import output_blocks
-        from .kernels.cuda_schedule import slices_of
+        from ..kernels.cuda_layer import output_blocks
+        from ..kernels.cuda_schedule import slices_of
 
         self.schedule, slices = schedule, slices_of(self.siblings.sizes.d_in)
         self.parts = -(-slices // -(-slices // schedule.parts)) if schedule else 0
@@ -217,7 +212,7 @@ class Packed:
 
     def latents(self) -> tuple[Tensor, list[Spans]]:
         """What the first kernel of the last `normed` made, (parts, rows, columns), and where each layer's is."""
-        from .kernels.cuda_schedule import padded
+        from ..kernels.cuda_schedule import padded
 
         spans, begin = [], 0
         for ranks in self.siblings.sizes.ranks:
@@ -227,7 +222,7 @@ class Packed:
 
     def added(self, x: Tensor, stream: Stream, activation: str | None = None) -> None:
         """As that of Modules, in place; x may also be the shares that `CudaSteps.attend` leaves."""
-        from .kernels.cuda_gemv import SUMMARY, Shares
+        from ..kernels.cuda_gemv import SUMMARY, Shares
 
         rows, device = len(stream.x), stream.x.device
         squares = torch.empty(rows, self.blocks, device=device)
@@ -423,27 +418,3 @@ class FusedEngine:
         """Make room for more tokens' keys and values."""
         room = (0, 0, 0, capacity - self.capacity)
         self.keys, self.values = functional.pad(self.keys, room), functional.pad(self.values, room)
-
-
-def fused_engine(model: Any, batch: int, capacity: int, kv_cache: str = "full") -> FusedEngine:
-    """An engine for a loaded model, in float16 on a GPU, else in float32, with a cache of a kind in memory.KV_CACHES.
-
-    Raises
-    ------
-    NotDecodableError
-        If it cannot run the model.
-    """
-    device = device_of(model)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    return engine_of(parts_of(model, dtype), batch, capacity, device, dtype, kv_cache)
-
-
-def engine_of(
-    model: Model, batch: int, capacity: int, device: torch.device, dtype: torch.dtype, kv_cache: str = "full"
-) -> FusedEngine:
-    """An engine with a cache of a kind in memory.KV_CACHES."""
-    if kv_cache == "full":
-        return FusedEngine(model, batch, capacity, device, dtype)
-    from .latent_engine import LatentEngine
-
-    return LatentEngine(model, batch, capacity, device, dtype, kind=kv_cache)

@@ -1,0 +1,1 @@
+"""Text from models: decoders for CPUs and GPUs, tokenizers and caches."""
