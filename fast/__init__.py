@@ -13,7 +13,7 @@ if __name__ != "littlebit.fast":
     )
 
 from ._lazy import exports_of, make_lazy
-from .plugin import announce
+from .integrations.plugin import announce
 
 if TYPE_CHECKING:  # what is exported
     from .admm import admm as admm, importance as importance, refit_scales as refit_scales
@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # what is exported
     from .evaluation.zero_shot import BlimpResult as BlimpResult, blimp as blimp
     from .factors import Factors as Factors
     from .files.untrusted import CheckpointError as CheckpointError
+    from .integrations.hf_quantizer import LittleBitConfig as LittleBitConfig
     from .kv_cache import (
         Latents as Latents,
         apply_rope as apply_rope,
@@ -75,7 +76,6 @@ if TYPE_CHECKING:  # what is exported
         unpack_factors as unpack_factors,
         unpack_signs as unpack_signs,
     )
-    from .quantizer import LittleBitConfig as LittleBitConfig
     from .residual import compensate as compensate, compensate_weighted as compensate_weighted
     from .signs import (
         RULES as RULES,

@@ -143,7 +143,7 @@ def test_initialisers_that_assign_the_weight_are_refused_by_name(init, checkpoin
 
 
 def test_loftq_is_refused_by_name():
-    from littlebit.fast.lora import check_initialiser
+    from littlebit.fast.integrations.peft_lora import check_initialiser
 
     config = lora()
     config.init_lora_weights = "loftq"  # a LoraConfig asks for scipy first
@@ -186,7 +186,7 @@ def test_dense_layers_beside_packed_ones_keep_peft_s_own_adapters(checkpoint):
 
 @pytest.mark.parametrize("package", ["transformers.quantizers.auto", "peft.tuners.lora.model"])
 def test_libraries_that_are_too_old_can_still_be_imported(package):
-    code = f"import littlebit.fast.plugin as plugin\nplugin.REGISTERS['{package}'] = 'no_such_name'\nimport {package}\n"
+    code = f"import littlebit.fast.integrations.plugin as plugin\nplugin.REGISTERS['{package}'] = 'no_such_name'\nimport {package}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"cannot plug into this version of {package.split('.')[0]} (No module named" in done.stderr

@@ -7,7 +7,7 @@ import threading
 import types
 
 import pytest
-from littlebit.fast import plugin
+from littlebit.fast.integrations import plugin
 
 LIBRARY, LISTS = "made_up_library", "made_up_library.lists"
 
@@ -176,11 +176,12 @@ def test_transformers_and_peft_are_registered_again_after_a_reload():
     peft = pytest.importorskip("peft")
     import peft.tuners.lora.model as lora_model
     import transformers.quantizers.auto as auto
-    from littlebit.fast import LittleBitConfig, lora
+    from littlebit.fast import LittleBitConfig
+    from littlebit.fast.integrations import peft_lora
 
     for module, holds in (
         (auto, lambda: auto.AUTO_QUANTIZATION_CONFIG_MAPPING["littlebit"] is LittleBitConfig),
-        (lora_model, lambda: lora_model.dispatch_default.__module__ == lora.__name__),
+        (lora_model, lambda: lora_model.dispatch_default.__module__ == peft_lora.__name__),
     ):
         assert holds()
         before = dict(vars(module))
@@ -189,4 +190,4 @@ def test_transformers_and_peft_are_registered_again_after_a_reload():
             assert holds()
         finally:
             vars(module).update(before)
-    assert peft.tuners.tuners_utils._maybe_include_all_linear_layers.__module__ == lora.__name__
+    assert peft.tuners.tuners_utils._maybe_include_all_linear_layers.__module__ == peft_lora.__name__

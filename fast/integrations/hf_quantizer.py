@@ -18,17 +18,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoints.format import WITHOUT_CHECKSUMS, check_contents, check_layers, read_headers, read_layers
-from .checkpoints.loading import check_values, put_embeddings, put_layers, read_tensors
-from .checkpoints.saving import section
-from .checkpoints.whole import check_whole
-from .files.untrusted import CheckpointError, inside
-from .models.embeddings import settle_ties
-from .models.layers import LittleBitLinear
-from .models.quantize import OBSERVERS, Config, pack_, quantize_
-from .models.selection import as_patterns
-from .models.shared import put, share, share_checked, shared_names, thing
-from .models.wrappers import has_adapters
+from ..checkpoints.format import WITHOUT_CHECKSUMS, check_contents, check_layers, read_headers, read_layers
+from ..checkpoints.loading import check_values, put_embeddings, put_layers, read_tensors
+from ..checkpoints.saving import section
+from ..checkpoints.whole import check_whole
+from ..files.untrusted import CheckpointError, inside
+from ..models.embeddings import settle_ties
+from ..models.layers import LittleBitLinear
+from ..models.quantize import OBSERVERS, Config, pack_, quantize_
+from ..models.selection import as_patterns
+from ..models.shared import put, share, share_checked, shared_names, thing
+from ..models.wrappers import has_adapters
 
 METHOD = "littlebit"
 SECTION = "quantization_config"

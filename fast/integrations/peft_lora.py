@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .models.embeddings import QuantizedEmbedding, QuantizedHead
-from .models.layers import LittleBitLinear, PackedLinear
+from ..models.embeddings import QuantizedEmbedding, QuantizedHead
+from ..models.layers import LittleBitLinear, PackedLinear
 
 #: Initialisers that set an adapter alone. Others take its start out of the layer's own weight.
 INITIALISERS = (True, False, "gaussian", "orthogonal", "eva", "mica")

@@ -1,0 +1,1 @@
+"""LittleBit inside transformers and PEFT."""
