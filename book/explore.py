@@ -15,7 +15,7 @@ from typing import Any
 
 import littlebit.fast as lb
 import torch
-from littlebit.fast.bench_linear import cpu_name, save_results
+from littlebit.fast.bench.timing import cpu_name, save_results
 from littlebit.reference.memory import MODEL_SHAPES, model_memory
 
 LAYER = "model.layers.0.self_attn.q_proj"

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import littlebit.fast as lb
-from littlebit.fast.bench_linear import cpu_name, save_results
+from littlebit.fast.bench.timing import cpu_name, save_results
 
 BLOCKS = (2, 20)
 BITS = (0.1, 0.3, 0.55, 0.8, 1.0)

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from littlebit.fast.bench_linear import copies_beyond_cache, cpu_name, random_path, save_results
+from littlebit.fast.bench.linear import random_path
+from littlebit.fast.bench.timing import copies_beyond_cache, cpu_name, save_results
 from littlebit.fast.bits import layer_bits, rank_for_bits
 from littlebit.fast.kernels.cpu import KERNELS
 from littlebit.fast.kernels.cpu_layer import Plan

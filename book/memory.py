@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from littlebit.fast.bench_linear import save_results
+from littlebit.fast.bench.timing import save_results
 from littlebit.reference.memory import LATENT_BYTES, MODEL_SHAPES, latent_widths, linear_shapes, model_memory
 
 SOURCE = "LittleBit, arXiv 2506.13771"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import littlebit.fast as lb
 import torch
-from littlebit.fast.bench_linear import cpu_name, save_results
+from littlebit.fast.bench.timing import cpu_name, save_results
 from littlebit.fast.models.quantize import target_layers
 from littlebit.fast.models.selection import linear_weight
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import littlebit.fast as lb
-from littlebit.fast.bench_linear import save_results
+from littlebit.fast.bench.timing import save_results
 from littlebit.fast.checkpoints.names import shipped_names
 
 KEYS = ("target_bits", "bits_per_weight", "described_bits_per_weight", "weights", "linear_bytes", "description_bytes")

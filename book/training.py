@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from littlebit.fast import Config, TrainConfig, load, load_model, load_tokenizer, perplexity, quantize_, save, train_
-from littlebit.fast.bench_linear import save_results
+from littlebit.fast.bench.timing import save_results
 from littlebit.fast.checkpoints import bundled
 from littlebit.fast.checkpoints.texts import text_tokens, training_tokens
 from littlebit.fast.evaluation.zero_shot import blimp

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import littlebit.fast as lb
 import torch
-from littlebit.fast.bench_linear import cpu_name, save_results
+from littlebit.fast.bench.timing import cpu_name, save_results
 from littlebit.fast.checkpoints.texts import text_tokens
 from littlebit.fast.evaluation.perplexity import SAMPLE_TEXT, TRAINING_TEXT
 

@@ -340,7 +340,7 @@ def demo_arguments(sub: argparse.ArgumentParser) -> None:
 
 def bench_arguments(sub: argparse.ArgumentParser) -> None:
     """Arguments of `littlebit bench`."""
-    from .bench_cache import CONTEXTS
+    from .bench.cache import CONTEXTS
 
     sub.add_argument("what", choices=["linear", "decode", "cache", "agreement"])
     sub.add_argument("--model", type=Path, help="decode, agreement: a packed checkpoint, or the name of a shipped one")
@@ -1006,7 +1006,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench`."""
     import torch
 
-    from .bench_linear import BITS, SHAPES, bench_linear, cpu_name
+    from .bench.linear import BITS, SHAPES, bench_linear
+    from .bench.timing import cpu_name
     from .files.atomic import check_file
 
     if arguments.save:
@@ -1027,7 +1028,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         return run_bench_agreement(arguments)
     chosen = {key: tuple(getattr(arguments, key)) for key in ("shape", "bits") if getattr(arguments, key)}
     if arguments.device == "cuda":
-        from .bench_cuda import BITS as CUDA_BITS, SHAPES as CUDA_SHAPES, bench_linear_cuda
+        from .bench.linear_cuda import BITS as CUDA_BITS, SHAPES as CUDA_SHAPES, bench_linear_cuda
 
         device, error, other = torch.cuda.get_device_name(), "error", "fp16 us"
         shapes, bits = chosen.get("shape", CUDA_SHAPES), chosen.get("bits", CUDA_BITS)
@@ -1055,7 +1056,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
 def answered(arguments: argparse.Namespace, rows: list[dict[str, Any]], device: str) -> bool:
     """Save a benchmark's rows if they are to be kept; whether JSON was asked for, which is then printed."""
     if arguments.save:
-        from .bench_linear import save_results
+        from .bench.timing import save_results
 
         save_results(arguments.save, rows, arguments.typed, device)
     if arguments.json:
@@ -1065,8 +1066,8 @@ def answered(arguments: argparse.Namespace, rows: list[dict[str, Any]], device: 
 
 def run_bench_decode(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode`."""
-    from .bench_decode import bench_decode
-    from .bench_linear import cpu_name
+    from .bench.decode import bench_decode
+    from .bench.timing import cpu_name
     from .checkpoints.checkpoint import info
 
     stored = info(arguments.model)
@@ -1092,8 +1093,8 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
 
 def run_bench_load(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode --under-load`."""
-    from .bench_decode import QUIET_SHARE, bench_load, cores
-    from .bench_linear import cpu_name
+    from .bench.decode import QUIET_SHARE, bench_load, cores
+    from .bench.timing import cpu_name
 
     most = max(arguments.threads, min(2, cores()))
     model = arguments.model or "smollm2-0.55bit"
@@ -1115,7 +1116,7 @@ def run_bench_decode_cuda(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode --device cuda`."""
     import torch
 
-    from .bench_decode_cuda import bench_checkpoint_cuda, bench_decode_cuda
+    from .bench.decode_cuda import bench_checkpoint_cuda, bench_decode_cuda
     from .checkpoints.checkpoint import info
 
     common = {"contexts": arguments.context or [128], "tokens": arguments.tokens or 256, "batch": arguments.batch[0]}
@@ -1166,13 +1167,13 @@ def run_tune(arguments: argparse.Namespace) -> None:
 
     if not torch.cuda.is_available() or dispatch.cuda_kernels(0) is None:
         raise ValueError("tuning needs an NVIDIA GPU that the kernels can use; on a CPU there is nothing to tune")
-    from .bench_decode_cuda import llama_shape, random_model
+    from .bench.decode_cuda import llama_shape, random_model
+    from .bench.tune import keep, tune
     from .decoding.engines import engine_of
     from .decoding.fused_llama import parts_of
     from .decoding.graph_decoder import SMALLEST_CAPACITY
     from .files.atomic import check_file
     from .kernels.cuda_schedule import own_schedules
-    from .tune_cuda import keep, tune
 
     check_file(arguments.table or own_schedules())
 
@@ -1199,7 +1200,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
 
 def run_bench_agreement(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench agreement`."""
-    from .bench_linear import cpu_name
+    from .bench.timing import cpu_name
     from .checkpoints.checkpoint import load
     from .checkpoints.dense import load_tokenizer
     from .decoding.parity import agreement
@@ -1217,8 +1218,9 @@ def run_bench_agreement(arguments: argparse.Namespace) -> None:
 
 def run_bench_cache(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench cache`."""
-    from .bench_cache import CONTEXTS, bench_cache, crossover
-    from .bench_linear import BITS, cpu_name
+    from .bench.cache import CONTEXTS, bench_cache, crossover
+    from .bench.linear import BITS
+    from .bench.timing import cpu_name
 
     rows = [
         row

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._progress import tqdm
-from .bench_decode import QUIET_SHARE, prompted, token_times
+from .bench.decode import QUIET_SHARE, prompted, token_times
 from .checkpoints.bundled import place
 from .checkpoints.fetch import fetch, resolve
 from .checkpoints.names import TINY

@@ -9,8 +9,8 @@ import itertools
 import sys
 
 import torch
-from littlebit.fast.bench_decode_cuda import random_model
-from littlebit.fast.bench_linear import random_path
+from littlebit.fast.bench.decode_cuda import random_model
+from littlebit.fast.bench.linear import random_path
 from littlebit.fast.decoding.engines import engine_of
 from littlebit.fast.decoding.fused_llama import FusedEngine
 from littlebit.fast.kernels import cuda_driver, cuda_layer, cuda_schedule

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import littlebit.fast as lb
 import torch
-from littlebit.fast.bench_linear import random_path
+from littlebit.fast.bench.linear import random_path
 from littlebit.fast.checkpoints.format import weight_files
 from littlebit.fast.models.build import empty_model
 from littlebit.fast.models.layers import PackedLinear

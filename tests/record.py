@@ -10,7 +10,7 @@ COMMAND = "make fuzz faults soak SAVE=1, each with a BUDGET of its own"
 
 def record(run, *rows):
     """Put what a run found into the record, with its date and the commit that it ran on; what was fixed stays."""
-    from littlebit.fast.bench_linear import commit, cpu_name, save_results
+    from littlebit.fast.bench.timing import commit, cpu_name, save_results
 
     kept = [row for row in json.loads(RECORD.read_text())["rows"] if row["run"] != run or "fixed" in row]
     when = {"run": run, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit()}

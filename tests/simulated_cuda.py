@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from littlebit.fast.bench_linear import exact_path, random_path
+from littlebit.fast.bench.linear import exact_path, random_path
 from littlebit.fast.kernels.cuda_gemm import Tile
 from littlebit.fast.kernels.cuda_schedule import Blocks, Schedule
 from littlebit.fast.packing import PackedFactors, unpack_factors

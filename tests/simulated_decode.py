@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from littlebit.fast import tune_cuda
-from littlebit.fast.bench_decode_cuda import random_model, random_packed
+from littlebit.fast.bench import tune
+from littlebit.fast.bench.decode_cuda import random_model, random_packed
 from littlebit.fast.decoding.architecture import NotDecodableError
 from littlebit.fast.decoding.fused_llama import GROUPS, FusedEngine, Packed
 from littlebit.fast.decoding.fused_llama_latent import LatentEngine
@@ -398,13 +398,13 @@ def test_tuning_takes_the_fastest_schedule_of_each_group(monkeypatch):
 
     def replay_seconds(calls, replays):
         assert len(calls) == 2  # layers of both blocks
-        if replays == tune_cuda.REPLAYS and not ran:
+        if replays == tune.REPLAYS and not ran:
             ran.append(calls[0]())
         return 1e-6 * (1 + sum(cost(group.schedule) for groups in engine.groups for group in groups))
 
-    monkeypatch.setattr(tune_cuda, "replay_seconds", replay_seconds)
+    monkeypatch.setattr(tune, "replay_seconds", replay_seconds)
     with torch.inference_mode():
-        rows = tune_cuda.tune(engine, progress=False)
+        rows = tune.tune(engine, progress=False)
     assert [row["part"] for row in rows] == list(GROUPS)
     assert ran
     for at, row in enumerate(rows):

@@ -18,7 +18,7 @@ import time
 import littlebit.fast as lb
 import torch
 from fuzz import held
-from littlebit.fast.bench_linear import random_path
+from littlebit.fast.bench.linear import random_path
 from littlebit.fast.kernels.unpacked import unpacked
 from littlebit.fast.models.layers import PackedLinear
 

@@ -5,36 +5,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from littlebit.fast import bench_linear as bench, bench_peers
-from littlebit.fast.bench_peers import PEERS, relative_error
+from littlebit.fast.bench import linear as bench, peers, timing
+from littlebit.fast.bench.peers import PEERS, relative_error
 from littlebit.fast.files.digests import code_digest
 from littlebit.fast.kernels import cpu
 
 
 @pytest.mark.parametrize("size", [1, 1000, 4096 * 4096 // 80, 1 << 28, 1 << 31])
 def test_copies_exceed_the_last_cache(size, monkeypatch):
-    monkeypatch.setattr(bench, "MOST_COPIES", 1 << 40)
-    assert bench.rotated_bytes() >= max(2 * bench.last_cache_bytes(), 1 << 25)
-    copies = bench.copies_beyond_cache(size)
-    assert copies * size > bench.rotated_bytes() >= (copies - 1) * size
+    monkeypatch.setattr(timing, "MOST_COPIES", 1 << 40)
+    assert timing.rotated_bytes() >= max(2 * timing.last_cache_bytes(), 1 << 25)
+    copies = timing.copies_beyond_cache(size)
+    assert copies * size > timing.rotated_bytes() >= (copies - 1) * size
 
 
 def test_copies_of_a_tiny_layer_are_bounded():
-    assert bench.copies_beyond_cache(1) == bench.MOST_COPIES
+    assert timing.copies_beyond_cache(1) == timing.MOST_COPIES
 
 
 def test_last_cache_is_the_largest_that_the_system_names(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.os, "sysconf_names", {})
-    assert bench.last_cache_bytes(tmp_path) == 0
+    assert timing.last_cache_bytes(tmp_path) == 0
     for at, size in enumerate(["48K", "2048K", "491520K", "32M", "unknown", ""]):
         folder = tmp_path / "cpu0" / "cache" / f"index{at}"
         folder.mkdir(parents=True)
         (folder / "size").write_text(f"{size}\n")
-    assert bench.last_cache_bytes(tmp_path) == 480 << 20
+    assert timing.last_cache_bytes(tmp_path) == 480 << 20
 
 
 def test_bench_linear_measures_torchs_layers_of_fewer_bits_where_there_are_any(monkeypatch):
-    monkeypatch.setattr(bench, "rotated_bytes", lambda: 1 << 19)
+    monkeypatch.setattr(timing, "rotated_bytes", lambda: 1 << 19)
     rows = bench.bench_linear(((256, 384), (256, 320)), (1.0,), repeats=1, progress=False)
     for row in rows:
         weight = torch.randn(row["d_out"], row["d_in"])
@@ -52,7 +52,7 @@ def test_bench_linear_measures_torchs_layers_of_fewer_bits_where_there_are_any(m
 def test_bench_linear_refuses_a_peer_that_computes_something_else(monkeypatch):
     wrong = ("int8", 8, lambda weight, copies: [lambda x: torch.zeros(len(x), len(weight))] * copies, torch.float32)
     monkeypatch.setattr(bench, "PEERS", [wrong])
-    monkeypatch.setattr(bench, "rotated_bytes", lambda: 1 << 19)
+    monkeypatch.setattr(timing, "rotated_bytes", lambda: 1 << 19)
     with pytest.raises(RuntimeError, match=r"int8 layer is 1\.00 off"):
         bench.bench_linear(((64, 64),), (2.0,), repeats=1, progress=False)
 
@@ -61,7 +61,7 @@ def test_relative_error_is_of_the_weights_own_output():
     weight, x = torch.eye(4), torch.tensor([[3.0, 0.0, 4.0, 0.0]])
     assert relative_error(lambda x: 2 * x, weight, x) == 1.0
     assert relative_error(lambda x: x.clone(), weight, x) == 0.0
-    assert set(bench_peers.MOST_ERROR) == {name for name, *_ in PEERS}
+    assert set(peers.MOST_ERROR) == {name for name, *_ in PEERS}
 
 
 def test_code_digest_sees_code_alone():
@@ -74,7 +74,7 @@ def test_code_digest_sees_code_alone():
 
 
 def test_results_record_the_code_that_was_loaded(tmp_path):
-    bench.save_results(tmp_path / "out.json", [{}], "a command", "a device")
+    timing.save_results(tmp_path / "out.json", [{}], "a command", "a device")
     code = json.loads((tmp_path / "out.json").read_text())["code"]
     for name, module in (("bench", bench), ("kernels.cpu", cpu)):
         assert code[name] == code_digest(Path(module.__file__).read_text())

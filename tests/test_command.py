@@ -9,8 +9,9 @@ from pathlib import Path
 import littlebit.fast as lb
 import pytest
 import torch
-from littlebit.fast import bench_linear as bench, info
+from littlebit.fast import info
 from littlebit.fast.__main__ import main
+from littlebit.fast.bench import linear as bench, timing
 from littlebit.fast.decoding.parity import PROMPTS
 from test_linear import in_magnitude
 
@@ -142,7 +143,7 @@ def test_quantize_reads_calibration_text_only_where_it_is_needed(tiny_llama, tex
 
 
 def test_bench_linear_prints_and_saves_every_field(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "rotated_bytes", lambda: 1 << 19)
+    monkeypatch.setattr(timing, "rotated_bytes", lambda: 1 << 19)
     saved = tmp_path / "new" / "results.json"
     assert main(["bench", "linear", "--shape", "256x320", "--bits", "1.0", "--json", "--save", str(saved)]) == 0
     (row,) = json.loads(capsys.readouterr().out)
@@ -158,7 +159,7 @@ def test_bench_linear_prints_and_saves_every_field(tmp_path, capsys, monkeypatch
 def largest_error(d_out, d_in, rank):
     """The bound of test_linear.py for the layer that the benchmark measures, over the largest entry of its output."""
     generator = torch.Generator().manual_seed(0)
-    copies = bench.copies_beyond_cache(lb.layer_bits(d_out, d_in, (rank, rank)) // 8)
+    copies = timing.copies_beyond_cache(lb.layer_bits(d_out, d_in, (rank, rank)) // 8)
     layers = [[bench.random_path(d_out, d_in, rank, generator) for _ in range(2)] for _ in range(copies)]
     _, x = (torch.randn(rows, d_in, generator=generator) for rows in (d_out, 1))
     exact = sum(bench.exact_path(x, path) for path in layers[0])

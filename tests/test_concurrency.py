@@ -10,7 +10,7 @@ import littlebit.fast as lb
 import pytest
 import torch
 from compare import assert_same
-from littlebit.fast.bench_linear import random_path
+from littlebit.fast.bench.linear import random_path
 from littlebit.fast.files.digests import digest
 from littlebit.fast.kernels import cpu_threads
 from littlebit.fast.models.layers import PackedLinear

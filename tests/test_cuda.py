@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from littlebit.fast import tune_cuda
 from littlebit.fast.__main__ import main
+from littlebit.fast.bench import tune
 from littlebit.fast.bits import rank_for_bits
 from littlebit.fast.kernels import (
     cuda_driver,
@@ -217,7 +217,7 @@ def test_what_was_tuned_is_kept_and_taken(own_table):
     before = cuda_schedule.schedule_for(sizes, 1, device)
     assert before != chosen
     for of, rows in ((str(sizes), 1), (f"{sizes}*4", 3)):
-        tune_cuda.keep([{"sizes": of, "schedule": chosen}], device.name)
+        tune.keep([{"sizes": of, "schedule": chosen}], device.name)
         assert cuda_schedule.schedule_for(sizes, rows, device) == chosen
     assert cuda_schedule.schedule_for(sizes, 2, device) == before
     assert cuda_schedule.schedule_for(sizes, 1, device._replace(name="another")) == before
@@ -237,7 +237,7 @@ def test_a_damaged_table_is_passed_over_and_not_written_over(text, own_table, mo
     assert "NVIDIA H100 80GB HBM3" in cuda_schedule.measured()
     assert f"{own_table} is no table of launch schedules" in said[0]
     with pytest.raises(ValueError, match="remove it, and run `littlebit tune` again"):
-        tune_cuda.keep([], "GPU")
+        tune.keep([], "GPU")
     assert own_table.read_text() == text
 
 

@@ -9,7 +9,7 @@ import transformers as hf
 from compare import assert_same
 from hypothesis import given, strategies as st
 from littlebit.fast import memory
-from littlebit.fast.bench_decode_cuda import random_model
+from littlebit.fast.bench.decode_cuda import random_model
 from littlebit.fast.decoding import graph_decoder
 from littlebit.fast.decoding.architecture import NotDecodableError
 from littlebit.fast.decoding.engines import engine_of, fused_engine

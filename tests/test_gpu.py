@@ -8,7 +8,7 @@ import littlebit.fast as lb
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from littlebit.fast.bench_linear import exact_path, random_path
+from littlebit.fast.bench.linear import exact_path, random_path
 from littlebit.fast.bits import rank_for_bits
 from littlebit.fast.kernels import dispatch
 from torch.nn import functional

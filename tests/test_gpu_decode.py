@@ -6,7 +6,7 @@ import warnings
 import littlebit.fast as lb
 import pytest
 import torch
-from littlebit.fast.bench_decode_cuda import random_model
+from littlebit.fast.bench.decode_cuda import random_model
 from littlebit.fast.checkpoints.fetch import fetch
 from littlebit.fast.decoding import graph_decoder
 from littlebit.fast.decoding.engines import engine_of, fused_engine

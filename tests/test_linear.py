@@ -15,7 +15,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within, roundings
 from hypothesis import HealthCheck, given, settings, strategies as st
-from littlebit.fast.bench_linear import exact_path, random_path
+from littlebit.fast.bench.linear import exact_path, random_path
 from littlebit.fast.kernels import cpu, cpu_layer as plans, cpu_threads
 from littlebit.fast.kernels.cpu_simd import FLOATS, LEVEL, LEVELS, WORDS, half_bits_to_float, levels_of, lookup_neon
 from littlebit.fast.kernels.unpacked import unpacked_linear
@@ -296,7 +296,7 @@ LEVEL_CHECK = """
 import sys, numpy as np, torch
 sys.path.insert(0, {tests!r})
 from compare import assert_same, assert_within
-from littlebit.fast.bench_linear import exact_path, random_path
+from littlebit.fast.bench.linear import exact_path, random_path
 from littlebit.fast.kernels import cpu, cpu_threads, plan as plans
 from littlebit.fast.kernels.cpu_simd import LEVEL
 from test_linear import in_magnitude

@@ -16,7 +16,7 @@ from compare import assert_same
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
 from littlebit.fast.__main__ import main
-from littlebit.fast.bench_decode import packed_times
+from littlebit.fast.bench.decode import packed_times
 from littlebit.fast.checkpoints.format import is_checkpoint
 from littlebit.fast.decoding import generate
 from littlebit.fast.decoding.architecture import NotDecodableError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
-from littlebit.fast.bench_linear import random_path
+from littlebit.fast.bench.linear import random_path
 from littlebit.fast.checkpoints.format import WITHOUT_CHECKSUMS
 from littlebit.fast.checkpoints.saving import write_tensors
 from littlebit.fast.files import atomic

@@ -5,7 +5,7 @@ import pytest
 import torch
 from compare import assert_same
 from hypothesis import given, strategies as st
-from littlebit.fast.bench_linear import random_path
+from littlebit.fast.bench.linear import random_path
 from littlebit.fast.kernels import cpu, cpu_layer as plans
 from littlebit.fast.kernels.unpacked import unpacked
 from strategies import sizes

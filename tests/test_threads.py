@@ -10,8 +10,8 @@ import pytest
 import torch
 from compare import assert_same
 from hypothesis import HealthCheck, given, settings, strategies as st
-from littlebit.fast.bench_decode import bench_load
-from littlebit.fast.bench_linear import random_path
+from littlebit.fast.bench.decode import bench_load
+from littlebit.fast.bench.linear import random_path
 from littlebit.fast.kernels import cpu, cpu_threads as threads
 from littlebit.fast.kernels.cpu_layer import Plan
 from littlebit.fast.kernels.cpu_simd import atomic_store

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from .bench_linear import exact_path, random_path
-from .bits import layer_bits, rank_for_bits
-from .kernels.cuda_layer import Plan
-from .kernels.cuda_schedule import SMALL_BATCH, Schedule
-from .packing import PackedFactors
-from .tune_cuda import REPLAYS, fastest, replay_seconds
+from ..bits import layer_bits, rank_for_bits
+from ..kernels.cuda_layer import Plan
+from ..kernels.cuda_schedule import SMALL_BATCH, Schedule
+from ..packing import PackedFactors
+from .linear import exact_path, random_path
+from .tune import REPLAYS, fastest, replay_seconds
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (13824, 5120), (28672, 8192), (8192, 28672))
 BITS = (0.1, 0.3, 0.55, 1.0)

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from .bench_linear import alternate, random_path
-from .decoding.latent_cache import LATENT_TYPES
-from .kv_cache import apply_rope, latent_attention, latents, round_latents
-from .linear import packed_linear
-from .memory import MODEL_SHAPES, ModelShape, model_memory
-from .packing import PackedFactors
+from ..decoding.latent_cache import LATENT_TYPES
+from ..kv_cache import apply_rope, latent_attention, latents, round_latents
+from ..linear import packed_linear
+from ..memory import MODEL_SHAPES, ModelShape, model_memory
+from ..packing import PackedFactors
+from .linear import random_path
+from .timing import alternate
 
 CONTEXTS = (1024, 8192, 32768)
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from ._progress import tqdm
-from .decoding.fused_llama import GROUPS, FusedEngine, Packed
-from .files.atomic import write_text
-from .kernels.cuda_gemv import ROWS
-from .kernels.cuda_schedule import (
+from .._progress import tqdm
+from ..decoding.fused_llama import GROUPS, FusedEngine, Packed
+from ..files.atomic import write_text
+from ..kernels.cuda_gemv import ROWS
+from ..kernels.cuda_schedule import (
     Blocks,
     Device,
     Schedule,

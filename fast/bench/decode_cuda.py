@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bench_cuda import copy_bytes_per_second
-from .bench_linear import random_path
-from .bits import WORD_BITS, layer_bits
-from .decoding.architecture import Architecture
-from .decoding.engines import engine_of
-from .decoding.fused_llama import Block, FusedEngine, Model, parts_of
-from .decoding.graph_decoder import Loop, sent
-from .memory import MODEL_SHAPES, ModelShape, layer_ranks, linear_shapes, model_memory
-from .models.embeddings import QuantizedEmbedding, QuantizedHead
-from .models.layers import PackedLinear
-from .tune_cuda import replay_seconds
+from ..bits import WORD_BITS, layer_bits
+from ..decoding.architecture import Architecture
+from ..decoding.engines import engine_of
+from ..decoding.fused_llama import Block, FusedEngine, Model, parts_of
+from ..decoding.graph_decoder import Loop, sent
+from ..memory import MODEL_SHAPES, ModelShape, layer_ranks, linear_shapes, model_memory
+from ..models.embeddings import QuantizedEmbedding, QuantizedHead
+from ..models.layers import PackedLinear
+from .linear import random_path
+from .linear_cuda import copy_bytes_per_second
+from .tune import replay_seconds
 
 log = logging.getLogger(__name__)
 WARM_TOKENS = 4  # steps before the first that is timed: one runs by itself, one is captured
@@ -345,8 +345,8 @@ def profiled(engine: FusedEngine, loop: Loop) -> list[dict[str, Any]]:
 
 def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: float) -> dict[str, Any]:
     """What transformers takes for a step of a random Llama of the same shape."""
-    from .models.build import transformers
-    from .models.hf_names import cache_argument
+    from ..models.build import transformers
+    from ..models.hf_names import cache_argument
 
     hf = transformers()
     config = hf.LlamaConfig(

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._progress import tqdm
-from .checkpoints.fetch import resolve
+from .._progress import tqdm
+from ..checkpoints.fetch import resolve
 
 if TYPE_CHECKING:
-    from .decoding.cpu_decoder import Decoder
+    from ..decoding.cpu_decoder import Decoder
 
 PROMPT = "Once upon a time, in a small town by the sea, there lived"
 ENGINES = ("littlebit", "transformers", "llama.cpp")
@@ -97,7 +97,7 @@ def run(
         command = [llama_python, "-c", LLAMA, str(gguf), str(threads), str(tokens), PROMPT]
     else:
         source = model if engine == "littlebit" else dense
-        command = [sys.executable, "-m", "littlebit.fast.bench_decode", engine, source, str(threads), str(tokens)]
+        command = [sys.executable, "-m", "littlebit.fast.bench.decode", engine, source, str(threads), str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         if engine == "llama.cpp" and "No module named" in done.stderr:
@@ -142,9 +142,9 @@ def prompted(source: str | Path, threads: int | None, tokens: int) -> "Decoder":
     """A decoder that has read PROMPT and has room for more tokens."""
     import numpy as np
 
-    from .decoding.cpu_decoder import Decoder
-    from .decoding.mapped_weights import map_model
-    from .decoding.tokenizer import Tokenizer
+    from ..decoding.cpu_decoder import Decoder
+    from ..decoding.mapped_weights import map_model
+    from ..decoding.tokenizer import Tokenizer
 
     folder = resolve(source)
     prompt = Tokenizer(folder)(PROMPT)["input_ids"]
@@ -239,9 +239,9 @@ def dense_times(source: str, threads: int, tokens: int) -> list[float]:
     """Seconds of each token through transformers, in float32 with its dynamic cache."""
     import torch
 
-    from .checkpoints.dense import load_model, load_tokenizer
-    from .models.build import transformers
-    from .models.hf_names import cache_argument
+    from ..checkpoints.dense import load_model, load_tokenizer
+    from ..models.build import transformers
+    from ..models.hf_names import cache_argument
 
     torch.set_num_threads(threads)
     prompt = load_tokenizer(source)(PROMPT, return_tensors="pt")["input_ids"]

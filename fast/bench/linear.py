@@ -1,36 +1,28 @@
 """Benchmarks: one packed linear layer beside torch's own."""
 
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._progress import tqdm
-from .bench_peers import MOST_ERROR, PEERS, relative_error
-from .bits import layer_bits, rank_for_bits
-from .files.atomic import write_text
-from .files.digests import code_digest
-from .kernels.cpu import lookups_per_second
-from .kernels.cpu_threads import MAX_THREADS
-from .models.layers import PackedLinear
-from .packing import PackedFactors, row_words, unpack_factors
+from .._progress import tqdm
+from ..bits import layer_bits, rank_for_bits
+from ..kernels.cpu import lookups_per_second
+from ..kernels.cpu_threads import MAX_THREADS
+from ..models.layers import PackedLinear
+from ..packing import PackedFactors, row_words, unpack_factors
+from .peers import MOST_ERROR, PEERS, relative_error
+from .timing import alternate, copies_beyond_cache
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
+
+
 BITS = (0.1, 0.55)
-LEAST_ROTATED_BYTES = 1 << 25  # several times a core's second-level cache
-MOST_COPIES = 1 << 13  # of a layer: a smaller layer than 1/8192 of what is rotated stays in a cache
 
 
 def random_path(d_out: int, d_in: int, rank: int, generator: torch.Generator) -> PackedFactors:
@@ -188,99 +180,7 @@ def peer_calls(weight: Tensor, x: Tensor) -> tuple[dict[str, float], dict[str, l
     return errors, calls
 
 
-def copies_beyond_cache(size: int) -> int:
-    """Count the copies of `size` bytes that exceed `rotated_bytes`, MOST_COPIES at most."""
-    return min(rotated_bytes() // size + 1, MOST_COPIES)
-
-
-@cache
-def rotated_bytes() -> int:
-    """Bytes of weights through which a benchmark rotates: twice the last cache, which need not replace in order."""
-    return max(LEAST_ROTATED_BYTES, 2 * last_cache_bytes())
-
-
-def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Size of the largest cache of this machine's processors, 0 where the system does not say."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = [0]
-    for file in folder.glob("cpu[0-9]*/cache/index*/size"):
-        text = file.read_text().strip()
-        if text[:-1].isdigit() and text[-1] in units:
-            sizes.append(int(text[:-1]) * units[text[-1]])
-    known = getattr(os, "sysconf_names", {})
-    sizes += [os.sysconf(name) for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL4_CACHE_SIZE") if name in known]
-    return max(sizes)
-
-
-def alternate(
-    *lists: Sequence[Callable[[], Any]],
-    repeats: int,
-    before: Callable[[int], Any] = lambda order: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[float]:
-    """Median seconds of a call of each of several lists of calls that take turns, after one warm-up each.
-
-    `before` is called with a list's number before each of its turns.
-    """
-    samples: list[list[float]] = [[] for _ in lists]
-    for turn in range(repeats + 1):
-        for order, calls in enumerate(lists):
-            before(order)
-            for call in calls:
-                start = clock()
-                call()
-                if turn:
-                    samples[order].append(clock() - start)
-    return [statistics.median(each) for each in samples]
-
-
 def exact_path(x: Tensor, packed: PackedFactors) -> Tensor:
     """A path's output in float64."""
     u, v, h, ell, g = (tensor.double() for tensor in unpack_factors(packed))
     return ((x.double() * g) @ v * ell) @ u.T * h
-
-
-def save_results(path: Path, rows: list[dict[str, Any]], command: str, device: str) -> None:
-    """Write measurements as JSON with what is needed to repeat them: command, device, commit, versions, code."""
-    record = {
-        "command": command,
-        "device": device,
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__},
-        "code": loaded_code(),
-        "rows": rows,
-    }
-    write_text(path, json.dumps(record, indent=1) + "\n")
-
-
-def loaded_code() -> dict[str, str]:
-    """Compute `code_digest` of each module of this package that is loaded, so that a later reader sees what changed."""
-    package = ".".join(__name__.split(".")[:2]) + "."
-    loaded = {name.removeprefix(package): module for name, module in sys.modules.items() if name.startswith(package)}
-    return {
-        name: code_digest(Path(str(module.__file__)).read_text(encoding="utf-8"))
-        for name, module in sorted(loaded.items())
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name, with the instruction sets that matter to the kernels."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    values = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    values = {key.strip(): value.strip() for key, value in values.items()}
-    sets = [
-        name for name in ("avx512f", "avx2", "asimd") if name in values.get("flags", values.get("Features", "")).split()
-    ]
-    return f"{values.get('model name', platform.machine())} ({', '.join(sets) or 'no vector sets known'})"
-
-
-def commit() -> str | None:
-    """The commit of the source checkout, marked if it has changes; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,0 +1,1 @@
+"""Benchmarks of layers, caches and decoders."""
