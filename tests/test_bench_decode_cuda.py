@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from littlebit.fast.__main__ import main
 from littlebit.fast.bench import decode_cuda as bench
+from littlebit.fast.cli.main import main
 from littlebit.fast.decoding.fused_llama import FusedEngine, parts_of
 from littlebit.fast.memory import ModelShape, model_memory
 from littlebit.fast.models.layers import PackedLinear

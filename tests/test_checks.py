@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_same
-from littlebit.fast import __main__ as command
-from littlebit.fast.__main__ import main
 from littlebit.fast._checks import (
     LittleBitWarning,
     check_number,
@@ -29,7 +27,9 @@ from littlebit.fast._checks import (
     positions_of,
     window_for,
 )
-from littlebit.fast.completion import subcommands
+from littlebit.fast.cli import main as command
+from littlebit.fast.cli.completion import subcommands
+from littlebit.fast.cli.main import main
 from littlebit.fast.decoding import generate
 from littlebit.fast.evaluation.zero_shot import log_probabilities
 from littlebit.fast.models.embeddings import head_moments, quantize_embeddings_

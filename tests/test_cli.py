@@ -12,11 +12,11 @@ import littlebit.fast as lb
 import pytest
 import torch
 from littlebit.fast import _progress
-from littlebit.fast.__main__ import EXAMPLES, main, parser
 from littlebit.fast.admm import ADMM_STEPS
-from littlebit.fast.completion import SHELLS, completion, options, subcommands
-from littlebit.fast.estimate import PROBE_RANK, PROBE_SIZE, PROBE_STEPS, estimate, products, quantise_seconds
-from littlebit.fast.report import html_report, kind_table, kinds_of
+from littlebit.fast.cli.completion import SHELLS, completion, options, subcommands
+from littlebit.fast.cli.estimate import PROBE_RANK, PROBE_SIZE, PROBE_STEPS, estimate, products, quantise_seconds
+from littlebit.fast.cli.main import EXAMPLES, main, parser
+from littlebit.fast.cli.report import html_report, kind_table, kinds_of
 from test_command import littlebit
 
 
@@ -118,11 +118,11 @@ def test_dry_run_of_a_large_model_reads_no_weight_and_factorises_nothing_large(i
 def test_the_time_to_quantise_follows_from_what_was_timed(monkeypatch):
     """Products at the rate of a product, and passes over the factors' entries at that of the small layer."""
     rate, passes = 1e9, 1e-3
-    monkeypatch.setattr("littlebit.fast.estimate.multiplications_per_second", lambda: rate)
+    monkeypatch.setattr("littlebit.fast.cli.estimate.multiplications_per_second", lambda: rate)
     probe = (PROBE_SIZE, PROBE_SIZE), PROBE_RANK
     for init, steps in {"dual-svid": PROBE_STEPS, "admm": ADMM_STEPS}.items():
         timed = passes + products(*probe, init, PROBE_STEPS) / rate
-        monkeypatch.setattr("littlebit.fast.estimate.probe_seconds", lambda config, timed=timed: timed)
+        monkeypatch.setattr("littlebit.fast.cli.estimate.probe_seconds", lambda config, timed=timed: timed)
         shape, rank = (1024, 2048), 100
         expected = products(shape, rank, init, ADMM_STEPS) / rate
         expected += passes * steps / PROBE_STEPS * sum(shape) * rank / (2 * PROBE_SIZE * PROBE_RANK)

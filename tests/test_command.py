@@ -10,8 +10,8 @@ import littlebit.fast as lb
 import pytest
 import torch
 from littlebit.fast import info
-from littlebit.fast.__main__ import main
 from littlebit.fast.bench import linear as bench, timing
+from littlebit.fast.cli.main import main
 from littlebit.fast.decoding.parity import PROMPTS
 from test_linear import in_magnitude
 

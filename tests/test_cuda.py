@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from littlebit.fast.__main__ import main
 from littlebit.fast.bench import tune
 from littlebit.fast.bits import rank_for_bits
+from littlebit.fast.cli.main import main
 from littlebit.fast.kernels import (
     cuda_driver,
     cuda_gemm,

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from littlebit.fast import demo
-from littlebit.fast.__main__ import main
+from littlebit.fast.cli import demo
+from littlebit.fast.cli.main import main
 
 ROW = {"bits_per_weight": 0.55, "linear_bytes": 7, "file_bytes": 9, "perplexity": 81.3, "scored": 8188}
 
@@ -46,6 +46,6 @@ def test_the_table_says_when_the_machine_was_too_busy(share, busy):
 
 
 def test_nothing_that_needs_torch_is_imported_to_speak():
-    code = "import sys, littlebit.fast.demo as d; d.place(d.TRAINED); print('torch' in sys.modules)"
+    code = "import sys, littlebit.fast.cli.demo as d; d.place(d.TRAINED); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

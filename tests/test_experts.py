@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers as hf
 from compare import assert_same, assert_within
-from littlebit.fast.__main__ import main
 from littlebit.fast.checkpoints import loading, saving
 from littlebit.fast.checkpoints.format import INDEX, weight_files
+from littlebit.fast.cli.main import main
 from littlebit.fast.decoding.parity import logit_bound
 from littlebit.fast.models import experts
 from littlebit.fast.models.layers import LittleBitLinear, PackedLinear

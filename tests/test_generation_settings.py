@@ -8,8 +8,8 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
-from littlebit.fast.__main__ import load_to_generate, main, parser
 from littlebit.fast._checks import LittleBitWarning
+from littlebit.fast.cli.main import load_to_generate, main, parser
 from littlebit.fast.decoding import generate
 from littlebit.fast.decoding.architecture import NotDecodableError
 from littlebit.fast.decoding.mapped_weights import map_model

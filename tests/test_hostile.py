@@ -13,9 +13,9 @@ import littlebit.fast as lb
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from littlebit.fast.__main__ import main
 from littlebit.fast.checkpoints.format import FORMAT_VERSION, FORMATS, INDEX, WEIGHTS, has_pad_bits, make_checksums
 from littlebit.fast.checkpoints.saving import tensor_digests
+from littlebit.fast.cli.main import main
 from littlebit.fast.decoding.architecture import NotDecodableError
 from littlebit.fast.decoding.mapped_weights import map_model
 from littlebit.fast.files.digests import json_digest

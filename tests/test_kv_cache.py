@@ -12,8 +12,8 @@ from compare import assert_same, assert_within
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
 from littlebit.fast import kv_cache
-from littlebit.fast.__main__ import main
 from littlebit.fast.bench.cache import bench_cache, crossover
+from littlebit.fast.cli.main import main
 from littlebit.fast.decoding import generate, torch_weights
 from littlebit.fast.decoding.latent_cache import LATENT_TYPES
 from littlebit.fast.decoding.latent_cache_hf import GROWTH

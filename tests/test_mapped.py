@@ -15,9 +15,9 @@ import torch
 from compare import assert_same
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
-from littlebit.fast.__main__ import main
 from littlebit.fast.bench.decode import packed_times
 from littlebit.fast.checkpoints.format import is_checkpoint
+from littlebit.fast.cli.main import main
 from littlebit.fast.decoding import generate
 from littlebit.fast.decoding.architecture import NotDecodableError
 from littlebit.fast.decoding.cpu_decoder import Decoder
@@ -143,7 +143,7 @@ def test_generate_writes_the_same_mapped_and_loaded(checkpoint, capsys):
 
 GENERATE = """
 import sys
-from littlebit.fast.__main__ import main
+from littlebit.fast.cli.main import main
 code = main(["generate", *sys.argv[1:]])
 assert not {"torch", "transformers"} & set(sys.modules)
 peak = next(int(line.split()[1]) // 1000 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -227,7 +227,7 @@ def test_map_model_leaves_what_it_does_not_know_to_load(copied, change, reason):
 
 def test_generate_loads_by_torch_what_cannot_be_mapped(tiny_llama, copied, capsys, caplog):
     edit_config(copied, lambda config: config.pop("rope_parameters"))  # which transformers then takes from its class
-    with caplog.at_level(logging.DEBUG, logger="littlebit.fast.__main__"):
+    with caplog.at_level(logging.DEBUG, logger="littlebit.fast.cli.main"):
         assert main(["generate", str(copied), "--prompt", PROMPT, "--max-new-tokens", "5"]) == 0
     assert "is loaded by torch: its rotary embedding" in caplog.text
     assert capsys.readouterr().out == lb.generate(lb.load(copied), PROMPT, 5) + "\n"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from compare import assert_same
 from huggingface_hub.errors import OfflineModeIsEnabled
-from littlebit.fast.__main__ import main
 from littlebit.fast.checkpoints.fetch import locate, resolve
-from littlebit.fast.estimate import estimate
+from littlebit.fast.cli.estimate import estimate
+from littlebit.fast.cli.main import main
 
 BITS = 2.5
 COMMIT = "a" * 40

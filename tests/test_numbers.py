@@ -20,7 +20,7 @@ import remake  # noqa: E402
 import sources  # noqa: E402
 import stale  # noqa: E402
 import tables  # noqa: E402
-from littlebit.fast.__main__ import EXAMPLES, parser  # noqa: E402
+from littlebit.fast.cli.main import EXAMPLES, parser  # noqa: E402
 from littlebit.fast.files.digests import code_digest  # noqa: E402
 
 PAGES = {path.name: path.read_text() for path in sorted(BOOK.glob("*.md"))}

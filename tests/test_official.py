@@ -11,9 +11,9 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from conftest import make_tiny_llama
-from littlebit.fast.__main__ import main
 from littlebit.fast.checkpoints.format import OFFICIAL, WEIGHTS, read_headers, weight_files
 from littlebit.fast.checkpoints.official import kv_factor
+from littlebit.fast.cli.main import main
 from littlebit.fast.models.quantize import packed_layers
 from safetensors.numpy import load_file as load_arrays, save_file as save_arrays
 from safetensors.torch import load_file, save_file

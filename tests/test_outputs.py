@@ -10,9 +10,9 @@ from pathlib import Path
 import littlebit.fast as lb
 import pytest
 import torch
-from littlebit.fast.__main__ import main
 from littlebit.fast.checkpoints.gguf import check_gguf
 from littlebit.fast.checkpoints.saving import check_target
+from littlebit.fast.cli.main import main
 from littlebit.fast.files import cache
 from littlebit.fast.files.atomic import check_file, check_folder, check_room, write_text, written_whole
 

@@ -5,7 +5,7 @@ import littlebit.reference as ref
 import numpy as np
 import pytest
 import torch
-from littlebit.fast.__main__ import parser
+from littlebit.fast.cli.main import parser
 from littlebit.fast.decoding import generate
 from littlebit.reference._renamed import NAMES, VALUES, renamed_keywords
 

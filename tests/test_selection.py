@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from compare import assert_same
-from littlebit.fast.__main__ import main
+from littlebit.fast.cli.main import main
 from littlebit.fast.models.layers import LittleBitLinear, PackedLinear
 from littlebit.fast.models.quantize import packed_layers
 from littlebit.fast.models.selection import computes_linear, near, reads_in, weights_read

@@ -7,11 +7,11 @@ import littlebit.fast as lb
 import pytest
 import torch
 from compare import assert_same
-from littlebit.fast.__main__ import main
 from littlebit.fast.checkpoints.bundled import put_together, ship, shipped
 from littlebit.fast.checkpoints.download import DATA
 from littlebit.fast.checkpoints.format import WEIGHTS
 from littlebit.fast.checkpoints.names import shipped_names
+from littlebit.fast.cli.main import main
 from safetensors import safe_open
 from safetensors.torch import load_file
 

@@ -21,8 +21,8 @@ import torch
 import workers
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
-from littlebit.fast.__main__ import main
 from littlebit.fast.checkpoints import texts
+from littlebit.fast.cli.main import main
 from littlebit.fast.distill import hidden_loss
 from littlebit.fast.training import trainer
 from littlebit.fast.training.student import littlebit_layers

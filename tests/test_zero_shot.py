@@ -16,7 +16,7 @@ import pytest
 import torch
 from compare import assert_within
 from hypothesis import given, settings, strategies as st
-from littlebit.fast.__main__ import main
+from littlebit.fast.cli.main import main
 from littlebit.fast.evaluation import zero_shot
 
 PAIRS = {

@@ -20,7 +20,7 @@ def littlebit(arguments, output=os.devnull, environment=None):
 def context():
     """How processes are started."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["littlebit.fast.__main__", "transformers.models.llama.modeling_llama"])
+    server.set_forkserver_preload(["littlebit.fast.cli.main", "transformers.models.llama.modeling_llama"])
     return server
 
 
@@ -31,7 +31,7 @@ def command(arguments, output, environment):
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     import torch
-    from littlebit.fast.__main__ import main
+    from littlebit.fast.cli.main import main
 
     torch.set_num_threads(1)
     sys.exit(main(arguments))

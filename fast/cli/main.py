@@ -18,20 +18,20 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..reference._renamed import renamed_value
-from ._checks import LittleBitWarning, check_number
-from .checkpoints.fetch import fetch, locate_packed, resolve
-from .checkpoints.format import damage, is_checkpoint, is_official
-from .checkpoints.names import known_names
+from ...reference._renamed import renamed_value
+from .._checks import LittleBitWarning, check_number
+from ..checkpoints.fetch import fetch, locate_packed, resolve
+from ..checkpoints.format import damage, is_checkpoint, is_official
+from ..checkpoints.names import known_names
+from ..memory import KV_CACHES, MODEL_SHAPES, model_memory
 from .completion import SHELLS, completion
-from .memory import KV_CACHES, MODEL_SHAPES, model_memory
 
 if TYPE_CHECKING:
     import torch
 
-    from .evaluation.zero_shot import BlimpResult
-    from .models.quantize import Config
-    from .training.trainer import TrainConfig
+    from ..evaluation.zero_shot import BlimpResult
+    from ..models.quantize import Config
+    from ..training.trainer import TrainConfig
 
 log = logging.getLogger(__name__)
 USER_ERROR, INTERRUPTED, CLOSED_PIPE, STOPPED = 2, 130, 141, 143  # the last three: 128 + the signal
@@ -227,7 +227,7 @@ def quantize_arguments(sub: argparse.ArgumentParser) -> None:
 
 def train_arguments(sub: argparse.ArgumentParser) -> None:
     """Arguments of `littlebit train`."""
-    from .evaluation.perplexity import TRAINING_TEXT
+    from ..evaluation.perplexity import TRAINING_TEXT
 
     sub.add_argument("model", help=model_help())
     sub.add_argument("out", type=Path, help="directory to write; OUT.training keeps the state, to go on from")
@@ -297,7 +297,7 @@ def info_arguments(sub: argparse.ArgumentParser) -> None:
 
 def export_arguments(sub: argparse.ArgumentParser) -> None:
     """Arguments of `littlebit export`."""
-    from .checkpoints.gguf import PRECISIONS
+    from ..checkpoints.gguf import PRECISIONS
 
     sub.add_argument("model", help="a packed checkpoint, ours or the authors'")
     sub.add_argument("out", type=Path, help="what to write")
@@ -340,7 +340,7 @@ def demo_arguments(sub: argparse.ArgumentParser) -> None:
 
 def bench_arguments(sub: argparse.ArgumentParser) -> None:
     """Arguments of `littlebit bench`."""
-    from .bench.cache import CONTEXTS
+    from ..bench.cache import CONTEXTS
 
     sub.add_argument("what", choices=["linear", "decode", "cache", "agreement"])
     sub.add_argument("--model", type=Path, help="decode, agreement: a packed checkpoint, or the name of a shipped one")
@@ -407,8 +407,8 @@ def add_answer(sub: argparse.ArgumentParser) -> None:
 
 def add_quantisation(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that quantise a model."""
-    from .evaluation.perplexity import TRAINING_TEXT
-    from .models.quantize import ALLOCATIONS, INITS, Config
+    from ..evaluation.perplexity import TRAINING_TEXT
+    from ..models.quantize import ALLOCATIONS, INITS, Config
 
     sub.add_argument("--bits", type=positive, default=Config.bits, help="ceiling in stored bits per weight")
     sub.add_argument(
@@ -439,9 +439,9 @@ def add_quantisation(sub: argparse.ArgumentParser) -> None:
 
 def add_training(sub: argparse.ArgumentParser) -> None:
     """Arguments that become a TrainConfig."""
-    from .signs import RULES
-    from .training.student import TRAINABLE
-    from .training.trainer import OPTIMIZERS, TrainConfig
+    from ..signs import RULES
+    from ..training.student import TRAINABLE
+    from ..training.trainer import OPTIMIZERS, TrainConfig
 
     sub.add_argument("--tokens", type=count, default=TrainConfig.tokens, help="training tokens in all")
     sub.add_argument("--sequence", type=count, default=TrainConfig.sequence, help="tokens in a sequence")
@@ -568,7 +568,7 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 
 def chosen(arguments: argparse.Namespace) -> "Config":
     """The Config that the arguments say."""
-    from .models.quantize import Config
+    from ..models.quantize import Config
 
     return Config(
         bits=arguments.bits,
@@ -587,7 +587,7 @@ def chosen(arguments: argparse.Namespace) -> "Config":
 
 def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> "tuple[Config, torch.Tensor | None]":
     """The Config that the arguments say, and the calibration tokens if it, or a 4-bit embedding, needs any."""
-    from .checkpoints.texts import text_tokens
+    from ..checkpoints.texts import text_tokens
 
     config, tokens = chosen(arguments), None
     if config.needs_calibration() or getattr(arguments, "embedding_bits", 16) == 4:
@@ -597,12 +597,12 @@ def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> "tuple[Config
 
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Run `littlebit quantize`."""
-    from .checkpoints.checkpoint import info
-    from .checkpoints.dense import load_model, load_tokenizer
-    from .checkpoints.saving import check_target, save
-    from .files.atomic import check_file, check_room, place_of
-    from .models.embeddings import check_embeddings, quantize_embeddings_
-    from .models.quantize import quantize_, stored_bytes
+    from ..checkpoints.checkpoint import info
+    from ..checkpoints.dense import load_model, load_tokenizer
+    from ..checkpoints.saving import check_target, save
+    from ..files.atomic import check_file, check_room, place_of
+    from ..models.embeddings import check_embeddings, quantize_embeddings_
+    from ..models.quantize import quantize_, stored_bytes
     from .report import html_report, kind_table, kinds_of
 
     check_target(arguments.out, arguments.overwrite)
@@ -633,7 +633,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 def check_apart(source: str, out: Path) -> None:
     """Raise ValueError if writing an output would remove the model that it is made from."""
-    from .files.atomic import place_of
+    from ..files.atomic import place_of
 
     model, place = Path(source), place_of(out)
     if model.exists() and place_of(model).is_relative_to(place):
@@ -642,9 +642,9 @@ def check_apart(source: str, out: Path) -> None:
 
 def dry_run(arguments: argparse.Namespace) -> None:
     """Say what `littlebit quantize` or `train` will take, and the recipe of a training."""
+    from ..training.trainer import check_config
     from .estimate import estimate
     from .report import kind_table
-    from .training.trainer import check_config
 
     found = estimate(arguments.model, chosen(arguments), getattr(arguments, "tokens", 0))
     if "tokens" in arguments:
@@ -675,7 +675,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
 
 def training_config(arguments: argparse.Namespace) -> "TrainConfig":
     """The TrainConfig that the arguments of `littlebit train` say."""
-    from .training.trainer import TrainConfig
+    from ..training.trainer import TrainConfig
 
     return TrainConfig(
         **{field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
@@ -684,7 +684,7 @@ def training_config(arguments: argparse.Namespace) -> "TrainConfig":
 
 def recipe(config: "TrainConfig") -> list[str]:
     """Say what a training will do: a line for each phase, and the settings that are not the defaults."""
-    from .training.trainer import TrainConfig, phases
+    from ..training.trainer import TrainConfig, phases
 
     lines = []
     for phase in phases(config):
@@ -708,8 +708,8 @@ def duration(seconds: float) -> str:
 
 def run_train(arguments: argparse.Namespace) -> int | None:
     """Run `littlebit train`, in one process or as one of torchrun's."""
-    from .checkpoints.saving import check_target
-    from .training.trainer import TrainingError, TrainingStopped, joined_processes
+    from ..checkpoints.saving import check_target
+    from ..training.trainer import TrainingError, TrainingStopped, joined_processes
 
     check_target(arguments.out, arguments.overwrite)
     check_apart(arguments.model, arguments.out)
@@ -727,15 +727,15 @@ def run_train(arguments: argparse.Namespace) -> int | None:
 
 def train(arguments: argparse.Namespace, device: str) -> None:
     """Quantise, train and save; only the first process writes and prints."""
-    from .checkpoints.checkpoint import info
-    from .checkpoints.dense import load_model, load_tokenizer
-    from .checkpoints.saving import save
-    from .checkpoints.texts import training_tokens
-    from .files.atomic import place_of
-    from .files.digests import digest
-    from .models.quantize import quantize_
-    from .training.resume import Keeper
-    from .training.trainer import check_config, checked_text, longest, process, train_
+    from ..checkpoints.checkpoint import info
+    from ..checkpoints.dense import load_model, load_tokenizer
+    from ..checkpoints.saving import save
+    from ..checkpoints.texts import training_tokens
+    from ..files.atomic import place_of
+    from ..files.digests import digest
+    from ..models.quantize import quantize_
+    from ..training.resume import Keeper
+    from ..training.trainer import check_config, checked_text, longest, process, train_
 
     tokenizer = load_tokenizer(arguments.model)
     texts = [training_tokens(tokenizer, path) for path in arguments.data]
@@ -788,8 +788,8 @@ def summary(stored: dict[str, Any]) -> str:
 
 def load_any(source: str, device: str, dtype: "torch.dtype | None" = None) -> "torch.nn.Module":
     """A packed checkpoint or a dense model, by default in float32."""
-    from .checkpoints.checkpoint import load
-    from .checkpoints.dense import load_model
+    from ..checkpoints.checkpoint import load
+    from ..checkpoints.dense import load_model
 
     folder = resolve(source)
     packed = is_checkpoint(folder) or is_official(folder)
@@ -799,10 +799,10 @@ def load_any(source: str, device: str, dtype: "torch.dtype | None" = None) -> "t
 
 def run_eval(arguments: argparse.Namespace) -> None:
     """Run `littlebit eval`."""
-    from .checkpoints.dense import load_tokenizer
-    from .checkpoints.texts import text_tokens
-    from .evaluation.perplexity import SAMPLE_TEXT, perplexity
-    from .evaluation.zero_shot import blimp, harness, lm_eval
+    from ..checkpoints.dense import load_tokenizer
+    from ..checkpoints.texts import text_tokens
+    from ..evaluation.perplexity import SAMPLE_TEXT, perplexity
+    from ..evaluation.zero_shot import blimp, harness, lm_eval
 
     tokenizer = load_tokenizer(arguments.model)
     text = arguments.text or (None if arguments.blimp or arguments.lm_eval else SAMPLE_TEXT)
@@ -840,16 +840,16 @@ def blimp_table(result: "BlimpResult") -> str:
 def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """A model and its tokenizer: mapped into memory, where the compiled decoder can run it so, else in torch."""
     if arguments.device == "cpu" and arguments.kv_cache == "full":
-        from .decoding.architecture import NotDecodableError
-        from .decoding.mapped_weights import map_model
-        from .decoding.tokenizer import Tokenizer
+        from ..decoding.architecture import NotDecodableError
+        from ..decoding.mapped_weights import map_model
+        from ..decoding.tokenizer import Tokenizer
 
         try:
             folder = resolve(arguments.model)
             return map_model(folder, arguments.threads), Tokenizer(folder)
         except NotDecodableError as reason:
             log.debug("littlebit: %s is loaded by torch: %s", arguments.model, reason)
-    from .checkpoints.dense import load_tokenizer
+    from ..checkpoints.dense import load_tokenizer
 
     use_torch(arguments.threads)
     return load_any(arguments.model, arguments.device), load_tokenizer(arguments.model)
@@ -857,7 +857,7 @@ def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     """Run `littlebit generate`."""
-    from .decoding.generate import generate, stream
+    from ..decoding.generate import generate, stream
 
     model, tokenizer = load_to_generate(arguments)
     if arguments.json:  # the first token loads the kernels, which is not decoding
@@ -889,7 +889,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> None:
     """Run `littlebit verify`; exit with 2 if something changed since it was saved."""
-    from .checkpoints.checkpoint import verify
+    from ..checkpoints.checkpoint import verify
 
     folder = locate_packed(arguments.model)
     found = verify(folder)
@@ -904,7 +904,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 def run_info(arguments: argparse.Namespace) -> None:
     """Run `littlebit info`."""
-    from .checkpoints.checkpoint import info
+    from ..checkpoints.checkpoint import info
 
     stored = info(arguments.model)
     if arguments.json:
@@ -922,10 +922,10 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write the authors' format; what was written, and the same in words."""
-    from .checkpoints.checkpoint import info, load
-    from .checkpoints.dense import load_tokenizer
-    from .checkpoints.official import save_official
-    from .checkpoints.saving import check_target
+    from ..checkpoints.checkpoint import info, load
+    from ..checkpoints.dense import load_tokenizer
+    from ..checkpoints.official import save_official
+    from ..checkpoints.saving import check_target
 
     check_target(arguments.out, arguments.overwrite)
     model, tokenizer = load(arguments.model), load_tokenizer(arguments.model)
@@ -937,9 +937,9 @@ def export_official(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]
 
 def export_gguf(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write the dense model that the packed one stands for; what was written, and the same in words."""
-    from .checkpoints.checkpoint import load
-    from .checkpoints.dense import load_tokenizer
-    from .checkpoints.gguf import check_gguf, save_gguf
+    from ..checkpoints.checkpoint import load
+    from ..checkpoints.dense import load_tokenizer
+    from ..checkpoints.gguf import check_gguf, save_gguf
 
     check_gguf(arguments.out, arguments.overwrite)
     model, tokenizer = load(arguments.model), load_tokenizer(arguments.model)
@@ -1006,9 +1006,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench`."""
     import torch
 
-    from .bench.linear import BITS, SHAPES, bench_linear
-    from .bench.timing import cpu_name
-    from .files.atomic import check_file
+    from ..bench.linear import BITS, SHAPES, bench_linear
+    from ..bench.timing import cpu_name
+    from ..files.atomic import check_file
 
     if arguments.save:
         check_file(arguments.save)
@@ -1028,7 +1028,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         return run_bench_agreement(arguments)
     chosen = {key: tuple(getattr(arguments, key)) for key in ("shape", "bits") if getattr(arguments, key)}
     if arguments.device == "cuda":
-        from .bench.linear_cuda import BITS as CUDA_BITS, SHAPES as CUDA_SHAPES, bench_linear_cuda
+        from ..bench.linear_cuda import BITS as CUDA_BITS, SHAPES as CUDA_SHAPES, bench_linear_cuda
 
         device, error, other = torch.cuda.get_device_name(), "error", "fp16 us"
         shapes, bits = chosen.get("shape", CUDA_SHAPES), chosen.get("bits", CUDA_BITS)
@@ -1056,7 +1056,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
 def answered(arguments: argparse.Namespace, rows: list[dict[str, Any]], device: str) -> bool:
     """Save a benchmark's rows if they are to be kept; whether JSON was asked for, which is then printed."""
     if arguments.save:
-        from .bench.timing import save_results
+        from ..bench.timing import save_results
 
         save_results(arguments.save, rows, arguments.typed, device)
     if arguments.json:
@@ -1066,9 +1066,9 @@ def answered(arguments: argparse.Namespace, rows: list[dict[str, Any]], device: 
 
 def run_bench_decode(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode`."""
-    from .bench.decode import bench_decode
-    from .bench.timing import cpu_name
-    from .checkpoints.checkpoint import info
+    from ..bench.decode import bench_decode
+    from ..bench.timing import cpu_name
+    from ..checkpoints.checkpoint import info
 
     stored = info(arguments.model)
     rows = bench_decode(
@@ -1093,8 +1093,8 @@ def run_bench_decode(arguments: argparse.Namespace) -> None:
 
 def run_bench_load(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode --under-load`."""
-    from .bench.decode import QUIET_SHARE, bench_load, cores
-    from .bench.timing import cpu_name
+    from ..bench.decode import QUIET_SHARE, bench_load, cores
+    from ..bench.timing import cpu_name
 
     most = max(arguments.threads, min(2, cores()))
     model = arguments.model or "smollm2-0.55bit"
@@ -1116,8 +1116,8 @@ def run_bench_decode_cuda(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench decode --device cuda`."""
     import torch
 
-    from .bench.decode_cuda import bench_checkpoint_cuda, bench_decode_cuda
-    from .checkpoints.checkpoint import info
+    from ..bench.decode_cuda import bench_checkpoint_cuda, bench_decode_cuda
+    from ..checkpoints.checkpoint import info
 
     common = {"contexts": arguments.context or [128], "tokens": arguments.tokens or 256, "batch": arguments.batch[0]}
     common |= {"profile": arguments.profile, "kv_caches": arguments.kv_cache}
@@ -1163,17 +1163,17 @@ def run_tune(arguments: argparse.Namespace) -> None:
     """Run `littlebit tune`."""
     import torch
 
-    from .kernels import dispatch
+    from ..kernels import dispatch
 
     if not torch.cuda.is_available() or dispatch.cuda_kernels(0) is None:
         raise ValueError("tuning needs an NVIDIA GPU that the kernels can use; on a CPU there is nothing to tune")
-    from .bench.decode_cuda import llama_shape, random_model
-    from .bench.tune import keep, tune
-    from .decoding.engines import engine_of
-    from .decoding.fused_llama import parts_of
-    from .decoding.graph_decoder import SMALLEST_CAPACITY
-    from .files.atomic import check_file
-    from .kernels.cuda_schedule import own_schedules
+    from ..bench.decode_cuda import llama_shape, random_model
+    from ..bench.tune import keep, tune
+    from ..decoding.engines import engine_of
+    from ..decoding.fused_llama import parts_of
+    from ..decoding.graph_decoder import SMALLEST_CAPACITY
+    from ..files.atomic import check_file
+    from ..kernels.cuda_schedule import own_schedules
 
     check_file(arguments.table or own_schedules())
 
@@ -1200,10 +1200,10 @@ def run_tune(arguments: argparse.Namespace) -> None:
 
 def run_bench_agreement(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench agreement`."""
-    from .bench.timing import cpu_name
-    from .checkpoints.checkpoint import load
-    from .checkpoints.dense import load_tokenizer
-    from .decoding.parity import agreement
+    from ..bench.timing import cpu_name
+    from ..checkpoints.checkpoint import load
+    from ..checkpoints.dense import load_tokenizer
+    from ..decoding.parity import agreement
 
     rows = agreement(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens or 64)
     if answered(arguments, rows, cpu_name()):
@@ -1218,9 +1218,9 @@ def run_bench_agreement(arguments: argparse.Namespace) -> None:
 
 def run_bench_cache(arguments: argparse.Namespace) -> None:
     """Run `littlebit bench cache`."""
-    from .bench.cache import CONTEXTS, bench_cache, crossover
-    from .bench.linear import BITS
-    from .bench.timing import cpu_name
+    from ..bench.cache import CONTEXTS, bench_cache, crossover
+    from ..bench.linear import BITS
+    from ..bench.timing import cpu_name
 
     rows = [
         row

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files.atomic import write_text
-from .models.packed_shapes import layer_kind
-from .models.quantize import LayerResult
+from ..files.atomic import write_text
+from ..models.packed_shapes import layer_kind
+from ..models.quantize import LayerResult
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 WIDTH, HEIGHT, MARGIN = 900, 260, 40

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from .admm import ADMM_STEPS, admm
-from .alignment import ITQ_STEPS
-from .bits import Ranks, Shape, layer_bits, model_bits
-from .checkpoints.dense import check_dense
-from .checkpoints.fetch import locate
-from .models.build import empty_model, transformers
-from .models.packed_shapes import layer_kind
-from .models.quantize import OVERSAMPLING, Config, check_config, factorise, fused_split, plan
-from .models.selection import linear_shape
+from ..admm import ADMM_STEPS, admm
+from ..alignment import ITQ_STEPS
+from ..bits import Ranks, Shape, layer_bits, model_bits
+from ..checkpoints.dense import check_dense
+from ..checkpoints.fetch import locate
+from ..models.build import empty_model, transformers
+from ..models.packed_shapes import layer_kind
+from ..models.quantize import OVERSAMPLING, Config, check_config, factorise, fused_split, plan
+from ..models.selection import linear_shape
 
 PROBE_SECONDS = 0.1
 PROBE_SIZE = 512  # rows and columns of the matrices that are multiplied, and of the layer that is factorised
@@ -97,7 +97,7 @@ def configuration(source: str | Path) -> dict[str, Any]:
     if path.is_dir():
         check_dense(path, source)
         return transformers().AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
-    from .checkpoints.gguf_reader import gguf_config, read_gguf_header
+    from ..checkpoints.gguf_reader import gguf_config, read_gguf_header
 
     return gguf_config(path, read_gguf_header(path)).to_dict()
 

@@ -10,15 +10,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._progress import tqdm
-from .bench.decode import QUIET_SHARE, prompted, token_times
-from .checkpoints.bundled import place
-from .checkpoints.fetch import fetch, resolve
-from .checkpoints.names import TINY
-from .decoding.generate import stream
-from .decoding.mapped_weights import map_model
-from .decoding.tokenizer import Tokenizer
-from .files.atomic import check_file, write_text
+from .._progress import tqdm
+from ..bench.decode import QUIET_SHARE, prompted, token_times
+from ..checkpoints.bundled import place
+from ..checkpoints.fetch import fetch, resolve
+from ..checkpoints.names import TINY
+from ..decoding.generate import stream
+from ..decoding.mapped_weights import map_model
+from ..decoding.tokenizer import Tokenizer
+from ..files.atomic import check_file, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,8 +99,8 @@ def measure(out: Path) -> str:
 
     Leaves the models, demo.json and a picture in the folder.
     """
-    from .checkpoints.checkpoint import info
-    from .checkpoints.saving import check_target
+    from ..checkpoints.checkpoint import info
+    from ..checkpoints.saving import check_target
 
     folders = {name: out / name for name in (UNTRAINED, SMALL)}
     for folder in folders.values():
@@ -136,9 +136,9 @@ def write_untrained(folder: Path) -> None:
     """Quantise the model by Dual-SVID and save it."""
     import torch
 
-    from .checkpoints.dense import load_model, load_tokenizer
-    from .checkpoints.saving import save
-    from .models.quantize import Config, quantize_
+    from ..checkpoints.dense import load_model, load_tokenizer
+    from ..checkpoints.saving import save
+    from ..models.quantize import Config, quantize_
 
     model, threads = load_model(MODEL), torch.get_num_threads()
     torch.set_num_threads(
@@ -151,10 +151,10 @@ def write_untrained(folder: Path) -> None:
 
 def write_small(folder: Path) -> None:
     """Save the trained model with an embedding of 8 bits."""
-    from .checkpoints.checkpoint import load
-    from .checkpoints.dense import load_tokenizer
-    from .checkpoints.saving import save
-    from .models.embeddings import quantize_embeddings_
+    from ..checkpoints.checkpoint import load
+    from ..checkpoints.dense import load_tokenizer
+    from ..checkpoints.saving import save
+    from ..models.embeddings import quantize_embeddings_
 
     model = load(fetch(TRAINED))
     quantize_embeddings_(model, 8)
@@ -182,9 +182,9 @@ def figures(source: str | Path) -> dict[str, Any]:
     Speed is that of `littlebit generate`'s decoder: the median over the tokens of several rounds. `core_share` is the
     processor time of the thread that decodes over the time that passed: below one, other programs kept it waiting.
     """
-    from .checkpoints.dense import load_tokenizer
-    from .checkpoints.texts import text_tokens
-    from .evaluation.perplexity import SAMPLE_TEXT, perplexity
+    from ..checkpoints.dense import load_tokenizer
+    from ..checkpoints.texts import text_tokens
+    from ..evaluation.perplexity import SAMPLE_TEXT, perplexity
 
     folder = Path(resolve(source))
     text = "".join(text_of(folder)).replace("\n", " ")
@@ -201,9 +201,9 @@ def figures(source: str | Path) -> dict[str, Any]:
 
 def loaded(folder: Path) -> Any:
     """A model, packed or dense."""
-    from .checkpoints.checkpoint import load
-    from .checkpoints.dense import load_model
-    from .checkpoints.format import is_checkpoint
+    from ..checkpoints.checkpoint import load
+    from ..checkpoints.dense import load_model
+    from ..checkpoints.format import is_checkpoint
 
     return load(folder) if is_checkpoint(folder) else load_model(folder)
 
@@ -235,10 +235,10 @@ def draw(folder: Path, path: Path) -> Path:
     """The paper's Figure 2: a weight matrix, its primary path, its residual and their sum, from the stored bits."""
     from matplotlib.figure import Figure
 
-    from .checkpoints.checkpoint import load
-    from .checkpoints.dense import load_model
-    from .models.quantize import packed_layers
-    from .packing import unpack_factors
+    from ..checkpoints.checkpoint import load
+    from ..checkpoints.dense import load_model
+    from ..models.quantize import packed_layers
+    from ..packing import unpack_factors
 
     weight = load_model(MODEL).get_submodule(PICTURED).weight.detach()  # type: ignore[union-attr]
     primary, residual = (unpack_factors(path).to_dense() for path in packed_layers(load(folder))[PICTURED].factors())
