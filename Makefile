@@ -68,9 +68,9 @@ lock:  ## Renew constraints.txt (newest versions) and constraints-oldest.txt (ol
 	$(COMPILE) --extra dev --resolution lowest-direct -o constraints-oldest.txt
 
 test-gpu: $(VENV)/.ok  ## Run the CUDA kernels' tests on a GPU, and each kernel under compute-sanitizer
-	$(PY) -m pytest tests/test_gpu.py tests/test_gpu_decode.py
-	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(PY) tests/gpu_pass.py
-	compute-sanitizer --tool racecheck --kernel-name kns=littlebit --error-exitcode 1 $(PY) tests/gpu_pass.py
+	$(PY) -m pytest tests/gpu/test_gpu.py tests/gpu/test_gpu_decode.py
+	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(PY) tests/gpu/gpu_pass.py
+	compute-sanitizer --tool racecheck --kernel-name kns=littlebit --error-exitcode 1 $(PY) tests/gpu/gpu_pass.py
 
 check: $(VENV)/.ok build/types  ## Lint, formatting and types
 	$(VENV)/bin/ruff check .
@@ -82,7 +82,7 @@ format: $(VENV)/.ok  ## Format the code
 	$(VENV)/bin/ruff format .
 
 mutants: $(VENV)/.ok  ## Apply small mistakes to the code and count those that the tests notice
-	$(PY) tests/mutants.py
+	$(PY) tests/stress/mutants.py
 
 # Seconds that fuzz, faults and soak may take; SAVE=1 writes what they count to book/results/reliability.json
 BUDGET ?= 60
@@ -95,13 +95,13 @@ build/atheris/.ok: $(VENV)/.ok constraints.txt
 	@touch $@
 
 fuzz: build/atheris/.ok  ## Read checkpoints that nobody wrote for BUDGET seconds: refused, or loaded identically
-	PYTHONPATH=build/atheris $(PY) tests/fuzz.py $(TRIED)
+	PYTHONPATH=build/atheris $(PY) tests/stress/fuzz.py $(TRIED)
 
 faults: $(VENV)/.ok  ## Kill, starve and interrupt commands for about BUDGET seconds: output whole or absent
-	$(PY) tests/faults.py $(TRIED)
+	$(PY) tests/stress/faults.py $(TRIED)
 
 soak: $(VENV)/.ok  ## Generate text and compute random layers for BUDGET seconds: memory flat, results the same
-	$(PY) tests/soak.py $(TRIED) $(if $(SHAPES),--shapes $(SHAPES))
+	$(PY) tests/stress/soak.py $(TRIED) $(if $(SHAPES),--shapes $(SHAPES))
 
 audit: $(VENV)/.ok  ## Compare what is installed with the known vulnerabilities (asks the package index)
 	$(VENV)/bin/uv tool run --from pip-audit pip-audit --path $(VENV)/lib/python*/site-packages

@@ -47,7 +47,7 @@ def bench_linear_cuda(
     batches : sequence of int
         Rows of the input.
     tune : bool
-        Try other schedules than that of `cuda_launch.schedule_for`, and take the fastest; for rows that it serves.
+        Try other schedules than that of `cuda_schedule.schedule_for`, and take the fastest; for rows that it serves.
     progress : bool
 
     Returns

@@ -1,6 +1,6 @@
 """Launch schedules of packed layers, measured on this GPU: `littlebit tune`.
 
-How the two kernels of a layer are divided among blocks and warps (`cuda_launch.Schedule`) does not change what they
+How the two kernels of a layer are divided among blocks and warps (`cuda_schedule.Schedule`) does not change what they
 compute, but how fast. From sizes alone a schedule is guessed that is good on an H100; here others are tried, for the
 groups of layers that the decoder launches together, and the fastest are kept for later runs.
 """

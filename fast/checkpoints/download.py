@@ -41,7 +41,7 @@ ARTIFACTS = {
 }
 
 
-DATA = Path(__file__).with_name("data")
+DATA = Path(__file__).parents[1] / "data"
 
 
 def fetch_artifact(name: str) -> Path:

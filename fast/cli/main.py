@@ -1296,6 +1296,3 @@ COMMANDS = {
         "ordinary one, or compare greedy texts with transformers' (agreement).",
     ),
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """The fused engine with a latent key-value cache (see kv_cache.py): R numbers a token and projection instead of d_kv.
 
 What the first stage of k_proj and v_proj makes of a token is kept. Keys are expanded in the kernel that multiplies them
-with the query (kernels/cuda_latent.py). The values' latents are summed with their weights first, and the sum is
-expanded once. Memory is what the cache is for, so it grows by BLOCK tokens instead of by its size.
+with the query (kernels/cuda_latent_attention.py). The values' latents are summed with their weights first, and the sum
+is expanded once. Memory is what the cache is for, so it grows by BLOCK tokens instead of by its size.
 """
 
 import itertools

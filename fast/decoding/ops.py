@@ -93,7 +93,7 @@ def used_latents(kept: Latents, ranks: Sequence[int]) -> Latents:
 
 
 class Expansion(NamedTuple):
-    """What expands latents as they are kept, as `cuda_latent` reads it.
+    """What expands latents as they are kept, as `cuda_latent_attention` reads it.
 
     Attributes
     ----------
@@ -318,17 +318,17 @@ class CudaSteps:
         from ..kernels import dispatch
 
         index = device.index or 0
-        launching = dispatch.cuda_kernels(index)
-        if launching is None:
+        if dispatch.cuda_kernels(index) is None:
             raise NotDecodableError("the CUDA kernels cannot be used")
         if heads.size not in (64, 128, 256):
             raise NotDecodableError(f"its heads have {heads.size} entries, not 64, 128 or 256")
-        from ..kernels import cuda_decode
+        from ..kernels import cuda_decode, cuda_driver, cuda_latent_attention, cuda_schedule
 
-        self.kernels, self.latent, self.launching = cuda_decode, cuda_latent, launching
+        self.kernels, self.latent = cuda_decode, cuda_latent_attention
+        self.driver, self.schedules = cuda_driver, cuda_schedule
         self.heads, self.dtype, self.eps, self.index = heads, dtype, eps, index
         capability = torch.cuda.get_device_capability(index)
-        self.early, self.grouped = capability >= launching.EARLY, capability == launching.GROUPED
+        self.early, self.grouped = capability >= cuda_driver.EARLY, capability == cuda_schedule.GROUPED
         group, most = heads.heads // heads.kv_heads, 8 if self.early else 2  # that the registers suffice for
         self.group = next(count for count in range(min(group, most), 0, -1) if group % count == 0)
         self.chunks = group // self.group
@@ -338,15 +338,15 @@ class CudaSteps:
 
     def start(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **how: int) -> None:
         """Start a kernel on torch's current stream; tensors become addresses."""
-        arrays = [self.launching.array(each) if isinstance(each, Tensor) else each for each in arguments]
+        arrays = [self.driver.array(each) if isinstance(each, Tensor) else each for each in arguments]
         threads, size, early = how.get("threads", self.kernels.EIGHTS), how.get("size", 0), bool(how.get("early"))
         with torch.cuda.device(self.index):
             stream = torch.cuda.current_stream().cuda_stream
-            self.launching.start(stream, early, kernel, grid, threads, size, arrays)
+            self.driver.start(stream, early, kernel, grid, threads, size, arrays)
 
     def kind(self, tensor: Tensor) -> str:
         """What the kernels call a tensor's dtype."""
-        return self.launching.KINDS[tensor.dtype]
+        return self.schedules.KINDS[tensor.dtype]
 
     def grid(self, x: Tensor, size: int) -> tuple[int, int, int]:
         """Of a kernel with eight of `size` columns for each thread."""
@@ -391,7 +391,7 @@ class CudaSteps:
         if not isinstance(head, QuantizedHead):
             return head(x)
         kind, arrays, size, group = table_arrays(head.table)
-        vectors, count = self.launching.vectors_of(len(x)), len(head.table.codes)
+        vectors, count = self.schedules.vectors_of(len(x)), len(head.table.codes)
         y = torch.empty(len(x), count, device=x.device)
         grid = -(-count // (self.kernels.WARPS * self.kernels.LOGIT_ROWS)), -(-len(x) // vectors), 1
         self.start(self.kernels.logits(self.kind(x), kind, vectors), grid, x, *arrays, y, len(x), count, size, group)
@@ -416,7 +416,7 @@ class CudaSteps:
         """As that of TorchSteps."""
         rows, kv_heads, capacity, size = keys.shape
         made = self.made(projected, keys, norms)
-        blocks, at_once = 2 * self.launching.described(self.index).multiprocessors, made.at_once(self.early)
+        blocks, at_once = 2 * self.driver.described(self.index).multiprocessors, made.at_once(self.early)
         enough, shortest = -(-blocks // self.blocks), self.shortest
         whole = whole or min(blocks // self.blocks, capacity // (self.few_looks * at_once)) > self.most_shares
         if not whole:
@@ -462,16 +462,16 @@ class CudaSteps:
         whole: bool = True,
     ) -> Tensor:
         """As that of TorchSteps."""
-        kernels, launching, (keys, values), heads = self.latent, self.launching, expansions, self.heads
-        scales = tuple(launching.array(each.scale) for each in cache)
-        words = tuple(launching.array(each.codes.view(torch.int32)) for each in cache)
+        kernels, driver, (keys, values), heads = self.latent, self.driver, expansions, self.heads
+        scales = tuple(driver.array(each.scale) for each in cache)
+        words = tuple(driver.array(each.codes.view(torch.int32)) for each in cache)
         kind, kept = self.kind(projected), "byte" if cache[0].codes.dtype == torch.int8 else "half"
         rows, capacity = cache[0].codes.shape[:2]
         begins_1, begins_2 = (tuple(sum(of.begins[at : at + 1]) for of in spans) for at in (0, 1))
         self.start(
             kernels.latents(kept, self.early),
             (rows, 2, 1),
-            *(part, tuple(launching.array(each.codes) for each in cache), scales, positions),
+            *(part, tuple(driver.array(each.codes) for each in cache), scales, positions),
             *(begins_1, (keys.counts[0], values.counts[0]), begins_2, (keys.counts[1], values.counts[1])),
             *(*part.shape, capacity),
             threads=kernels.THREADS,
@@ -485,7 +485,7 @@ class CudaSteps:
         self.start(
             kernels.attend_latents(made, self.early),
             (tiles, -(-heads.kv_heads // of_block), rows),
-            *(projected, words, scales, keys.words, tuple(map(launching.array, keys.scales))),
+            *(projected, words, scales, keys.words, tuple(map(driver.array, keys.scales))),
             *(*angles, positions, left, heads.kv_heads, group, of_block, *shapes, parts),
             *(made.held(*sizes), heads.size**-0.5),
             threads=made.threads,
@@ -496,14 +496,14 @@ class CudaSteps:
         if whole:
             y, shares = projected.new_empty(rows, heads.heads * heads.size), 1
         else:
-            few = self.launching.described(self.index).multiprocessors // (rows * heads.heads)
+            few = self.driver.described(self.index).multiprocessors // (rows * heads.heads)
             shares = max(1, min(few, tiles // self.fewest_tiles, self.most_shares))
             y = torch.empty(rows, heads.heads, shares, heads.size + self.kernels.SUMMARY, device=projected.device)
         width = values.words.shape[1]
         self.start(
             kernels.expand_latents(self.kind(y), heads.size, whole, self.early),
             (heads.heads, rows, shares),
-            *(left, values.words, tuple(map(launching.array, values.scales)), positions, y),
+            *(left, values.words, tuple(map(driver.array, values.scales)), positions, y),
             *(group, made.tokens, tiles, width, values.first_words, *values.counts),
             threads=kernels.THREADS,
             size=kernels.expanding_bytes(tiles, width, value_width),
@@ -523,7 +523,7 @@ class CudaSteps:
             If there is room for none.
         """
         kernels, (keys, values), heads = self.latent, expansions, self.heads
-        device, width, value_width = self.launching.described(self.index), keys.words.shape[1], sum(values.counts)
+        device, width, value_width = self.driver.described(self.index), keys.words.shape[1], sum(values.counts)
         for tokens in kernels.TILES if self.early else kernels.TILES[1:]:  # the registers suffice for
             made, times = kernels.LatentTile(kind, kept, heads.size, tokens, self.grouped), {}
             for turns in (1, 2, 4, 8, 16, 32):

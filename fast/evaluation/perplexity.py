@@ -15,7 +15,7 @@ from ..models.calibrate import windows
 WINDOW = 2048
 
 
-SAMPLE_TEXT = Path(__file__).with_name("data") / "roosevelt_1901.txt"  # for evaluation only
+SAMPLE_TEXT = Path(__file__).parents[1] / "data" / "roosevelt_1901.txt"  # for evaluation only
 
 
 TRAINING_TEXT = SAMPLE_TEXT.with_name("lincoln_1862.txt")  # for calibration and small training runs

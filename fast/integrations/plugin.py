@@ -21,7 +21,11 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 #: The modules in which the libraries keep what is to be extended, and our modules that have a `register` for them
-REGISTERS = {"torch": "operators", "transformers.quantizers.auto": "quantizer", "peft.tuners.lora.model": "lora"}
+REGISTERS = {
+    "torch": "..kernels.torch_op",
+    "transformers.quantizers.auto": ".hf_quantizer",
+    "peft.tuners.lora.model": ".peft_lora",
+}
 
 
 def announce() -> None:
@@ -36,7 +40,7 @@ def register(name: str) -> None:
     A library whose version does not fit must still be usable without LittleBit, so that no error leaves this function.
     """
     try:
-        ours = importlib.import_module(f".{REGISTERS[name]}", __package__)
+        ours = importlib.import_module(REGISTERS[name], __package__)
         if hasattr(ours, "register"):  # else it is being imported just now, and registers at its end
             ours.register()
     except Exception as error:

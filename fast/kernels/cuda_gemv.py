@@ -24,7 +24,7 @@ Sums of integers are exact; an entry is off by at most 2^-22 of the largest in i
 order that depends on time: results are the same each time.
 
 `plain_latent` and `plain_output` are the first step of the ladder: a warp for each row, a sign at a time. Both pairs
-are launched by cuda_launch.py, and where the GPU can (`early`) a kernel starts before the one before it has ended: it
+are launched by cuda_layer.py, and where the GPU can (`early`) a kernel starts before the one before it has ended: it
 fetches its words, and then waits for what they are multiplied with.
 """
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..packing import PackedFactors
-from .cuda_driver import EARLY, Array, array, described, readable, start
+from . import cuda_driver, cuda_schedule
+from .cpu_layer import Plan as CpuPlan, batched
 from .cuda_gemm import DEPTH, SCALED_AT_ONCE, SCALING_THREADS, WORDS_DEPTH, products, scaled_vectors
 from .cuda_gemv import Shares, latent, output
 from .cuda_plain import plain_latent, plain_output
 from .cuda_schedule import (
     EXACT_BATCH,
-    GROUPED,
     KINDS,
     SMALL_BATCH,
     WARPS,
@@ -36,7 +36,6 @@ from .cuda_schedule import (
     latent_bytes,
     output_bytes,
     padded,
-    schedule_for,
     slices_of,
     steps_of,
     sums_before,
@@ -296,21 +295,21 @@ class Siblings:
     """
 
     def __init__(self, layers: Sequence[Sequence[Tensor]]):
-        self.kept = [[readable(tensor) for tensor in tensors] for tensors in layers]
-        self.layers = [[PackedFactors(*map(array, path)) for path in plan.batched(kept)] for kept in self.kept]
+        self.kept = [[cuda_driver.readable(tensor) for tensor in tensors] for tensors in layers]
+        self.layers = [[PackedFactors(*map(cuda_driver.array, path)) for path in batched(kept)] for kept in self.kept]
         ranks = tuple(tuple(len(path.ell) for path in layer) for layer in self.layers)
         self.sizes = Sizes(len(self.layers[0][0].g), tuple(len(layer[0].h) for layer in self.layers), ranks)
         self.index = self.kept[0][0].device.index
-        self.device = described(self.index)
+        self.device = cuda_driver.described(self.index)
         self.capability = torch.cuda.get_device_capability(self.index)
-        self.early = self.capability >= EARLY
+        self.early = self.capability >= cuda_driver.EARLY
         self.schedules: dict[int, Schedule | None] = {}
 
     def schedule(self, rows: int) -> Schedule | None:
         """The schedule for so many rows of x; None if no block has enough shared memory."""
         vectors = vectors_of(rows)
         if vectors not in self.schedules:
-            self.schedules[vectors] = schedule_for(self.sizes, rows, self.device)
+            self.schedules[vectors] = cuda_schedule.schedule_for(self.sizes, rows, self.device)
         return self.schedules[vectors]
 
     def part_size(self, rows: int, schedule: Schedule) -> int:
@@ -339,19 +338,19 @@ class Siblings:
         with torch.cuda.device(self.index):
             stream = torch.cuda.current_stream().cuda_stream
             launch(
-                array(x),
+                cuda_driver.array(x),
                 KINDS[x.dtype],
                 rows,
                 self.layers,
-                array(y),
-                array(part),
+                cuda_driver.array(y),
+                cuda_driver.array(part),
                 schedule,  # type: ignore[arg-type]
                 early,
-                partial(start, stream, early),
-                Norm(array(norm[0]), array(norm[1]), *norm[2:]) if norm else None,
+                partial(cuda_driver.start, stream, early),
+                Norm(cuda_driver.array(norm[0]), cuda_driver.array(norm[1]), *norm[2:]) if norm else None,
                 activation,
-                None if bias is None else array(bias),
-                None if squares is None else array(squares),
+                None if bias is None else cuda_driver.array(bias),
+                None if squares is None else cuda_driver.array(squares),
                 shares,
             )
 
@@ -366,14 +365,14 @@ class Plan(Siblings):
 
     def __init__(self, tensors: Sequence[Tensor]):
         super().__init__([tensors])
-        self.paths = plan.batched(self.kept[0])
+        self.paths = batched(self.kept[0])
         self.d_out, self.d_in = self.sizes.d_outs[0], self.sizes.d_in
         self.ranks = self.sizes.ranks[0]
         self.seen = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in self.kept[0]]
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the plan reads just these tensors, as for a plan on a CPU."""
-        return plan.Plan.fits(self, tensors)
+        return CpuPlan.fits(self, tensors)
 
     def __call__(self, x: Tensor, version: str | None = None, schedule: Schedule | None = None) -> Tensor:
         """(..., d_out) of x's dtype from (..., d_in), on torch's current stream; nothing waits for the device.
@@ -398,8 +397,16 @@ class Plan(Siblings):
         if version == "plain":
             part = torch.empty(rows * sum(self.ranks), dtype=torch.float32, device=x.device)
             with torch.cuda.device(self.index):
-                go = partial(start, torch.cuda.current_stream().cuda_stream, False)
-                launch_plain(array(x), KINDS[x.dtype], rows, self.layers[0], array(y), array(part), go)
+                go = partial(cuda_driver.start, torch.cuda.current_stream().cuda_stream, False)
+                launch_plain(
+                    cuda_driver.array(x),
+                    KINDS[x.dtype],
+                    rows,
+                    self.layers[0],
+                    cuda_driver.array(y),
+                    cuda_driver.array(part),
+                    go,
+                )
             return y
         part = torch.empty(self.part_size(rows, schedule), dtype=torch.float32, device=x.device)  # type: ignore[arg-type]
         self.launch(x, y.view(rows, self.d_out), part, schedule, self.early and version != "tensor")
@@ -407,7 +414,7 @@ class Plan(Siblings):
 
     def batch_schedule(self, rows: int) -> BatchSchedule:
         """The schedule of the kernels for batches."""
-        return batch_schedule(self.sizes, rows, self.device.multiprocessors, self.capability == GROUPED)
+        return batch_schedule(self.sizes, rows, self.device.multiprocessors, self.capability == cuda_schedule.GROUPED)
 
     def batch(self, x: Tensor, y: Tensor, rows: int, schedule: BatchSchedule | None = None) -> Tensor:
         """The same by the kernels for batches."""
@@ -415,11 +422,21 @@ class Plan(Siblings):
         counts = work_sizes(self.sizes, rows, schedule)
         places, total = sums_before(-(-count // 4) * 4 for count in counts)
         memory = torch.empty(total, dtype=torch.int32, device=x.device)
-        work = Work(*(Array(memory.data_ptr() + 4 * at, n) for at, n in zip(places, counts, strict=True)))
+        work = Work(*(cuda_driver.Array(memory.data_ptr() + 4 * at, n) for at, n in zip(places, counts, strict=True)))
         with torch.cuda.device(self.index):
-            go = partial(start, torch.cuda.current_stream().cuda_stream, self.early)
-            arguments = array(x), KINDS[x.dtype], rows, self.layers[0], array(y), work, schedule, self.early, go
-            launch_batch(*arguments, self.capability == GROUPED)
+            go = partial(cuda_driver.start, torch.cuda.current_stream().cuda_stream, self.early)
+            arguments = (
+                cuda_driver.array(x),
+                KINDS[x.dtype],
+                rows,
+                self.layers[0],
+                cuda_driver.array(y),
+                work,
+                schedule,
+                self.early,
+                go,
+            )
+            launch_batch(*arguments, self.capability == cuda_schedule.GROUPED)
         return y
 
     def unpacked(self, x: Tensor) -> Tensor:
@@ -438,8 +455,8 @@ class Plan(Siblings):
         rows, columns = 8 * sum(map(eights_of, self.ranks)), 8 * eights_of(self.d_in)
         memory = torch.empty(rows * (columns + self.d_out), dtype=dtype, device=self.kept[0][0].device)
         with torch.cuda.device(self.index):
-            go = partial(start, torch.cuda.current_stream().cuda_stream, self.early)
+            go = partial(cuda_driver.start, torch.cuda.current_stream().cuda_stream, self.early)
             multiprocessors = self.device.multiprocessors
-            launch_unpacking(KINDS[dtype], self.layers[0], array(memory), multiprocessors, self.early, go)
+            launch_unpacking(KINDS[dtype], self.layers[0], cuda_driver.array(memory), multiprocessors, self.early, go)
         a, b = memory[: rows * columns], memory[rows * columns :]
         return a.view(rows, columns)[:, : self.d_in], b.view(self.d_out, rows)

@@ -59,13 +59,13 @@ def packed_linear_on_gpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 def cuda_kernels(index: int) -> Any:
     """The module of the CUDA kernels, or None where they cannot be used on a GPU; a warning says why, once."""
     try:
-        from . import cuda_driver
+        from . import cuda_driver, cuda_layer
 
         reason = cuda_driver.unusable(index)
     except Exception as error:  # whatever Numba, the driver or a missing library raises
         reason = f"{type(error).__name__}: {error}"
     if reason is None:
-        return cuda_launch
+        return cuda_layer
     warnings.warn(
         f"the CUDA kernels for packed signs cannot be used on GPU {index}, so signs are unpacked for each call, which "
         f"is slower: {reason}",

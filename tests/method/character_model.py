@@ -2,7 +2,7 @@
 
 `run()` takes about a minute on one core and is what a notebook shows; the tests call it with smaller sizes.
 
-    OMP_NUM_THREADS=1 python tests/character_model.py
+    OMP_NUM_THREADS=1 python tests/method/character_model.py
 """
 
 import time

@@ -27,7 +27,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "fuzz"
 MEMORY_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else None
 SECONDS = 10  # of processor time for one case; four times as many of any

@@ -20,7 +20,7 @@ radmm, fadmm = (importlib.import_module(f"littlebit.{package}.admm") for package
 ralign, falign = (importlib.import_module(f"littlebit.{package}.alignment") for package in ("reference", "fast"))
 balanced_factors = importlib.import_module("littlebit.reference.dual_svid").balanced_factors
 fast_balanced_factors = importlib.import_module("littlebit.fast.dual_svid").balanced_factors
-SPECTRA = json.loads(Path(__file__).with_name("data").joinpath("smollm2_spectra.json").read_text())["layers"]
+SPECTRA = json.loads((Path(__file__).parents[1] / "data").joinpath("smollm2_spectra.json").read_text())["layers"]
 
 
 def rotation_of(size, seed):

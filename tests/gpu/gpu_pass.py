@@ -1,6 +1,6 @@
 """One call of every CUDA kernel, for compute-sanitizer: `make test-gpu`.
 
-Names of parts run these alone: `python tests/gpu_pass.py batches latents`.
+Names of parts run these alone: `python tests/gpu/gpu_pass.py batches latents`.
 """
 
 # pyright: reportArgumentType=false

@@ -25,7 +25,7 @@ from littlebit.fast.packing import row_words
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-DATA = Path(__file__).parent / "data" / "checkpoints"
+DATA = Path(__file__).parents[1] / "data" / "checkpoints"
 READERS = (lb.info, lb.verify, lb.load)
 LAYER = "model.layers.0.mlp.up_proj"
 

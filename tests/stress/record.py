@@ -4,7 +4,7 @@ import datetime
 import json
 from pathlib import Path
 
-RECORD = Path(__file__).parent.parent / "book" / "results" / "reliability.json"
+RECORD = Path(__file__).parents[2] / "book" / "results" / "reliability.json"
 COMMAND = "make fuzz faults soak SAVE=1, each with a BUDGET of its own"
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from littlebit.fast.bench.linear import exact_path, random_path
 from littlebit.fast.bits import rank_for_bits
-from littlebit.fast.kernels import dispatch
+from littlebit.fast.kernels import cuda_schedule, dispatch
 from torch.nn import functional
 
 pytestmark = [
@@ -27,10 +27,10 @@ SMALL_BATCH = 4  # rows of 16 bits up to which that is so
 
 
 @pytest.fixture(scope="module")
-def cuda_launch():
-    assert dispatch.cuda_kernels(0)
-
-    return cuda_launch
+def cuda_layer():
+    module = dispatch.cuda_kernels(0)
+    assert module
+    return module
 
 
 def layer(d_out, d_in, ranks, seed=0):
@@ -90,7 +90,7 @@ def test_layers_of_any_size_equal_the_exact_product(d_out, d_in, ranks, rows, dt
 @pytest.mark.parametrize("version", ["plain", "tensor", "early"])
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize(("d_out", "d_in"), [(28672, 8192), (8192, 28672), (4096, 4096)])
-def test_every_version_at_real_sizes(cuda_launch, d_out, d_in, rows, version):
+def test_every_version_at_real_sizes(cuda_layer, d_out, d_in, rows, version):
     paths, x = layer(d_out, d_in, (200, 300)), inputs(rows, d_in)
     plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
     assert_exact(plan(x, version), x, paths)
@@ -105,7 +105,7 @@ def test_the_error_is_that_of_the_outputs_rounding_which_the_dense_layer_has_too
     assert relative_error(ours, want) <= 1.001 * relative_error(rounded, want)
 
 
-def test_schedules_do_not_change_the_result(cuda_launch):
+def test_schedules_do_not_change_the_result(cuda_layer):
     paths, x = layer(4096, 4096, [600]), inputs(2, 4096, torch.float32)
     plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
     schedule = plan.schedule(2)
@@ -135,7 +135,7 @@ def test_batches_of_any_size_equal_the_exact_product_but_for_roundings(d_out, d_
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("d_in", [2100, 2104])
 @pytest.mark.parametrize("rows", [9, 30, 60, 200])
-def test_every_tile_of_a_batch(cuda_launch, monkeypatch, rows, d_in, grouped):
+def test_every_tile_of_a_batch(cuda_layer, monkeypatch, rows, d_in, grouped):
     if not grouped:
         monkeypatch.setattr(cuda_schedule, "GROUPED", None)
     paths, x = layer(1500, d_in, (130, 260)), inputs(rows, d_in)
@@ -148,7 +148,7 @@ def test_every_tile_of_a_batch(cuda_launch, monkeypatch, rows, d_in, grouped):
 
 @pytest.mark.parametrize("rows", [33, 2000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_batches_are_multiplied_by_unpacked_signs(cuda_launch, rows, dtype):
+def test_large_batches_are_multiplied_by_unpacked_signs(cuda_layer, rows, dtype):
     paths, x = layer(777, 1027, (130, 35)), inputs(rows, 1027, dtype)
     plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
     y, want = plan.unpacked(x), exact(x, paths)
@@ -156,7 +156,7 @@ def test_large_batches_are_multiplied_by_unpacked_signs(cuda_launch, rows, dtype
     assert relative_error(y, want) <= 3 * torch.finfo(dtype).eps
 
 
-def test_scales_whose_products_overflow_float16(cuda_launch):
+def test_scales_whose_products_overflow_float16(cuda_layer):
     (path,) = layer(64, 128, [40])
     path = path._replace(h=path.h * 600, ell=path.ell * 600)
     x = inputs(200, 128) / 1024
@@ -166,7 +166,7 @@ def test_scales_whose_products_overflow_float16(cuda_launch):
         assert relative_error(y, want) <= 3e-3
 
 
-def test_scales_are_read_anew_when_a_graph_of_unpacked_signs_is_replayed(cuda_launch):
+def test_scales_are_read_anew_when_a_graph_of_unpacked_signs_is_replayed(cuda_layer):
     (path,), x = layer(300, 1024, [100]), inputs(200, 1024) / 1024
     plan = cuda_layer.Plan([*path])
     plan.unpacked(x)
@@ -243,7 +243,7 @@ def flat(paths):
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
-def test_siblings_with_all_that_goes_before_and_after(cuda_launch, rows):
+def test_siblings_with_all_that_goes_before_and_after(cuda_layer, rows):
     layers = [layer(d_out, 1024, ranks, d_out) for d_out, ranks in ((1024, (100,)), (256, (64, 70)), (256, (33,)))]
     group = cuda_layer.Siblings([flat(paths) for paths in layers])
     generator = torch.Generator("cuda").manual_seed(rows)

@@ -31,7 +31,7 @@ import workers
 from fuzz import held
 from workers import ended
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL_DISK = "size=300k"  # a checkpoint takes 150 kB
 BITS = ["--bits", 2.5]
 NOBODY = 65534

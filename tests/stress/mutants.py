@@ -1,6 +1,6 @@
 """Do the tests bite? Apply small mistakes to copies of the packages, one at a time, and see which ones tests notice.
 
-Run as `make mutants`, or `python tests/mutants.py [WORD ...]` for those whose name or file holds a word. Each mutant
+Run as `make mutants`, or `python tests/stress/mutants.py [WORD ...]` for those whose name or file holds a word. Each mutant
 runs the test files that concern its module, with few Hypothesis examples, and stops at the first failure. The command
 fails if fewer than 95 % are noticed.
 """
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 REQUIRED = 0.95
 WORKERS = 2
 TIMEOUT_S = 900  # what runs in a simulator takes minutes
@@ -869,7 +869,9 @@ def run(mutant: Mutant, folder: Path) -> tuple[bool, float]:
     path = place / mutant.file
     text = path.read_text()
     if mutant.old not in text:
-        raise SystemExit(f"{mutant.file} no longer holds {mutant.old!r} ({mutant.what}): update tests/mutants.py")
+        raise SystemExit(
+            f"{mutant.file} no longer holds {mutant.old!r} ({mutant.what}): update tests/stress/mutants.py"
+        )
     path.write_text(text.replace(mutant.old, mutant.new, 1))
     tests = [str(ROOT / "tests" / name) for name in TESTS[Path(mutant.file).stem].split()]
     environment = os.environ | {"PYTHONPATH": str(folder), "HYPOTHESIS_PROFILE": "quick", "OMP_NUM_THREADS": "1"}

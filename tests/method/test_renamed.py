@@ -99,7 +99,7 @@ def test_generate_and_stream_take_the_old_name_of_the_full_cache(monkeypatch):
         "stream_tokens": lambda *arguments: seen.append(arguments[-1]),
         "batch_tokens": lambda *arguments: seen.append(arguments[-1]) or [[2]],
     }.items():
-        monkeypatch.setattr(decode, name, stub)
+        monkeypatch.setattr(generate, name, stub)
     for call, prompt in ((lb.generate, "a"), (lb.generate, ["a"]), (generate.stream, "a")):
         with pytest.warns(DeprecationWarning, match="is now kv_cache='full'") as caught:
             call(None, prompt, tokenizer="tokenizer", kv_cache="ordinary")

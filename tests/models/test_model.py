@@ -313,12 +313,12 @@ def test_save_refuses_to_replace_what_is_not_its_own(quantised, tmp_path):
 def test_save_leaves_nothing_when_the_disk_is_full(quantised, tmp_path, monkeypatch):
     import errno
 
-    from littlebit.fast.checkpoints import checkpoint
+    from littlebit.fast.checkpoints import saving
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(saving, "save_file", full)
     with pytest.raises(OSError, match=r"cannot write .*out: No space left on device; nothing was left there"):
         lb.save(quantised, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

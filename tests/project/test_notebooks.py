@@ -12,7 +12,7 @@ import littlebit.reference
 import nbformat
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 PACKAGES = {"ref": littlebit.reference, "lb": littlebit.fast}
 MOST_CELLS, MOST_LINES = 25, 10

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHARED = ("bits", "memory")  # one module each, exported twice
 MODULES = sorted(path.stem for path in (ROOT / "reference").glob("*.py") if not path.stem.startswith("_"))
 

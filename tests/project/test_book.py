@@ -15,7 +15,7 @@ import pytest
 from littlebit.fast import Config, TrainConfig
 from sphinx.util.inventory import InventoryFile
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "book"))
 
 import check  # noqa: E402 (the path comes first)

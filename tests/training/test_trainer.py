@@ -24,7 +24,7 @@ from hypothesis import given, strategies as st
 from littlebit.fast.checkpoints import texts
 from littlebit.fast.cli.main import main
 from littlebit.fast.distill import hidden_loss
-from littlebit.fast.training import trainer
+from littlebit.fast.training import causal_attention, trainer
 from littlebit.fast.training.student import littlebit_layers
 from littlebit.fast.training.trainer import Taps, learning_rate_factor, phases, schedule, schedules
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -499,14 +499,14 @@ def test_causal_attention_is_the_models_own(models):
     model = copy.deepcopy(models[0])
     with torch.no_grad():
         before = model(TEXT[None], use_cache=False).logits
-        with dense.causal_attention(model):
+        with causal_attention.causal_attention(model):
             inside = model(TEXT[None], use_cache=False).logits
         assert_same(model(TEXT[None], use_cache=False).logits, before)
         moved = torch.zeros(())
         for parameter in model.parameters():
             parameter.data *= 1 + NOISE * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
         moved = (model(TEXT[None], use_cache=False).logits - before).abs().max() / NOISE
-    assert dense.is_plainly_causal(model, 128)
+    assert causal_attention.is_plainly_causal(model, 128)
     assert_within(inside, before, torch.full_like(before, float(moved)), ROUNDINGS)
 
 

@@ -1,6 +1,6 @@
 """A packed checkpoint of random signs in the shape of any Llama, made without a dense weight: to load and to measure.
 
-`python tests/random_checkpoint.py OUT` writes one in the shape of Llama-2-7B and says what loading it takes.
+`python tests/models/random_checkpoint.py OUT` writes one in the shape of Llama-2-7B and says what loading it takes.
 """
 
 import subprocess

@@ -24,7 +24,7 @@ def test_copies_of_a_tiny_layer_are_bounded():
 
 
 def test_last_cache_is_the_largest_that_the_system_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.os, "sysconf_names", {})
+    monkeypatch.setattr(timing.os, "sysconf_names", {})
     assert timing.last_cache_bytes(tmp_path) == 0
     for at, size in enumerate(["48K", "2048K", "491520K", "32M", "unknown", ""]):
         folder = tmp_path / "cpu0" / "cache" / f"index{at}"

@@ -21,7 +21,7 @@ from littlebit.fast.decoding.architecture import NotDecodableError
 from littlebit.fast.decoding.fused_llama import GROUPS, FusedEngine, Packed
 from littlebit.fast.decoding.fused_llama_latent import LatentEngine
 from littlebit.fast.decoding.ops import CudaSteps, Heads, Spans, TorchSteps, stored_latents
-from littlebit.fast.kernels import cuda_driver, cuda_latent_attention, cuda_schedule, dispatch
+from littlebit.fast.kernels import cuda_driver, cuda_latent_attention, cuda_layer, cuda_schedule, dispatch
 from littlebit.fast.kernels.cuda_decode import EIGHTS, Attention
 from littlebit.fast.kv_cache import Latents, round_latents
 from littlebit.fast.memory import ModelShape
@@ -236,7 +236,7 @@ def simulated(monkeypatch):
     monkeypatch.setattr(cuda_schedule, "schedule_for", lambda *sizes: schedule)
     monkeypatch.setattr(cuda_latent_attention, "WARPS", 4)
     monkeypatch.setattr(cuda_latent_attention, "THREADS", 128)
-    monkeypatch.setattr(dispatch, "cuda_kernels", lambda index: cuda_launch)
+    monkeypatch.setattr(dispatch, "cuda_kernels", lambda index: cuda_layer)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))

@@ -58,7 +58,7 @@ def models():
 def put_in_charge(monkeypatch, engine):
     """Let an engine run every model."""
     monkeypatch.setattr(
-        decode_cuda, "engine_for", lambda model, batch, capacity, kv_cache: engine(model, batch, capacity)
+        graph_decoder, "engine_for", lambda model, batch, capacity, kv_cache: engine(model, batch, capacity)
     )
 
 
