@@ -81,27 +81,27 @@ def fetch(name: str) -> Path:
     OSError
         If the download fails.
     """
-    if name == TINY:
-        return DATA / TINY
     if name in shipped_names():
         from .shipped import shipped
 
         return shipped(name)
-    if name not in ARTIFACTS:
-        raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}{similar(name)}")
-    return fetch_artifact(name)
+    return fetch_base(name)
 
 
-def fetch_artifact(name: str) -> Path:
-    """Return the file of a model in ARTIFACTS, downloaded on first use and checked against its known hash.
+def fetch_base(name: str) -> Path:
+    """Return the folder of the tiny model, or the file of one in ARTIFACTS, which is checked against its known hash.
 
     Raises
     ------
     ValueError
-        If what was downloaded is not the expected file.
+        If the name is unknown, or what was downloaded is not the expected file.
     OSError
         If the download fails.
     """
+    if name == TINY:
+        return DATA / TINY
+    if name not in ARTIFACTS:
+        raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}{similar(name)}")
     artifact = ARTIFACTS[name]
     path = cached(Path(artifact.member).name)
     if not path.exists():
@@ -122,12 +122,9 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
     weights : bool
         See `locate`.
     """
-    path = locate(source, weights)
-    if path.is_dir():
-        return path
     from .gguf_reader import converted
 
-    return converted(path)
+    return converted(locate(source, weights))
 
 
 def locate(source: str | Path, weights: bool = True) -> Path:
