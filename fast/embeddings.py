@@ -375,12 +375,12 @@ def settle_ties(model: Any) -> None:
     the configuration, would lose it. A head that equals the embedding is tied: its first releases load it twice.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = getattr(embedding, "weight", None), getattr(head, "weight", None)
-    if not all(isinstance(weight, nn.Parameter) for weight in weights) or weights[0] is weights[1]:
+    table, rows = getattr(embedding, "weight", None), getattr(head, "weight", None)
+    if not isinstance(table, nn.Parameter) or not isinstance(rows, nn.Parameter) or table is rows:
         return
     configured = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if configured and weights[0].shape == weights[1].shape and torch.equal(*weights):
-        head.weight = embedding.weight
+    if configured and table.shape == rows.shape and torch.equal(table, rows):
+        head.weight = table
     else:
         tie_embeddings(model, False)
 
