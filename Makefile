@@ -46,8 +46,8 @@ build/oldest/.ok: pyproject.toml constraints-oldest.txt
 	$(call environment,build/oldest,constraints-oldest.txt)
 	@touch $@
 
-test-oldest: build/oldest/.ok  ## Run the tests with the oldest dependencies that pyproject.toml allows, but for torch
-	HYPOTHESIS_PROFILE=quick build/oldest/bin/python -m pytest -n $(JOBS) --dist loadfile
+test-oldest: build/oldest/.ok  ## Run the tests (or TESTS="FILES") with the oldest dependencies that pyproject.toml allows, but for torch
+	HYPOTHESIS_PROFILE=quick build/oldest/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 test-newest:  ## Run the tests with the newest dependencies that pyproject.toml allows, but for torch: what does a release break?
 	@mkdir -p build

@@ -40,7 +40,7 @@ def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu")) -> int:
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = [0]
     for file in folder.glob("cpu[0-9]*/cache/index*/size"):
-        text = file.read_text().strip()
+        text = file.read_text(encoding="utf-8").strip()
         if text[:-1].isdigit() and text[-1] in units:
             sizes.append(int(text[:-1]) * units[text[-1]])
     known = getattr(os, "sysconf_names", {})

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from ..files.cache import cached, made_once
 from ..files.digests import file_digest
 from ..files.untrusted import CheckpointError
-from .download import DATA, fetch_artifact
+from .download import DATA, fetch_base
 from .format import FORMAT_VERSION, WEIGHTS
 
 
@@ -39,7 +39,7 @@ def put_together(file: Path, folder: Path) -> None:
 
     with safe_open(file, framework="numpy") as opened:
         note = json.loads((opened.metadata() or {})["littlebit"])
-    base = converted(fetch_artifact(note["base"]))
+    base = converted(fetch_base(note["base"]))
     trained = load_file(file)
     quantised = tuple(f"{layer}.weight" for layer in note["quantization_config"]["layers"])
     tensors = {name: t for name, t in load_file(base / WEIGHTS).items() if name not in quantised} | trained
@@ -73,7 +73,7 @@ def ship(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> N
     """
     from .convert import converted
 
-    before, after = load_file(converted(fetch_artifact(base)) / WEIGHTS), load_file(checkpoint / WEIGHTS)
+    before, after = load_file(converted(fetch_base(base)) / WEIGHTS), load_file(checkpoint / WEIGHTS)
     section = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     quantised = {f"{layer}.weight" for layer in section["layers"]}
     if missing := sorted(before.keys() - after.keys() - quantised):

@@ -20,10 +20,14 @@ CONVERSION = 1  # raised when the same file would be converted into something el
 def converted(gguf: Path) -> Path:
     """Return a folder with the dequantised float16 model and tokenizer of a GGUF file, made on first use.
 
+    A folder is returned as it is.
+
     transformers parses a GGUF file's metadata again for every part of it (half a minute); safetensors load at once.
     The folder is found by the file's content: names, sizes and times are copied along with other contents (cp -p,
     rsync, archives). Hashing takes 3 s a GB, less than loading what was converted.
     """
+    if gguf.is_dir():
+        return gguf
     read_gguf_header(gguf)  # a part of a model is refused before it is hashed
     state = gguf.stat()
     digest = content_digest(gguf, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)

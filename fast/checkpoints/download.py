@@ -42,10 +42,11 @@ ARTIFACTS = {
 
 
 DATA = Path(__file__).parents[1] / "data"
+TINY = "tiny"  # the folder of a model that this package carries
 
 
-def fetch_artifact(name: str) -> Path:
-    """Return the file of a model in ARTIFACTS, downloaded on first use and checked against its known hash.
+def fetch_base(name: str) -> Path:
+    """Return the folder of the tiny model, or the file of one in ARTIFACTS, which is checked against its known hash.
 
     Raises
     ------
@@ -54,6 +55,8 @@ def fetch_artifact(name: str) -> Path:
     OSError
         If the download fails.
     """
+    if name == TINY:
+        return DATA / TINY
     artifact = ARTIFACTS[name]
     path = cached(Path(artifact.member).name)
     if not path.exists():

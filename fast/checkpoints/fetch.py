@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 from ..files.untrusted import CheckpointError
-from .download import ARTIFACTS, DATA, fetch_artifact
-from .names import TINY, inside_hint, known_names, shipped_names, similar, unknown_model
+from .download import ARTIFACTS, TINY, fetch_base
+from .names import inside_hint, known_names, shipped_names, similar, unknown_model
 
 
 def fetch(name: str) -> Path:
@@ -31,15 +31,13 @@ def fetch(name: str) -> Path:
     OSError
         If the download fails.
     """
-    if name == TINY:
-        return DATA / TINY
     if name in shipped_names():
         from .bundled import shipped
 
         return shipped(name)
-    if name not in ARTIFACTS:
+    if name != TINY and name not in ARTIFACTS:
         raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}{similar(name)}")
-    return fetch_artifact(name)
+    return fetch_base(name)
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
@@ -52,12 +50,9 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
     weights : bool
         See `locate`.
     """
-    path = locate(source, weights)
-    if path.is_dir():
-        return path
     from .convert import converted
 
-    return converted(path)
+    return converted(locate(source, weights))
 
 
 def locate(source: str | Path, weights: bool = True) -> Path:

@@ -62,7 +62,8 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """All tensors in some safetensors files, whose headers were read before, mapped into memory."""
     tensors: dict[str, Tensor] = {}
     for file in files:
-        with readable(file):
+        # transformers may have a default device of "meta", which the first releases of safetensors follow
+        with readable(file), torch.device("cpu"):
             tensors |= load_file(file)
     return tensors
 

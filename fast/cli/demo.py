@@ -46,7 +46,7 @@ def check_out(out: Path) -> None:
         check_file(out / name)
 
 
-def speak() -> None:
+def write_sample() -> None:
     """Let the trained model write, as soon as it and the kernels are there."""
     folder = ready()
     print(f"SmolLM2-135M in {BITS} bits a weight, trained, writes on this CPU:\n")

@@ -994,10 +994,10 @@ def run_memory(arguments: argparse.Namespace) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> None:
     """Run `littlebit demo`: the model writes before torch is imported."""
-    from .demo import check_out, measure, speak
+    from .demo import check_out, measure, write_sample
 
     check_out(arguments.out)
-    speak()
+    write_sample()
     use_torch()
     print(measure(arguments.out))
 

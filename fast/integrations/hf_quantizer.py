@@ -217,6 +217,9 @@ def reports(model: Any) -> list[dict[str, Any]]:
         del model._adjust_missing_and_unexpected_keys  # of the instance; the class's own is there again
         if hasattr(info, "to_dict"):
             found.append(info.to_dict())
+        else:  # the first releases of transformers 5 give and take two sets, and raise for tensors of another shape
+            missing, unexpected = result
+            found.append({"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": ()})
         return result
 
     model._adjust_missing_and_unexpected_keys = adjust_and_keep

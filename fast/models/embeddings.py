@@ -369,14 +369,19 @@ def replace_embeddings(model: Any, table: Table, head: Table, dtype: torch.dtype
 
 
 def settle_ties(model: Any) -> None:
-    """Let a model's configuration say that its head is not its embedding, where that is so.
+    """Make a model and its configuration agree on whether its head is its embedding.
 
     transformers loads a head of its own even where the configuration ties it, but whoever ties the weights again, by
-    the configuration, would lose it.
+    the configuration, would lose it. A head that equals the embedding is tied: its first releases load it twice.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = getattr(embedding, "weight", None), getattr(head, "weight", None)
-    if all(isinstance(weight, nn.Parameter) for weight in weights) and weights[0] is not weights[1]:
+    table, rows = getattr(embedding, "weight", None), getattr(head, "weight", None)
+    if not isinstance(table, nn.Parameter) or not isinstance(rows, nn.Parameter) or table is rows:
+        return
+    configured = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if configured and table.shape == rows.shape and torch.equal(table, rows):
+        head.weight = table
+    else:
         tie_embeddings(model, False)
 
 

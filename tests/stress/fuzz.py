@@ -394,7 +394,6 @@ class Judge:
 
         self.map, self.decode, self.not_decodable = map_model, decode, NotDecodableError
         torch.set_num_threads(1)
-        logging.disable(logging.CRITICAL)
         self.lb, self.folder, self.tokens = lb, folder, torch.tensor([[1, 5, 9]])
         self.expected, self.told = {}, {}
         for kind, files in seeds.items():
@@ -469,6 +468,7 @@ class Tally:
 
 def limited():
     """Address space beyond what is in use is bounded."""
+    logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (held("VmSize") + ADDRESSES,) * 2)
 
 

@@ -634,7 +634,7 @@ MUTANTS = [
     Mutant("fast/hf.py", "    check_whole(folder, found)\n", "", "missing tensors are made up"),
     Mutant("fast/hf.py", '("is left over", left)', '("is left over", [])', "tensors left over pass"),
     Mutant("fast/hf.py", "    settle_ties(model)\n", "", "a head of its own is said to be tied"),
-    Mutant("fast/checkpoint.py", "        untie_own_head(model, tensors)\n", "", "a head of its own is tied"),
+    Mutant("fast/checkpoint.py", "    untie_own_head(model, tensors)\n", "", "a head of its own is tied"),
     Mutant("fast/checkpoint.py", "    share(model, shared)\n", "", "shared parameters are not shared again"),
     Mutant("fast/shared.py", "if not one or one != other:", "if False:", "anything may be shared"),
     Mutant(

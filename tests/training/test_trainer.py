@@ -535,7 +535,7 @@ def test_causal_attention_is_the_models_own(models):
         ({"long_tokens": 128, "long_sequence": 48}, "cannot be read as sequences of 48"),
         ({"long_tokens": 128, "long_sequence": 256}, "cannot be read as sequences of 256"),
         ({"long_tokens": 128, "long_sequence": 0}, "long_sequence must be a whole number >= 1"),
-        ({"texts": TEXT[:100], "long_tokens": 128, "long_sequence": 128}, "has 100 tokens, but a sequence needs 128"),
+        ({"texts": TEXT[:100], "long_tokens": 128, "long_sequence": 128}, "at least 128 tokens are needed, got 100"),
         ({"long_tokens": -1, "long_sequence": 32}, "long_tokens must be"),
         ({"frozen_tokens": -1}, "frozen_tokens must be"),
         ({"latent_scale": -1.0}, "latent_scale must be"),
