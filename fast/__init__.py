@@ -24,12 +24,11 @@ EXPORTS = {
         "SCALE_BITS WORD_BITS allocate_ranks kv_cache_bytes layer_bits model_bits official_rank path_bits "
         "paths_for_bits rank_for_bits"
     ),
-    "checkpoints.checkpoint": "info load verify",
+    "checkpoints.checkpoint": "info load save verify",
     "checkpoints.dense": "load_model load_tokenizer",
     "checkpoints.fetch": "fetch",
     "checkpoints.gguf": "save_gguf",
     "checkpoints.official": "save_official",
-    "checkpoints.saving": "save",
     "decoding.generate": "generate",
     "decoding.latent_cache": "latent_cache",
     "distill": "hidden_loss hidden_loss_vjp kl_loss kl_loss_vjp",
@@ -70,12 +69,11 @@ if TYPE_CHECKING:
         paths_for_bits as paths_for_bits,
         rank_for_bits as rank_for_bits,
     )
-    from .checkpoints.checkpoint import info as info, load as load, verify as verify
+    from .checkpoints.checkpoint import info as info, load as load, save as save, verify as verify
     from .checkpoints.dense import load_model as load_model, load_tokenizer as load_tokenizer
     from .checkpoints.fetch import fetch as fetch
     from .checkpoints.gguf import save_gguf as save_gguf
     from .checkpoints.official import save_official as save_official
-    from .checkpoints.saving import save as save
     from .decoding.generate import generate as generate
     from .decoding.latent_cache import latent_cache as latent_cache
     from .distill import (

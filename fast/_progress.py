@@ -9,7 +9,7 @@ import tqdm as library
 LOG_SECONDS = 30.0  # between lines in a log
 
 
-def redrawn(file: Any) -> bool:
+def can_redraw(file: Any) -> bool:
     """Whether what is shown in a file can be drawn over: on a terminal, and in a notebook, which says it is none."""
     return bool(getattr(file, "isatty", bool)()) or "ipykernel" in sys.modules
 
@@ -18,14 +18,14 @@ class Bar(library.tqdm):
     """tqdm's bar; where it cannot be drawn over it is a line every LOG_SECONDS, and one at the end."""
 
     def __init__(self, *args: Any, **options: Any):
-        if not redrawn(options.get("file") or sys.stderr):
+        if not can_redraw(options.get("file") or sys.stderr):
             options = {"mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS, "ascii": True, "ncols": 100} | options
         super().__init__(*args, **options)
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
         """What shows a state of the bar in a file."""
-        if redrawn(file):
+        if can_redraw(file):
             return library.tqdm.status_printer(file)
 
         shown = []

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._checks import LittleBitWarning, has_sliding_window
-from ..files.atomic import check_file, check_room, file_whole
+from ..files.atomic import atomic_file, check_file, check_room
 from ..models.embeddings import QuantizedEmbedding, QuantizedHead
 from ..models.generation_settings import GenerationSettings, settings_of
 from ..models.layers import Joined, PackedLinear, stored_half
@@ -66,7 +66,7 @@ def save_gguf(model: Any, path: str | Path, tokenizer: Any, precision: str = "f1
     byte_level_vocabulary(tokenizer)
     check_room(place, dense_bytes(model, precision))
     try:
-        with file_whole(place) as part:
+        with atomic_file(place) as part:
             write_model(part, model, tokenizer, precision)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..files.untrusted import CheckpointError
 from ..models.build import transformers
-from .whole import first_line
+from .completeness import first_line
 
 VERSIONS = (2, 3)
 

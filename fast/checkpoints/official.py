@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .._checks import LittleBitWarning
 from ..bits import official_rank, official_rank_before_rounding
-from ..files.atomic import written_whole
+from ..files.atomic import atomic_directory
 from ..files.untrusted import CheckpointError, read_json
 from ..models.embeddings import settle_ties
 from ..models.experts import has_experts
@@ -42,9 +42,9 @@ from ..models.packed_shapes import Header
 from ..models.shared import refuse_shared
 from ..models.wrappers import without_adapters
 from ..packing import PackedFactors, pack_signs, row_words, to_half, unpack_factors
-from .format import OFFICIAL, WITHOUT_CHECKSUMS, check_bits, read_headers, weight_files
+from .format import NO_CHECKSUMS, OFFICIAL, check_bits, read_headers, weight_files
 from .loading import read_tensors
-from .saving import layers_to_save, stored_tensors, write_generation, write_tensors
+from .saving import prepare_layers, stored_tensors, write_generation, write_tensors
 
 SUFFIXES = ("", "_R")
 SIGNS = re.compile(r"(.+)\.U(_R)?(_packed(_R)?)?")
@@ -64,7 +64,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
     layers: dict[str, dict[str, Any]] = {}
     for name in official_layers(tensors):
         try:
-            paths = [one_path(name, suffix, tensors) for suffix in SUFFIXES if has_path(name, suffix, tensors)]
+            paths = [read_path(name, suffix, tensors) for suffix in SUFFIXES if has_path(name, suffix, tensors)]
             bias = tensors.get(f"{name}.bias")
             bias = None if bias is None else to_half("bias", bias)
             if len({(len(packed.h), len(packed.g)) for packed in paths}) != 1:
@@ -82,7 +82,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
         if bias is not None:
             tensors[f"{name}.bias"] = bias
     config, bits, _ = read_notes(path, layers)
-    section = {"quant_method": "littlebit", "format_version": WITHOUT_CHECKSUMS, "bits": bits, "layers": layers}
+    section = {"quant_method": "littlebit", "format_version": NO_CHECKSUMS, "bits": bits, "layers": layers}
     return config | {"quantization_config": section}, layers, tensors
 
 
@@ -103,7 +103,7 @@ def sign_names(layer: str, factor: str, suffix: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{layer}.{name}" for name in names))
 
 
-def one_path(layer: str, suffix: str, tensors: Mapping[str, Tensor]) -> PackedFactors:
+def read_path(layer: str, suffix: str, tensors: Mapping[str, Tensor]) -> PackedFactors:
     """A path as it is stored here.
 
     Raises
@@ -117,8 +117,8 @@ def one_path(layer: str, suffix: str, tensors: Mapping[str, Tensor]) -> PackedFa
         scales = {name: tensors[f"{layer}.{name}{suffix}"].flatten() for name in ("u1", "u2", "v1", "v2")}
     except KeyError as error:
         raise CheckpointError(f"layer {layer}: tensor {error.args[0]} is missing") from error
-    u1, u2 = in_order(scales["u1"], scales["u2"], d_out)
-    v2, v1 = in_order(scales["v2"], scales["v1"], d_in)
+    u1, u2 = order_by_length(scales["u1"], scales["u2"], d_out)
+    v2, v1 = order_by_length(scales["v2"], scales["v1"], d_in)
     fit = (rank_v, len(u1), len(u2), len(v1), len(v2)) == (rank, d_out, rank, rank, d_in)
     if not fit or not 1 <= rank <= min(d_out, d_in):
         sizes = {name: len(scale) for name, scale in scales.items()}
@@ -130,7 +130,7 @@ def one_path(layer: str, suffix: str, tensors: Mapping[str, Tensor]) -> PackedFa
     return PackedFactors(u_words, v_words, *(to_half(*each) for each in (("h", u1), ("ell", ell), ("g", v2))))
 
 
-def in_order(first: Tensor, second: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def order_by_length(first: Tensor, second: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Two scales, the one of so many entries first; as they are if both or none are."""
     return (second, first) if len(second) == size != len(first) else (first, second)
 
@@ -205,7 +205,7 @@ def save_official(
     model = without_adapters(model, "save_official")
     if has_experts(model):
         raise ValueError("the authors' format holds layers of dense models, but this one has experts; keep it as it is")
-    layers = layers_to_save(model, path, overwrite, bits)
+    layers = prepare_layers(model, path, overwrite, bits)
     refuse_shared(model, "the authors' format")
     settle_ties(model)
     tensors = stored_tensors(model)
@@ -222,7 +222,7 @@ def save_official(
     factor = kv_factor(layers, bits, 1 + residual)
     note = {"quant_func": "STEBinary", "quant_mod": "LittleBitLinear", "eff_bit": bits, "residual": residual}
     note["kv_factor"] = factor
-    other = next((name for name, layer in layers.items() if layer.ranks != ranks_there(name, layer, note)), None)
+    other = next((name for name, layer in layers.items() if layer.ranks != expected_ranks(name, layer, note)), None)
     if other is not None:
         warnings.warn(
             f"the authors' program works the ranks out from the bits per weight and will not load this checkpoint: "
@@ -230,7 +230,7 @@ def save_official(
             LittleBitWarning,
             stacklevel=2,
         )
-    with written_whole(path, overwrite) as folder:
+    with atomic_directory(path, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         (folder / OFFICIAL).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
         write_tensors(tensors, folder)
@@ -240,7 +240,7 @@ def save_official(
     return path
 
 
-def ranks_there(name: str, layer: PackedLinear, note: Mapping[str, Any]) -> tuple[int, ...]:
+def expected_ranks(name: str, layer: PackedLinear, note: Mapping[str, Any]) -> tuple[int, ...]:
     """Work out the ranks that the authors' program gives a layer by littlebit_config.json; none without a target."""
     if note["eff_bit"] is None:
         return ()

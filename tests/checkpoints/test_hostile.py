@@ -13,13 +13,14 @@ import littlebit.fast as lb
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from littlebit.fast.checkpoints.format import FORMAT_VERSION, FORMATS, INDEX, WEIGHTS, has_pad_bits, make_checksums
+from littlebit.fast.checkpoints.checksums import make_checksums
+from littlebit.fast.checkpoints.format import FORMAT_VERSION, FORMATS, INDEX, WEIGHTS, has_pad_bits
 from littlebit.fast.checkpoints.saving import tensor_digests
 from littlebit.fast.cli.main import main
 from littlebit.fast.decoding.architecture import NotDecodableError
 from littlebit.fast.decoding.mapped_weights import map_model
 from littlebit.fast.files.digests import json_digest
-from littlebit.fast.files.untrusted import inside
+from littlebit.fast.files.untrusted import resolve_inside
 from littlebit.fast.models.build import empty_model, plain_settings
 from littlebit.fast.packing import row_words
 from safetensors import safe_open
@@ -123,7 +124,7 @@ def test_checksums_that_are_missing_are_missed(written):
     path = written()
     save_file(load_file(path / WEIGHTS), path / WEIGHTS, metadata={"format": "pt"})
     for read in READERS[1:]:
-        with pytest.raises(lb.CheckpointError, match="the checksums that format 3 has are missing"):
+        with pytest.raises(lb.CheckpointError, match="must hold checksums, as its format_version is 3"):
             read(path)
 
 
@@ -134,7 +135,7 @@ def test_checksums_of_an_older_version_do_not_do(version, tmp_path):
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"]["format_version"] = FORMAT_VERSION
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(lb.CheckpointError, match="the checksums that format 3 has are missing"):
+    with pytest.raises(lb.CheckpointError, match="must hold checksums, as its format_version is 3"):
         lb.verify(path)
 
 
@@ -226,8 +227,8 @@ def json_text(value):
 
 
 @pytest.mark.parametrize("kind", ["whole", "tables", "shards"])
-def test_checksums_are_as_checkpoint_defines_them(kind, written):
-    """By the definition at the head of checkpoint.py, from the bytes of the files, with hashlib alone."""
+def test_checksums_are_as_specified(kind, written):
+    """By the specification at the head of checksums.py, from the bytes of the files, with hashlib alone."""
     path = written(kind)
     digests, found = {}, {}
     for file in path.glob("*.safetensors"):
@@ -397,10 +398,10 @@ def test_links_inside_a_directory_and_in_the_cache_of_the_hub_are_followed(writt
 
 def test_names_are_those_of_files_in_the_folder(tmp_path):
     (tmp_path / "a").write_text("")
-    assert inside(tmp_path, "a") == tmp_path / "a"
+    assert resolve_inside(tmp_path, "a") == tmp_path / "a"
     for name in ("", ".", "..", "../a", "b/../a", str(tmp_path / "a"), "a\0"):
         with pytest.raises(lb.CheckpointError):
-            inside(tmp_path, name)
+            resolve_inside(tmp_path, name)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +438,7 @@ def test_targets_that_are_no_positive_number_are_refused(bits, written):
         (config["quantization_config"] if kind == "whole" else config)["bits" if kind == "whole" else "eff_bit"] = bits
         (path / name).write_text(json.dumps(config))
         for read in READERS:
-            with pytest.raises(lb.CheckpointError, match=r"'(bits|eff_bit)' is .*, which is no number of bits"):
+            with pytest.raises(lb.CheckpointError, match=r"'(bits|eff_bit)' must be a positive number of bits or null"):
                 read(path)
 
 

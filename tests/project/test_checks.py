@@ -369,13 +369,13 @@ def test_command_ends_quietly(error, code, message, monkeypatch, capsys):
 
 def test_sigterm_leaves_no_unfinished_output(tiny_llama, tmp_path, monkeypatch, capsys):
     """While files are written; the handler from before comes back."""
-    from littlebit.fast.checkpoints import saving
+    from littlebit.fast.checkpoints import checkpoint
 
     def write(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal came too late")
 
-    monkeypatch.setattr(saving, "write_tensors", write)
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["quantize", str(tiny_llama), str(tmp_path / "out"), "--bits", "3"]) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "littlebit: stopped by SIGTERM; no unfinished output is left"

@@ -303,7 +303,7 @@ def seal(files, draw):
         elif how == 5:
             tensors[key] = tensor.reshape(draw.choice(((-1,), (1, -1), (*tensor.shape, 1), tensor.shape[::-1])))
         edit_settings(files, draw) if draw.integer(0, 1) else None
-        from littlebit.fast.checkpoints.format import make_checksums
+        from littlebit.fast.checkpoints.checksums import make_checksums
         from littlebit.fast.checkpoints.saving import tensor_digests
 
         files[name] = save({key: each.contiguous() for key, each in tensors.items()}, {"format": "pt"})
