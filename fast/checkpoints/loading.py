@@ -231,7 +231,7 @@ def check_module(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, shared: Mapping[str, str]) -> None:
-    """Put the tensors into an empty model, tie and share what it ties and shares, and check that it is complete."""
+    """Put the stored tensors into an empty model, tie and share weights, and check that none is missing."""
     model.load_state_dict(tensors, strict=False, assign=True)
     tie(model)
     share(model, shared)

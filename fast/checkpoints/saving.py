@@ -132,7 +132,7 @@ def write_tensors(
     shard_bytes: int = SHARD_BYTES,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write tensors as model.safetensors, or as shards with an index if they are too large or too many for one file.
+    """Write tensors as model.safetensors, or as shards with an index if one file is not enough.
 
     Parameters
     ----------

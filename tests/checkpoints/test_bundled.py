@@ -1,4 +1,4 @@
-"""Checkpoints that come with the package: what they hold, and how they are put together."""
+"""Bundled checkpoints: their content, `export_delta` and `reassemble`."""
 
 import json
 import math

@@ -10,7 +10,7 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
-from littlebit.fast.checkpoints.gguf import PRECISIONS, dense_tensors, interleaved, splitting
+from littlebit.fast.checkpoints.gguf import PRECISIONS, dense_tensors, interleaved, pre_tokenizer_name
 from littlebit.fast.models.embeddings import quantize_embeddings_
 from littlebit.fast.models.hf_names import dense_gguf
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
@@ -155,6 +155,6 @@ def test_splitting_knows_tokenizers_by_their_steps(steps, name):
     described = steps if isinstance(steps, dict) else {"type": "Sequence", "pretokenizers": steps}
     if name is None:
         with pytest.raises(ValueError, match="Whitespace"):
-            splitting(described)
+            pre_tokenizer_name(described)
     else:
-        assert splitting(described) == name
+        assert pre_tokenizer_name(described) == name

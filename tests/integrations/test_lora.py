@@ -89,7 +89,7 @@ def test_adapters_get_the_gradients_that_they_get_on_a_dense_layer(checkpoint):
         y.square().sum().backward()
         found.append((y.detach(), given.grad, a.grad, b.grad))
     for mine, exact in zip(*found, strict=True):
-        # sums over 64 inputs or outputs and the ranks; a sum is no larger than its terms, which are no larger than 64
+        # sums over 64 inputs or outputs and the ranks; a sum is at most its terms, which are at most 64
         # times the largest result here
         assert_within(mine, exact, (64 * exact.abs().max()).expand(exact.shape), terms=3 * 64 + sum(layer.ranks))
 

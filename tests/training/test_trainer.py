@@ -516,7 +516,7 @@ def test_causal_attention_is_the_models_own(models):
         ({"texts": TEXT[:31]}, "at least 32 tokens are needed, got 31"),
         ({"texts": [TEXT, torch.zeros(0, dtype=torch.int64)]}, "at least 32 tokens are needed, got 0"),
         ({"texts": TEXT[: len(TEXT) // 2 * 2].reshape(2, -1)}, r"shape \(n,\) or \(1, n\)"),
-        ({"texts": TEXT + 100}, "is not one of 0 to 259"),
+        ({"texts": TEXT + 100}, "must be from 0 to 259"),
         ({"texts": TEXT - 256}, "token -[0-9]+ is not one of"),
         ({"batch": 4, "micro_batch": 3}, "cannot be divided evenly into parts of 3"),
         ({"micro_batch": 0}, "micro_batch must be a whole number >= 1, got 0"),
