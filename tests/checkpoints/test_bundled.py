@@ -21,7 +21,7 @@ MODEL_WEIGHTS = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)  # linear 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """A packed checkpoint of the tiny model, whose norms moved as training moves them."""
+    """Save a packed checkpoint of the tiny model with changed norms, as training leaves them."""
     model = lb.load_model("tiny")
     lb.quantize_(model, lb.Config(bits=2.0, paths=1), progress=False)
     with torch.no_grad():

