@@ -95,7 +95,7 @@ def test_adapters_get_the_gradients_that_they_get_on_a_dense_layer(checkpoint):
 
 
 def test_adapters_are_not_merged(checkpoint):
-    """Dense layers with adapters that come before packed ones are not merged either."""
+    """No layer is merged, not even dense ones that come before packed ones."""
     model = lb.load(checkpoint)
     replace_module(model, "model.layers.0.self_attn.q_proj", torch.nn.Linear(64, 64))
     model = with_adapter(model)

@@ -118,7 +118,7 @@ def test_from_pretrained_takes_the_usual_options(checkpoint, options):
 
 
 def test_from_pretrained_spreads_over_devices(checkpoint, tmp_path):
-    """One block is offloaded to disk, as on a machine with little memory; packed words keep their dtype."""
+    """One block is offloaded to disk, as on a machine with little memory."""
     places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     options = {"device_map": places, "offload_folder": tmp_path, "dtype": torch.float32}
