@@ -1,4 +1,4 @@
-"""Which tensors the functions take: torch's, of floating-point numbers, in float32 where decompositions need it."""
+"""Check that arguments are float tensors of torch, and convert 16-bit ones to float32 for decompositions."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which arrays the functions take: NumPy's, of floating-point numbers, in float32 where decompositions need it."""
+"""Check that arguments are float arrays of NumPy, and convert 16-bit ones to float32 for decompositions."""
 
 from typing import Any
 

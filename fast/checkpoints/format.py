@@ -54,8 +54,9 @@ the parts, in order, and the output rows of each. The parts are layers LAYER.PAR
 module or parameter to another that it is identical to; only the latter is stored.
 
 **All other tensors** (norms, biases, dense embeddings, excluded layers) have the names of the transformers model.
-Floats are F16. The experts of a mixture are layers such as `model.layers.0.mlp.experts.3.up_proj`; if only some
-projections of a block's experts are packed, the others are stored as `....3.down_proj.matrix` and `.bias`.
+`save` writes floats as F16; readers accept other float dtypes. The experts of a mixture are layers such as
+`model.layers.0.mlp.experts.3.up_proj`. If only some projections of a block's experts are packed, the others are stored
+as `....3.down_proj.matrix` and `.bias`.
 
 **Versions** differ in their checksums alone: version 1 has none, checksums.py specifies versions 2 and 3. transformers'
 own `save_pretrained` writes version 1. `save` writes FORMAT_VERSION.
