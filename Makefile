@@ -20,16 +20,19 @@ define environment
 	@$(1)/bin/python -m pip install -qq --disable-pip-version-check -c $(2) setuptools uv \
 	  && $(1)/bin/uv pip install -q -p $(1) -c $(2) --no-build-isolation-package littlebit -e '.[dev]' \
 	  || $(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) -e '.[dev]'
+	@$(call link_types,$(1))
+endef
+
+# $(call link_types,FOLDER): let type checkers and editors find the packages from any script. They cannot follow the
+# import hook of an editable install, but they look into site-packages/littlebit-stubs (PEP 561); Python never does.
+define link_types
+stubs="$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/littlebit-stubs" \
+  && mkdir -p "$$stubs" && ln -sfn "$(CURDIR)/fast" "$(CURDIR)/reference" "$$stubs"
 endef
 
 $(VENV)/.ok: pyproject.toml constraints.txt
 	$(call environment,$(VENV),constraints.txt)
 	@touch $@
-
-build/types:
-	mkdir -p $@/littlebit
-	ln -sfn ../../../reference $@/littlebit/reference
-	ln -sfn ../../../fast $@/littlebit/fast
 
 setup: $(VENV)/.ok  ## Make .venv and install the project with its development tools
 
@@ -72,7 +75,7 @@ test-gpu: $(VENV)/.ok  ## Run the CUDA kernels' tests on a GPU, and each kernel 
 	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(PY) tests/gpu/gpu_pass.py
 	compute-sanitizer --tool racecheck --kernel-name kns=littlebit --error-exitcode 1 $(PY) tests/gpu/gpu_pass.py
 
-check: $(VENV)/.ok build/types  ## Lint, formatting and types
+check: $(VENV)/.ok  ## Lint, formatting and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)

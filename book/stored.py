@@ -10,7 +10,7 @@ from pathlib import Path
 
 import littlebit.fast as lb
 from littlebit.fast.bench.timing import save_results
-from littlebit.fast.checkpoints.names import shipped_names
+from littlebit.fast.checkpoints.names import bundled_names
 
 KEYS = ("target_bits", "bits_per_weight", "described_bits_per_weight", "weights", "linear_bytes", "description_bytes")
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     rows = []
-    for name in shipped_names():
+    for name in bundled_names():
         stored = lb.info(lb.fetch(name))
         rows.append({"name": name} | {key: stored[key] for key in (*KEYS, "file_bytes", "embedding_bits", "format")})
     save_results(arguments.out, rows, "python book/stored.py book/results/stored_smollm2.json", "none: files alone")

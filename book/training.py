@@ -167,7 +167,9 @@ def ship(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = save(student.cpu(), Path(folder) / "checkpoint", data.tokenizer, arguments.bits)
         training = {key: value for key, value in row.items() if key != "log"}
-        bundled.ship(checkpoint, TEACHER, arguments.out.with_name(f"{arguments.out.stem}.safetensors"), training)
+        bundled.export_delta(
+            checkpoint, TEACHER, arguments.out.with_name(f"{arguments.out.stem}.safetensors"), training
+        )
         packed: Any = load(checkpoint, arguments.device)
     row["perplexity_packed"] = perplexity(packed, data.test, progress=False).perplexity
     if arguments.blimp:

@@ -1,7 +1,8 @@
-"""Use LittleBit in torch and Numba: the functions of `littlebit.reference`, made to be fast, and whole models.
+"""Quantize, train, save and run whole models with LittleBit, in torch and Numba.
 
-Importing the package needs neither a GPU nor transformers, and imports no library: the first use of a name imports its
-module. torch, transformers and PEFT learn of LittleBit when they are imported (plugin.py).
+The functions of `littlebit.reference` are here too, under the same names, made fast. Importing this package loads no
+library and needs neither a GPU nor transformers: the first use of a name imports its module. torch, transformers and
+PEFT are extended when they are imported (integrations/plugin.py).
 """
 
 from typing import TYPE_CHECKING
@@ -12,10 +13,48 @@ if __name__ != "littlebit.fast":
         "import littlebit.fast"
     )
 
-from ._lazy import exports_of, make_lazy
-from .integrations.plugin import announce
+from ._lazy import make_lazy
+from .integrations.plugin import register
 
-if TYPE_CHECKING:  # what is exported
+#: Module -> the names that it exports; what stands under TYPE_CHECKING below repeats them for editors.
+EXPORTS = {
+    "admm": "admm importance refit_scales",
+    "alignment": "itq joint_itq random_rotation",
+    "bits": (
+        "SCALE_BITS WORD_BITS allocate_ranks kv_cache_bytes layer_bits model_bits official_rank path_bits "
+        "paths_for_bits rank_for_bits"
+    ),
+    "checkpoints.checkpoint": "info load save verify",
+    "checkpoints.dense": "load_model load_tokenizer",
+    "checkpoints.fetch": "fetch",
+    "checkpoints.gguf": "save_gguf",
+    "checkpoints.official": "save_official",
+    "decoding.generate": "generate",
+    "decoding.latent_cache": "latent_cache",
+    "distill": "hidden_loss hidden_loss_vjp kl_loss kl_loss_vjp",
+    "dual_svid": "dual_svid svid",
+    "evaluation.perplexity": "Perplexity perplexity",
+    "evaluation.zero_shot": "BlimpResult blimp",
+    "factors": "Factors",
+    "files.untrusted": "CheckpointError",
+    "integrations.hf_quantizer": "LittleBitConfig",
+    "kv_cache": "Latents apply_rope latent_attention latents round_latents up_projection",
+    "linear": "linear linear_vjp packed_linear",
+    "memory": "MODEL_SHAPES ModelMemory ModelShape model_memory",
+    "models.calibrate": "Moments calibrate spectral_gains",
+    "models.hf_names": "cache_argument",
+    "models.layers": "LittleBitLinear PackedLinear",
+    "models.quantize": "Config LayerResult pack_ quantize_",
+    "packing": "PackedFactors pack_factors pack_signs unpack_factors unpack_signs",
+    "residual": "compensate compensate_weighted",
+    "signs": "RULES sign smooth_sign smooth_sign_vjp straight_through straight_through_vjp",
+    "svd": "rank_one svd truncated_svd",
+    "train": "AdamState Dense Layer adam_start adam_step dense_mlp dense_step mlp mlp_vjp qat qat_step",
+    "training.resume": "Keeper",
+    "training.trainer": "TrainConfig TrainingError TrainingStopped train_",
+}
+
+if TYPE_CHECKING:
     from .admm import admm as admm, importance as importance, refit_scales as refit_scales
     from .alignment import itq as itq, joint_itq as joint_itq, random_rotation as random_rotation
     from .bits import (
@@ -30,12 +69,11 @@ if TYPE_CHECKING:  # what is exported
         paths_for_bits as paths_for_bits,
         rank_for_bits as rank_for_bits,
     )
-    from .checkpoints.checkpoint import info as info, load as load, verify as verify
+    from .checkpoints.checkpoint import info as info, load as load, save as save, verify as verify
     from .checkpoints.dense import load_model as load_model, load_tokenizer as load_tokenizer
     from .checkpoints.fetch import fetch as fetch
     from .checkpoints.gguf import save_gguf as save_gguf
     from .checkpoints.official import save_official as save_official
-    from .checkpoints.saving import save as save
     from .decoding.generate import generate as generate
     from .decoding.latent_cache import latent_cache as latent_cache
     from .distill import (
@@ -107,5 +145,5 @@ if TYPE_CHECKING:  # what is exported
         train_ as train_,
     )
 
-make_lazy(__name__, exports_of(__loader__.get_source(__name__)))
-announce()
+make_lazy(__name__, EXPORTS)
+register()

@@ -1,6 +1,6 @@
-"""Checks of numbers, token ids and positions against what a model allows; errors name the value and what to do.
+"""Check numbers, token ids and positions against what a model allows.
 
-No check imports torch unless it is given a model.
+Errors name the value and say what to do. Only functions that take a model import torch.
 """
 
 import math
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class LittleBitWarning(UserWarning):
-    """Warn of something in this package: the command shows such warnings, and hides the ones of libraries."""
+    """Mark a warning of this package; the command shows these and hides the warnings of other libraries."""
 
 
 def check_number(
@@ -30,14 +30,14 @@ def check_number(
     Parameters
     ----------
     name : str
-        What the caller knows the setting by.
+        Name of the setting, for the error.
     value : object
     low, high : float
-        Smallest and largest value that is allowed.
+        Inclusive limits.
     above, below : float
-        Largest and smallest value that is not allowed.
+        Exclusive limits.
     whole : bool
-        Whether it must be an integer.
+        Require an integer.
 
     Examples
     --------
@@ -59,35 +59,45 @@ def check_number(
 
 
 def check_token_ids(tokens: Sequence[int], rows: int | None) -> None:
-    """Raise ValueError unless there are tokens, and each is the number of one of the `rows` of an embedding."""
+    """Raise ValueError unless there are tokens, each from 0 to `rows` - 1, the rows of the embedding."""
     if not len(tokens):
-        raise ValueError("there are no tokens: give at least one")
+        raise ValueError("at least one token is needed, got none")
     wrong = [token for token in (min(tokens), max(tokens)) if token < 0 or (rows is not None and token >= rows)]
     if wrong:
         raise ValueError(
-            f"token {wrong[0]} is not one of 0 to {'...' if rows is None else rows - 1}, the rows of the model's "
-            "embedding: use the tokenizer that belongs to the model, or resize the embedding before quantising"
+            f"token ids must be from 0 to {'...' if rows is None else rows - 1}, the last row of the embedding, got "
+            f"{wrong[0]}: use the tokenizer that belongs to the model, or resize the embedding before quantizing"
         )
 
 
 def check_positions(needed: int, limit: int | None, what: str) -> None:
-    """Raise ValueError if tokens need more positions than the model has; `what` says whose they are."""
+    """Raise ValueError if `what`, a text or window, needs more positions than the model has."""
     if limit is not None and needed > limit:
         raise ValueError(
-            f"{what} needs {needed} positions, but the model has {limit} (max_position_embeddings): "
-            "give or ask for fewer tokens"
+            f"{what} needs {needed} positions, but the model has {limit} (max_position_embeddings): use fewer tokens"
         )
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], new: int, rows: int | None, limit: int | None) -> None:
-    """Raise ValueError unless a model with `rows` and `limit` positions can read prompts and add `new` tokens."""
+    """Raise ValueError unless a model can read prompts and generate `new` tokens.
+
+    Parameters
+    ----------
+    prompts : sequence of sequences of int
+        Token ids.
+    new : int
+    rows : int or None
+        Rows of the model's embedding, if known.
+    limit : int or None
+        Positions of the model, if limited.
+    """
     for prompt in prompts:
         check_token_ids(prompt, rows)
         check_positions(len(prompt) + new - 1, limit, f"a prompt of {len(prompt)} tokens with {new} new ones")
 
 
 def position_limit(positions: int | None, rope: Mapping[str, Any] | None) -> int | None:
-    """Count the positions that a model has: what its configuration names, or what its scaled rotary angles reach.
+    """Count a model's positions: max_position_embeddings, or what its scaled rotary angles reach if that is more.
 
     Parameters
     ----------
@@ -110,28 +120,28 @@ def position_limit(positions: int | None, rope: Mapping[str, Any] | None) -> int
 
 
 def has_sliding_window(config: Mapping[str, Any]) -> bool:
-    """Decide whether a configuration, as config.json holds it, lets a layer attend to its nearest tokens alone."""
+    """Tell whether a config.json gives any layer sliding-window attention."""
     mistral = config.get("model_type") == "mistral"
-    size = config.get("sliding_window", 4096 if mistral else None)  # what transformers takes where it is missing
+    size = config.get("sliding_window", 4096 if mistral else None)  # transformers' default
     layers = config.get("layer_types") or ()
     return bool(config.get("use_sliding_window", mistral) and size) or any(each != "full_attention" for each in layers)
 
 
 def text_config(model: Any) -> Any:
-    """Find the part of a transformers model's configuration that describes its decoder; None for other modules."""
+    """Return the part of a transformers configuration that describes the decoder; None for other modules."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def positions_of(model: Any) -> int | None:
-    """Count the positions of a loaded model; None where its configuration names no limit."""
+    """Count the positions of a loaded model; None if its configuration gives no limit."""
     config = text_config(model)
-    rope = getattr(config, "rope_parameters", None)  # or one for each type of layer, of which none is a factor
+    rope = getattr(config, "rope_parameters", None)  # some models have one for each layer type, without a factor here
     return position_limit(getattr(config, "max_position_embeddings", None), rope)
 
 
 def embedding_rows(model: Any) -> int | None:
-    """Count the rows of a loaded model's embedding; None where it has none that is known."""
+    """Count the rows of a loaded model's embedding; None if it has no embedding that is known here."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
     table = getattr(embedding, "table", None)
@@ -139,12 +149,12 @@ def embedding_rows(model: Any) -> int | None:
 
 
 def flat_tokens(tokens: Any, model: Any, least: int = 1) -> "Tensor":
-    """Turn the tokens of one text, (n,) or (1, n), into an (n,) int64 tensor on the CPU that the model can read.
+    """Check the token ids of one text, (n,) or (1, n), and convert them to (n,) int64 on the CPU.
 
     Raises
     ------
     ValueError
-        If they have another shape or are no integers, are fewer than `least`, or have no row in the embedding.
+        If they have another shape, are not integers, are fewer than `least`, or have no row in the model's embedding.
     """
     import torch
 
@@ -164,12 +174,12 @@ def flat_tokens(tokens: Any, model: Any, least: int = 1) -> "Tensor":
 
 
 def window_for(model: Any, window: int | None, default: int) -> int:
-    """Choose how many tokens a model reads at once: `window`, else `default` or all positions that it has.
+    """Choose how many tokens a model reads at once: `window`, or `default` but at most the model's positions.
 
     Raises
     ------
     ValueError
-        If `window` is no whole number of at least 2, or more than the model has positions.
+        If `window` is not an integer of at least 2, or exceeds the model's positions.
     """
     limit = positions_of(model)
     if window is None:

@@ -1,14 +1,14 @@
-"""A package that imports its modules when they are needed: what a light process never asks for costs it nothing.
+"""Import a package's modules on first use, so that `import littlebit.fast` loads no library.
 
-    if TYPE_CHECKING:
-        from .svd import svd as svd
-    make_lazy(__name__, {"svd": "svd"})
+PEP 562 lets a package answer for attributes that it does not have yet. `make_lazy` gives it a table of what it exports:
 
-The imports are for readers, editors and type checkers; at run time the first look at a name (PEP 562) imports its
-module.
+    make_lazy(__name__, {"svd": "rank_one svd truncated_svd", "packing": "pack_signs unpack_signs"})
+
+The first look at `package.rank_one` then imports `package.svd`. The table is data: nothing reads the source, so a
+package of .pyc files works too. Editors and type checkers do not see the table. For them the package repeats its
+exports as imports under `if TYPE_CHECKING:`, and a test compares the two.
 """
 
-import ast
 import importlib
 import sys
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from typing import Any
 
 
 class LazyPackage(ModuleType):
-    """A package whose public names are imported when they are first asked for."""
+    """Import the module behind a public name when the name is first looked up."""
 
-    exports: Mapping[str, str]
+    exports: Mapping[str, str]  # name -> module that defines it
 
     def __getattr__(self, name: str) -> Any:
         if name not in self.exports:
-            from ..reference._renamed import renamed_attribute  # imports NumPy, so only where it is needed
+            from ..reference._renamed import renamed_attribute  # late, because it imports NumPy
 
             return renamed_attribute(self.__name__, name)
         value = getattr(importlib.import_module(f"{self.__name__}.{self.exports[name]}"), name)
@@ -31,7 +31,10 @@ class LazyPackage(ModuleType):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; where Python sets a module that was imported, a function of the same name goes first."""
+        """Set an attribute; keep a function that has the name of its module, such as `svd`.
+
+        After importing `package.svd` Python sets `package.svd` to the module. The export is the function in it.
+        """
         if isinstance(value, ModuleType) and self.exports.get(name) == name:
             value = getattr(value, name)
         super().__setattr__(name, value)
@@ -40,21 +43,17 @@ class LazyPackage(ModuleType):
         return sorted({*super().__dir__(), *self.exports})
 
 
-def exports_of(source: str) -> dict[str, str]:
-    """The module of each name that an `__init__` imports as itself, from its source.
+def make_lazy(package: str, names_by_module: Mapping[str, str]) -> None:
+    """Make an imported package load its exports on first use.
 
-    Examples
-    --------
-    >>> exports_of("from .svd import rank_one as rank_one, svd as svd")
-    {'rank_one': 'svd', 'svd': 'svd'}
+    Parameters
+    ----------
+    package : str
+        Full name of the package, which is being imported or has been.
+    names_by_module : mapping of str to str
+        For each module, relative to the package, the names that it exports, separated by spaces.
     """
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level == 1]
-    return {each.name: str(node.module) for node in imports for each in node.names if each.asname == each.name}
-
-
-def make_lazy(package: str, exports: Mapping[str, str]) -> None:
-    """Turn an imported package into a lazy one that exports these names, each from the module that is given."""
     module: Any = sys.modules[package]
-    module.exports = exports
-    module.__all__ = list(exports)  # for `from package import *`
+    module.exports = {name: source for source, names in names_by_module.items() for name in names.split()}
+    module.__all__ = list(module.exports)  # for `from package import *`
     module.__class__ = LazyPackage

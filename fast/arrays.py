@@ -1,4 +1,4 @@
-"""Which tensors the functions take: torch's, of floating-point numbers, in float32 where decompositions need it."""
+"""Check that arguments are float tensors of torch, and convert 16-bit ones to float32 for decompositions."""
 
 from typing import Any
 
@@ -27,12 +27,12 @@ def check_floats(name: str, array: Any) -> None:
 
 
 def at_least_float32(name: str, array: Tensor) -> Tensor:
-    """A float tensor as it is, or in float32 if it has 16 bits, in which there are no decompositions.
+    """Convert a 16-bit float tensor to float32, which decompositions need; return any other unchanged.
 
     Raises
     ------
     TypeError
-        If it is no tensor of floating-point numbers.
+        If it is not a tensor of floating-point numbers.
     """
     check_floats(name, array)
     return array.float() if array.dtype in HALVES else array

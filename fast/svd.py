@@ -23,7 +23,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Parameters
     ----------
     matrix : (..., m, n) float tensor
-        Computations have its precision, but those of 16 bits have float32's, and so has the result.
+        A 16-bit matrix is computed, and returned, in float32; any other in its own precision.
 
     Returns
     -------

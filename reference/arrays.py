@@ -1,4 +1,4 @@
-"""Which arrays the functions take: NumPy's, of floating-point numbers, in float32 where decompositions need it."""
+"""Check that arguments are float arrays of NumPy, and convert 16-bit ones to float32 for decompositions."""
 
 from typing import Any
 
@@ -25,12 +25,12 @@ def check_floats(name: str, array: Any) -> None:
 
 
 def at_least_float32(name: str, array: np.ndarray) -> np.ndarray:
-    """A float array as it is, or in float32 if it has 16 bits, in which there are no decompositions.
+    """Convert a 16-bit float array to float32, which decompositions need; return any other unchanged.
 
     Raises
     ------
     TypeError
-        If it is no array of floating-point numbers.
+        If it is not an array of floating-point numbers.
     """
     check_floats(name, array)
     return array.astype(np.float32) if array.dtype == np.float16 else array

@@ -30,7 +30,7 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Parameters
     ----------
     matrix : (m, n) float array
-        Computations have its precision, but those of 16 bits have float32's, and so has the result.
+        A 16-bit matrix is computed, and returned, in float32; any other in its own precision.
 
     Returns
     -------

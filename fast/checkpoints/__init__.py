@@ -1,1 +1,1 @@
-"""Models on disk: the packed format, the authors' format, GGUF, dense models, downloads."""
+"""Read and write models on disk: packed checkpoints, the authors' format, GGUF files, dense models, downloads."""

@@ -1,7 +1,8 @@
-"""Trained checkpoints that come with the package.
+"""Rebuild the trained checkpoints that come with the package, and export new ones.
 
-Shipped is only what training made: packed factors and norms, in one safetensors file a model. The rest, embeddings
-above all, is taken from the model that `fetch` knows, and both are put together in the cache on first use.
+The package holds only what training changed: packed layers and norms, one safetensors file for each model, with a note
+in its metadata that names the base model. All other tensors, above all the embedding, come from that base model, which
+is downloaded on first use. The result is kept in the cache.
 """
 
 import json
@@ -12,37 +13,37 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from ..files.cache import cached, made_once
+from ..files.cache import build_once, cache_path
 from ..files.digests import file_digest
 from ..files.untrusted import CheckpointError
 from .download import DATA, fetch_base
 from .format import FORMAT_VERSION, WEIGHTS
 
 
-def shipped(name: str) -> Path:
-    """Directory of a shipped checkpoint, put together from its file and its base on first use."""
-    return made_once(place(name), lambda part: put_together(DATA / f"{name}.safetensors", part))
+def bundled(name: str) -> Path:
+    """Return the directory of a bundled checkpoint, reassembled from its file and its base on first use."""
+    return build_once(bundled_folder(name), lambda part: reassemble(DATA / f"{name}.safetensors", part))
 
 
-def place(name: str) -> Path:
-    """Directory that a shipped checkpoint has, or will have."""
-    return cached("shipped", f"{name}-{file_digest(DATA / f'{name}.safetensors')[:12]}-{FORMAT_VERSION}")
+def bundled_folder(name: str) -> Path:
+    """Return the cache directory of a bundled checkpoint, whether it exists or not."""
+    return cache_path("bundled", f"{name}-{file_digest(DATA / f'{name}.safetensors')[:12]}-{FORMAT_VERSION}")
 
 
-def put_together(file: Path, folder: Path) -> None:
-    """Write the whole checkpoint that a shipped file and its base make into a folder."""
+def reassemble(file: Path, folder: Path) -> None:
+    """Write the complete checkpoint of a file that `export_delta` wrote into a folder."""
     from safetensors.torch import load_file
 
     from ..models.build import transformers
-    from .convert import converted
+    from .convert import converted_folder
     from .saving import write_tensors
 
     with safe_open(file, framework="numpy") as opened:
         note = json.loads((opened.metadata() or {})["littlebit"])
-    base = converted(fetch_base(note["base"]))
+    base = converted_folder(fetch_base(note["base"]))
     trained = load_file(file)
-    quantised = tuple(f"{layer}.weight" for layer in note["quantization_config"]["layers"])
-    tensors = {name: t for name, t in load_file(base / WEIGHTS).items() if name not in quantised} | trained
+    quantized = tuple(f"{layer}.weight" for layer in note["quantization_config"]["layers"])
+    tensors = {name: t for name, t in load_file(base / WEIGHTS).items() if name not in quantized} | trained
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     section = note["quantization_config"] | {"format_version": FORMAT_VERSION}
     config |= {"dtype": "float16", "quantization_config": section}
@@ -52,32 +53,35 @@ def put_together(file: Path, folder: Path) -> None:
     transformers().AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
-def ship(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> None:
-    """Write what a trained checkpoint has beyond its base into one file.
+def export_delta(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> None:
+    """Write the tensors in which a trained checkpoint differs from its base model into one file.
 
     Parameters
     ----------
     checkpoint : Path
         A directory that `save` wrote.
     base : str
-        Name of the model that it was made from, as `fetch` knows it.
+        Name of the model that it was quantized from, one of `download.ARTIFACTS`.
     file : Path
-        NAMEbit.safetensors.
+        Output, NAMEbit.safetensors.
     training : dict
-        How it was trained, for the record.
+        How it was trained; stored with it.
 
     Raises
     ------
     CheckpointError
-        If the checkpoint lacks a tensor of its base, so that it was made from another.
+        If the checkpoint lacks a tensor of the base, and so was made from another model.
     """
-    from .convert import converted
+    from .convert import converted_folder
 
-    before, after = load_file(converted(fetch_base(base)) / WEIGHTS), load_file(checkpoint / WEIGHTS)
+    before, after = load_file(converted_folder(fetch_base(base)) / WEIGHTS), load_file(checkpoint / WEIGHTS)
     section = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    quantised = {f"{layer}.weight" for layer in section["layers"]}
-    if missing := sorted(before.keys() - after.keys() - quantised):
-        raise CheckpointError(f"{checkpoint} was not made from {base}: it lacks {missing[0]}")
+    quantized = {f"{layer}.weight" for layer in section["layers"]}
+    if missing := sorted(before.keys() - after.keys() - quantized):
+        raise CheckpointError(
+            f"{checkpoint} must hold every tensor of its base {base}, but lacks {missing[0]}: name the model that it "
+            "was made from"
+        )
     changed = {name: t for name, t in after.items() if name not in before or not np.array_equal(t, before[name])}
     note = {"base": base, "quantization_config": section, "training": training}
     save_file(changed, file, metadata={"littlebit": json.dumps(note)})

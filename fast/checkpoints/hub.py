@@ -1,7 +1,7 @@
-"""Models of the Hugging Face hub as folders: of its cache, or downloaded into it.
+"""Download models from the Hugging Face hub, or find them in its cache.
 
-The cache and its environment variables (HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and the rest) are those of
-the package huggingface_hub, which transformers uses too.
+The package huggingface_hub does the work, so that its environment variables apply: HF_HUB_CACHE, HF_HUB_OFFLINE,
+HF_ENDPOINT, HF_TOKEN and others.
 """
 
 import re
@@ -11,18 +11,17 @@ from typing import Any
 from ..files.untrusted import CheckpointError, read_json
 from .format import INDEX, WEIGHTS
 
-#: What a hub id looks like: OWNER/NAME or, for the oldest models in a cache, NAME.
+#: Form of a hub id: OWNER/NAME or, for the oldest models in a cache, NAME.
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?", re.ASCII)
-#: Small files that a model needs besides its weights; patterns of their names.
-SMALL = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-ELSEWHERE = ["onnx/*", "original/*", "openvino/*", "coreml/*"]  # the same model for other programs
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]  # what a model needs besides its weights
+OTHER_FORMATS = ["onnx/*", "original/*", "openvino/*", "coreml/*"]  # the same model for other programs
 
 
 def hub_folder(name: str, weights: bool = True) -> Path:
-    """Return the folder in the hub's cache that holds a model, after downloading what is missing.
+    """Return a model's folder in the hub's cache, after downloading what is missing.
 
-    Nothing is tried twice: if the hub cannot be reached, what the cache holds is taken. A name without an owner is
-    looked up in the cache alone.
+    If the hub cannot be reached, the model is taken from the cache; nothing is tried twice. A name without an owner is
+    looked up in the cache only.
 
     Parameters
     ----------
@@ -37,7 +36,7 @@ def hub_folder(name: str, weights: bool = True) -> Path:
         If neither the hub nor the cache has the model; the message is one line.
     """
     if not HUB_ID.fullmatch(name):
-        raise OSError("it is not of the form OWNER/NAME, so it is no hub id")
+        raise OSError("a hub id has the form OWNER/NAME")
     try:
         import huggingface_hub
     except ImportError as error:
@@ -45,27 +44,29 @@ def hub_folder(name: str, weights: bool = True) -> Path:
     options: dict[str, Any] = {"local_files_only": "/" not in name}
     try:
         folder = Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=SMALL, ignore_patterns=ELSEWHERE, **options)
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=SMALL_FILES, ignore_patterns=OTHER_FORMATS, **options
+            )
         )
         if weights:
             huggingface_hub.snapshot_download(name, allow_patterns=weight_names(folder), **options)
     except CheckpointError:
         raise
-    except Exception as error:  # the package raises whatever its HTTP client does
-        raise OSError(reason(name, error)) from error
+    except Exception as error:  # huggingface_hub passes on any error of its HTTP client
+        raise OSError(hub_failure(name, error)) from error
     return folder
 
 
 def weight_names(folder: Path) -> list[str]:
-    """Names of the safetensors files that a model consists of, by its index if it has one."""
+    """List the safetensors files of a model: those that its index names, or model.safetensors."""
     if not (folder / INDEX).exists():
         return [WEIGHTS]
-    places = read_json(folder, INDEX).get("weight_map")
-    return sorted(set(map(str, places.values()))) if isinstance(places, dict) else [WEIGHTS]
+    weight_map = read_json(folder, INDEX).get("weight_map")
+    return sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else [WEIGHTS]
 
 
-def reason(name: str, error: Exception) -> str:
-    """Say in one line why the hub did not give a model."""
+def hub_failure(name: str, error: Exception) -> str:
+    """Explain in one line why a model could not be downloaded."""
     if "/" not in name:
         return "hub ids have the form OWNER/NAME"
     kind = type(error).__name__
@@ -73,4 +74,4 @@ def reason(name: str, error: Exception) -> str:
         return "the hub has no such model, or it is private: log in with `hf auth login`"
     if kind in ("LocalEntryNotFoundError", "IncompleteSnapshotError", "OfflineModeIsEnabled"):
         return "the hub cannot be reached, and its cache does not hold the model"
-    return f"the hub gave {kind}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
+    return f"the hub raised {kind}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"

@@ -1,4 +1,4 @@
-"""Know the names of models, and find the one that was meant."""
+"""List the names of models that `fetch` knows, and suggest the right one for a misspelt name."""
 
 import difflib
 from pathlib import Path
@@ -6,21 +6,21 @@ from pathlib import Path
 from ..files.untrusted import CheckpointError
 from .download import ARTIFACTS, DATA, TINY
 
-SHIPPED_SUFFIX = "bit.safetensors"
+BUNDLED_SUFFIX = "bit.safetensors"
 
 
-def shipped_names() -> list[str]:
-    """Names of the shipped checkpoints, such as smollm2-0.55bit."""
-    return sorted(path.stem for path in DATA.glob(f"*{SHIPPED_SUFFIX}"))
+def bundled_names() -> list[str]:
+    """List the names of the bundled checkpoints, such as smollm2-0.55bit."""
+    return sorted(path.stem for path in DATA.glob(f"*{BUNDLED_SUFFIX}"))
 
 
 def known_names() -> list[str]:
-    """All names that `fetch` knows."""
-    return sorted([*ARTIFACTS, TINY, *shipped_names()])
+    """List all names that `fetch` knows."""
+    return sorted([*ARTIFACTS, TINY, *bundled_names()])
 
 
-def inside_hint(path: Path) -> str:
-    """Say which files of a directory without config.json could be meant."""
+def folder_hint(path: Path) -> str:
+    """Suggest what to do about a directory without config.json, for an error message."""
     if not path.is_dir():
         return ""
     if (path / "adapter_config.json").is_file():
@@ -29,8 +29,8 @@ def inside_hint(path: Path) -> str:
     return f"; name the file itself: {path / files[0]}" if files else ""
 
 
-def similar(source: str | Path) -> str:
-    """Suggest the known names, and the neighbours of a path, that a misspelt source is nearest to."""
+def did_you_mean(source: str | Path) -> str:
+    """Suggest known names, and files beside a path, that resemble a misspelt source, for an error message."""
     path = Path(source)
     try:
         neighbours = [each.name for each in path.parent.iterdir()] if path.name else []
@@ -45,5 +45,5 @@ def unknown_model(source: str | Path, reason: str) -> CheckpointError:
     """Make the error for a model that cannot be found."""
     return CheckpointError(
         f"cannot load a model from {str(source)!r}: it is not a directory with config.json, a .gguf file, a known name "
-        f"({', '.join(known_names())}) or a reachable hub id ({reason}){similar(source)}"
+        f"({', '.join(known_names())}) or a reachable hub id ({reason}){did_you_mean(source)}"
     )

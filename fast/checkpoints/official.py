@@ -1,23 +1,24 @@
-"""The checkpoints of the authors' repository, in and out; no code of it is used here, only what the files hold.
+"""Read and write checkpoints of the authors' repository; only their file format is used, none of their code.
 
-A folder with the model's config.json, its safetensors and littlebit_config.json. A quantised layer LAYER has
+A checkpoint is a folder with the model's config.json, safetensors files and littlebit_config.json. A quantized layer
+LAYER is stored as
 
-    LAYER.U_packed, LAYER.V_packed   int32 words of 32 signs, bit 1 for -1, least significant bit first, rows padded
-    LAYER.U_shape, LAYER.V_shape     the unpacked sizes, (d_out, rank) and (rank, d_in)
+    LAYER.U_packed, LAYER.V_packed   int32 words of 32 signs; bit 1 is -1, least significant bit first, rows padded
+    LAYER.U_shape, LAYER.V_shape     two integers (rows, columns): (d_out, rank) and (rank, d_in)
     LAYER.u1, u2, v1, v2             scales: h = u1, ell = u2 * v1, g = v2
     LAYER.bias                       if the layer has one
 
-and a residual path the same with the suffix _R (U_R_packed, u1_R, ...). The unpacked variant has LAYER.U and LAYER.V
-instead of words and shapes: latents of which the signs count. Scales are told apart by their lengths where those
-differ.
+The residual path has the same tensors with the suffix _R (U_R_packed, u1_R, ...). The unpacked variant has LAYER.U and
+LAYER.V instead of words and shapes: latent weights, whose signs are used. Where u1 and u2, or v1 and v2, differ in
+length, the length decides which is which.
 
-Ranks are not stored: the authors' loader works them out (`bits.official_rank`) from `eff_bit`, `residual` and
-`kv_factor` in littlebit_config.json. The factor multiplies the ranks of k_proj and v_proj; where it is missing it is 1.
+Ranks are not stored. The authors' loader computes them (`bits.official_rank`) from `eff_bit`, `residual` and
+`kv_factor` in littlebit_config.json. `kv_factor`, 1 by default, multiplies the ranks of k_proj and v_proj.
 
-Which variant their code reads depends on its commit. The first one published (SamsungLabs/LittleBit, bfc6e44) reads
-the unpacked variant alone, and takes the settings from its command line. a071883 reads both, but its unpacker, as a
-public copy has it (kimwin2/LittleBit, 7f872f1), shifts words to the left, so that all signs but one in 32 are read as
-+1. Later ones shift to the right and read both. So every commit reads the unpacked variant.
+Every commit of their code reads the unpacked variant; not every commit reads packed words. The first one published
+(SamsungLabs/LittleBit, bfc6e44) reads the unpacked variant only, and takes the settings from its command line. a071883
+reads both, but its unpacker, in a public copy (kimwin2/LittleBit, 7f872f1), shifts words to the left, so that all signs
+but one in 32 become +1. Later commits shift to the right and read both.
 """
 
 import json
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 from .._checks import LittleBitWarning
 from ..bits import official_rank, official_rank_before_rounding
-from ..files.atomic import written_whole
+from ..files.atomic import atomic_directory
 from ..files.untrusted import CheckpointError, read_json
 from ..models.embeddings import settle_ties
 from ..models.experts import has_experts
@@ -42,33 +43,38 @@ from ..models.packed_shapes import Header
 from ..models.shared import refuse_shared
 from ..models.wrappers import without_adapters
 from ..packing import PackedFactors, pack_signs, row_words, to_half, unpack_factors
-from .format import OFFICIAL, WITHOUT_CHECKSUMS, check_bits, read_headers, weight_files
+from .format import NO_CHECKSUMS, OFFICIAL, check_bits, read_headers, weight_files
 from .loading import read_tensors
-from .saving import layers_to_save, stored_tensors, write_generation, write_tensors
+from .saving import prepare_layers, stored_tensors, write_generation, write_tensors
 
-SUFFIXES = ("", "_R")
-SIGNS = re.compile(r"(.+)\.U(_R)?(_packed(_R)?)?")
+SUFFIXES = ("", "_R")  # primary and residual path
+SIGNS = re.compile(r"(.+)\.U(_R)?(_packed(_R)?)?")  # names of a layer's U, packed or not
 
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """Configuration, layers and tensors as `checkpoint.load` wants them, made from one of the authors' checkpoints.
+    """Read a checkpoint of the authors' repository, and convert it to the packed format in memory.
+
+    Returns
+    -------
+    tuple
+        config.json with a `quantization_config`, its `layers`, and all tensors; see format.py.
 
     Raises
     ------
     CheckpointError
-        If a file is missing or damaged, or a layer's tensors do not fit each other; the layer is named.
+        If a file is missing or corrupt, or a layer's tensors do not fit each other; the message names the layer.
     """
     files = weight_files(path)
-    read_headers(files)  # checks them
+    read_headers(files)  # raises CheckpointError for a bad file
     tensors = read_tensors(files)
     layers: dict[str, dict[str, Any]] = {}
     for name in official_layers(tensors):
         try:
-            paths = [one_path(name, suffix, tensors) for suffix in SUFFIXES if has_path(name, suffix, tensors)]
+            paths = [read_path(name, suffix, tensors) for suffix in SUFFIXES if has_path(name, suffix, tensors)]
             bias = tensors.get(f"{name}.bias")
             bias = None if bias is None else to_half("bias", bias)
             if len({(len(packed.h), len(packed.g)) for packed in paths}) != 1:
-                raise ValueError("its paths are of different sizes, or there is a residual one alone")
+                raise ValueError("its paths must have the same d_out and d_in, and one must be the primary path")
         except CheckpointError:
             raise
         except (ValueError, TypeError, RuntimeError) as error:
@@ -77,34 +83,34 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
             del tensors[key]
         ranks = [packed.rank for packed in paths]
         layers[name] = {"d_out": len(paths[0].h), "d_in": len(paths[0].g), "ranks": ranks, "bias": bias is not None}
-        for order, packed in enumerate(paths):
-            tensors |= {f"{name}.paths.{order}.{kind}": tensor for kind, tensor in packed._asdict().items()}
+        for k, packed in enumerate(paths):
+            tensors |= {f"{name}.paths.{k}.{field}": tensor for field, tensor in packed._asdict().items()}
         if bias is not None:
             tensors[f"{name}.bias"] = bias
     config, bits, _ = read_notes(path, layers)
-    section = {"quant_method": "littlebit", "format_version": WITHOUT_CHECKSUMS, "bits": bits, "layers": layers}
+    section = {"quant_method": "littlebit", "format_version": NO_CHECKSUMS, "bits": bits, "layers": layers}
     return config | {"quantization_config": section}, layers, tensors
 
 
 def official_layers(names: Mapping[str, Any]) -> list[str]:
-    """Names of the quantised layers among tensors' names."""
+    """List the quantized layers by name, from the names of all tensors."""
     found = (SIGNS.fullmatch(name) for name in names)
     return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def has_path(layer: str, suffix: str, tensors: Mapping[str, Any]) -> bool:
-    """Whether a layer has the primary path (suffix "") or the residual one ("_R")."""
+    """Tell whether a layer has its primary path (suffix "") or its residual path ("_R")."""
     return any(key in tensors for key in sign_names(layer, "U", suffix))
 
 
 def sign_names(layer: str, factor: str, suffix: str) -> tuple[str, ...]:
-    """The names under which a factor's signs may lie: packed, with the suffix before or after, and unpacked."""
+    """List the names that a factor's signs can have: packed, with the suffix before or after, or unpacked."""
     names = f"{factor}{suffix}_packed", f"{factor}_packed{suffix}", f"{factor}{suffix}"
     return tuple(dict.fromkeys(f"{layer}.{name}" for name in names))
 
 
-def one_path(layer: str, suffix: str, tensors: Mapping[str, Tensor]) -> PackedFactors:
-    """A path as it is stored here.
+def read_path(layer: str, suffix: str, tensors: Mapping[str, Tensor]) -> PackedFactors:
+    """Convert one path of a layer to PackedFactors.
 
     Raises
     ------
@@ -117,31 +123,33 @@ def one_path(layer: str, suffix: str, tensors: Mapping[str, Tensor]) -> PackedFa
         scales = {name: tensors[f"{layer}.{name}{suffix}"].flatten() for name in ("u1", "u2", "v1", "v2")}
     except KeyError as error:
         raise CheckpointError(f"layer {layer}: tensor {error.args[0]} is missing") from error
-    u1, u2 = in_order(scales["u1"], scales["u2"], d_out)
-    v2, v1 = in_order(scales["v2"], scales["v1"], d_in)
+    u1, u2 = order_by_length(scales["u1"], scales["u2"], d_out)
+    v2, v1 = order_by_length(scales["v2"], scales["v1"], d_in)
     fit = (rank_v, len(u1), len(u2), len(v1), len(v2)) == (rank, d_out, rank, rank, d_in)
     if not fit or not 1 <= rank <= min(d_out, d_in):
         sizes = {name: len(scale) for name, scale in scales.items()}
         raise CheckpointError(
-            f"layer {layer}: U is {d_out} x {rank}, V is {rank_v} x {d_in} and the scales{suffix} are {sizes}, which "
-            "do not fit each other or make no layer"
+            f"layer {layer}: U (d_out, rank), V (rank, d_in) and the scales{suffix} must fit each other, got U "
+            f"({d_out}, {rank}), V ({rank_v}, {d_in}) and scales of {sizes}"
         )
     ell = u2.float() * v1.float()
     return PackedFactors(u_words, v_words, *(to_half(*each) for each in (("h", u1), ("ell", ell), ("g", v2))))
 
 
-def in_order(first: Tensor, second: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Two scales, the one of so many entries first; as they are if both or none are."""
+def order_by_length(first: Tensor, second: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Put the scale with `size` entries first; keep the order if both have this size, or neither."""
     return (second, first) if len(second) == size != len(first) else (first, second)
 
 
 def sign_words(layer: str, factor: str, suffix: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, int]]:
-    """A factor's signs in the words that are stored here, and its sizes.
+    """Convert a factor's signs to our packed words; return them and the factor's shape.
 
     Raises
     ------
     CheckpointError
-        If the words are not those of the sizes.
+        If the shape is invalid, or the words do not have it.
+    KeyError
+        If the factor has no signs; the missing name.
     """
     name = next((name for name in sign_names(layer, factor, suffix) if name in tensors), None)
     if name is None:
@@ -151,17 +159,20 @@ def sign_words(layer: str, factor: str, suffix: str, tensors: Mapping[str, Tenso
         return pack_signs(tensors[name]), (rows, count)
     shape, words = tensors[name.replace("_packed", "_shape")], tensors[name]
     if shape.numel() != 2 or shape.is_floating_point() or min(shape.tolist()) < 1:
-        raise CheckpointError(f"layer {layer}: the shape of {name} is {shape.tolist()[:3]}, which is none")
+        raise CheckpointError(
+            f"layer {layer}: {name.replace('_packed', '_shape')} must hold two positive integers (rows, columns), got "
+            f"{shape.tolist()[:3]}"
+        )
     rows, count = shape.flatten().tolist()
     if words.dtype != torch.int32 or tuple(words.shape) != (rows, -(-count // 32)):
         raise CheckpointError(
-            f"layer {layer}: tensor {name} is {tuple(words.shape)} {words.dtype}, but {rows} rows of {count} signs are "
-            f"{(rows, -(-count // 32))} torch.int32"
+            f"layer {layer}: tensor {name} must be {(rows, -(-count // 32))} torch.int32 for {rows} rows of {count} "
+            f"signs, got {tuple(words.shape)} {words.dtype}"
         )
     if count % 32:
         words = words.clone()
-        words[:, -1] &= (1 << count % 32) - 1  # pad bits say nothing
-    return words.to(row_words(count)[1]), (rows, count)  # a narrower word holds the low bits
+        words[:, -1] &= (1 << count % 32) - 1  # the authors' pad bits can have any value
+    return words.to(row_words(count)[1]), (rows, count)  # a narrower word keeps the low bits
 
 
 def save_official(
@@ -172,46 +183,46 @@ def save_official(
     overwrite: bool = False,
     packed: bool = True,
 ) -> Path:
-    """Write a quantised model as a checkpoint of the authors' repository; complete, or not at all.
+    """Write a quantized model as a checkpoint of the authors' repository, atomically.
 
     Parameters
     ----------
-    model : transformers model after `quantize_` or `load`
-        Layers in training form are packed, in place.
+    model : transformers model after `quantize_`, `train_` or `load`
+        Layers in training form are packed in place.
     path, tokenizer, bits, overwrite
-        See `checkpoint.save`; only one of its own checkpoints is overwritten.
+        See `save`. Only LittleBit checkpoints are overwritten.
     packed : bool
-        Write packed words, or else the unpacked variant: signs as float16, 16 times the size, which every commit of
-        the authors' code reads (see the head of this module).
+        Write packed words. If False, write the unpacked variant: signs as float16, 16 times the size, which every
+        commit of the authors' code reads (see the head of this module).
 
     Returns
     -------
-    The directory.
+    Path
+        The directory.
 
     Warns
     -----
-    UserWarning
-        If the authors' loader would work out other ranks than a layer has, and so refuse the checkpoint.
+    LittleBitWarning
+        If the authors' loader would compute other ranks than a layer has, and so refuse the checkpoint.
 
     Raises
     ------
     ValueError
-        If the model has no LittleBit layer, a layer has more than two paths, it has experts, or the embeddings are
-        quantised.
+        If the model has no LittleBit layer, has experts or quantized embeddings, or a layer has more than two paths.
     OSError
         If `path` exists and may not be replaced, or cannot be written.
     """
     path = Path(path)
     model = without_adapters(model, "save_official")
     if has_experts(model):
-        raise ValueError("the authors' format holds layers of dense models, but this one has experts; keep it as it is")
-    layers = layers_to_save(model, path, overwrite, bits)
+        raise ValueError("this model has experts, which the authors' format cannot hold; use save instead")
+    layers = prepare_layers(model, path, overwrite, bits)
     refuse_shared(model, "the authors' format")
     settle_ties(model)
     tensors = stored_tensors(model)
     if any(name.endswith(".codes") for name in tensors):
         raise ValueError(
-            "the authors' format has no quantised embeddings: quantise the model with embeddings of 16 bits"
+            "the authors' format has no quantized embeddings: quantize the model with embeddings of 16 bits"
         )
     tensors = {name: tensor for name, tensor in tensors.items() if ".paths." not in name}
     for name, layer in layers.items():
@@ -222,15 +233,15 @@ def save_official(
     factor = kv_factor(layers, bits, 1 + residual)
     note = {"quant_func": "STEBinary", "quant_mod": "LittleBitLinear", "eff_bit": bits, "residual": residual}
     note["kv_factor"] = factor
-    other = next((name for name, layer in layers.items() if layer.ranks != ranks_there(name, layer, note)), None)
+    other = next((name for name, layer in layers.items() if layer.ranks != expected_ranks(name, layer, note)), None)
     if other is not None:
         warnings.warn(
-            f"the authors' program works the ranks out from the bits per weight and will not load this checkpoint: "
-            f"layer {other} has {layers[other].ranks}. Quantise with allocation 'official' for one that it loads",
+            f"the authors' program computes ranks from the bits per weight and will not load this checkpoint: layer "
+            f"{other} has the ranks {layers[other].ranks}. Quantize with allocation 'official' for one that it loads",
             LittleBitWarning,
             stacklevel=2,
         )
-    with written_whole(path, overwrite) as folder:
+    with atomic_directory(path, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         (folder / OFFICIAL).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
         write_tensors(tensors, folder)
@@ -240,8 +251,8 @@ def save_official(
     return path
 
 
-def ranks_there(name: str, layer: PackedLinear, note: Mapping[str, Any]) -> tuple[int, ...]:
-    """Work out the ranks that the authors' program gives a layer by littlebit_config.json; none without a target."""
+def expected_ranks(name: str, layer: PackedLinear, note: Mapping[str, Any]) -> tuple[int, ...]:
+    """Compute the ranks that the authors' program gives a layer from littlebit_config.json; () without a target."""
     if note["eff_bit"] is None:
         return ()
     paths, factor = 1 + note["residual"], note["kv_factor"] if is_key_or_value(name) else 1.0
@@ -249,16 +260,15 @@ def ranks_there(name: str, layer: PackedLinear, note: Mapping[str, Any]) -> tupl
 
 
 def is_key_or_value(name: str) -> bool:
-    """Whether the authors' program multiplies the rank of a layer of this name by `kv_factor`."""
+    """Tell whether the authors' program multiplies the rank of a layer by `kv_factor`."""
     return name.endswith((".k_proj", ".v_proj"))
 
 
 def kv_factor(layers: Mapping[str, PackedLinear], bits: float | None, paths: int) -> float:
-    """Find the factor with which the authors' rule gives the ranks of all k_proj and v_proj; 1 if there is none.
+    """Find the `kv_factor` that gives all k_proj and v_proj their ranks by the authors' rule, or 1.
 
-    A factor f gives rank r if r <= f * (rank before rounding) < r + 8, and every smaller one gives the least rank, 8.
-    Of the factors that give every rank this is 1, or else the first of the smallest ones that allow the ranks above 8,
-    with a denominator of 1, 2, 3 and so on: 4 is found again as 4, or as a simpler number that gives the same ranks.
+    Factor f gives a layer rank r if r <= f * (rank before rounding) < r + 8; ranks below 8 become 8. Several factors
+    can give all ranks. 1 is preferred, then the fraction with the smallest denominator.
     """
     found = [layer for name, layer in layers.items() if is_key_or_value(name)]
     if bits is None or not found:
@@ -277,9 +287,9 @@ def kv_factor(layers: Mapping[str, PackedLinear], bits: float | None, paths: int
 
 
 def official_tensors(name: str, layer: PackedLinear, packed: bool) -> dict[str, Tensor]:
-    """A layer's tensors in the authors' format; the latent scale is all in v1."""
+    """Convert a layer to tensors in the authors' format; v1 holds the latent scale, u2 is 1."""
     if len(layer.ranks) > len(SUFFIXES):
-        raise ValueError(f"layer {name} has {len(layer.ranks)} paths, but the authors' format holds two at most")
+        raise ValueError(f"the authors' format holds two paths at most, but layer {name} has {len(layer.ranks)}")
     tensors = {}
     for suffix, path in zip(SUFFIXES, layer.factors(), strict=False):
         signs = packed_signs(path, suffix) if packed else unpacked_signs(path, suffix)
@@ -290,20 +300,20 @@ def official_tensors(name: str, layer: PackedLinear, packed: bool) -> dict[str, 
 
 
 def packed_signs(path: PackedFactors, suffix: str) -> dict[str, Tensor]:
-    """A path's signs as words of 32 bits, with the sizes."""
+    """Convert a path's signs to 32-bit words, with the shapes of the factors."""
     tensors = {}
     for factor, words, shape in (
         ("U", path.u_words, (len(path.h), path.rank)),
         ("V", path.v_words, (path.rank, len(path.g))),
     ):
-        low = words.to(torch.int32) & ((1 << 8 * words.itemsize) - 1)  # no copies of a narrow word's sign bit
+        low = words.to(torch.int32) & ((1 << 8 * words.itemsize) - 1)  # undoes the sign extension of narrow words
         tensors[f"{factor}{suffix}_packed"] = words if words.itemsize == 4 else low
         tensors[f"{factor}{suffix}_shape"] = torch.tensor(shape)
     return tensors
 
 
 def unpacked_signs(path: PackedFactors, suffix: str) -> dict[str, Tensor]:
-    """A path's signs as float16 numbers, U (d_out, rank) and V (rank, d_in)."""
+    """Convert a path's signs to float16, U (d_out, rank) and V (rank, d_in)."""
     factors = unpack_factors(path)
     return {f"U{suffix}": factors.u.half(), f"V{suffix}": factors.v.mT.half().contiguous()}
 
@@ -311,12 +321,12 @@ def unpacked_signs(path: PackedFactors, suffix: str) -> dict[str, Tensor]:
 def official_header(
     path: Path, headers: Mapping[str, Header]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict]:
-    """For `info`: configuration, layers with their sizes, and the layer that each packed tensor belongs to."""
+    """Read what `info` needs: config.json, `d_out` and `d_in` of each layer, and the layer of each packed tensor."""
     layers, owners = {}, {}
     for name in official_layers(headers):
         own = [key for key in headers if key.rpartition(".")[0] == name and not key.endswith(".bias")]
         lengths = {key.rpartition(".")[2]: math.prod(headers[key].shape) for key in own}
-        try:  # a rank is never larger than the sizes
+        try:  # a rank is at most d_out and d_in, so the longer scale has the layer's size
             d_out, d_in = max(lengths["u1"], lengths["u2"]), max(lengths["v1"], lengths["v2"])
         except KeyError as error:
             raise CheckpointError(f"layer {name}: tensor {name}.{error.args[0]} is missing") from error
@@ -329,12 +339,12 @@ def official_header(
 
 
 def read_notes(path: Path, layers: Mapping[str, Any]) -> tuple[dict[str, Any], float | None, float]:
-    """Read config.json, and the target and `kv_factor` of littlebit_config.json, of a checkpoint with these layers."""
+    """Read config.json, and the target bits and `kv_factor` in littlebit_config.json; `layers` must not be empty."""
     config, note = read_json(path, "config.json"), read_json(path, OFFICIAL)
     bits, factor = note.get("eff_bit"), note.get("kv_factor", 1.0)
     check_bits(bits, "eff_bit", path / OFFICIAL)
     if type(factor) not in (int, float) or not 0 < factor < math.inf:
-        raise CheckpointError(f"{path / OFFICIAL}: 'kv_factor' must be a positive number, not {factor!r}")
+        raise CheckpointError(f"{path / OFFICIAL}: 'kv_factor' must be a positive number, got {factor!r}")
     if not layers:
-        raise CheckpointError(f"{path}: no tensor is called LAYER.U_packed or LAYER.U, so there is no quantised layer")
+        raise CheckpointError(f"{path} must hold a quantized layer, but no tensor is called LAYER.U_packed or LAYER.U")
     return config, bits, factor

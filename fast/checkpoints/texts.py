@@ -1,4 +1,4 @@
-"""Read text files as tokens."""
+"""Read text files and turn them into tokens, for evaluation and training."""
 
 import lzma
 from collections.abc import Iterator
@@ -9,16 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files.cache import cached, made_once
+from ..files.cache import build_once, cache_path
 from ..files.digests import file_digest, json_digest
 
-LONG_TEXT = 1 << 20  # characters from which a training text is tokenised in pieces of that length, once
+LONG_TEXT = 1 << 20  # a training text of this many bytes is tokenized in pieces of this many characters, and cached
 
 
 def text_tokens(tokenizer: Any, path: Path) -> torch.Tensor:
-    """Tokens (n,) of a whole UTF-8 text file, with the special tokens that the tokenizer adds to a text.
+    """Tokenize a whole UTF-8 text file, with the special tokens that the tokenizer adds.
 
-    Files that end in .xz are decompressed.
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+    path : Path
+        A file that ends in .xz is decompressed.
+
+    Returns
+    -------
+    (n,) int64 tensor
 
     Raises
     ------
@@ -29,7 +37,7 @@ def text_tokens(tokenizer: Any, path: Path) -> torch.Tensor:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file, decompressed if it ends in .xz; raise ValueError if it is not UTF-8 text."""
+    """Read a UTF-8 text file, and decompress it if it ends in .xz; raise ValueError if it is not UTF-8."""
     try:
         content = path.read_bytes()
         return (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8")
@@ -38,21 +46,20 @@ def read_text(path: Path) -> str:
 
 
 def training_tokens(tokenizer: Any, path: Path) -> Tensor:
-    """Read the tokens of a training text, of any length.
+    """Read the tokens of a training text of any length.
 
-    A .npy file holds tokens already. Short texts are tokenised whole, as by `text_tokens`. Texts of LONG_TEXT bytes
-    and more are tokenised in pieces that end with a blank line, without special tokens; their tokens are kept in the
-    cache folder, by the contents of the text and of the tokenizer.
+    A short text is tokenized whole, as by `text_tokens`. A text of LONG_TEXT bytes or more is tokenized in pieces that
+    end with a blank line, without special tokens. Its tokens are cached by the content of the text and the tokenizer.
 
     Parameters
     ----------
-    tokenizer : of transformers
+    tokenizer : transformers tokenizer
     path : Path
-        UTF-8 text (.xz allowed), or integers in a .npy file.
+        UTF-8 text (.xz allowed), or a .npy file of token ids.
 
     Returns
     -------
-    (n,) integer tensor.
+    (n,) int64 tensor
 
     Raises
     ------
@@ -65,7 +72,7 @@ def training_tokens(tokenizer: Any, path: Path) -> Tensor:
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path} is not an array that NumPy can read: {error}") from error
         if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"{path} must hold tokens, one row of integers, not {tokens.dtype} of {tokens.shape}")
+            raise ValueError(f"{path} must hold token ids, integers of shape (n,), got {tokens.dtype} {tokens.shape}")
         return torch.from_numpy(tokens.astype(np.int64))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if path.stat().st_size < LONG_TEXT or backend is None:
@@ -79,12 +86,12 @@ def training_tokens(tokenizer: Any, path: Path) -> Tensor:
         ]
         np.save(folder / "tokens.npy", np.concatenate(pieces))
 
-    kept = made_once(cached("tokens", key[:32]), make) / "tokens.npy"
+    kept = build_once(cache_path("tokens", key[:32]), make) / "tokens.npy"
     return torch.from_numpy(np.load(kept).astype(np.int64))
 
 
 def text_pieces(text: str, size: int) -> Iterator[str]:
-    r"""Cut a text into pieces of at least `size` characters that end with a blank line; the last may be shorter.
+    r"""Cut a text after blank lines into pieces of at least `size` characters; the last may be shorter.
 
     Examples
     --------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._progress import tqdm
 from ..bench.decode import QUIET_SHARE, prompted, token_times
-from ..checkpoints.bundled import place
+from ..checkpoints.bundled import bundled_folder
 from ..checkpoints.fetch import fetch, resolve
 from ..checkpoints.names import TINY
 from ..decoding.generate import stream
@@ -65,7 +65,7 @@ def ready() -> Path:
     """The trained model's folder, with the kernels compiled; the first time both take a while, side by side."""
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(first_token)]
-        if not place(TRAINED).exists():
+        if not bundled_folder(TRAINED).exists():
             jobs.append(pool.submit(fetch_apart))
         shown("getting ready", jobs)
     return fetch(TRAINED)
@@ -136,8 +136,8 @@ def write_untrained(folder: Path) -> None:
     """Quantise the model by Dual-SVID and save it."""
     import torch
 
+    from ..checkpoints.checkpoint import save
     from ..checkpoints.dense import load_model, load_tokenizer
-    from ..checkpoints.saving import save
     from ..models.quantize import Config, quantize_
 
     model, threads = load_model(MODEL), torch.get_num_threads()
@@ -151,9 +151,8 @@ def write_untrained(folder: Path) -> None:
 
 def write_small(folder: Path) -> None:
     """Save the trained model with an embedding of 8 bits."""
-    from ..checkpoints.checkpoint import load
+    from ..checkpoints.checkpoint import load, save
     from ..checkpoints.dense import load_tokenizer
-    from ..checkpoints.saving import save
     from ..models.embeddings import quantize_embeddings_
 
     model = load(fetch(TRAINED))

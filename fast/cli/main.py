@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...reference._renamed import renamed_value
 from .._checks import LittleBitWarning, check_number
+from ..checkpoints.checksums import corrupt_error
 from ..checkpoints.fetch import fetch, locate_packed, resolve
-from ..checkpoints.format import damage, is_checkpoint, is_official
+from ..checkpoints.format import is_checkpoint, is_official
 from ..checkpoints.names import known_names
 from ..memory import KV_CACHES, MODEL_SHAPES, model_memory
 from .completion import SHELLS, completion
@@ -597,10 +598,10 @@ def quantisation(arguments: argparse.Namespace, tokenizer: Any) -> "tuple[Config
 
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Run `littlebit quantize`."""
-    from ..checkpoints.checkpoint import info
+    from ..checkpoints.checkpoint import info, save
     from ..checkpoints.dense import load_model, load_tokenizer
-    from ..checkpoints.saving import check_target, save
-    from ..files.atomic import check_file, check_room, place_of
+    from ..checkpoints.saving import check_target
+    from ..files.atomic import check_file, check_room, resolve_output
     from ..models.embeddings import check_embeddings, quantize_embeddings_
     from ..models.quantize import quantize_, stored_bytes
     from .report import html_report, kind_table, kinds_of
@@ -614,7 +615,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model)
     config, tokens = quantisation(arguments, tokenizer)
     model = load_model(arguments.model, arguments.device)
-    check_room(place_of(arguments.out), stored_bytes(model, config, arguments.embedding_bits))
+    check_room(resolve_output(arguments.out), stored_bytes(model, config, arguments.embedding_bits))
     check_embeddings(model, arguments.embedding_bits)  # before hours of work
     results = quantize_(model, config, tokens)
     quantize_embeddings_(model, arguments.embedding_bits, tokens)
@@ -633,10 +634,10 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 def check_apart(source: str, out: Path) -> None:
     """Raise ValueError if writing an output would remove the model that it is made from."""
-    from ..files.atomic import place_of
+    from ..files.atomic import resolve_output
 
-    model, place = Path(source), place_of(out)
-    if model.exists() and place_of(model).is_relative_to(place):
+    model, place = Path(source), resolve_output(out)
+    if model.exists() and resolve_output(model).is_relative_to(place):
         raise ValueError(f"{out} holds the model {source} that is to be read; choose another output")
 
 
@@ -727,12 +728,11 @@ def run_train(arguments: argparse.Namespace) -> int | None:
 
 def train(arguments: argparse.Namespace, device: str) -> None:
     """Quantise, train and save; only the first process writes and prints."""
-    from ..checkpoints.checkpoint import info
+    from ..checkpoints.checkpoint import info, save
     from ..checkpoints.dense import load_model, load_tokenizer
-    from ..checkpoints.saving import save
     from ..checkpoints.texts import training_tokens
-    from ..files.atomic import place_of
-    from ..files.digests import digest
+    from ..files.atomic import resolve_output
+    from ..files.digests import tensors_digest
     from ..models.quantize import quantize_
     from ..training.resume import Keeper
     from ..training.trainer import check_config, checked_text, longest, process, train_
@@ -741,9 +741,9 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     texts = [training_tokens(tokenizer, path) for path in arguments.data]
     training = training_config(arguments)
     config, calibration = quantisation(arguments, tokenizer)
-    out = place_of(arguments.out)
+    out = resolve_output(arguments.out)
     state = out.with_name(out.name + ".training")
-    measured = None if calibration is None else digest(calibration)
+    measured = None if calibration is None else tensors_digest(calibration)
     keeper = Keeper(state, arguments.save_minutes, {"model": arguments.model, "calibration": measured} | asdict(config))
     if keeper.newest() is not None:  # what was trained takes the place of all factors, so the cheapest ones will do
         config = replace(config, init="dual-svid", importance=False)
@@ -896,7 +896,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(found))
     if found["damaged"]:
-        raise damage(folder, found["damaged"])
+        raise corrupt_error(folder, found["damaged"])
     if not arguments.json:
         as_saved = "as they were saved (SHA-256)" if found["checksums"] else "consistent; it has no checksums"
         print(f"{arguments.model}: {found['tensors']} tensors of {found['tensor_bytes']:,} bytes are {as_saved}")

@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoints.checksums import check_contents
 from ..checkpoints.format import (
-    check_contents,
+    byte_ranges,
     check_embeddings,
     check_layers,
     check_path,
     is_checkpoint,
     is_official,
-    places,
     read_config,
     read_headers,
     weight_files,
 )
-from ..files.untrusted import CheckpointError, read_json, readable
+from ..files.untrusted import CheckpointError, open_errors, read_json
 from ..models.generation_settings import generation_settings, read_generation
 from ..models.packed_shapes import packed_headers
 from .architecture import NORMS, PROJECTIONS, Architecture, NotDecodableError, architecture
@@ -112,9 +112,9 @@ class Tensors:
         self.taken: set[str] = set()
         self.bytes: dict[str, np.ndarray] = {}
         for file in files:
-            with readable(file):
+            with open_errors(file):
                 data = np.memmap(file, np.uint8, mode="r")
-                for name, (first, last) in places(file).items():
+                for name, (first, last) in byte_ranges(file).items():
                     self.bytes[name] = np.asarray(data[first:last])
                     if len(self.bytes[name]) != self.headers[name].nbytes:
                         raise ValueError(f"tensor {name} is in two places")

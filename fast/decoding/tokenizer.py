@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files.untrusted import inside, read_json
+from ..files.untrusted import read_json, resolve_inside
 from .architecture import NotDecodableError
 
 #: Classes of transformers that add nothing of their own to tokenizer.json.
@@ -40,7 +40,7 @@ class Tokenizer:
         try:
             from tokenizers import Tokenizer as Backend
 
-            config, file = read_json(folder, "tokenizer_config.json"), inside(folder, "tokenizer.json")
+            config, file = read_json(folder, "tokenizer_config.json"), resolve_inside(folder, "tokenizer.json")
         except (ImportError, ValueError) as error:
             raise NotDecodableError(f"its tokenizer cannot be read: {error}") from error
         harmless = not {key for key, value in config.items() if value} - HARMLESS

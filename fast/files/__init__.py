@@ -1,1 +1,1 @@
-"""Whole files: atomic writes, digests and the cache folder."""
+"""Write files atomically, compute digests, find the cache folder, and read untrusted files."""

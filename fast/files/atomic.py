@@ -1,9 +1,14 @@
-"""Directories and files that are written whole or not at all, whatever happens to the process or the machine meanwhile.
+"""Write directories and files atomically: after a crash or power cut the output is complete, or as it was before.
 
-A directory is written under a hidden name beside its place, brought to the disk, and renamed. Its writer holds a lock
-on it; what a writer that was killed left behind has none, and the next writer of the same place removes it.
+1. Create a hidden temporary directory beside the output (`temporary_sibling`) and lock it.
+2. Write everything into it.
+3. fsync every file and directory in it, because a rename may reach the disk before the data does.
+4. Rename it to the output, and fsync the parent directory.
 
-Whether an output path can be written is found out before the work: `check_folder`, `check_file` and `check_room`.
+A writer that is killed leaves its temporary directory behind, but the kernel drops its lock. The next writer of the
+same output removes every such directory that is not locked.
+
+`check_folder`, `check_file` and `check_room` find out before hours of work whether an output can be written.
 """
 
 import contextlib
@@ -27,45 +32,43 @@ except ImportError:  # on Windows
     fcntl = None
 
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of Linux's renameat2
+
+PART = ".part"  # suffix of temporary directories
+
+LONG_NAME = 100  # bytes; longer names are hashed, so that a temporary directory's name stays below the limit of 255
 
 
-PART = ".part"  # what the name of a directory that is being written ends in
-
-
-LONG_NAME = 100  # bytes of a name that would leave too little for those of temporary directories
-
-
-def place_of(path: str | Path) -> Path:
-    """Follow the links and dots of an output path to the place that will be written.
+def resolve_output(path: str | Path) -> Path:
+    """Resolve the links and dots of an output path.
 
     Raises
     ------
     OSError
-        If it leads nowhere, or its name cannot be written into a checkpoint's files.
+        If its links form a loop, it begins with an unexpanded '~', or it is not UTF-8, which safetensors require.
     """
     path = Path(path)
     if path.parts[:1] == ("~",):
         raise OSError(f"cannot write {path}: the shell did not replace '~'; give the path without quotes, or use $HOME")
     try:
         place = path.resolve()
-    except (OSError, RuntimeError) as error:  # links that lead to each other
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
         why = getattr(error, "strerror", None) or error
         raise OSError(f"cannot write {path}: {why}; choose another path") from error
     try:
         str(place).encode()
-    except UnicodeEncodeError as error:  # safetensors and tokenizers take UTF-8 alone
+    except UnicodeEncodeError as error:
         raise OSError(f"cannot write {str(place)!a}: the path must be UTF-8; choose another name") from error
     return place
 
 
 def existing_parent(place: Path) -> Path:
-    """Find the nearest folder above a place; it and its missing parents can be made there.
+    """Return the nearest existing folder above a path, in which the rest of the path can be created.
 
     Raises
     ------
     OSError
-        If a file stands in the way, or a name is too long.
+        If that is a file, or a name on the way is too long for its file system.
     """
     base = next(parent for parent in place.parents if os.path.lexists(parent))
     if not base.is_dir():
@@ -78,14 +81,14 @@ def existing_parent(place: Path) -> Path:
 
 
 def check_folder(place: Path) -> None:
-    """Raise OSError unless a directory can be put in a place (see `place_of`), and what is there moved away."""
+    """Raise OSError unless a directory can be created at a resolved path, and an existing one replaced."""
     base = existing_parent(place)
     if Path.cwd().is_relative_to(place):
         raise OSError(f"cannot replace {place}: this process runs in it; choose a folder inside it")
-    with temporary_beside(base / place.name) as part:
+    with temporary_sibling(base / place.name) as part:
         if not place.exists():
             return
-        (part / "inner").mkdir()  # a directory is never renamed to one that is not empty
+        (part / "inner").mkdir()  # renaming onto a directory that is not empty fails and changes nothing: a safe trial
         try:
             os.rename(place, part)
         except OSError as error:
@@ -95,26 +98,28 @@ def check_folder(place: Path) -> None:
 
 
 def check_file(path: str | Path) -> Path:
-    """The place of a file that is to be written, or the path of a device, a pipe or an output of this process.
+    """Resolve the path of an output file, and check that it can be written.
+
+    Devices, pipes and the standard streams (/dev/stdout) are returned as they are.
 
     Raises
     ------
     OSError
-        If it cannot be written.
+        If it is a folder, or its parent cannot be written.
     """
     path = Path(path)
-    if stream_of(path) is not None or (os.path.exists(path) and not path.is_file() and not path.is_dir()):
+    if standard_stream(path) is not None or (os.path.exists(path) and not path.is_file() and not path.is_dir()):
         return path
-    place = place_of(path)
+    place = resolve_output(path)
     if os.path.isdir(place):
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
-    with temporary_beside(existing_parent(place) / place.name):
+    with temporary_sibling(existing_parent(place) / place.name):
         pass
     return place
 
 
-def stream_of(path: Path) -> TextIO | None:
-    """The standard stream of this process that a path such as /dev/stdout leads to."""
+def standard_stream(path: Path) -> TextIO | None:
+    """Return the standard stream of this process that a path such as /dev/stdout names, or None."""
     with contextlib.suppress(OSError, ValueError):
         found = path.stat()
         for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
@@ -124,15 +129,15 @@ def stream_of(path: Path) -> TextIO | None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file; complete, or not at all.
+    """Write a UTF-8 text file atomically.
 
     Raises
     ------
     OSError
-        If it cannot be written; what was there before stays.
+        If it cannot be written; an earlier file is unchanged.
     """
     place = check_file(path)
-    if (stream := stream_of(place)) is not None:
+    if (stream := standard_stream(place)) is not None:
         stream.write(text)
         stream.flush()
         return
@@ -140,55 +145,55 @@ def write_text(path: str | Path, text: str) -> None:
         if place.exists() and not place.is_file():
             place.write_text(text, encoding="utf-8")
             return
-        with file_whole(place) as part:
+        with atomic_file(place) as part:
             part.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; what was there is as it was") from error
+        raise OSError(f"cannot write {path}: {error.strerror or error}; an earlier file is unchanged") from error
 
 
 @contextlib.contextmanager
-def file_whole(place: Path) -> Iterator[Path]:
-    """The path of a temporary file that takes a place if the block succeeds and vanishes if it does not."""
-    with temporary_beside(place) as folder:
+def atomic_file(place: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file; move it to `place` if the block succeeds, else delete it."""
+    with temporary_sibling(place) as folder:
         yield folder / place.name
-        synchronise(folder / place.name)
+        fsync_path(folder / place.name)
         os.replace(folder / place.name, place)
-        synchronise(place.parent)
+        fsync_path(place.parent)
 
 
 def check_room(place: Path, size: int) -> None:
-    """Raise OSError unless about so many bytes are free where a place is to be written."""
+    """Raise OSError unless at least `size` bytes are free on the disk of an output."""
     free = shutil.disk_usage(existing_parent(place)).free
     if free < size:
         raise OSError(
-            f"cannot write {place}: it takes about {size:,} bytes, but {free:,} are free; make room, or choose another "
+            f"cannot write {place}: it needs about {size:,} bytes, but {free:,} are free; make room, or choose another "
             "disk"
         )
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary directory beside `path` that becomes `path` if the block succeeds and vanishes if it does not.
+def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory; rename it to `path` if the block succeeds, else delete it.
 
     Parameters
     ----------
     path : Path
     overwrite : bool
-        Whether a directory that is there by then gives way; else the first of two writers wins.
+        Replace a directory that exists when the block ends. Without it the first of two writers wins.
 
     Raises
     ------
     OSError
-        If it cannot be written, or another is there; what was there before stays.
+        If it cannot be written, or another directory exists; that one is unchanged.
     """
-    path = place_of(path)
-    with temporary_beside(path) as part:
+    path = resolve_output(path)
+    with temporary_sibling(path) as part:
         try:
             part.chmod(0o755)
             yield part
-            bring_to_disk(part)
-            put_in_place(part, path, overwrite)
-            synchronise(path.parent)
+            fsync_tree(part)
+            rename_into_place(part, path, overwrite)
+            fsync_path(path.parent)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}; nothing was left there") from error
         except OSError as error:
@@ -196,13 +201,15 @@ def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new directory in the folder that `path` is in, locked, and removed at the end; those of killed writers too.
+def temporary_sibling(path: Path) -> Iterator[Path]:
+    """Yield a new, locked directory beside `path`, and delete it at the end.
+
+    Directories that killed writers of the same path left behind are deleted first.
 
     Raises
     ------
     OSError
-        If there can be none; the message says why.
+        If the folder of `path` cannot be written; the message says why.
     """
     path = path.absolute()
     try:
@@ -212,7 +219,7 @@ def temporary_beside(path: Path) -> Iterator[Path]:
             name = hashlib.sha256(os.fsencode(name)).hexdigest()
         for left in path.parent.glob(f".{glob.escape(name)}-????????{PART}"):
             remove_unlocked(left)
-        part, lock = locked_directory(path.parent, f".{name}-")
+        part, lock = new_locked_directory(path.parent, f".{name}-")
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
     try:
@@ -222,26 +229,26 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         unlock(lock)
 
 
-def locked_directory(parent: Path, prefix: str) -> tuple[Path, int | None]:
-    """A new directory and the descriptor that holds its lock."""
+def new_locked_directory(parent: Path, prefix: str) -> tuple[Path, int | None]:
+    """Create a directory; return it and the descriptor that holds its lock."""
     while True:
         part = Path(tempfile.mkdtemp(dir=parent, prefix=prefix, suffix=PART))
-        with contextlib.suppress(FileNotFoundError, BlockingIOError):  # another writer found it before it was locked
-            lock = locked(part)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):  # another writer deleted it before it was locked
+            lock = lock_directory(part)
             if part.exists():
                 return part, lock
             unlock(lock)
 
 
-def locked(folder: Path) -> int | None:
-    """A descriptor that holds the lock on a directory until it is closed, or its process ends.
+def lock_directory(folder: Path) -> int | None:
+    """Lock a directory; return the descriptor that holds the lock until it is closed or the process ends.
 
-    None where directories cannot be locked: on Windows and some network file systems.
+    Returns None where directories cannot be locked: on Windows and on some network file systems.
 
     Raises
     ------
     BlockingIOError
-        If another one holds it.
+        If another process, or another descriptor of this one, holds the lock.
     """
     if fcntl is None:
         return None
@@ -258,32 +265,32 @@ def locked(folder: Path) -> int | None:
 
 
 def unlock(lock: int | None) -> None:
-    """Give a lock back."""
+    """Release the lock that `lock_directory` returned."""
     if lock is not None:
         os.close(lock)
 
 
 def remove_unlocked(folder: Path) -> None:
-    """Remove a temporary directory whose writer is gone."""
-    with contextlib.suppress(OSError):  # its writer is still at work, or is done with it
-        lock = locked(folder)
+    """Delete a temporary directory whose writer is gone."""
+    with contextlib.suppress(OSError):  # its writer is still at work, or has just finished
+        lock = lock_directory(folder)
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
 
 
-def bring_to_disk(folder: Path) -> None:
-    """Wait until everything in a folder is on the disk: a rename may get there before what was written first."""
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and directory below a folder to the disk."""
     for directory, _, names in os.walk(folder):
         for name in names:
-            synchronise(Path(directory) / name)
-        synchronise(Path(directory))
+            fsync_path(Path(directory) / name)
+        fsync_path(Path(directory))
 
 
-def synchronise(path: Path) -> None:
-    """Wait until a file, or the list of a directory's names, is on the disk."""
+def fsync_path(path: Path) -> None:
+    """Flush a file, or the list of names in a directory, to the disk."""
     if fcntl is None and path.is_dir():
-        return  # Windows opens no directories
+        return  # Windows cannot open directories
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -291,17 +298,18 @@ def synchronise(path: Path) -> None:
         os.close(descriptor)
 
 
-def put_in_place(part: Path, path: Path, overwrite: bool) -> None:
-    """Rename `part` to `path`; what was there goes once its successor stands, and comes back if that fails.
+def rename_into_place(part: Path, path: Path, overwrite: bool) -> None:
+    """Rename `part` to `path`, and delete the directory that it replaces.
 
-    Where the file system can, both change places in one step, so that `path` is never missing. Without `overwrite` a
-    rename fails if something is there.
+    Where the file system supports it, the two are exchanged in one step, so that `path` exists at every moment.
+    Elsewhere the old directory is moved away first, and moved back if the rename fails. Without `overwrite` the rename
+    fails if `path` exists and is not empty.
     """
     if not (overwrite and path.exists()):
         os.rename(part, path)
         return
     if exchange(part, path):
-        return  # the old one goes with the temporary directory
+        return  # the old directory is now at `part`, which the caller deletes
     old = part.with_name(part.name + "-old")
     os.rename(path, old)
     try:
@@ -313,7 +321,7 @@ def put_in_place(part: Path, path: Path, overwrite: bool) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two directories change places in one step; False where that cannot be done."""
+    """Exchange two directories in one step (Linux's renameat2); return False where that is not supported."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):

@@ -1,4 +1,8 @@
-"""Keep files that are made once in the user's cache folder."""
+"""Keep downloads, converted models and compiled kernels in the user's cache folder.
+
+The folder is LITTLEBIT_CACHE if that is set, else littlebit/ in XDG_CACHE_HOME, ~/.cache/littlebit, or a folder of this
+user in the temporary directory: the first that can be written.
+"""
 
 import contextlib
 import functools
@@ -9,14 +13,22 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .atomic import written_whole
+from .atomic import atomic_directory
 
 
-def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A directory that `make` fills on first use; if several processes are first, all get what one of them made."""
+def build_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Create a directory with `make` unless it exists; processes that start together share the first result.
+
+    Parameters
+    ----------
+    folder : Path
+        The directory, usually from `cache_path`.
+    make : callable
+        Fills the temporary directory that it is given, which is then renamed to `folder`.
+    """
     if not folder.exists():
         try:
-            with written_whole(folder) as part:
+            with atomic_directory(folder) as part:
                 make(part)
         except OSError:
             if not folder.exists():
@@ -25,54 +37,50 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 NAME = "littlebit"
-
-
 VARIABLE = "LITTLEBIT_CACHE"
+PROBE_BYTES = 4096  # written to a folder to see whether its disk is full
 
 
-PROBE_BYTES = 4096
-
-
-def cached(*names: str, room: int = 0) -> Path:
-    """Find the place of a cache entry: where it is already, or the first folder with room for it.
+def cache_path(*names: str, room: int = 0) -> Path:
+    """Return the path of a cache entry: its present one, or one in the first folder with room for it.
 
     Parameters
     ----------
     names : str
-        Path of the entry in the cache folder.
+        Path of the entry inside the cache folder.
     room : int
-        Free bytes that a folder must have for a new entry.
+        Bytes that must be free for a new entry.
 
     Raises
     ------
     OSError
         If no folder can be written; the message names the variable to set.
     """
-    for folder in candidates():
+    for folder in candidate_folders():
         if folder.joinpath(*names).exists():
             return folder.joinpath(*names)
-    return first_writable(tuple(candidates()), room).joinpath(*names)
+    return first_writable_folder(tuple(candidate_folders()), room).joinpath(*names)
 
 
-def candidates() -> Iterator[Path]:
-    """List the folders that may be the cache, the preferred first."""
+def candidate_folders() -> Iterator[Path]:
+    """Yield the folders that may be the cache, the preferred first."""
     if asked := os.environ.get(VARIABLE):
         yield Path(asked).absolute()
         return
     for variable, folder in (("XDG_CACHE_HOME", NAME), ("HOME", f".cache/{NAME}")):
-        if os.path.isabs(base := os.environ.get(variable, "")):  # others are to be ignored, says the XDG standard
+        if os.path.isabs(base := os.environ.get(variable, "")):  # the XDG standard says to ignore relative paths
             yield Path(base, folder)
     if "HOME" not in os.environ:
-        with contextlib.suppress(RuntimeError):  # this user is not in the system's list
+        with contextlib.suppress(RuntimeError):  # the system does not know this user's home
             yield Path.home() / ".cache" / NAME
-    if (shared := temporary_folder()) is not None:
+    if (shared := private_temporary_folder()) is not None:
         yield shared
 
 
-def temporary_folder() -> Path | None:
-    """Find or make a folder of this user alone among the temporary ones; None if there can be none.
+def private_temporary_folder() -> Path | None:
+    """Return a folder in the temporary directory that only this user can write, or None.
 
-    Compiled kernels are code: a folder that another user may write to is not used.
+    The cache holds compiled kernels. Code from a folder that another user can write must never run.
     """
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
     try:
@@ -87,8 +95,8 @@ def temporary_folder() -> Path | None:
 
 
 @functools.lru_cache
-def first_writable(folders: tuple[Path, ...], room: int) -> Path:
-    """Find the first of some folders that can be written and has room; the answer is kept."""
+def first_writable_folder(folders: tuple[Path, ...], room: int) -> Path:
+    """Return the first folder that can be written and has `room` bytes free; the answer is cached."""
     reasons = []
     for folder in folders:
         try:
@@ -102,4 +110,4 @@ def first_writable(folders: tuple[Path, ...], room: int) -> Path:
             reasons.append(f"{folder}: {error.strerror or error}")
         else:
             return folder
-    raise OSError(f"no cache folder can be written ({'; '.join(reasons)}): set {VARIABLE} to a folder that can be")
+    raise OSError(f"no cache folder can be written ({'; '.join(reasons)}): set {VARIABLE} to a writable folder")

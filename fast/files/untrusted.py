@@ -1,4 +1,7 @@
-"""Read files that anyone may have written: inside one folder, of bounded size, named in errors."""
+"""Read files from untrusted sources: only ordinary files inside one folder, of bounded size.
+
+Every problem becomes a CheckpointError that names the file and says what to do.
+"""
 
 import contextlib
 import json
@@ -9,23 +12,24 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-#: Most bytes of a JSON file, and of a safetensors header: a million tensors have names of 30 characters in one.
+#: Largest JSON file and safetensors header, in bytes: room for a million tensors with names of 30 characters.
 JSON_BYTES = 1 << 25
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as what it claims to be."""
+    """Report a checkpoint that is incomplete, corrupt, inconsistent or unsupported."""
 
 
-def inside(folder: Path, name: str) -> Path:
-    """Path of an ordinary file that lies in a folder.
+def resolve_inside(folder: Path, name: str) -> Path:
+    """Return the path of a file in a folder, after checking that it is an ordinary file and really inside.
 
-    Links may lead to other places in the folder or, in the cache of the hub, to the blobs of the same model.
+    A symbolic link may point to another file in the folder or, in the Hugging Face hub's cache, to a blob of the same
+    model.
 
     Raises
     ------
     CheckpointError
-        If there is no such file, it is not an ordinary one, or it lies elsewhere.
+        If the file does not exist, is not an ordinary file, or is outside the folder.
     """
     file = folder / name
     if "\0" in name or Path(name).name != name:
@@ -48,36 +52,36 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a folder.
+    """Read a JSON file in a folder; its top-level value must be an object.
 
     Raises
     ------
     CheckpointError
-        If there is no such file, or it holds something else.
+        If the file is missing, too large, or not a JSON object.
     """
-    file = inside(folder, name)
+    file = resolve_inside(folder, name)
     try:
         with file.open("rb") as opened:
             data = opened.read(JSON_BYTES + 1)
-        return checked_json(data)
+        return parse_json_object(data)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy or download it again") from error
 
 
-def checked_json(data: bytes) -> dict[str, Any]:
-    """The object that some JSON holds; ValueError or RecursionError if there is none."""
+def parse_json_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object of at most JSON_BYTES bytes; raise ValueError or RecursionError for anything else."""
     if len(data) > JSON_BYTES:
         raise ValueError(f"it is larger than {JSON_BYTES:,} bytes")
     value = json.loads(data.decode("utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not an object")
-    json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses halves of surrogate pairs
+    json.dumps(value, ensure_ascii=False).encode("utf-8")  # raises for lone surrogates, which no file name can hold
     return value
 
 
 @contextlib.contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Turns what goes wrong when a safetensors file is read into a CheckpointError that names it."""
+def open_errors(file: Path) -> Iterator[None]:
+    """Turn any error while a safetensors file is read into a CheckpointError that names the file."""
     try:
         yield
     except FileNotFoundError as error:

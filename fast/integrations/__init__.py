@@ -1,1 +1,1 @@
-"""LittleBit inside transformers and PEFT."""
+"""Use LittleBit inside transformers and PEFT."""

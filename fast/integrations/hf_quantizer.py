@@ -1,9 +1,12 @@
-"""LittleBit as a quantisation method of transformers, `quant_method: "littlebit"`.
+"""Register LittleBit with transformers as a quantization method, `quant_method: "littlebit"`.
 
-`register` tells transformers of it, and `plugin.py` calls it when transformers is imported.
-`AutoModelForCausalLM.from_pretrained` then rebuilds packed checkpoints, whose packed layers never exist as dense ones,
-`save_pretrained` writes them back, and a LittleBitConfig passed to `from_pretrained` quantises an ordinary model after
-it is loaded.
+`plugin.py` imports this module when transformers is imported. After that
+
+    AutoModelForCausalLM.from_pretrained(packed)                                         loads a packed checkpoint
+    AutoModelForCausalLM.from_pretrained(dense, quantization_config=LittleBitConfig())   quantizes a dense model
+    model.save_pretrained(folder)                                                        writes a packed checkpoint
+
+Packed layers of a checkpoint never exist as dense weights.
 """
 
 from collections.abc import Sequence
@@ -18,11 +21,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoints.format import WITHOUT_CHECKSUMS, check_contents, check_layers, read_headers, read_layers
-from ..checkpoints.loading import check_values, put_embeddings, put_layers, read_tensors
-from ..checkpoints.saving import section
-from ..checkpoints.whole import check_whole
-from ..files.untrusted import CheckpointError, inside
+from ..checkpoints.checksums import check_contents
+from ..checkpoints.completeness import check_complete
+from ..checkpoints.format import NO_CHECKSUMS, check_layers, read_headers, read_layers
+from ..checkpoints.loading import check_values, install_embeddings, install_packed_layers, read_tensors
+from ..checkpoints.saving import quantization_section
+from ..files.untrusted import CheckpointError, resolve_inside
 from ..models.embeddings import settle_ties
 from ..models.layers import LittleBitLinear
 from ..models.quantize import OBSERVERS, Config, pack_, quantize_
@@ -32,24 +36,36 @@ from ..models.wrappers import has_adapters
 
 METHOD = "littlebit"
 SECTION = "quantization_config"
-TO_DO = ("quant_method", "bits", "paths", "init", "include", "exclude", "split_fused", "kv_rank_factor", "seed")
-PACKED = ("quant_method", "bits", "format_version", "layers", "embeddings", "fused", "shared")
+
+#: Fields of LittleBitConfig that ask for a quantization, and fields that describe a packed checkpoint.
+REQUESTED_FIELDS = (
+    "quant_method",
+    "bits",
+    "paths",
+    "init",
+    "include",
+    "exclude",
+    "split_fused",
+    "kv_rank_factor",
+    "seed",
+)
+PACKED_FIELDS = ("quant_method", "bits", "format_version", "layers", "embeddings", "fused", "shared")
 
 
 class LittleBitConfig(QuantizationConfigMixin):
-    """What transformers keeps about a LittleBit model: how to quantise it, or how a checkpoint's layers are packed.
+    """Configure how transformers quantizes a dense model, or describe a packed one.
 
     Parameters
     ----------
     bits, paths, init, include, exclude, split_fused, kv_rank_factor, seed
-        See `Config`: what `from_pretrained` of an ordinary model is to do.
+        How to quantize a dense model; see `Config`.
     layers, format_version, embeddings, fused, shared
-        See checkpoint.py: what a packed checkpoint holds. They are written, not chosen.
+        What a packed checkpoint holds; see checkpoints/format.py. Saving sets them.
 
     Raises
     ------
     TypeError
-        If there is another keyword, such as `importance`, which needs calibration text: use `quantize_` for it.
+        For any other keyword. `importance`, for one, needs calibration text: use `quantize_`.
     """
 
     def __init__(
@@ -77,57 +93,55 @@ class LittleBitConfig(QuantizationConfigMixin):
         self.embeddings, self.fused, self.shared = embeddings, fused, shared
 
     def to_dict(self) -> dict[str, Any]:
-        """The `quantization_config` of config.json: what is packed, or else what is to be done."""
-        values = {name: getattr(self, name) for name in (PACKED if self.layers else TO_DO)}
+        """Return the `quantization_config` of config.json: of a packed model, or else the request."""
+        values = {name: getattr(self, name) for name in (PACKED_FIELDS if self.layers else REQUESTED_FIELDS)}
         return {name: value for name, value in values.items() if value is not None or name in ("bits", "paths")}
 
     def config(self) -> Config:
-        """What `quantize_` is asked for."""
+        """Return the request as a Config for `quantize_`."""
         bits = Config.bits if self.bits is None else self.bits
-        rest = {name: getattr(self, name) for name in TO_DO[2:]}
+        rest = {name: getattr(self, name) for name in REQUESTED_FIELDS[2:]}
         return Config(bits=bits, **rest)
 
 
 class LittleBitQuantizer(HfQuantizer):
-    """Packed layers for dense ones before a checkpoint is read, or quantisation after it is."""
+    """Replace dense layers by packed ones before transformers reads weights, or quantize after it has."""
 
     requires_calibration = False
     quantization_config: LittleBitConfig
 
     def __init__(self, quantization_config: LittleBitConfig, **kwargs: Any):
-        super().__init__(copy(quantization_config), **kwargs)  # the caller's own stays as it is
+        super().__init__(copy(quantization_config), **kwargs)  # the caller's object is not changed
 
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
-        """Check a packed checkpoint's files, their checksums included, and make its layers, on the meta device.
+        """Check a packed checkpoint's files and checksums, and create its packed layers on the meta device.
 
-        transformers would fill a tensor that is missing with whatever lies in memory.
+        Without these checks transformers would leave a missing tensor uninitialized.
         """
         if not self.pre_quantized:
-            self.found = reports(model)
+            self.reports = loading_reports(model)
             return
         layers = read_layers(self.quantization_config.to_dict(), SECTION)
         files = [Path(file) for file in checkpoint_files or []]
         if not files or any(file.suffix != ".safetensors" for file in files):
-            raise CheckpointError(
-                f"a LittleBit model is loaded from its safetensors files, not from {checkpoint_files}"
-            )
-        files = [inside(file.parent, file.name) for file in files]
+            raise CheckpointError(f"a LittleBit model is loaded from safetensors files, got {checkpoint_files}")
+        files = [resolve_inside(file.parent, file.name) for file in files]
         headers = read_headers(files)
         check_layers(layers, headers)
-        check_contents(files, headers, self.quantization_config.format_version or WITHOUT_CHECKSUMS)
+        check_contents(files, headers, self.quantization_config.format_version or NO_CHECKSUMS)
         check_values(layers, read_tensors(files))
         shared = share_checked(model, self.quantization_config.shared, SECTION)
         fused = named_as_in(model, self.quantization_config.fused or {})
-        put_layers(model, named_as_in(model, layers), fused, SECTION)
-        put_embeddings(model, self.quantization_config.embeddings, dtype or torch.get_default_dtype(), SECTION)
-        self.leave_out(model, shared)
+        install_packed_layers(model, named_as_in(model, layers), fused, SECTION)
+        install_embeddings(model, self.quantization_config.embeddings, dtype or torch.get_default_dtype(), SECTION)
+        self.remove_shared(model, shared)
 
-    def leave_out(self, model: Any, shared: dict[str, str]) -> None:
-        """Leave modules in further places out while weights are read: transformers would take them for missing.
+    def remove_shared(self, model: Any, shared: dict[str, str]) -> None:
+        """Replace shared modules by empty ones while weights are read, because transformers would miss their tensors.
 
-        Parameters are tied as transformers ties them; ties of weights that are packed now are forgotten.
+        Shared parameters are tied as transformers ties them. Ties of weights that are now packed are dropped.
         """
         tied = dict(model.all_tied_weights_keys)
         for name, first in shared.items():
@@ -139,36 +153,36 @@ class LittleBitQuantizer(HfQuantizer):
         model.all_tied_weights_keys = {name: first for name, first in tied.items() if {name, first} <= known}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Quantise and pack a model that was loaded as a dense one."""
+        """Quantize and pack a model that was loaded as a dense one."""
         if self.pre_quantized:
             share(model, self.quantization_config.shared or {})
             return model
-        for found in self.found:
-            check_whole(model.name_or_path, found)
+        for report in self.reports:
+            check_complete(model.name_or_path, report)
         settle_ties(model)
         devices = set((getattr(model, "hf_device_map", None) or {}).values())
         if len(devices) > 1:
             raise ValueError(
-                f"a model that is spread over {sorted(map(str, devices))} cannot be quantised; load it on one device "
-                "(device_map='cpu'), save_pretrained it, and load that with the device_map"
+                f"a model to be quantized must be on one device, got {sorted(map(str, devices))}: load it with "
+                "device_map='cpu', save_pretrained it, and load that with the device_map"
             )
         quantize_(model, self.quantization_config.config(), progress=logging.is_progress_bar_enabled())
-        self.describe(pack_(model))
+        self.update_config(pack_(model))
         return model
 
-    def describe(self, model: Any) -> None:
-        """Let the configurations say what the packed model holds; transformers writes it without checksums."""
-        self.quantization_config = LittleBitConfig(**section(model, self.quantization_config.bits))
-        self.quantization_config.format_version = WITHOUT_CHECKSUMS
+    def update_config(self, model: Any) -> None:
+        """Describe the packed model in its configuration; version 1, since transformers writes no checksums."""
+        self.quantization_config = LittleBitConfig(**quantization_section(model, self.quantization_config.bits))
+        self.quantization_config.format_version = NO_CHECKSUMS
         model.config.quantization_config = self.quantization_config
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """For `save_pretrained`: the model's own state dict, and a description that is up to date.
+        """Prepare `save_pretrained`: update the configuration, and leave out shared tensors.
 
         Raises
         ------
         ValueError
-            If a layer is still in training form, which no checkpoint holds, or layers have adapters of PEFT.
+            If a layer is still in training form, or has an adapter of PEFT.
         """
         if has_adapters(model) and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -180,41 +194,41 @@ class LittleBitQuantizer(HfQuantizer):
                 "save_pretrained writes packed layers, but the model is in training form: call littlebit.fast.pack_ "
                 "first, littlebit.fast.save instead, or torch.save(model.state_dict()) to keep the latents"
             )
-        self.describe(model)
-        model._weight_conversions = []  # else transformers would rename tensors, but not the layers in config.json
+        self.update_config(model)
+        model._weight_conversions = []  # else transformers renames tensors, but not the layers in config.json
         shared = tuple(shared_names(model))
         if not shared:
             return None, {}
-        inside = tuple(f"{name}." for name in shared)
+        prefixes = tuple(f"{name}." for name in shared)
         state = model.state_dict().items()
-        return {name: tensor for name, tensor in state if name not in shared and not name.startswith(inside)}, {}
+        return {name: tensor for name, tensor in state if name not in shared and not name.startswith(prefixes)}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Packed models can be saved."""
+        """Tell transformers that packed models can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on packed layers can be trained; their signs cannot."""
+        """Tell transformers that adapters on packed layers can be trained; the signs cannot."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """torch.compile takes the packed layers whole."""
+        """Tell transformers that torch.compile supports packed layers."""
         return True
 
 
-def reports(model: Any) -> list[dict[str, Any]]:
-    """Collect what transformers finds missing or left over while it loads a model, which it only logs.
+def loading_reports(model: Any) -> list[dict[str, Any]]:
+    """Return a list that receives transformers' loading report, which a quantizer is not given.
 
-    `from_pretrained` tells its caller, but not a quantiser. The list is filled when the weights have been read.
+    The report names missing and unexpected tensors. It arrives when the weights have been read.
     """
     found: list[dict[str, Any]] = []
     adjust = model._adjust_missing_and_unexpected_keys
 
     def adjust_and_keep(info: Any, *args: Any) -> Any:
         result = adjust(info, *args)
-        del model._adjust_missing_and_unexpected_keys  # of the instance; the class's own is there again
+        del model._adjust_missing_and_unexpected_keys  # of the instance, so that the class's method is back
         if hasattr(info, "to_dict"):
             found.append(info.to_dict())
         else:  # the first releases of transformers 5 give and take two sets, and raise for tensors of another shape
@@ -227,31 +241,31 @@ def reports(model: Any) -> list[dict[str, Any]]:
 
 
 def attach(model: Any, described: dict[str, Any]) -> None:
-    """Let a transformers model that was quantized or loaded here know its quantizer, so that save_pretrained works."""
+    """Give a model that `quantize_` or `load` made its quantizer, so that `save_pretrained` works."""
     if not hasattr(model, "save_pretrained"):
         return
-    config = LittleBitConfig(**{name: value for name, value in described.items() if name in PACKED})
+    config = LittleBitConfig(**{name: value for name, value in described.items() if name in PACKED_FIELDS})
     model.hf_quantizer = LittleBitQuantizer(config)
     model.config.quantization_config = config
 
 
 def named_as_in(model: Any, described: dict[str, Any]) -> dict[str, Any]:
-    """Name what a section describes as in a model whose head is less than the saved one's, or more.
+    """Add or remove the base model's prefix in layer names, where the model and the checkpoint differ in it.
 
-    As transformers does it for tensors: `AutoModel` of a language model has layers.0 where that has model.layers.0. A
-    layer of a head that the model lacks is left out.
+    transformers does the same for tensors: `AutoModel` has layers.0 where the language model has model.layers.0.
+    Layers of a head that the model lacks are left out.
     """
     prefix = f"{model.base_model_prefix}."
-    inside = any(name.startswith(prefix) for name in described)
-    if hasattr(model, model.base_model_prefix) == inside or prefix == ".":
+    has_prefix = any(name.startswith(prefix) for name in described)
+    if hasattr(model, model.base_model_prefix) == has_prefix or prefix == ".":
         return described
-    if inside:
+    if has_prefix:
         return {name.removeprefix(prefix): each for name, each in described.items() if name.startswith(prefix)}
     return {prefix + name: each for name, each in described.items()}
 
 
 def register() -> None:
-    """Put LittleBit into transformers' lists; again, if their module was reloaded."""
+    """Add LittleBit to transformers' quantization methods; call it again after their module was reloaded."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LittleBitConfig
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = LittleBitQuantizer  # type: ignore[assignment]
     if attach not in OBSERVERS:

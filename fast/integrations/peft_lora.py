@@ -1,6 +1,7 @@
-"""LoRA adapters of PEFT on packed layers.
+"""Let PEFT add LoRA adapters to packed layers.
 
-`register` tells PEFT of them, and `plugin.py` calls it when PEFT is imported; nothing here has to be called.
+`plugin.py` imports this module when PEFT is imported; users need not call anything here. PEFT has no registry for
+layer types, so `register` wraps the functions that choose and check adapters.
 """
 
 import sys
@@ -17,44 +18,38 @@ from torch import nn
 from ..models.embeddings import QuantizedEmbedding, QuantizedHead
 from ..models.layers import LittleBitLinear, PackedLinear
 
-#: Initialisers that set an adapter alone. Others take its start out of the layer's own weight.
+#: Initializers that set only the adapter. The others change the layer's own weight.
 INITIALISERS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 ALL_LINEAR = "all-linear"
-FIND_ALL_LINEAR = "_maybe_include_all_linear_layers"  # PEFT's function for it, which several of its modules import
+FIND_ALL_LINEAR = "_maybe_include_all_linear_layers"  # PEFT's function that resolves it; several modules import it
 
 
 class PackedLora(Linear):
-    """PEFT's low-rank adapter beside a packed layer: y = packed(x) + scaling * B (A x)."""
+    """Compute a packed layer with a low-rank adapter of PEFT: y = packed(x) + scaling * B (A x)."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        with warnings.catch_warnings():  # PEFT knows the types of the layers whose sizes it trusts
+        with warnings.catch_warnings():  # PEFT warns about layer types that it does not know
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             super().__init__(*args, **kwargs)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, unless its initialiser changes the weight of the layer.
+        """Add an adapter.
 
         Raises
         ------
         ValueError
-            If it does; it is named.
+            If its initializer changes the weight of the layer.
         """
         check_initialiser(kwargs["config"])
         super().update_layer(*args, **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: packed signs cannot take an adapter in.
-
-        Raises
-        ------
-        ValueError
-            Always.
-        """
+        """Raise ValueError: an adapter cannot be merged into packed signs."""
         refuse_to_merge()
 
 
 def refuse_to_merge() -> None:
-    """Raise ValueError."""
+    """Raise the error for merging an adapter into packed signs."""
     raise ValueError(
         "an adapter cannot be merged into packed signs: keep it beside them (PeftModel.save_pretrained writes it), "
         "or train the layers themselves with littlebit train"
@@ -62,7 +57,7 @@ def refuse_to_merge() -> None:
 
 
 def check_initialiser(config: Any) -> None:
-    """Raise ValueError if a LoraConfig asks for an initialiser that assigns the weight of the layer itself."""
+    """Raise ValueError if a LoraConfig asks for an initializer that changes the weight of the layer itself."""
     init = config.init_lora_weights
     known = (init.lower() if isinstance(init, str) else init) in INITIALISERS
     given = f"init_lora_weights={init!r}" if not known else "kasa_config"
@@ -74,12 +69,12 @@ def check_initialiser(config: Any) -> None:
 
 
 def dispatch_packed(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-    """The adapter layer for a packed layer, or None for PEFT's own choice.
+    """Return the adapter layer for a packed layer, or None for any other layer.
 
     Raises
     ------
     ValueError
-        If the layer is in training form.
+        If the layer is in training form (LittleBitLinear).
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, LittleBitLinear):
@@ -88,7 +83,7 @@ def dispatch_packed(target: nn.Module, adapter_name: str, config: Any, **kwargs:
 
 
 def dispatch_packed_first(default: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that chooses an adapter's class as `default` does, but for packed layers."""
+    """Wrap the function that chooses an adapter's class, so that it knows packed layers."""
 
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
         found = dispatch_packed(target, adapter_name, config, **kwargs)
@@ -98,7 +93,7 @@ def dispatch_packed_first(default: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def find_packed_too(default: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that resolves "all-linear" as `default` does, and adds packed layers."""
+    """Wrap the function that resolves "all-linear", so that it adds packed layers."""
 
     def find(peft_config: Any, model: nn.Module) -> Any:
         asked = str(getattr(peft_config, "target_modules", None)).lower() == ALL_LINEAR
@@ -111,21 +106,21 @@ def find_packed_too(default: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def packed_names(model: nn.Module) -> list[str]:
-    """Names of a model's packed layers, or of the adapter layers around them."""
-    names, inside = [], ()
+    """List a model's packed layers by name, or the adapter layers that contain them."""
+    names, adapter_prefixes = [], ()
     for name, module in model.named_modules():
-        if name.startswith(inside):
+        if name.startswith(adapter_prefixes):
             continue
         tuned = isinstance(module, BaseTunerLayer)
         if isinstance(module.get_base_layer() if tuned else module, PackedLinear):
             names.append(name)
         if tuned:
-            inside = (*inside, f"{name}.")
+            adapter_prefixes = (*adapter_prefixes, f"{name}.")
     return names
 
 
 def check_merge_first(default: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that checks, as `default` does, whether a whole model can be merged; one with packed layers cannot."""
+    """Wrap the function that checks whether a model can be merged, so that it refuses packed layers."""
 
     def check(self: Any) -> None:
         if any(isinstance(module, PackedLora) for module in self.model.modules()):
@@ -136,7 +131,7 @@ def check_merge_first(default: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_trainable_first(default: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that checks, as `default` does, a module of `modules_to_save`; one without parameters is refused."""
+    """Wrap the function that checks a module of `modules_to_save`, so that it refuses modules without parameters."""
 
     def check(self: Any) -> None:
         module = self.original_module
@@ -151,22 +146,19 @@ def check_trainable_first(default: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register() -> None:
-    """Tell PEFT of packed layers: which adapters they take, that "all-linear" means them too, and not to merge.
-
-    Once is enough; after PEFT's module was reloaded, this is to be called again.
-    """
-    places: list[tuple[Any, str, Callable[..., Any]]] = [
-        (lora_model, "dispatch_default", dispatch_packed_first),  # the last of the functions that PEFT's LoRA asks
+    """Wrap PEFT's functions so that they support packed layers; call it again after PEFT's module was reloaded."""
+    wrappers: list[tuple[Any, str, Callable[..., Any]]] = [
+        (lora_model, "dispatch_default", dispatch_packed_first),  # the function that LoRA asks last
         (lora_model.LoraModel, "_check_merge_allowed", check_merge_first),
         (ModulesToSaveWrapper, "check_module", check_trainable_first),
     ]
     for name, module in list(sys.modules.items()):
         if name.startswith("peft.") and hasattr(module, FIND_ALL_LINEAR):
-            places.append((module, FIND_ALL_LINEAR, find_packed_too))
-    for place, name, around in places:
-        default = getattr(place, name)
-        if default.__module__ != __name__:  # else it is done already
-            setattr(place, name, around(default))
+            wrappers.append((module, FIND_ALL_LINEAR, find_packed_too))
+    for owner, name, wrap in wrappers:
+        default = getattr(owner, name)
+        if default.__module__ != __name__:  # else it is wrapped already
+            setattr(owner, name, wrap(default))
 
 
 register()

@@ -1,10 +1,13 @@
-"""Tells torch, transformers and PEFT about LittleBit as soon as they are imported, and never imports them.
+"""Extend torch, transformers and PEFT when they are imported, without importing them.
 
-These libraries have lists to register with, but no entry points that would make them look for others. So `Watcher`
-stands in `sys.meta_path`. It finds no module itself: it hands on what the other finders find, with one step more at
-the end of three modules. It never changes a loader, which may serve other modules, and it stays where it is. So it does
-not matter who asks for a module first, whether an import fails at first, or whether a module is reloaded. Where another
-finder comes first and the step is lost, the next import of any module makes up for it.
+transformers and PEFT have no entry point for a new quantization method, and the only one of torch, `torch.backends`,
+would load LittleBit into every program that imports torch. So `PostImportHook` stands first in `sys.meta_path` and runs
+our `register` functions after the modules in `REGISTRARS`.
+
+The hook finds no module itself. It takes the spec that the other finders return and wraps its loader for this one
+import; a loader may serve other modules, so it is never changed. This works whoever asks for a module first, after an
+import that failed, and after a reload. If another finder answers before the hook does, the hook notices at the next
+import of any module.
 """
 
 import importlib
@@ -20,49 +23,49 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-#: The modules in which the libraries keep what is to be extended, and our modules that have a `register` for them
-REGISTERS = {
+#: Module of a library -> our module whose `register()` extends it.
+REGISTRARS = {
     "torch": "..kernels.torch_op",
     "transformers.quantizers.auto": ".hf_quantizer",
     "peft.tuners.lora.model": ".peft_lora",
 }
 
 
-def announce() -> None:
-    """Register LittleBit with the libraries: now if they are imported already, else when they are."""
-    sys.meta_path[:] = [WATCHER, *(finder for finder in sys.meta_path if finder is not WATCHER)]
-    WATCHER.catch_up()
+def register() -> None:
+    """Extend the libraries: those that are imported now, the others when they are."""
+    sys.meta_path[:] = [HOOK, *(finder for finder in sys.meta_path if finder is not HOOK)]
+    HOOK.check_imported()
 
 
-def register(name: str) -> None:
-    """Register with the library whose module of this name is imported.
+def extend(name: str) -> None:
+    """Extend the library that has just imported a module of REGISTRARS.
 
-    A library whose version does not fit must still be usable without LittleBit, so that no error leaves this function.
+    A library whose version does not fit must stay usable without LittleBit, so no error leaves this function.
     """
     try:
-        ours = importlib.import_module(REGISTERS[name], __package__)
-        if hasattr(ours, "register"):  # else it is being imported just now, and registers at its end
+        ours = importlib.import_module(REGISTRARS[name], __package__)
+        if hasattr(ours, "register"):  # else it is being imported right now, and calls `register` at its end
             ours.register()
     except Exception as error:
         package = name.split(".")[0]
         log.warning("littlebit cannot plug into this version of %s (%s): pip install -U %s", package, error, package)
 
 
-class Watcher(MetaPathFinder):
-    """Leaves finding modules to others, and registers with the libraries when they have been imported."""
+class PostImportHook(MetaPathFinder):
+    """Call `extend` after a module of REGISTRARS has run; leave finding it to the other finders."""
 
     def __init__(self) -> None:
-        self.missing = set(REGISTERS)  # modules that were not seen yet
+        self.missing = set(REGISTRARS)  # modules not yet seen
         self.asking = threading.local()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of one of the modules as others find it, with one more step at its end; None for all others."""
-        self.catch_up()
-        if name not in REGISTERS:
+        """Wrap the spec that other finders return for a module of REGISTRARS; return None for all other modules."""
+        self.check_imported()
+        if name not in REGISTRARS:
             return None
-        if getattr(self.asking, "others", False):  # another finder asks all finders in its turn
+        if getattr(self.asking, "others", False):  # a finder that we ask asks all finders, and so us again
             return None
         self.asking.others = True
         try:
@@ -72,49 +75,49 @@ class Watcher(MetaPathFinder):
             self.asking.others = False
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec = copy(spec)
-            spec.loader = Announcing(spec.loader)
+            spec.loader = HookedLoader(spec.loader)
         return spec
 
     def find_of(self, finder: Any) -> Callable[..., ModuleSpec | None]:
-        """How a finder finds a module; not at all, if it is this one or has no such method."""
+        """Return a finder's `find_spec`, or a function that finds nothing for this hook and for older finders."""
         found = None if finder is self else getattr(finder, "find_spec", None)
         return found or (lambda name, path, target: None)
 
-    def catch_up(self) -> None:
-        """Register with libraries whose modules were imported unnoticed."""
+    def check_imported(self) -> None:
+        """Extend the libraries whose modules were imported without passing through this hook."""
         for name in list(self.missing):
             module = sys.modules.get(name)
             if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
-                self.tell(name)
+                self.module_imported(name)
 
-    def tell(self, name: str) -> None:
-        """Register with the library whose module was imported."""
+    def module_imported(self, name: str) -> None:
+        """Extend the library of a module that has been imported."""
         self.missing.discard(name)
-        register(name)
+        extend(name)
 
 
-class Announcing(Loader):
-    """Another loader, with one more step after the module has run; for all else it is that loader."""
+class HookedLoader(Loader):
+    """Delegate to another loader, and call the hook after the module has run."""
 
     def __init__(self, loader: Any):
         self.loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # a copy that is being made has none yet
+        if name == "loader":  # a copy in the making has no loader yet
             raise AttributeError(name)
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """The module as the other loader makes it."""
+        """Create the module with the other loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, let it forget this loader, and register."""
+        """Run the module, put the other loader back into it, and call the hook."""
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        WATCHER.tell(module.__name__)
+        HOOK.module_imported(module.__name__)
 
 
-WATCHER = Watcher()
+HOOK = PostImportHook()

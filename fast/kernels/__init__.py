@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numba
 
-from ..files.cache import cached
+from ..files.cache import cache_path
 
 CODE_BYTES = 1 << 25  # of compiled kernels, at most
 
@@ -36,7 +36,7 @@ def place_compiled_code() -> None:
     except RuntimeError:  # none
         pass
     try:
-        numba.config.CACHE_DIR = str(cached("kernels", room=CODE_BYTES))  # type: ignore[attr-defined]
+        numba.config.CACHE_DIR = str(cache_path("kernels", room=CODE_BYTES))  # type: ignore[attr-defined]
     except OSError as error:
         raise OSError(f"{error}, with {CODE_BYTES >> 20} MiB free for compiled kernels") from error
 

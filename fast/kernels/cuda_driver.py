@@ -17,7 +17,7 @@ import torch
 from numba import cuda
 from torch import Tensor
 
-from ..files.cache import cached, made_once
+from ..files.cache import build_once, cache_path
 from .cuda_gemv import latent
 from .cuda_plain import RECIPES, SIGNATURES
 from .cuda_schedule import Device
@@ -84,8 +84,8 @@ def compiled(kernel: Any, capability: tuple[int, int]) -> tuple[bytes, bytes]:
     """PTX of a kernel, and the name that it has there; kept in the cache folder, for it takes Numba seconds."""
     named = f"{RECIPES[kernel]} {SIGNATURES[kernel]} {capability} {sources()}"
     try:
-        folder = cached("ptx", hashlib.sha256(named.encode()).hexdigest()[:32])
-        text = (made_once(folder, lambda part: write_ptx(part, kernel, capability)) / PTX).read_bytes()
+        folder = cache_path("ptx", hashlib.sha256(named.encode()).hexdigest()[:32])
+        text = (build_once(folder, lambda part: write_ptx(part, kernel, capability)) / PTX).read_bytes()
     except OSError as error:
         log.info("littlebit: the cache folder cannot be used, so kernels are compiled for this run alone: %s", error)
         text = ptx_of(kernel, capability)

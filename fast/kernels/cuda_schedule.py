@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..files.cache import cached
+from ..files.cache import cache_path
 from .cuda_gemm import DEPTH, WORDS_DEPTH, Tile
 from .cuda_gemv import PLANES, ROWS, SLICE, VECTORS
 
@@ -245,7 +245,7 @@ def measured() -> dict[str, dict[str, Schedule]]:
 
 def own_schedules() -> Path:
     """Where `littlebit tune` keeps what it has measured."""
-    return cached("cuda_schedules.json")
+    return cache_path("cuda_schedules.json")
 
 
 def read_schedules(path: Path) -> dict[str, dict[str, list[Any]]]:

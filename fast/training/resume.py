@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .._checks import LittleBitWarning, check_number
-from ..files.atomic import locked, unlock, written_whole
+from ..files.atomic import atomic_directory, lock_directory, unlock
 from ..files.digests import file_digest, json_digest
 
 STATE, RUN, LOG = "state.safetensors", "run.json", "log.jsonl"
@@ -65,7 +65,7 @@ class Keeper:
             If another does already.
         """
         try:
-            lock = locked(self.folder)
+            lock = lock_directory(self.folder)
         except BlockingIOError as error:
             raise OSError(
                 f"another process is training with {self.folder}: wait for it to end, or choose another output"
@@ -91,7 +91,7 @@ class Keeper:
         if path.exists():
             return
         try:
-            with written_whole(path) as part:
+            with atomic_directory(path) as part:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part / STATE)
                 description = {"run": self.run, "step": step, "sha256": file_digest(part / STATE)}
                 (part / RUN).write_text(

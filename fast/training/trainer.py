@@ -25,7 +25,7 @@ from torch.nn import functional
 from .._checks import check_number, check_positions, flat_tokens, positions_of
 from .._progress import tqdm
 from ..distill import KLLoss, hidden_loss, kl_rows
-from ..files.digests import digest
+from ..files.digests import tensors_digest
 from ..models.experts import has_experts
 from ..models.wrappers import to_change, with_adapters_inside
 from ..signs import named_rule
@@ -278,7 +278,7 @@ def train_(
     check_number("log_steps", log_steps, low=1, whole=True)
     if keeper is not None:
         kind = {"dtype": str(dtype), "device": device.type}
-        keeper.check(asdict(config) | kind | {"world": world, "shard": shard, "data": digest(corpus, *starts)})
+        keeper.check(asdict(config) | kind | {"world": world, "shard": shard, "data": tensors_digest(corpus, *starts)})
     capture = device.type == "cuda" and not shard and is_plainly_causal(model, longest(config))
     capture = capture and not has_experts(model)  # which experts run depends on the text
     compile = compile and capture

@@ -1,4 +1,4 @@
-"""GGUF files: the dense model that a packed one stands for, as transformers' reader and llama.cpp's format have it."""
+"""Test exported GGUF files with transformers' reader and by llama.cpp's format."""
 
 import subprocess
 import sys
@@ -10,14 +10,14 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
-from littlebit.fast.checkpoints.gguf import PRECISIONS, dense_tensors, interleaved, splitting
+from littlebit.fast.checkpoints.gguf import PRECISIONS, dense_tensors, interleaved, pre_tokenizer_name
 from littlebit.fast.models.embeddings import quantize_embeddings_
 from littlebit.fast.models.hf_names import dense_gguf
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 
 def read(path):
-    """The model in a file, by transformers' reader."""
+    """Read the model in a GGUF file with transformers."""
     options = {"dtype": torch.float32} | dense_gguf()
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
 
@@ -30,7 +30,7 @@ def checkpoint(tiny_llama, tmp_path_factory):
 
 
 def rounded(model, precision):
-    """What the file should hold, by the names of transformers."""
+    """Return the tensors that the file should hold, by their names in transformers."""
     expected = {}
     for name, tensor in dense_tensors(model):
         array = tensor.float().numpy()
@@ -95,7 +95,7 @@ def test_interleaved_puts_pairs_that_rotate_together_side_by_side(checkpoint):
 
 
 def test_the_command_writes_a_file_in_a_fresh_process(checkpoint, tmp_path):
-    """Biases of a Llama's attention are read by llama.cpp alone, so the file itself is looked at."""
+    """Transformers' reader ignores biases of a Llama's attention, so the test reads the file itself."""
     out = tmp_path / "new" / "model.gguf"
     command = [sys.executable, "-m", "littlebit.fast", "export", checkpoint, out, "--to", "gguf"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
@@ -155,6 +155,6 @@ def test_splitting_knows_tokenizers_by_their_steps(steps, name):
     described = steps if isinstance(steps, dict) else {"type": "Sequence", "pretokenizers": steps}
     if name is None:
         with pytest.raises(ValueError, match="Whitespace"):
-            splitting(described)
+            pre_tokenizer_name(described)
     else:
-        assert splitting(described) == name
+        assert pre_tokenizer_name(described) == name

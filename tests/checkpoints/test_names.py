@@ -1,4 +1,4 @@
-"""Models are found by name: in a cache of the hub, beside a misspelt name, after the working directory changed."""
+"""Test how models are found: in the hub's cache, by misspelt names, after a change of directory."""
 
 import json
 import os
@@ -27,14 +27,14 @@ def packed(tiny_llama, tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty cache of the hub, which cannot be reached."""
+    """Set up an empty hub cache and an unreachable hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
 
 
 def cached(hub, name, source, leave=()):
-    """Put the files of a folder into a cache of the hub, as a download leaves them: links to blobs."""
+    """Put a folder into the hub's cache as a download does: as links to blobs."""
     root = hub / f"models--{name.replace('/', '--')}"
     snapshot = root / "snapshots" / COMMIT
     for folder in (root / "blobs", root / "refs", snapshot):

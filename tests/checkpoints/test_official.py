@@ -1,4 +1,4 @@
-"""The authors' checkpoints: read from files that NumPy writes here by their description, written and read back."""
+"""Test reading the authors' format from files that NumPy writes by its description, and writing it."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def logits(model):
 
 
 def words(signs, rng):
-    """Rows of 32-bit words, least significant bit first, bit 1 for -1; pad bits are whatever they happen to be."""
+    """Pack rows into 32-bit words, least significant bit first, bit 1 for -1, with random pad bits."""
     rows, count = signs.shape
     bits = rng.integers(0, 2, (rows, -(-count // 32) * 32)).astype(np.uint8)
     bits[:, :count] = signs < 0
@@ -40,7 +40,7 @@ def words(signs, rng):
 
 
 def write_official(source, out, packed=True, swapped=False, suffix_last=False):
-    """A checkpoint by the description in official.py, and the dense model in float64 that it stands for."""
+    """Write a checkpoint by the description in official.py; return the dense float64 model that it represents."""
     rng = np.random.default_rng(0)
     dense = LlamaForCausalLM.from_pretrained(source).double()
     tensors = {name: tensor.numpy() for name, tensor in load_file(source / "model.safetensors").items()}
@@ -117,7 +117,7 @@ def test_info_counts_the_authors_format(variant, tiny_llama, tmp_path):
 
 
 def test_export_gives_back_every_bit(tiny_llama, tmp_path):
-    """The command, in a fresh process, there and back; one word of 32 bits holds the narrow words' bits."""
+    """The command exports and imports in fresh processes; a 32-bit word holds a narrow word's bits."""
     write_official(tiny_llama, tmp_path / "official", packed=False)
     model = lb.load(tmp_path / "official")
     ours = lb.save(model, tmp_path / "ours", lb.load_tokenizer(tiny_llama), bits=3.5)
@@ -148,10 +148,10 @@ def test_export_refuses_what_the_format_does_not_hold(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="call quantize_ first"):
         lb.save_official(model, tmp_path / "out")
     lb.quantize_(model, lb.Config(bits=4.5, paths=3), progress=False)
-    with pytest.raises(ValueError, match=r"has 3 paths, but .* two at most"):
+    with pytest.raises(ValueError, match=r"two paths at most, but .* has 3"):
         lb.save_official(model, tmp_path / "out")
     quantize_embeddings_(model, 8)
-    with pytest.raises(ValueError, match="no quantised embeddings"):
+    with pytest.raises(ValueError, match="no quantized embeddings"):
         lb.save_official(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -175,10 +175,10 @@ def rewritten(path, change):
         (lambda p: rewritten(p, lambda t: t.pop(f"{LAYER}.V_packed")), f"{LAYER}.V_packed is missing"),
         (lambda p: rewritten(p, lambda t: t.pop(f"{LAYER}.U_R_shape")), f"{LAYER}.U_R_shape is missing"),
         (lambda p: rewritten(p, lambda t: t.pop(f"{LAYER}.u1")), f"{LAYER}.u1 is missing"),
-        (lambda p: rewritten(p, lambda t: t.update({f"{LAYER}.v2": torch.ones(63)})), "do not fit each other"),
+        (lambda p: rewritten(p, lambda t: t.update({f"{LAYER}.v2": torch.ones(63)})), "must fit each other"),
         (lambda p: rewritten(p, lambda t: t.update({f"{LAYER}.U_shape": torch.tensor([96, 70])})), "96 rows of 70"),
         (lambda p: rewritten(p, lambda t: t.update({f"{LAYER}.u1": torch.full((96,), 1e6)})), "does not fit float16"),
-        (lambda p: rewritten(p, lambda t: [t.pop(k) for k in list(t) if "_proj." in k]), "no quantised layer"),
+        (lambda p: rewritten(p, lambda t: [t.pop(k) for k in list(t) if "_proj." in k]), "must hold a quantized layer"),
         (lambda p: (p / OFFICIAL).write_text("["), "is damaged"),
         (lambda p: (p / "config.json").unlink(), "no config.json"),
         (lambda p: (p / "model.safetensors").unlink(), "no model.safetensors"),
@@ -201,14 +201,14 @@ def test_untied_head_and_ranks_of_whole_words(tmp_path):
     source = make_tiny_llama(tmp_path / "untied", tie_word_embeddings=False)
     model = lb.load_model(source)
     lb.quantize_(model, lb.Config(bits=3, paths=1), progress=False)
-    with pytest.warns(UserWarning, match="works the ranks out"):
+    with pytest.warns(UserWarning, match="computes ranks"):
         lb.save_official(model, tmp_path / "out")
     assert_same(logits(lb.load(tmp_path / "out")), logits(lb.load(lb.save(model, tmp_path / "ours"))))
 
 
 @pytest.mark.parametrize("paths", [1, 2])
 def test_official_ranks_are_exported_without_a_warning_and_others_with_one(paths, tiny_llama, tmp_path):
-    """What the authors' loader builds from the bits per weight alone has the sizes of what is stored."""
+    """The ranks that the authors' loader computes from the bits per weight equal those that are stored."""
     made = {}
     for allocation in ("official", "uniform"):
         model = made[allocation] = lb.load_model(tiny_llama)
@@ -232,7 +232,7 @@ def test_official_ranks_are_exported_without_a_warning_and_others_with_one(paths
 
 
 def ranks_by_their_rule(note, name, d_out, d_in):
-    """The rank that the authors' loader builds for a layer, from littlebit_config.json alone."""
+    """Compute the rank that the authors' loader gives a layer, from littlebit_config.json."""
     count = 1 + note["residual"]
     rank = (d_in * d_out * note["eff_bit"] - 16 * count * (d_in + d_out)) / (count * (d_in + d_out + 16))
     return max(8, int(rank * (note["kv_factor"] if name.endswith((".k_proj", ".v_proj")) else 1.0)) // 8 * 8)
@@ -240,7 +240,7 @@ def ranks_by_their_rule(note, name, d_out, d_in):
 
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory):
-    """A random Llama in which a factor of keys and values matters."""
+    """Build a random Llama whose k_proj and v_proj ranks depend on kv_factor."""
     sizes = {"hidden_size": 192, "intermediate_size": 224, "num_hidden_layers": 1, "num_key_value_heads": 1}
     return make_tiny_llama(tmp_path_factory.mktemp("wide") / "llama", **sizes, num_attention_heads=2)
 
@@ -282,7 +282,7 @@ def test_kv_factor_is_found_from_ranks_alone(factor, paths):
 
 
 def test_kv_factor_is_one_where_none_fits():
-    """Ranks of keys and values that no common factor gives, no target, and no such layers."""
+    """For ranks that no common factor gives, without a target, and without k_proj and v_proj."""
     shapes = {"a.k_proj": (256, 1024, 8), "a.v_proj": (256, 1024, 80)}
     layers = {name: lb.PackedLinear.empty(d_out, d_in, (rank,)) for name, (d_out, d_in, rank) in shapes.items()}
     assert kv_factor(layers, 0.6, 1) == kv_factor(layers, None, 1) == kv_factor({}, 0.6, 1) == 1
@@ -303,7 +303,7 @@ def test_unpacked_export_holds_signs_alone(tiny_llama, tmp_path, capsys):
     ours = lb.save(model, tmp_path / "ours", lb.load_tokenizer(tiny_llama))
     command = ["export", str(ours), str(tmp_path / "theirs"), "--to", "official", "--unpacked"]
     assert main(command) == 0
-    assert "works the ranks out" in capsys.readouterr().err
+    assert "computes ranks" in capsys.readouterr().err
     tensors = load_file(tmp_path / "theirs" / WEIGHTS)
     assert not [name for name in tensors if "packed" in name or name.endswith("shape")]
     for name, layer in packed_layers(model).items():

@@ -1,4 +1,4 @@
-"""Any output path that a shell can name works, or is refused before the work; what was there stays."""
+"""Test that any output path works or is refused before the work, and that existing files stay."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from littlebit.fast.checkpoints.gguf import check_gguf
 from littlebit.fast.checkpoints.saving import check_target
 from littlebit.fast.cli.main import main
 from littlebit.fast.files import cache
-from littlebit.fast.files.atomic import check_file, check_folder, check_room, write_text, written_whole
+from littlebit.fast.files.atomic import atomic_directory, check_file, check_folder, check_room, write_text
 
 LONG = "n" * 255
 
@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch):
 
 
 def write(path, overwrite=False):
-    with written_whole(Path(path), overwrite) as part:
+    with atomic_directory(Path(path), overwrite) as part:
         (part / "file").write_text("new")
 
 
@@ -136,14 +136,14 @@ def test_a_file_is_written_whole_through_links_and_to_devices(here, monkeypatch,
     assert not Path("/dev/null").is_file()
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(full))
-    with pytest.raises(OSError, match="No space left on device; what was there is as it was"):
+    with pytest.raises(OSError, match="No space left on device; an earlier file is unchanged"):
         write_text("f.html", "other")
     assert Path("f.html").read_text() == "text"
     assert not [name for name in names(".") if name.startswith(".")]
 
 
 def test_standard_output_may_be_named_whatever_it_is(here):
-    """Redirected to a file too, which must not be replaced under the process that prints to it."""
+    """A file that stdout is redirected to must not be replaced while the process prints to it."""
     code = "import sys; from littlebit.fast.files.atomic import write_text; print('before', flush=True)"
     code += "; write_text('/dev/stdout', 'text\\n'); print('after')"
     with Path("log").open("w") as log:
@@ -178,7 +178,7 @@ def test_room_on_the_disk_is_looked_for_before_the_work(here, monkeypatch):
 
 
 def test_commands_refuse_an_output_before_the_work(tiny_llama, here, capsys, monkeypatch):
-    """Of each command that writes: a folder that is not ours, a report where a folder is, no room, the model itself."""
+    """For each command: a folder that is not a checkpoint, a file where a folder is, a full disk, the model itself."""
     monkeypatch.setattr(lb, "load_model", lambda *_: pytest.fail("the model was loaded"))
     (here / "full").mkdir()
     (here / "full" / "mine").write_text("")
@@ -231,51 +231,51 @@ def test_what_does_not_fit_the_format_is_found_before_the_work(value, tiny_llama
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """No variable says where the cache is; temporary files are in a folder of the test's."""
+    """Unset all variables that name the cache, and put the temporary directory into the test folder."""
     for name in ("LITTLEBIT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    forget = cache.first_writable.cache_clear
+    forget = cache.first_writable_folder.cache_clear
     forget()
     yield tmp_path
     forget()
 
 
 def test_cache_is_where_the_variables_say(places, monkeypatch):
-    assert cache.cached("a", "b") == places / "home" / ".cache" / "littlebit" / "a" / "b"
+    assert cache.cache_path("a", "b") == places / "home" / ".cache" / "littlebit" / "a" / "b"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored
-    assert cache.cached("a").is_relative_to(places / "home")
+    assert cache.cache_path("a").is_relative_to(places / "home")
     monkeypatch.setenv("XDG_CACHE_HOME", str(places / "xdg"))
-    assert cache.cached("a") == places / "xdg" / "littlebit" / "a"
+    assert cache.cache_path("a") == places / "xdg" / "littlebit" / "a"
     monkeypatch.setenv("LITTLEBIT_CACHE", str(places / "own"))
-    assert cache.cached("a") == places / "own" / "a"
+    assert cache.cache_path("a") == places / "own" / "a"
 
 
 def test_cache_without_a_home_is_among_the_temporary_folders_and_this_users_alone(places, monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null/none")
-    folder = cache.cached("a").parent
+    folder = cache.cache_path("a").parent
     assert folder.parent == places / "tmp"
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)  # whoever may write there could give us code
-    cache.first_writable.cache_clear()
-    with pytest.raises(OSError, match="set LITTLEBIT_CACHE to a folder that can be"):
-        cache.cached("a")
+    cache.first_writable_folder.cache_clear()
+    with pytest.raises(OSError, match="set LITTLEBIT_CACHE to a writable folder"):
+        cache.cache_path("a")
     folder.rmdir()
     folder.symlink_to(places)
     with pytest.raises(OSError, match="set LITTLEBIT_CACHE"):
-        cache.cached("a")
+        cache.cache_path("a")
 
 
 def test_cache_finds_what_is_there_where_nothing_can_be_written(places, monkeypatch):
-    """A container that holds the models and has a read-only root."""
-    entry = cache.cached("a")
+    """As in a container that contains the models and has a read-only root."""
+    entry = cache.cache_path("a")
     entry.mkdir(parents=True)
     monkeypatch.setattr(cache, "first_writable", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
-    assert cache.cached("a") == entry
+    assert cache.cache_path("a") == entry
     with pytest.raises(OSError, match="read-only"):
-        cache.cached("b")
+        cache.cache_path("b")
 
 
 def test_cache_has_room(places, monkeypatch):
@@ -284,10 +284,10 @@ def test_cache_has_room(places, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: usage(path)._replace(free=9 if Path(path).is_relative_to(full) else 99)
     )
-    assert cache.cached("a", room=9).is_relative_to(full)
-    assert cache.cached("b", room=10).is_relative_to(places / "tmp")
+    assert cache.cache_path("a", room=9).is_relative_to(full)
+    assert cache.cache_path("b", room=10).is_relative_to(places / "tmp")
     with pytest.raises(OSError, match="only 9 bytes are free there"):
-        cache.cached("b", room=100)
+        cache.cache_path("b", room=100)
 
 
 def test_compiled_kernels_are_kept_where_numba_finds_no_place(places, monkeypatch):
@@ -301,6 +301,6 @@ def test_compiled_kernels_are_kept_where_numba_finds_no_place(places, monkeypatc
     kernels.place_compiled_code()
     assert Path(numba.config.CACHE_DIR) == places / "home" / ".cache" / "littlebit" / "kernels"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-    cache.first_writable.cache_clear()
-    with pytest.raises(OSError, match="set LITTLEBIT_CACHE to a folder that can be, with 32 MiB free"):
+    cache.first_writable_folder.cache_clear()
+    with pytest.raises(OSError, match="set LITTLEBIT_CACHE to a writable folder, with 32 MiB free"):
         kernels.place_compiled_code()

@@ -1,4 +1,4 @@
-"""Models of others are read whole, or refused with what is wrong: dense folders, GGUF files, what others quantised."""
+"""Test that other people's models are read completely, or refused: folders, GGUF files, quantized models."""
 
 import json
 import os
@@ -11,8 +11,9 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
+from littlebit.fast.checkpoints.dense import foreign_method
 from littlebit.fast.checkpoints.fetch import resolve
-from littlebit.fast.checkpoints.format import INDEX, WEIGHTS, foreign_method
+from littlebit.fast.checkpoints.format import INDEX, WEIGHTS
 from littlebit.fast.checkpoints.gguf_reader import ROPE_FACTORS, gguf_config, llama3_factors, read_gguf_header
 from littlebit.fast.cli.estimate import configuration, estimate
 from littlebit.fast.cli.main import main
@@ -32,7 +33,7 @@ def folder(tiny_llama, tmp_path):
 
 @pytest.fixture
 def untied(tmp_path):
-    """A model with a head of its own whose configuration ties it."""
+    """Save a model with a separate head whose configuration ties the head to the embedding."""
     made = make_tiny_llama(tmp_path / "untied", tie_word_embeddings=False)
     change(made, tie_word_embeddings=True)
     return made
@@ -45,12 +46,12 @@ def change(folder, **settings):
 
 
 def rewrite(folder, edit):
-    """Let `edit` change the dict of tensors in a folder."""
+    """Apply `edit` to the dict of tensors in a folder."""
     save_file(edit(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def shard(folder, count=2):
-    """Divide a folder's weights over files that an index lists."""
+    """Split a folder's weights into shards with an index."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     (folder / WEIGHTS).unlink()
     model.save_pretrained(folder, max_shard_size="80KB")
@@ -91,7 +92,7 @@ def test_load_model_refuses_what_does_not_fit_and_names_it(name, folder):
 
 
 def test_load_model_reads_what_is_harmless(folder):
-    """Frequencies that old versions stored; a model without its head, whose names begin one level deeper."""
+    """Old versions stored rotary frequencies; a model without a head has names without the prefix."""
     expected = logits(lb.load_model(folder))
     rewrite(folder, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     assert_same(logits(lb.load_model(folder)), expected)
@@ -239,7 +240,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def tokenizer():
-    """A byte-level tokenizer with a few merges, as GGUF readers want one."""
+    """Build a byte-level tokenizer with a few merges, which GGUF readers need."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -256,7 +257,7 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 
 
 def written(path, config=LlamaConfig, seed=0, **changes):
-    """A random model, and the GGUF file that it was written into."""
+    """Write a random model into a GGUF file; return both."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config(**SIZES | {"tie_word_embeddings": False} | changes)).eval()
     for name, parameter in model.named_parameters():
@@ -266,7 +267,7 @@ def written(path, config=LlamaConfig, seed=0, **changes):
 
 
 def edited(path, out, tensors=None, fields=None, leave=()):
-    """Copy a GGUF file with some of its tensors and fields changed, added, or left out."""
+    """Copy a GGUF file, and change, add or drop some tensors and fields."""
     reader, header = gguf.GGUFReader(path), read_gguf_header(path)
     writer = gguf.GGUFWriter(out, header.get("general.architecture"))
     for key, field in reader.fields.items():
@@ -309,7 +310,7 @@ def test_a_cut_file_is_refused(length, cache, tmp_path):
 
 
 def test_a_cached_model_is_found_by_the_contents_of_its_file(cache, tmp_path):
-    """Files of one name, size and time in two folders; one replaced with its time kept; a copy under another name."""
+    """Files with equal names, sizes and times, a file replaced with its time kept, and a copy with another name."""
     paths = [tmp_path / name / "model.gguf" for name in "ab"]
     models = [written(path, seed=seed) for seed, path in enumerate(paths)]
     for path in paths:
@@ -323,7 +324,7 @@ def test_a_cached_model_is_found_by_the_contents_of_its_file(cache, tmp_path):
 
 
 def test_biases_and_heads_of_their_own_size_are_read(cache, tmp_path):
-    """The reader of transformers leaves both out; llama.cpp reads them."""
+    """Transformers' reader ignores both; llama.cpp reads them."""
     model = written(tmp_path / "biases.gguf", attention_bias=True)
     state = lb.load_model(tmp_path / "biases.gguf").state_dict()
     for name, tensor in model.state_dict().items():
@@ -385,3 +386,22 @@ def test_a_folder_of_gguf_files_names_the_file(cache, tmp_path):
         lb.load_model(tmp_path / "some")
     with pytest.raises(lb.CheckpointError, match="is a GGUF file, which holds a dense model"):
         lb.info(tmp_path / "some" / "model.gguf")
+
+
+def test_building_a_model_leaves_other_threads_alone():
+    """Modules that other threads build at the same time get real memory."""
+    import threading
+
+    from littlebit.fast.models.build import empty_model, parameters_on_meta
+
+    made = []
+    with parameters_on_meta():
+        thread = threading.Thread(target=lambda: made.append(torch.nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        assert torch.nn.Linear(2, 2).weight.is_meta
+    assert not made[0].weight.is_meta
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+    with pytest.raises(ValueError, match="asks for more than 1 parameters"):
+        empty_model({"model_type": "llama", "num_hidden_layers": 1}, most_parameters=1)
+    assert not torch.nn.Linear(2, 2).weight.is_meta

@@ -1,4 +1,4 @@
-"""Directories that are written whole: their locks, what is left by the killed, and two writers of one place."""
+"""Test atomic directories: locks, leftovers of killed writers, and two writers of one output."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import littlebit.fast as lb
 import pytest
 from littlebit.fast.files import atomic
-from littlebit.fast.files.atomic import PART, locked, temporary_beside, unlock, written_whole
-from littlebit.fast.files.cache import made_once
+from littlebit.fast.files.atomic import PART, atomic_directory, lock_directory, temporary_sibling, unlock
+from littlebit.fast.files.cache import build_once
 
 
 def write(path, text, overwrite=False):
-    with written_whole(path, overwrite) as part:
+    with atomic_directory(path, overwrite) as part:
         (part / "file").write_text(text)
 
 
@@ -43,7 +43,7 @@ def test_what_a_killed_writer_left_is_removed_and_what_others_write_is_not(tmp_p
     left, mine, other = (tmp_path / name for name in (f".out-abcdefgh{PART}", ".out-backup", f".out2-abcdefgh{PART}"))
     for folder in (left, mine, other):
         (folder / "inner").mkdir(parents=True)
-    with temporary_beside(tmp_path / "out") as at_work:
+    with temporary_sibling(tmp_path / "out") as at_work:
         (at_work / "file").write_text("")
         write(tmp_path / "out", "second")
         assert (at_work / "file").exists()
@@ -63,14 +63,14 @@ def test_a_place_without_locks_is_written_and_nothing_is_removed(tmp_path, monke
 
 
 def test_a_lock_is_held_by_one(tmp_path):
-    lock = locked(tmp_path)
+    lock = lock_directory(tmp_path)
     with pytest.raises(BlockingIOError):
-        locked(tmp_path)
+        lock_directory(tmp_path)
     unlock(lock)
-    unlock(locked(tmp_path))
+    unlock(lock_directory(tmp_path))
 
 
-def test_made_once_takes_what_another_made_and_shows_other_errors(tmp_path):
+def test_build_once_takes_what_another_made_and_shows_other_errors(tmp_path):
     path, calls = tmp_path / "made", []
 
     def make(part):
@@ -78,21 +78,21 @@ def test_made_once_takes_what_another_made_and_shows_other_errors(tmp_path):
         write(path, "by another")
         (part / "file").write_text("mine")
 
-    assert (made_once(path, make) / "file").read_text() == "by another"
-    assert made_once(path, make) == path
+    assert (build_once(path, make) / "file").read_text() == "by another"
+    assert build_once(path, make) == path
     assert len(calls) == 1
     with pytest.raises(OSError, match="no such"):
-        made_once(tmp_path / "other", lambda part: (_ for _ in ()).throw(OSError("no such")))
+        build_once(tmp_path / "other", lambda part: (_ for _ in ()).throw(OSError("no such")))
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_everything_is_brought_to_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
-    """A record of calls: every file and folder is synchronised, then renamed, then the folder around it."""
+    """The calls are recorded: fsync of every file and folder, the rename, fsync of the parent."""
     done = []
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda *places: (done.append("renamed"), rename(*places)))
     monkeypatch.setattr(atomic, "synchronise", lambda path: done.append(Path(path).name))
-    with written_whole(tmp_path / "out") as part:
+    with atomic_directory(tmp_path / "out") as part:
         (part / "inner").mkdir()
         (part / "inner" / "file").write_text("")
     assert set(done[:3]) == {"file", "inner", part.name}

@@ -253,7 +253,7 @@ def test_bars_are_redrawn_on_terminals_and_lines_in_logs(redrawn, monkeypatch):
         assert 1 <= len(shown.splitlines()) <= 3
         assert shown.splitlines()[-1].startswith("work: 100%|#")
         monkeypatch.setitem(sys.modules, "ipykernel", sys)  # a notebook draws over, and says that it is no terminal
-        assert _progress.redrawn(io.StringIO())
+        assert _progress.can_redraw(io.StringIO())
 
 
 def test_an_option_that_is_mistyped_exits_with_2(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from compare import assert_same
 from littlebit.fast.bench.linear import random_path
-from littlebit.fast.files.digests import digest
+from littlebit.fast.files.digests import tensors_digest
 from littlebit.fast.kernels import cpu_threads
 from littlebit.fast.models.layers import PackedLinear
 
@@ -91,7 +91,7 @@ def test_quantize_in_threads(tiny_llama):
     def work(config):
         mine = copy.deepcopy(model)
         lb.quantize_(mine, config, progress=False)
-        return digest(*lb.pack_(mine).state_dict().values())
+        return tensors_digest(*lb.pack_(mine).state_dict().values())
 
     configs = [lb.Config(bits=2.5, init=init, seed=seed) for init in ("dual-svid", "itq", "admm") for seed in (0, 1)]
     torch.set_num_threads(1)
@@ -105,7 +105,7 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, {tests!r})
 import torch
 import littlebit.fast as lb
-from littlebit.fast.files.digests import digest
+from littlebit.fast.files.digests import tensors_digest
 from littlebit.fast.kernels import cpu_threads
 cpu_threads.PARALLEL_WORK = 0
 
@@ -113,11 +113,11 @@ def work(checkpoint, dense, threads):
     from test_concurrency import make_inputs, make_layers
     torch.set_num_threads(threads)
     with torch.inference_mode():
-        layers = digest(*(layer(x) for layer, x in make_inputs(make_layers())))
+        layers = tensors_digest(*(layer(x) for layer, x in make_inputs(make_layers())))
     model = lb.load_model(dense)
     lb.quantize_(model, lb.Config(bits=2.5), progress=False)
     text = lb.generate(lb.load(checkpoint), "prompt", 8, tokenizer=lb.load_tokenizer(checkpoint))
-    return [layers, digest(*lb.pack_(model).state_dict().values()), text]
+    return [layers, tensors_digest(*lb.pack_(model).state_dict().values()), text]
 """
 ALONE = "print(json.dumps(work(sys.argv[1], sys.argv[2], int(sys.argv[3]))))"
 FORKED = """

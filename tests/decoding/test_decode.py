@@ -339,7 +339,7 @@ def test_load_refuses_a_section_that_describes_no_embedding(section, tiny_llama,
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"]["embeddings"] = section
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(lb.CheckpointError, match="describes no embedding"):
+    with pytest.raises(lb.CheckpointError, match="'embeddings' must have"):
         lb.load(path, verify=False)
 
 

@@ -246,7 +246,7 @@ def test_what_cannot_be_decoded_is_named(llama, monkeypatch):
         with pytest.raises(ValueError, match="1 to 16 prompts"):
             decode_batch(llama, prompts, 4)
     for token in (-1, 128):
-        with pytest.raises(ValueError, match="is not one of 0 to 127"):
+        with pytest.raises(ValueError, match="must be from 0 to 127"):
             decode_batch(llama, [[5, token]], 4)
     assert len(list(decode_batch(llama, [prompt(390)], 11))) == 11
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""PEFT's adapters on packed layers: they attach, train, are saved and come back in a fresh process."""
+"""Test that PEFT's adapters on packed layers attach, train, and survive saving and loading."""
 
 import subprocess
 import sys
@@ -72,7 +72,7 @@ def test_adapters_train_and_come_back_in_a_fresh_process(checkpoint, tmp_path):
 
 
 def test_adapters_get_the_gradients_that_they_get_on_a_dense_layer(checkpoint):
-    """Beside a dense layer of the same weight, in float64."""
+    """The expected output comes from a dense float64 layer with the same weight."""
     packed, dense = lb.load(checkpoint), lb.load(checkpoint).double()
     name = "model.layers.0.self_attn.q_proj"
     layer = packed.get_submodule(name)
@@ -89,13 +89,13 @@ def test_adapters_get_the_gradients_that_they_get_on_a_dense_layer(checkpoint):
         y.square().sum().backward()
         found.append((y.detach(), given.grad, a.grad, b.grad))
     for mine, exact in zip(*found, strict=True):
-        # sums over 64 inputs or outputs and the ranks; a sum is no larger than its terms, which are no larger than 64
+        # sums over 64 inputs or outputs and the ranks; a sum is at most its terms, which are at most 64
         # times the largest result here
         assert_within(mine, exact, (64 * exact.abs().max()).expand(exact.shape), terms=3 * 64 + sum(layer.ranks))
 
 
 def test_adapters_are_not_merged(checkpoint):
-    """Nor is any of them, where dense layers with adapters come before packed ones."""
+    """No layer is merged, not even dense ones that come before packed ones."""
     model = lb.load(checkpoint)
     replace_module(model, "model.layers.0.self_attn.q_proj", torch.nn.Linear(64, 64))
     model = with_adapter(model)

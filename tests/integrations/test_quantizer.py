@@ -1,4 +1,4 @@
-"""LittleBit inside transformers: from_pretrained, save_pretrained, generate, pipeline, quantisation on the fly."""
+"""Test LittleBit inside transformers: from_pretrained, save_pretrained, generate, pipeline, quantization."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def quantised(source):
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_llama, tmp_path_factory):
-    """Sharded: the index and at least two files."""
+    """Save a checkpoint of at least two shards."""
     path = tmp_path_factory.mktemp("quantizer") / "out"
     lb.save(quantised(tiny_llama), path, lb.load_tokenizer(tiny_llama), bits=BITS, shard_bytes=20_000)
     assert (path / INDEX).is_file()
@@ -118,7 +118,7 @@ def test_from_pretrained_takes_the_usual_options(checkpoint, options):
 
 
 def test_from_pretrained_spreads_over_devices(checkpoint, tmp_path):
-    """With a block on the disk, as on a machine whose memory is too small; packed words stay where they compute."""
+    """One block is offloaded to disk, as on a machine with little memory."""
     places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     options = {"device_map": places, "offload_folder": tmp_path, "dtype": torch.float32}
@@ -174,7 +174,7 @@ def test_save_pretrained_works_after_quantize_and_pack(tiny_llama, tmp_path):
 
 
 def change(path, edit):
-    """Edit the tensors of the file of a checkpoint without checksums that holds the layer."""
+    """Remove the checksums, and edit the tensors of the file that holds the layer."""
     for file in weight_files(without_checksums(path)):
         if f"{LAYER}.paths.0.h" in load_file(file):
             rewrite(path, edit, file.name)
@@ -189,7 +189,7 @@ def change(path, edit):
     ],
 )
 def test_from_pretrained_refuses_damaged_checkpoints(edit, message, checkpoint, tmp_path):
-    """Left alone, transformers would fill the tensor with whatever lies in memory, or cast it."""
+    """Without our checks transformers would leave the tensor uninitialized, or cast it."""
     path = shutil.copytree(checkpoint, tmp_path / "copy")
     change(path, edit)
     for load in (AutoModelForCausalLM.from_pretrained, lb.load):

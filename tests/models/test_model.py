@@ -13,7 +13,7 @@ import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
 from littlebit.fast.bench.linear import random_path
-from littlebit.fast.checkpoints.format import WITHOUT_CHECKSUMS
+from littlebit.fast.checkpoints.format import NO_CHECKSUMS
 from littlebit.fast.checkpoints.saving import write_tensors
 from littlebit.fast.files import atomic
 from littlebit.fast.models.layers import LittleBitLinear, PackedLinear, packed_shapes
@@ -244,7 +244,7 @@ def rewrite(path, change, name="model.safetensors"):
 
 def without_checksums(path):
     """A checkpoint in the format that has no checksums, which would notice any damage before other checks do."""
-    edit_config(path, lambda config: config["quantization_config"].update(format_version=WITHOUT_CHECKSUMS))
+    edit_config(path, lambda config: config["quantization_config"].update(format_version=NO_CHECKSUMS))
     for file in path.glob("*.safetensors"):
         rewrite(path, lambda tensors: None, file.name)
     return path

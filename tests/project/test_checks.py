@@ -79,7 +79,7 @@ def test_check_token_ids_names_the_token_that_has_no_row():
     check_token_ids([0, 259], 260)
     check_token_ids([10**9], None)
     for tokens, wrong in (([5, 260], "260"), ([-1, 5], "-1")):
-        with pytest.raises(ValueError, match=f"token {wrong} is not one of 0 to 259"):
+        with pytest.raises(ValueError, match=f"must be from 0 to 259, the last row of the embedding, got {wrong}"):
             check_token_ids(tokens, 260)
     with pytest.raises(ValueError, match="no tokens"):
         check_token_ids([], 260)
@@ -140,7 +140,7 @@ def test_flat_tokens_takes_one_text(gpt2):
             flat_tokens(wrong, gpt2)
     with pytest.raises(ValueError, match="at least 2 tokens are needed, got 1"):
         flat_tokens(tokens[:1], gpt2, least=2)
-    with pytest.raises(ValueError, match="token 260 is not one of 0 to 259"):
+    with pytest.raises(ValueError, match="must be from 0 to 259, the last row of the embedding, got 260"):
         flat_tokens(torch.tensor([0, 260]), gpt2)
 
 
@@ -187,7 +187,7 @@ def test_generate_refuses_the_same_in_every_engine(gpt2, tiny_llama):
             with pytest.raises(ValueError, match=f"needs {limit + 1} positions"):
                 generate.batch_tokens(model, [[1], prompt], new)
         for wrong in (260, -1):
-            with pytest.raises(ValueError, match=f"token {wrong} is not one of 0 to 259"):
+            with pytest.raises(ValueError, match=f"must be from 0 to 259, the last row of the embedding, got {wrong}"):
                 generate.stream_tokens(model, [1, wrong], 3)
     with pytest.raises(ValueError, match="needs 257 positions"):
         decode_batch(loaded, [[1] * 256], 2)
@@ -381,13 +381,13 @@ def test_command_ends_quietly(error, code, message, monkeypatch, capsys):
 
 def test_sigterm_leaves_no_unfinished_output(tiny_llama, tmp_path, monkeypatch, capsys):
     """While files are written; the handler from before comes back."""
-    from littlebit.fast.checkpoints import saving
+    from littlebit.fast.checkpoints import checkpoint
 
     def write(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal came too late")
 
-    monkeypatch.setattr(saving, "write_tensors", write)
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["quantize", str(tiny_llama), str(tmp_path / "out"), "--bits", "3"]) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "littlebit: stopped by SIGTERM; no unfinished output is left"

@@ -516,7 +516,7 @@ def test_causal_attention_is_the_models_own(models):
         ({"texts": TEXT[:31]}, "at least 32 tokens are needed, got 31"),
         ({"texts": [TEXT, torch.zeros(0, dtype=torch.int64)]}, "at least 32 tokens are needed, got 0"),
         ({"texts": TEXT[: len(TEXT) // 2 * 2].reshape(2, -1)}, r"shape \(n,\) or \(1, n\)"),
-        ({"texts": TEXT + 100}, "is not one of 0 to 259"),
+        ({"texts": TEXT + 100}, "must be from 0 to 259"),
         ({"texts": TEXT - 256}, "token -[0-9]+ is not one of"),
         ({"batch": 4, "micro_batch": 3}, "cannot be divided evenly into parts of 3"),
         ({"micro_batch": 0}, "micro_batch must be a whole number >= 1, got 0"),
@@ -693,7 +693,7 @@ def test_command_refuses_what_is_no_array(loud_llama, tmp_path, capsys, content)
 def test_command_refuses_arrays_that_hold_no_tokens(loud_llama, tmp_path, capsys, values):
     np.save(tmp_path / "tokens.npy", values)
     assert main(command(loud_llama, tmp_path / "out", tmp_path / "tokens.npy")) == 2
-    assert "tokens.npy must hold tokens, one row of integers" in capsys.readouterr().err
+    assert "tokens.npy must hold token ids, integers of shape (n,)" in capsys.readouterr().err
 
 
 def test_long_texts_are_tokenised_once(loud_llama, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Check that a dense checkpoint fills its model, and name what is missing or left over."""
+"""Check that the files of a dense model hold exactly the model's tensors; transformers only logs what is missing."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..files.untrusted import CheckpointError
 
-#: What wrappers put before the names of a model's tensors, and what to do about them.
+#: Prefix that a wrapper adds to the names of tensors -> the wrapper, and how to save the model inside it.
 WRAPPERS = {
     "_orig_mod.": "torch.compile: save model._orig_mod",
     "module.": "DataParallel or DDP: save model.module",
@@ -16,20 +16,20 @@ WRAPPERS = {
 }
 
 
-def check_whole(place: Path | str, found: Mapping[str, Any]) -> None:
-    """Check what transformers reports after loading a model: each tensor of the model was read, and each of the files.
+def check_complete(source: Path | str, found: Mapping[str, Any]) -> None:
+    """Check transformers' loading report: no tensor is missing, left over or of the wrong shape.
 
     Parameters
     ----------
-    place : Path
+    source : Path or str
         The folder or file that the model comes from.
     found : mapping
-        What `from_pretrained(..., output_loading_info=True)` returns beside the model.
+        The second value that `from_pretrained(..., output_loading_info=True)` returns.
 
     Raises
     ------
     CheckpointError
-        If tensors are missing, left over, or of another shape; the first of them are named.
+        If the report is not clean; the message names the first tensors and the likely cause.
     """
     missing, left = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     wrong = []
@@ -38,7 +38,7 @@ def check_whole(place: Path | str, found: Mapping[str, Any]) -> None:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             wrong.append(f"tensor {names[0]}{more} {verb}")
     for name, stored, wanted in sorted(found["mismatched_keys"]):
-        wrong.append(f"tensor {name} is {tuple(stored)}, not {tuple(wanted)}")
+        wrong.append(f"tensor {name} must be {tuple(wanted)}, got {tuple(stored)}")
     if not wrong:
         return
     advice = "copy or download it again, or mend config.json"
@@ -51,7 +51,7 @@ def check_whole(place: Path | str, found: Mapping[str, Any]) -> None:
         advice = "if the head is the embedding, set tie_word_embeddings to true in config.json"
     more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     raise CheckpointError(
-        f"{place} does not fit the model that its configuration describes: {'; '.join(wrong[:3])}{more}; {advice}"
+        f"{source} does not fit the model that its configuration describes: {'; '.join(wrong[:3])}{more}; {advice}"
     )
 
 

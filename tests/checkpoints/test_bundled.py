@@ -1,4 +1,4 @@
-"""Checkpoints that come with the package: what they hold, and how they are put together."""
+"""Bundled checkpoints: their content, `export_delta` and `reassemble`."""
 
 import json
 import math
@@ -7,36 +7,36 @@ import littlebit.fast as lb
 import pytest
 import torch
 from compare import assert_same
-from littlebit.fast.checkpoints.bundled import put_together, ship, shipped
+from littlebit.fast.checkpoints.bundled import bundled, export_delta, reassemble
 from littlebit.fast.checkpoints.download import DATA
 from littlebit.fast.checkpoints.format import WEIGHTS
-from littlebit.fast.checkpoints.names import shipped_names
+from littlebit.fast.checkpoints.names import bundled_names
 from littlebit.fast.cli.main import main
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-SHIPPED = shipped_names()
+BUNDLED = bundled_names()
 MODEL_WEIGHTS = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)  # linear layers of SmolLM2-135M
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """A packed checkpoint of the tiny model, whose norms moved as training moves them."""
+    """Save a packed checkpoint of the tiny model with changed norms, as training leaves them."""
     model = lb.load_model("tiny")
     lb.quantize_(model, lb.Config(bits=2.0, paths=1), progress=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.mul_(1.5)
-    return lb.save(model, tmp_path_factory.mktemp("shipped") / "out", lb.load_tokenizer("tiny"), bits=2.0)
+    return lb.save(model, tmp_path_factory.mktemp("bundled") / "out", lb.load_tokenizer("tiny"), bits=2.0)
 
 
-def test_ship_and_put_together_give_the_checkpoint_back(packed, tmp_path):
+def test_reassemble_inverts_export_delta(packed, tmp_path):
     file = tmp_path / "tiny-2bit.safetensors"
-    ship(packed, "tiny", file, {"tokens": 7})
+    export_delta(packed, "tiny", file, {"tokens": 7})
     assert not any("embed" in name for name in load_file(file))  # the base has it
     (tmp_path / "whole").mkdir()
-    put_together(file, tmp_path / "whole")
+    reassemble(file, tmp_path / "whole")
     before, after = load_file(packed / WEIGHTS), load_file(tmp_path / "whole" / WEIGHTS)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -53,16 +53,16 @@ def test_ship_and_put_together_give_the_checkpoint_back(packed, tmp_path):
     assert_same(*logits)
 
 
-def test_ship_refuses_a_checkpoint_of_another_model(packed, tiny_llama, tmp_path):
+def test_export_delta_refuses_a_checkpoint_of_another_model(packed, tiny_llama, tmp_path):
     model = lb.load_model(tiny_llama)
     lb.quantize_(model, lb.Config(bits=2.0, paths=1), progress=False)
     other = lb.save(model, tmp_path / "other")
-    with pytest.raises(lb.CheckpointError, match="was not made from tiny: it lacks"):
-        ship(other, "tiny", tmp_path / "x.safetensors", {})
+    with pytest.raises(lb.CheckpointError, match="must hold every tensor of its base tiny, but lacks"):
+        export_delta(other, "tiny", tmp_path / "x.safetensors", {})
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_checkpoints_keep_their_bits_and_size(name):
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_checkpoints_keep_their_bits_and_size(name):
     path = DATA / f"{name}.safetensors"
     assert path.stat().st_size <= 16 * 2**20
     with safe_open(path, framework="pt") as file:
@@ -77,17 +77,17 @@ def test_shipped_checkpoints_keep_their_bits_and_size(name):
     assert {"tokens", "perplexity", "lr_latents"} <= note["training"].keys()
 
 
-def test_shipped_names_are_the_promised_ones():
-    assert SHIPPED == ["smollm2-0.1bit", "smollm2-0.3bit", "smollm2-0.55bit", "smollm2-1bit"]
+def test_bundled_names_are_the_promised_ones():
+    assert BUNDLED == ["smollm2-0.1bit", "smollm2-0.3bit", "smollm2-0.55bit", "smollm2-1bit"]
 
 
-def test_shipped_is_put_together_once(packed, tmp_path, monkeypatch):
+def test_bundled_is_reassembled_once(packed, tmp_path, monkeypatch):
     monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("littlebit.fast.checkpoints.bundled.DATA", tmp_path)
-    ship(packed, "tiny", tmp_path / "tiny-2bit.safetensors", {})
-    folder = shipped("tiny-2bit")
+    export_delta(packed, "tiny", tmp_path / "tiny-2bit.safetensors", {})
+    folder = bundled("tiny-2bit")
     changed = (folder / WEIGHTS).stat().st_mtime_ns
-    assert shipped("tiny-2bit") == folder
+    assert bundled("tiny-2bit") == folder
     assert (folder / WEIGHTS).stat().st_mtime_ns == changed
 
 
