@@ -32,7 +32,7 @@ class Command(NamedTuple):
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults in the help, unless the text names one or there is none, and keep the examples' lines."""
+    """Show defaults in the help, unless the text names it, and keep the examples' lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or "default" in (action.help or ""):

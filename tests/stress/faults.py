@@ -306,9 +306,8 @@ def out_of_memory(bench):
         bench.printed.unlink(missing_ok=True)
         code = ended(start(bench.command("quantize", out), bench.printed, Prepared(short_of_memory, spare)))
         state = bench.check(out)
-        if (
-            code == 0 and state == "absent"
-        ):  # With an error, a whole output is allowed: memory may run out after the rename.
+        # With an error code, a whole output is allowed: memory may run out after the rename.
+        if code == 0 and state == "absent":
             raise FaultError(f"{spare} bytes: ended with {code}, but the output is {state}")
         bench.counts[f"{spare >> 20} MiB of memory: exit {code}, output {state}"] += 1
         shutil.rmtree(out, ignore_errors=True)

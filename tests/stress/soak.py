@@ -49,7 +49,7 @@ def check_layer(generator, seed):
         y, again = packed(x), packed(x)
     a, b = (factor.double() for factor in unpacked(paths))
     exact, size = x.double() @ a.T @ b.T, x.double().abs() @ a.abs().T @ b.abs().T
-    # Each term of a sum is rounded once for every term of the sum; then the result is rounded to its dtype.
+    # One rounding for each term of each sum, then the rounding of the result to its dtype
     bound = 2 * (d_in + sum(path.rank for path in paths) + 8) * torch.finfo(torch.float32).eps * size
     bound += torch.finfo(y.dtype).eps * exact.abs() + torch.finfo(y.dtype).tiny
     if not torch.equal(y, again) or not ((y.double() - exact).abs() <= bound).all():
