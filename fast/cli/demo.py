@@ -73,7 +73,7 @@ def stream_text(folder: Path) -> Iterator[str]:
 
 
 def trained_model() -> Path:
-    """Return the trained model's folder; fetch it and compile the kernels at the same time if this is the first run."""
+    """Return the trained model's folder; on the first run, fetch it while the kernels are compiled."""
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(compile_kernels)]
         if not place(TRAINED).exists():

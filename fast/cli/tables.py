@@ -5,7 +5,7 @@ from typing import Any
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out rows with equal keys as text: the keys as heads, the first column to the left, the others to the right.
+    """Lay out rows with equal keys as text, under the keys; only the first column is aligned to the left.
 
     Examples
     --------

@@ -32,7 +32,17 @@ from ..models.wrappers import has_adapters
 
 METHOD = "littlebit"
 SECTION = "quantization_config"
-TO_DO = ("quant_method", "bits", "paths", "init", "include", "exclude", "split_fused", "kv_rank_factor", "seed")
+REQUESTED_FIELDS = (
+    "quant_method",
+    "bits",
+    "paths",
+    "init",
+    "include",
+    "exclude",
+    "split_fused",
+    "kv_rank_factor",
+    "seed",
+)
 PACKED = ("quant_method", "bits", "format_version", "layers", "embeddings", "fused", "shared")
 
 
@@ -78,13 +88,13 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of config.json: what is packed, or else what is to be done."""
-        values = {name: getattr(self, name) for name in (PACKED if self.layers else TO_DO)}
+        values = {name: getattr(self, name) for name in (PACKED if self.layers else REQUESTED_FIELDS)}
         return {name: value for name, value in values.items() if value is not None or name in ("bits", "paths")}
 
     def config(self) -> Config:
         """What `quantize_` is asked for."""
         bits = Config.bits if self.bits is None else self.bits
-        rest = {name: getattr(self, name) for name in TO_DO[2:]}
+        rest = {name: getattr(self, name) for name in REQUESTED_FIELDS[2:]}
         return Config(bits=bits, **rest)
 
 

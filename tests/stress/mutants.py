@@ -1,4 +1,4 @@
-"""Check that the tests notice mistakes: apply small ones to copies of the packages, one at a time, and run tests.
+"""Check that the tests notice small mistakes, which are applied to copies of the packages one at a time.
 
 Run `make mutants`, or `python tests/stress/mutants.py [WORD ...]` for the mutants whose file or description contains a
 word. Each mutant runs the tests that concern its module, with few Hypothesis examples, and stops at the first failure.
