@@ -1,19 +1,19 @@
-# Every target does the set-up that it needs: python3, pip and make are all that a machine must have.
+# Each target sets up what it needs. The machine must have python3, pip and make.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-# uv does not read pip's find-links, where a machine may keep a CPU build of torch.
+# Pass pip's find-links on to uv, which does not read them: a machine may keep a CPU build of torch there.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
 .PHONY: help setup demo test test-gpu test-oldest test-newest lock check format mutants fuzz faults soak audit bench notebooks figures results book wheel clean
 
-help:  ## Show the targets
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# $(call environment,FOLDER,CONSTRAINTS): a virtual environment with the project and its development tools, made by uv
-# in seconds, or by pip in minutes where uv is not to be had. setuptools comes first: it builds the project from the
-# lock, not from whatever is newest.
+# $(call environment,FOLDER,CONSTRAINTS) makes a virtual environment with the project and its development tools, with uv
+# in seconds, or with pip in minutes if uv cannot be installed. setuptools comes first, so that its locked version
+# builds the project.
 define environment
 	@echo "Setting up $(1) (about a minute)"
 	@$(PYTHON) -m venv --clear $(1)
@@ -34,48 +34,48 @@ $(VENV)/.ok: pyproject.toml constraints.txt
 	$(call environment,$(VENV),constraints.txt)
 	@touch $@
 
-setup: $(VENV)/.ok  ## Make .venv and install the project with its development tools
+setup: $(VENV)/.ok  ## Install the project with its development tools into .venv
 
-demo: $(VENV)/.ok  ## Let SmolLM2-135M in 0.55 bits a weight write, then measure it beside others
+demo: $(VENV)/.ok  ## Let SmolLM2-135M in 0.55 bits per weight write, then measure it beside three other models
 	@$(PY) -m littlebit.fast demo --out build/demo
 
-# Processes among which the tests are divided; several take a GB of memory each
+# Test processes; each may take over a GB of memory
 JOBS ?= 2
 
-test: $(VENV)/.ok  ## Run the tests
+test: $(VENV)/.ok  ## Run the tests, in JOBS=2 processes
 	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 build/oldest/.ok: pyproject.toml constraints-oldest.txt
 	$(call environment,build/oldest,constraints-oldest.txt)
 	@touch $@
 
-test-oldest: build/oldest/.ok  ## Run the tests (or TESTS="FILES") with the oldest dependencies that pyproject.toml allows, but for torch
+test-oldest: build/oldest/.ok  ## Run the tests (or TESTS="FILES") with the oldest dependencies that pyproject.toml allows, except torch
 	HYPOTHESIS_PROFILE=quick build/oldest/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
-test-newest:  ## Run the tests with the newest dependencies that pyproject.toml allows, but for torch: what does a release break?
+test-newest:  ## Run the tests with the newest dependencies that pyproject.toml allows, except torch
 	@mkdir -p build
 	@echo '$(TORCH)' > build/torch.txt
 	$(call environment,build/newest,build/torch.txt)
 	build/newest/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-# The torch of both locks. A newer one costs gigabytes of CUDA where no CPU build is at hand.
+# The version of torch in both locks. A newer one downloads gigabytes of CUDA libraries if there is no CPU build.
 TORCH ?= torch==2.13.0
 COMPILE = env -u UV_FIND_LINKS build/lock/bin/uv pip compile -q --universal --python-version 3.11 --upgrade \
   --custom-compile-command 'make lock' -c build/torch.txt pyproject.toml
 
-lock:  ## Renew constraints.txt (newest versions) and constraints-oldest.txt (oldest), for every supported Python
+lock:  ## Write constraints.txt (newest versions) and constraints-oldest.txt (oldest) for every supported Python
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install -qq --disable-pip-version-check uv
 	@echo '$(TORCH)' > build/torch.txt
 	$(COMPILE) --all-extras -o constraints.txt
 	$(COMPILE) --extra dev --resolution lowest-direct -o constraints-oldest.txt
 
-test-gpu: $(VENV)/.ok  ## Run the CUDA kernels' tests on a GPU, and each kernel under compute-sanitizer
+test-gpu: $(VENV)/.ok  ## Test the CUDA kernels on a GPU, and run each under compute-sanitizer
 	$(PY) -m pytest tests/gpu/test_gpu.py tests/gpu/test_gpu_decode.py
 	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(PY) tests/gpu/gpu_pass.py
 	compute-sanitizer --tool racecheck --kernel-name kns=littlebit --error-exitcode 1 $(PY) tests/gpu/gpu_pass.py
 
-check: $(VENV)/.ok  ## Lint, formatting and types
+check: $(VENV)/.ok  ## Check lint rules, formatting and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
@@ -84,10 +84,10 @@ format: $(VENV)/.ok  ## Format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-mutants: $(VENV)/.ok  ## Apply small mistakes to the code and count those that the tests notice
+mutants: $(VENV)/.ok  ## Apply small mistakes to the code, and count the ones that the tests notice (an hour or more)
 	$(PY) tests/stress/mutants.py
 
-# Seconds that fuzz, faults and soak may take; SAVE=1 writes what they count to book/results/reliability.json
+# Seconds for fuzz, faults and soak; SAVE=1 writes their counts to book/results/reliability.json
 BUDGET ?= 60
 TRIED := --budget $(BUDGET) $(if $(SAVE),--save)
 
@@ -97,37 +97,37 @@ build/atheris/.ok: $(VENV)/.ok constraints.txt
 	  || $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --target build/atheris atheris
 	@touch $@
 
-fuzz: build/atheris/.ok  ## Read checkpoints that nobody wrote for BUDGET seconds: refused, or loaded identically
+fuzz: build/atheris/.ok  ## Read mutated checkpoints for BUDGET=60 seconds; each must load unchanged or be refused
 	PYTHONPATH=build/atheris $(PY) tests/stress/fuzz.py $(TRIED)
 
-faults: $(VENV)/.ok  ## Kill, starve and interrupt commands for about BUDGET seconds: output whole or absent
+faults: $(VENV)/.ok  ## Kill, starve and interrupt commands for BUDGET=60 seconds; output must be whole or absent
 	$(PY) tests/stress/faults.py $(TRIED)
 
-soak: $(VENV)/.ok  ## Generate text and compute random layers for BUDGET seconds: memory flat, results the same
+soak: $(VENV)/.ok  ## Generate text and run random layers for BUDGET=60 seconds; memory and results must not drift
 	$(PY) tests/stress/soak.py $(TRIED) $(if $(SHAPES),--shapes $(SHAPES))
 
-audit: $(VENV)/.ok  ## Compare what is installed with the known vulnerabilities (asks the package index)
+audit: $(VENV)/.ok  ## Look for known vulnerabilities in the installed packages (asks the package index)
 	$(VENV)/bin/uv tool run --from pip-audit pip-audit --path $(VENV)/lib/python*/site-packages
 
-bench: $(VENV)/.ok  ## Time the packed linear layer beside torch's
+bench: $(VENV)/.ok  ## Time the packed linear layer beside torch's layers
 	$(PY) -m littlebit.fast bench linear
 
-figures: $(VENV)/.ok  ## Draw the book's figures and write its tables from book/results, and the README's
+figures: $(VENV)/.ok  ## Draw the book's and the README's figures and tables from book/results
 	$(PY) book/figures/make.py
 
-results: $(VENV)/.ok  ## Measure again what a CPU can of book/results (half an hour on a machine that does nothing else)
+results: $(VENV)/.ok  ## Repeat the CPU measurements of book/results (half an hour; leave the machine idle)
 	$(PY) book/remake.py
 
-# The trained model, and so the one that it was made from, is fetched before two notebooks ask for it at once.
-notebooks: $(VENV)/.ok  ## Execute the notebooks, and keep their outputs for the book
+# Fetch the models first, so that two notebooks do not fetch them at the same time.
+notebooks: $(VENV)/.ok  ## Run the notebooks, and keep their outputs for the book
 	$(PY) -m littlebit.fast fetch smollm2-0.55bit
 	$(PY) notebooks/run.py
 
 book: $(VENV)/.ok  ## Build the book: build/book/index.html
 	$(PY) -m sphinx -q -W --keep-going -j 2 -d build/book-cache book build/book
 
-wheel: $(VENV)/.ok  ## Build dist/*.whl
+wheel: $(VENV)/.ok  ## Build the wheel dist/*.whl
 	$(PY) -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
-clean:  ## Remove everything that the other targets made
+clean:  ## Remove everything that the other targets make
 	rm -rf $(VENV) build dist *.egg-info

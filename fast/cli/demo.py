@@ -1,24 +1,23 @@
-"""The demonstration behind `make demo`: a trained sub-1-bit model writes at once; then four models are measured."""
+"""Show a trained sub-1-bit model writing, then measure it beside three others: the `demo` command."""
 
+import argparse
 import functools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._progress import tqdm
-from ..bench.decode import QUIET_SHARE, prompted, token_times
 from ..checkpoints.bundled import bundled_folder
 from ..checkpoints.fetch import fetch, resolve
 from ..checkpoints.names import TINY
-from ..decoding.generate import stream
-from ..decoding.mapped_weights import map_model
-from ..decoding.tokenizer import Tokenizer
 from ..files.atomic import check_file, write_text
+from .arguments import Command
+from .models import load_any, use_torch
+from .tables import text_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,67 +26,85 @@ MODEL, TRAINED = "smollm2", "smollm2-0.55bit"
 BITS = 0.55
 UNTRAINED, SMALL = "bits-0.55-untrained", "smollm2-0.55bit-embedding-8"
 PICTURED = "model.layers.0.self_attn.q_proj"
-CORNER = 128  # rows and columns drawn: enough to see single weights
-PROMPT = "The castle was built in the"
-SAMPLING = {"temperature": 0.5, "top_p": 0.8, "seed": 2}  # greedy text of a small model repeats itself
-NEW_TOKENS = 45
-WINDOWS = 4  # of the text that perplexity is measured on
-ROUNDS, TOKENS = 5, 16  # that speed is measured in
+CORNER = 128  # Rows and columns to draw: few enough to see single weights.
+PROMPT = "In the beginning of the twentieth century,"
+SAMPLING = {"temperature": 0.6, "top_p": 0.8, "seed": 3}  # Greedy text of a small model repeats itself.
+NEW_TOKENS = 19  # up to the end of the sentence that the trained model writes
+WINDOWS = 4  # windows of the included text that perplexity is measured on
+TIMED_TOKENS = 80
 
 NOTE = """\
-The last three hold their linear layers in 0.55 bits a weight. Dual-SVID is where quantisation-aware training starts.
-The trained model comes with this package (`littlebit fetch smollm2-0.55bit`). An 8-bit embedding makes the file smaller
-still; most of what is left of it is that table."""
+The last three models store their linear layers in 0.55 bits per weight. Training starts from the untrained one, and
+the trained one comes with this package (`littlebit fetch smollm2-0.55bit`). Most bytes of its file are the embedding,
+which the last model stores in 8 bits per entry instead of 16."""
 
 
-def check_out(out: Path) -> None:
-    """Raise OSError unless the demonstration can write into a folder."""
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the arguments of `littlebit demo`."""
+    sub.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the models and the picture")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Let the trained model write before torch is imported, then measure and print the table."""
     for name in ("demo.json", "figure2.png"):
-        check_file(out / name)
+        check_file(arguments.out / name)
+    write_sample()
+    use_torch()
+    print(measure(arguments.out))
 
 
 def write_sample() -> None:
-    """Let the trained model write, as soon as it and the kernels are there."""
-    folder = ready()
-    print(f"SmolLM2-135M in {BITS} bits a weight, trained, writes on this CPU:\n")
+    """Print what the trained model writes, token by token, as soon as it and the kernels are ready."""
+    folder = trained_model()
+    print(f"SmolLM2-135M in {BITS} bits per weight, trained, writes on this CPU:\n")
     print(f"    {PROMPT}", end="", flush=True)
-    for piece in text_of(folder):
+    for piece in stream_text(folder):
         print(piece.replace("\n", " "), end="", flush=True)
-    print(" ...\n", flush=True)
+    print("\n", flush=True)
 
 
-def text_of(folder: Path) -> Iterator[str]:
-    """What a model on disk writes after PROMPT, in pieces."""
+def stream_text(folder: Path) -> Iterator[str]:
+    """Yield the text that a stored model writes after PROMPT, in pieces."""
+    from ..decoding.generate import stream
+    from ..decoding.mapped_weights import map_model
+    from ..decoding.tokenizer import Tokenizer
+
     return stream(map_model(folder), PROMPT, NEW_TOKENS, **SAMPLING, tokenizer=Tokenizer(folder))
 
 
-def ready() -> Path:
-    """The trained model's folder, with the kernels compiled; the first time both take a while, side by side."""
+def trained_model() -> Path:
+    """Return the trained model's folder; on the first run, fetch it while the kernels are compiled."""
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(first_token)]
+        jobs = [pool.submit(compile_kernels)]
         if not bundled_folder(TRAINED).exists():
-            jobs.append(pool.submit(fetch_apart))
-        shown("getting ready", jobs)
+            jobs.append(pool.submit(fetch_in_subprocess))
+        wait_for("getting ready", jobs)
     return fetch(TRAINED)
 
 
-def first_token() -> None:
-    """Compile or load the kernels, and run them once."""
+def compile_kernels() -> None:
+    """Compile the decoder's kernels, or load them from Numba's cache, by decoding two tokens of a tiny model."""
+    from ..decoding.generate import stream
+    from ..decoding.mapped_weights import map_model
+    from ..decoding.tokenizer import Tokenizer
+
     folder = Path(resolve(TINY))
     next(stream(map_model(folder), "a", 2, tokenizer=Tokenizer(folder)))
 
 
-def fetch_apart() -> None:
-    """Fetch the trained model in a process of its own, whose pip and transformers print nothing here."""
+def fetch_in_subprocess() -> None:
+    """Fetch the trained model in a process of its own, so that the output of pip and transformers stays hidden."""
     command = [sys.executable, "-m", "littlebit.fast", "fetch", TRAINED]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(done.stderr.strip().splitlines()[-1].removeprefix("littlebit: error: "))
 
 
-def shown(what: str, jobs: list[Future[Any]]) -> None:
-    """Wait for jobs, and show in one line for how long already."""
-    with tqdm(desc=what, bar_format="{desc} (the first time takes a while): {elapsed}", leave=False) as bar:
+def wait_for(title: str, jobs: list[Future[Any]]) -> None:
+    """Wait for jobs and show the time that has passed, in one line; raise the first error of a job."""
+    from .._progress import tqdm
+
+    with tqdm(desc=title, bar_format="{desc} (the first time takes a while): {elapsed}", leave=False) as bar:
         while wait(jobs, timeout=1).not_done:
             bar.refresh()
     for job in jobs:
@@ -95,45 +112,46 @@ def shown(what: str, jobs: list[Future[Any]]) -> None:
 
 
 def measure(out: Path) -> str:
-    """Make the untrained model and one with an embedding of 8 bits, measure all from disk, and give the table as text.
+    """Make the untrained model and one with an 8-bit embedding, measure four models from disk, and describe them.
 
-    Leaves the models, demo.json and a picture in the folder.
+    Writes both models, demo.json and figure2.png into `out`. Returns the table, a note and a sample of each model.
     """
+    from .._progress import tqdm
     from ..checkpoints.checkpoint import info
     from ..checkpoints.saving import check_target
 
     folders = {name: out / name for name in (UNTRAINED, SMALL)}
     for folder in folders.values():
         check_target(folder, overwrite=True)
-    jobs = [
+    models: list[tuple[str, str | Path, Callable[[], dict[str, Any]]]] = [
         ("original (Q4_1 GGUF)", MODEL, lambda: gguf_sizes(fetch(MODEL))),
         ("Dual-SVID, untrained", folders[UNTRAINED], lambda: info(folders[UNTRAINED])),
         ("trained", TRAINED, lambda: info(fetch(TRAINED))),
         ("trained, 8-bit embedding", folders[SMALL], lambda: info(folders[SMALL])),
     ]
     rows = []
-    with tqdm(total=len(jobs) + 3, unit="step") as bar:
+    with tqdm(total=len(models) + 3, unit="step") as bar:
 
-        def step(what: str, run: Any) -> Any:
-            bar.set_description(what)
+        def step(title: str, work: Callable[[], Any]) -> Any:
+            bar.set_description(title)
             try:
-                return run()
+                return work()
             finally:
                 bar.update()
 
-        step("quantising", functools.partial(write_untrained, folders[UNTRAINED]))
-        step("quantising the embedding", functools.partial(write_small, folders[SMALL]))
-        for title, source, sizes in jobs:
-            found = step(f"measuring: {title}", functools.partial(figures, source))
+        step("quantizing", functools.partial(save_untrained, folders[UNTRAINED]))
+        step("quantizing the embedding", functools.partial(save_with_small_embedding, folders[SMALL]))
+        for title, source, sizes in models:
+            found = step(f"measuring: {title}", functools.partial(measure_model, source))
             rows.append({"title": title} | sizes() | found)
-        picture = step("drawing", functools.partial(draw, folders[UNTRAINED], out / "figure2.png"))
+        picture = step("drawing", functools.partial(draw_weights, folders[UNTRAINED], out / "figure2.png"))
     write_text(out / "demo.json", json.dumps(rows, indent=1) + "\n")
     samples = [f"{row['title']}:\n    {PROMPT}{row['text']}" for row in rows]
     return "\n".join([table(rows), "", NOTE, "", *samples, "", f"Picture: {picture}"])
 
 
-def write_untrained(folder: Path) -> None:
-    """Quantise the model by Dual-SVID and save it."""
+def save_untrained(folder: Path) -> None:
+    """Quantize the original model with Dual-SVID and save it."""
     import torch
 
     from ..checkpoints.checkpoint import save
@@ -141,16 +159,15 @@ def write_untrained(folder: Path) -> None:
     from ..models.quantize import Config, quantize_
 
     model, threads = load_model(MODEL), torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # as fast as two for matrices of this size, and a hundred times where others keep cores busy
+    # For matrices of this size one thread is as fast as two, and a hundred times faster if other programs are busy.
+    torch.set_num_threads(1)
     results = quantize_(model, Config(bits=BITS), progress=False)
     torch.set_num_threads(threads)
     save(model, folder, load_tokenizer(MODEL), BITS, results, overwrite=True)
 
 
-def write_small(folder: Path) -> None:
-    """Save the trained model with an embedding of 8 bits."""
+def save_with_small_embedding(folder: Path) -> None:
+    """Save the trained model with its embedding in 8 bits per entry."""
     from ..checkpoints.checkpoint import load, save
     from ..checkpoints.dense import load_tokenizer
     from ..models.embeddings import quantize_embeddings_
@@ -161,7 +178,7 @@ def write_small(folder: Path) -> None:
 
 
 def gguf_sizes(path: Path) -> dict[str, Any]:
-    """Stored bits and bytes of the linear layers of a GGUF file's blocks, as `info` gives them for a checkpoint."""
+    """Count the stored bits and bytes of the blocks' linear layers in a GGUF file, under the keys of `info`."""
     from gguf import GGUFReader
 
     tensors = [
@@ -175,63 +192,60 @@ def gguf_sizes(path: Path) -> dict[str, Any]:
     }
 
 
-def figures(source: str | Path) -> dict[str, Any]:
-    """Perplexity, speed and a sample of a model that is loaded from disk.
+def measure_model(source: str | Path) -> dict[str, Any]:
+    """Measure perplexity, decoding speed and a text sample of a model that is loaded from disk.
 
-    Speed is that of `littlebit generate`'s decoder: the median over the tokens of several rounds. `core_share` is the
-    processor time of the thread that decodes over the time that passed: below one, other programs kept it waiting.
+    The speed is 1 / the median time of TIMED_TOKENS tokens in the decoder of `littlebit generate`. `core_share` is the
+    processor time of the decoding thread / the time that passed; below 1, other programs kept the thread waiting.
     """
+    from ..bench.decode import prompted, token_times
     from ..checkpoints.dense import load_tokenizer
     from ..checkpoints.texts import text_tokens
     from ..evaluation.perplexity import SAMPLE_TEXT, perplexity
 
     folder = Path(resolve(source))
-    text = "".join(text_of(folder)).replace("\n", " ")
-    decoder = prompted(folder, None, ROUNDS * TOKENS)
+    text = "".join(stream_text(folder)).replace("\n", " ")
+    decoder = prompted(folder, None, TIMED_TOKENS)
     start, begun = time.perf_counter(), time.thread_time()
-    times = sorted(token_times(decoder, ROUNDS * TOKENS))
+    times = sorted(token_times(decoder, TIMED_TOKENS))
     share = (time.thread_time() - begun) / (time.perf_counter() - start)
     del decoder
     tokens = text_tokens(load_tokenizer(str(folder)), SAMPLE_TEXT)
-    found = perplexity(loaded(folder), tokens, max_windows=WINDOWS, progress=False)
+    found = perplexity(load_any(folder, "cpu"), tokens, max_windows=WINDOWS, progress=False)
     speed = {"tokens_per_s": 1 / times[len(times) // 2], "core_share": share}
     return {"perplexity": found.perplexity, "scored": found.scored, "text": text} | speed
 
 
-def loaded(folder: Path) -> Any:
-    """A model, packed or dense."""
-    from ..checkpoints.checkpoint import load
-    from ..checkpoints.dense import load_model
-    from ..checkpoints.format import is_checkpoint
-
-    return load(folder) if is_checkpoint(folder) else load_model(folder)
-
-
 def table(rows: list[dict[str, Any]]) -> str:
-    """The measurements as text."""
-    head = f"{'SmolLM2-135M-Instruct':<26}{'bits/weight':>12}{'linear bytes':>14}{'file bytes':>13}{'perplexity':>12}"
-    lines = [head + f"{'tokens/s':>10}", "-" * (len(head) + 10)]
-    for row in rows:
-        lines.append(
-            f"{row['title']:<26}{row['bits_per_weight']:>12.3f}{row['linear_bytes']:>14,}{row['file_bytes']:>13,}"
-            f"{row['perplexity']:>12.4g}{row['tokens_per_s']:>10.1f}"
-        )
+    """Lay out the measurements as text, with a warning if other programs slowed the decoder down."""
+    from ..bench.decode import QUIET_SHARE
+
+    lines = text_table(
+        [
+            {"SmolLM2-135M-Instruct": row["title"], "bits/weight": f"{row['bits_per_weight']:.3f}"}
+            | {"linear bytes": f"{row['linear_bytes']:,}", "file bytes": f"{row['file_bytes']:,}"}
+            | {"perplexity": f"{row['perplexity']:.4g}", "tokens/s": f"{row['tokens_per_s']:.1f}"}
+            for row in rows
+        ]
+    ).splitlines()
+    lines.insert(1, "-" * len(lines[0]))
     lines.append(
-        "bits/weight and linear bytes: of the linear layers, as stored; file bytes: of all. Perplexity: the shipped\n"
-        f"1901 text, {WINDOWS} windows of 2048 tokens, {rows[0]['scored']} tokens scored. tokens/s: one sequence\n"
-        f"through the decoder of `littlebit generate`, median of {ROUNDS * TOKENS} tokens. The original is dequantised."
+        "bits/weight and linear bytes: the linear layers, as stored. file bytes: the whole file.\n"
+        f"perplexity: {WINDOWS} windows of 2048 tokens of an included text from 1901, {rows[0]['scored']} tokens\n"
+        f"scored. tokens/s: one sequence in the decoder of `littlebit generate`, median of {TIMED_TOKENS} tokens; the\n"
+        "original runs with dequantized weights."
     )
     share = min(row["core_share"] for row in rows)
     if share < QUIET_SHARE:
         lines.append(
             f"The machine was too busy to measure speed: other programs left the decoder {share:.0%} of a core.\n"
-            f"On a quiet one try `littlebit bench decode --model {TRAINED}`."
+            f"On a quiet machine, try `littlebit bench decode --model {TRAINED}`."
         )
     return "\n".join(lines)
 
 
-def draw(folder: Path, path: Path) -> Path:
-    """The paper's Figure 2: a weight matrix, its primary path, its residual and their sum, from the stored bits."""
+def draw_weights(folder: Path, path: Path) -> Path:
+    """Draw the paper's Figure 2 from stored bits: a weight matrix, its primary and residual path, and their sum."""
     from matplotlib.figure import Figure
 
     from ..checkpoints.checkpoint import load
@@ -263,5 +277,15 @@ def draw(folder: Path, path: Path) -> Path:
 
 
 def relative_error(weight: "Tensor", matrix: "Tensor") -> float:
-    """||W - matrix||_F / ||W||_F."""
+    """Return ||W - matrix||_F / ||W||_F."""
     return float((weight - matrix).norm() / weight.norm())
+
+
+COMMANDS = {
+    "demo": Command(
+        run,
+        add_arguments,
+        "Let a trained SmolLM2-135M of 0.55 bits per weight write, then measure it beside three other models.",
+        ("demo --out build/demo",),
+    )
+}

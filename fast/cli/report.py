@@ -1,36 +1,38 @@
-"""Reports of a quantisation: a table by kind of layer as text, and a page with pictures as HTML, complete in itself."""
+"""Report how well layers were quantized: a table by layer type, and an HTML page with charts."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files.atomic import write_text
 from ..models.packed_shapes import layer_kind
-from ..models.quantize import LayerResult
 
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
-WIDTH, HEIGHT, MARGIN = 900, 260, 40
+if TYPE_CHECKING:
+    from ..models.quantize import LayerResult
+
+COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
+WIDTH, HEIGHT, MARGIN = 900, 260, 40  # of a chart, in pixels
 STYLE = "body{font:15px sans-serif;max-width:960px;margin:2em auto}table{border-collapse:collapse}"
 STYLE += "td,th{padding:.2em .8em;text-align:right}td:first-child,th:first-child{text-align:left}"
 
 
-def kinds_of(results: Mapping[str, LayerResult]) -> list[dict[str, Any]]:
-    """One row for each kind of layer: layers, sizes, smallest and largest total rank, paths, mean bits and error."""
-    kinds: dict[str, list[LayerResult]] = {}
+def summarize_layer_types(results: Mapping[str, "LayerResult"]) -> list[dict[str, Any]]:
+    """Summarize results by layer type: count, shape, total rank, paths, mean bits and mean relative error."""
+    groups: dict[str, list[LayerResult]] = {}
     for name, result in results.items():
-        kinds.setdefault(layer_kind(name), []).append(result)
+        groups.setdefault(layer_kind(name), []).append(result)
     rows = []
-    for kind, group in kinds.items():
+    for layer_type, group in groups.items():
         ranks = [sum(result.ranks) for result in group]
-        paths = sorted({len(result.ranks) for result in group})
+        paths = [len(result.ranks) for result in group]
         rows.append(
             {
-                "kind": kind,
+                "layer type": layer_type,
                 "layers": len(group),
                 "d_out x d_in": f"{group[0].d_out} x {group[0].d_in}",
-                "rank": between(min(ranks), max(ranks)),
-                "paths": between(paths[0], paths[-1]),
+                "rank": text_range(ranks),
+                "paths": text_range(paths),
                 "bits": f"{sum(result.bits for result in group) / len(group):.3f}",
                 "rel. error": f"{sum(result.error for result in group) / len(group):.3f}",
             }
@@ -38,46 +40,33 @@ def kinds_of(results: Mapping[str, LayerResult]) -> list[dict[str, Any]]:
     return rows
 
 
-def between(low: int, high: int) -> str:
-    """One number, or the first and the last of several."""
+def text_range(values: list[int]) -> str:
+    """Write the smallest and the largest value as `low-high`, or as one number if they are equal."""
+    low, high = min(values), max(values)
     return str(low) if low == high else f"{low}-{high}"
 
 
-def kind_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as text in columns."""
-    heads = list(rows[0])
-    widths = [max(len(str(each[head])) for each in [dict(zip(heads, heads, strict=True)), *rows]) for head in heads]
-    lines = [heads, *([str(row[head]) for head in heads] for row in rows)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-
-
-def html_report(path: Path, title: str, summary: str, results: Mapping[str, LayerResult]) -> None:
-    """Write a page with the table, and the error and the stored bits of every layer as pictures."""
-    rows = kinds_of(results)
+def html_report(path: Path, title: str, summary: str, results: Mapping[str, "LayerResult"]) -> None:
+    """Write a self-contained page: the table by layer type, and charts of every layer's error and stored bits."""
+    rows = summarize_layer_types(results)
     heads = "".join(f"<th>{html.escape(head)}</th>" for head in rows[0])
     cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row.values()) for row in rows)
     table = f"<table><tr>{heads}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
-    pictures = (
-        f"<h2>{html.escape(caption)}</h2>{picture(results, field)}"
-        for caption, field in (("Relative error, layer by layer", "error"), ("Stored bits per weight", "bits"))
+    charts = (
+        f"<h2>{html.escape(caption)}</h2>{bar_chart(results, field)}"
+        for caption, field in (("Relative error of each layer", "error"), ("Stored bits per weight", "bits"))
     )
     write_text(
         path,
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>{table}{''.join(pictures)}\n",
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>{table}{''.join(charts)}\n",
     )
 
 
-def picture(results: Mapping[str, LayerResult], field: str) -> str:
-    """A bar for each layer, in the model's order, coloured by kind, as SVG; the pointer shows its name and value."""
-    kinds = list(dict.fromkeys(layer_kind(name) for name in results))
-    colours = {kind: COLOURS[at % len(COLOURS)] for at, kind in enumerate(kinds)}
+def bar_chart(results: Mapping[str, "LayerResult"], field: str) -> str:
+    """Draw a bar for each layer as SVG, colored by layer type; its tooltip shows the layer's name and value."""
+    layer_types = list(dict.fromkeys(layer_kind(name) for name in results))
+    colors = {layer_type: COLORS[at % len(COLORS)] for at, layer_type in enumerate(layer_types)}
     top = max(getattr(result, field) for result in results.values()) or 1.0
     step = (WIDTH - MARGIN) / len(results)
     parts = [f"<svg viewBox='0 0 {WIDTH} {HEIGHT + MARGIN}' role='img'>"]
@@ -86,14 +75,13 @@ def picture(results: Mapping[str, LayerResult], field: str) -> str:
         tall = value / top * (HEIGHT - 20)
         parts.append(
             f"<rect x='{MARGIN + at * step:.2f}' y='{HEIGHT - tall:.2f}' width='{max(step * 0.85, 0.5):.2f}' "
-            f"height='{tall:.2f}' fill='{colours[layer_kind(name)]}'>"
+            f"height='{tall:.2f}' fill='{colors[layer_kind(name)]}'>"
             f"<title>{html.escape(name)}: {value:.4f}</title></rect>"
         )
     for value in (0.0, top / 2, top):
         parts.append(f"<text x='0' y='{HEIGHT - value / top * (HEIGHT - 20):.2f}' font-size='12'>{value:.3g}</text>")
-    for at, kind in enumerate(kinds):
-        x = MARGIN + at * (WIDTH - MARGIN) / len(kinds)
-        parts.append(
-            f"<text x='{x:.0f}' y='{HEIGHT + 25}' font-size='12' fill='{colours[kind]}'>{html.escape(kind)}</text>"
-        )
+    for at, layer_type in enumerate(layer_types):
+        x = MARGIN + at * (WIDTH - MARGIN) / len(layer_types)
+        label = html.escape(layer_type)
+        parts.append(f"<text x='{x:.0f}' y='{HEIGHT + 25}' font-size='12' fill='{colors[layer_type]}'>{label}</text>")
     return "".join([*parts, "</svg>"])

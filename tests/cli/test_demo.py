@@ -1,4 +1,4 @@
-"""The demonstration: the model writes first, progress is out of the way, and a busy machine is said."""
+"""Test the demo: the model writes before torch is imported, errors take one line, a busy machine is reported."""
 
 import subprocess
 import sys
@@ -14,38 +14,39 @@ def row(share):
     return ROW | {"title": "trained", "tokens_per_s": 300.0, "core_share": share}
 
 
-def test_the_model_writes_before_anything_is_measured_or_torch_is_asked_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "place", lambda name: tmp_path)  # it is there
+def test_model_writes_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "place", lambda name: tmp_path)  # The model is already there.
     monkeypatch.setattr(demo, "TRAINED", demo.TINY)
-    said = []
+    printed = []
 
-    def measured(out):
-        said.append(capsys.readouterr().out)
+    def measure(out):
+        printed.append(capsys.readouterr().out)
         return "the table"
 
-    monkeypatch.setattr(demo, "measure", measured)
+    monkeypatch.setattr(demo, "measure", measure)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 0
-    (spoken,) = said
-    assert f"    {demo.PROMPT} " in spoken
-    assert len(spoken.split(demo.PROMPT)[1]) > demo.NEW_TOKENS / 2
+    (sample,) = printed
+    assert f"    {demo.PROMPT} " in sample
+    assert len(sample.split(demo.PROMPT)[1]) > demo.NEW_TOKENS / 2
     assert capsys.readouterr().out == "the table\n"
 
 
-def test_a_model_that_cannot_be_fetched_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+def test_a_model_that_cannot_be_fetched_is_one_line_of_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "place", lambda name: tmp_path / "missing")
     monkeypatch.setattr(demo, "TRAINED", "no such model")
-    monkeypatch.setattr(demo, "first_token", lambda: None)
+    monkeypatch.setattr(demo, "compile_kernels", lambda: None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("littlebit: error: no model is called")
 
 
 @pytest.mark.parametrize(("share", "busy"), [(0.89, True), (0.99, False)])
-def test_the_table_says_when_the_machine_was_too_busy(share, busy):
+def test_table_reports_a_busy_machine(share, busy):
     text = demo.table([row(1.0), row(share)])
     assert ("too busy to measure speed: other programs left the decoder 89% of a core" in text) == busy
 
 
-def test_nothing_that_needs_torch_is_imported_to_speak():
-    code = "import sys, littlebit.fast.cli.demo as d; d.place(d.TRAINED); print('torch' in sys.modules)"
+def test_demo_imports_torch_only_to_measure():
+    code = "import pathlib, sys; from littlebit.fast.cli import demo; demo.TRAINED = demo.TINY"
+    code += "; demo.place = lambda name: pathlib.Path('.'); demo.write_sample(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout.splitlines()[-1] == "False"

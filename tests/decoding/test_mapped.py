@@ -227,7 +227,7 @@ def test_map_model_leaves_what_it_does_not_know_to_load(copied, change, reason):
 
 def test_generate_loads_by_torch_what_cannot_be_mapped(tiny_llama, copied, capsys, caplog):
     edit_config(copied, lambda config: config.pop("rope_parameters"))  # which transformers then takes from its class
-    with caplog.at_level(logging.DEBUG, logger="littlebit.fast.cli.main"):
+    with caplog.at_level(logging.DEBUG, logger="littlebit.fast.cli.generate"):
         assert main(["generate", str(copied), "--prompt", PROMPT, "--max-new-tokens", "5"]) == 0
     assert "is loaded by torch: its rotary embedding" in caplog.text
     assert capsys.readouterr().out == lb.generate(lb.load(copied), PROMPT, 5) + "\n"

@@ -5,7 +5,7 @@ import littlebit.reference as ref
 import numpy as np
 import pytest
 import torch
-from littlebit.fast.cli.main import parser
+from littlebit.fast.cli.main import build_parser
 from littlebit.fast.decoding import generate
 from littlebit.reference._renamed import NAMES, VALUES, renamed_keywords
 
@@ -86,7 +86,7 @@ def test_the_full_cache_keeps_its_old_name():
     assert caught[0].filename == __file__
     assert old == ref.model_memory(shape, context=10, kv_cache="full")
     with pytest.warns(DeprecationWarning, match="is now kv_cache='full'"):
-        arguments = parser().parse_args(["memory", "--kv-cache", "ordinary"])
+        arguments = build_parser().parse_args(["memory", "--kv-cache", "ordinary"])
     assert arguments.kv_cache == "full"
 
 

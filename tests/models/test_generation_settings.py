@@ -9,7 +9,8 @@ import torch
 from compare import assert_same
 from conftest import make_tiny_llama
 from littlebit.fast._checks import LittleBitWarning
-from littlebit.fast.cli.main import load_to_generate, main, parser
+from littlebit.fast.cli.generate import load_to_generate
+from littlebit.fast.cli.main import build_parser, main
 from littlebit.fast.decoding import generate
 from littlebit.fast.decoding.architecture import NotDecodableError
 from littlebit.fast.decoding.mapped_weights import map_model
@@ -231,7 +232,7 @@ def test_named_templates_are_those_of_transformers(with_bos, tmp_path, capsys):
     (files / "additional_chat_templates" / "tool_use.jinja").write_text("t{{ messages[0]['content'] }}")
     for folder in (listed, files):
         words = ["generate", str(folder), "--prompt", "a", "--chat", "--max-new-tokens", "4"]
-        _, tokenizer = load_to_generate(parser("generate").parse_args(words))
+        _, tokenizer = load_to_generate(build_parser("generate").parse_args(words))
         assert generate.prompt_tokens(tokenizer, "a", True) == generate.prompt_tokens(tokenizer, "da", False)[1:]
         assert main(words) == 0
 

@@ -28,8 +28,7 @@ from littlebit.fast._checks import (
     window_for,
 )
 from littlebit.fast.cli import main as command
-from littlebit.fast.cli.completion import subcommands
-from littlebit.fast.cli.main import main
+from littlebit.fast.cli.main import main, subcommands
 from littlebit.fast.decoding import generate
 from littlebit.fast.evaluation.zero_shot import log_probabilities
 from littlebit.fast.models.embeddings import head_moments, quantize_embeddings_
@@ -275,7 +274,7 @@ def test_command_refuses_numbers_out_of_range(words, name, value, capsys):
 
 def test_every_number_of_the_command_has_limits():
     """No option is read by int or float alone, but for those with choices."""
-    for sub in subcommands(command.parser()).values():
+    for sub in subcommands(command.build_parser()).values():
         for action in sub._actions:
             assert action.type not in (int, float) or action.choices, action.option_strings
 

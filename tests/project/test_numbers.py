@@ -20,7 +20,7 @@ import remake  # noqa: E402
 import sources  # noqa: E402
 import stale  # noqa: E402
 import tables  # noqa: E402
-from littlebit.fast.cli.main import EXAMPLES, parser  # noqa: E402
+from littlebit.fast.cli.main import COMMANDS, build_parser  # noqa: E402
 from littlebit.fast.files.digests import code_digest  # noqa: E402
 
 PAGES = {path.name: path.read_text() for path in sorted(BOOK.glob("*.md"))}
@@ -157,7 +157,7 @@ def test_results_are_made_again_by_commands_that_exist():
         if words[0] == "python":
             assert (ROOT / words[1]).exists()
         else:
-            parser().parse_args(words[1:])
+            build_parser().parse_args(words[1:])
     assert {"cpu_linear", "cpu_ladder", "explore", "memory", "spectra_smollm2"} <= set(again)
 
 
@@ -273,7 +273,7 @@ def test_files_that_pages_name_exist():
 def test_commands_that_pages_name_exist():
     commands = {name for text in PAGES.values() for name in re.findall(r"`littlebit (\w+)", text)}
     assert commands
-    assert commands <= set(EXAMPLES)
+    assert commands <= set(COMMANDS)
 
 
 def test_notebooks_that_pages_name_exist_if_there_are_notebooks():

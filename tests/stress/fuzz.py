@@ -1,11 +1,11 @@
-"""Checkpoints that nobody wrote: mutated at random and by coverage, each loads identically or is refused.
+"""Fuzz the checkpoint readers: a mutated checkpoint must load with every bit unchanged, or be refused.
 
-Run as `make fuzz BUDGET=seconds`. A case is a small checkpoint (see `seeds`) after a few mutations, which read like a
-program: flip a bit, edit the JSON of a config or of a header, cut a file, link it elsewhere, write other tensors and
-seal them with fitting checksums, as an attacker would. `info`, `verify`, `load` and the decoder that maps the files may
-then do two things: raise CheckpointError, or, unless an attacker sealed the files, give what was saved, to the bit.
-Anything else is a finding: another exception, a crash, more than SECONDS or MEMORY. Half of the budget goes to
-mutations drawn at random, half to those that atheris draws, guided by the branches that they reach.
+Run `make fuzz BUDGET=seconds`. A case is a small checkpoint (see `seeds`) after a few mutations: flip a bit, edit the
+JSON of a config or a header, cut a file, link it elsewhere, or change tensors and recompute the checksums as an
+attacker would (`seal`). `info`, `verify`, `load` and the torch-free decoder may raise CheckpointError. Otherwise they
+must give exactly what was saved, unless the case was sealed. Anything else is a finding: another exception, a crash,
+more than SECONDS of processor time or MEMORY. Half of the budget goes to mutations drawn at random, half to mutations
+that atheris draws, guided by the code's branches.
 """
 
 import argparse
@@ -30,14 +30,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "fuzz"
 MEMORY_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else None
-SECONDS = 10  # of processor time for one case; four times as many of any
+SECONDS = 10  # of processor time for one case; four times that by the clock
 MEMORY = 256 << 20  # bytes that a case may add to what the process holds
 ADDRESSES = 4 << 30  # bytes of address space beyond those in use at the start
 WEIGHTS, INDEX, NOTE = "model.safetensors", "model.safetensors.index.json", "littlebit_config.json"
-# The modules that atheris guides by
-READING = tuple(f"checkpoints.{name}" for name in ("checkpoint", "checksums", "format", "loading", "official"))
-READING += ("decoding.mapped_weights", "files.digests", "files.untrusted", "packing")
-READING += tuple(f"models.{name}" for name in ("build", "embeddings", "layers", "quantize"))
+# The modules that read checkpoints, whose branches guide atheris
+READING = ("packing", "files.digests", "files.untrusted", "models.build", "models.embeddings", "models.layers")
+READING += (
+    "models.quantize",
+    "checkpoints.checkpoint",
+    "checkpoints.checksums",
+    "checkpoints.loading",
+    "checkpoints.format",
+)
+READING += ("checkpoints.official", "checkpoints.dense", "decoding.mapped_weights")
 SMALL = (0, 1, -1, 2, 3, 31, 33, 127, 255, 65536)
 LARGE = (2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**64 - 1, 10**30)
 INTEGERS = SMALL + LARGE
@@ -46,16 +52,16 @@ OTHERS = (0.5, -1e308, 1e999, float("nan"), None, True, False, [], {}, [0], [-1,
 VALUES = INTEGERS + TEXTS + OTHERS
 
 
-class HangError(BaseException):  # so that nothing takes it for an error of its own
-    """A case that takes too long."""
+class HangError(BaseException):  # a BaseException, so that no `except Exception` catches it
+    """Report a case that takes too long."""
 
 
 class FindingError(AssertionError):
-    """A case that does what none may do."""
+    """Report a case whose outcome is not allowed."""
 
 
 class Random:
-    """Draws from a seed; the fuzzers draw through the same two methods."""
+    """Draw numbers from a seed; both fuzzers draw through these two methods."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -68,7 +74,7 @@ class Random:
 
 
 class Guided(Random):
-    """Draws from the bytes that atheris gives."""
+    """Draw numbers from the bytes that atheris gives."""
 
     def __init__(self, data):
         import atheris
@@ -101,7 +107,7 @@ def tiny_model(kind):
 
 
 def seeds():
-    """Small checkpoints of every kind, {kind: {file name: bytes}}."""
+    """Make a small checkpoint of each kind, as {kind: {file name: bytes}}."""
     import littlebit.fast as lb
     from littlebit.fast.models.embeddings import quantize_embeddings_
 
@@ -130,7 +136,7 @@ def seeds():
 
 
 def latents(files):
-    """An official checkpoint in the variant that is not packed."""
+    """Turn an official checkpoint into the unpacked variant."""
     import torch
     from safetensors.torch import load, save
 
@@ -146,7 +152,7 @@ def latents(files):
 
 
 def split_header(data):
-    """Header and rest of a safetensors file; ValueError if there is none."""
+    """Split a safetensors file into its header and its tensors; raise ValueError if the header is not JSON."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
@@ -202,7 +208,7 @@ def splice(files, draw):
 
 
 def places(value, found=None):
-    """Every (container, key) in some JSON."""
+    """List every (container, key) in a JSON value."""
     found = [] if found is None else found
     for key, child in list(value.items() if isinstance(value, dict) else enumerate(value)):
         found.append((value, key))
@@ -212,7 +218,7 @@ def places(value, found=None):
 
 
 def edit_json(value, draw):
-    """Change one place in some JSON."""
+    """Change one place in a JSON value."""
     found = places(value)
     if not found:
         return
@@ -227,7 +233,7 @@ def edit_json(value, draw):
         with contextlib.suppress(ValueError, RecursionError):
             container[key] = json.loads(json.dumps(container[key]))
             return
-        container[key] = old  # it would have held itself
+        container[key] = old  # A value must not contain itself.
     elif how == 3 and isinstance(old, int):
         container[key] = old + draw.choice((-1, 1, old, -2 * old, 32))
     elif how == 4 and isinstance(old, str) and old:
@@ -255,14 +261,14 @@ def edit_settings(files, draw):
 
 
 def edit_tensors(files, draw):
-    """Change what a safetensors file says about its tensors."""
+    """Edit the header of a safetensors file."""
     if name := some_file(files, draw, ".safetensors"):
         with contextlib.suppress(ValueError, RecursionError):
             edit_header(files, name, lambda header: edit_json(header, draw))
 
 
 def move_file(files, draw):
-    """Remove a file, or put something in its place that is no file."""
+    """Remove a file, or replace it by a folder, a pipe, a link or another file."""
     if name := some_file(files, draw):
         how = draw.choice(("gone", "empty", "folder", "pipe", "link", "inside", "swap"))
         data = files.pop(name)
@@ -280,7 +286,7 @@ def move_file(files, draw):
 
 
 def seal(files, draw):
-    """As an attacker would: change a tensor or the settings, and make the checksums fit."""
+    """Change a tensor or the settings, and recompute the checksums, as an attacker would."""
     import torch
     from safetensors.torch import load, save
 
@@ -311,7 +317,7 @@ def seal(files, draw):
         shards = {shard: load(data) for shard, data in files.items() if shard.endswith(".safetensors")}
         checksums = make_checksums([*map(tensor_digests, shards.values())], json.loads(files["config.json"]))
         files |= {shard: save(shards[shard], own) for shard, own in zip(shards, checksums, strict=True)}
-    except Exception:  # earlier mutations left nothing that can be sealed
+    except Exception:  # Earlier mutations left a file that cannot be parsed.
         return
 
 
@@ -320,7 +326,7 @@ MUTATIONS += (move_file, seal, seal)
 
 
 def mutated(seeds, draw):
-    """A case: the kind of its checkpoint, its files, and whether an attacker sealed them."""
+    """Draw a case: the kind of its checkpoint, its files, and whether they were sealed."""
     kind = draw.choice(sorted(seeds))
     files, used = dict(seeds[kind]), []
     for _ in range(draw.choice((1, 1, 2, 3))):
@@ -329,7 +335,7 @@ def mutated(seeds, draw):
     return kind, files, seal in used
 
 
-# --- what a case may do
+# --- what a case is allowed to do
 
 
 def write(files, folder):
@@ -348,7 +354,7 @@ def write(files, folder):
 
 
 def state(model):
-    """Everything that a model holds, to compare."""
+    """Collect all tensors of a model as bytes, to compare them."""
     return {
         name: (tensor.dtype, tuple(tensor.shape), tensor.numpy(force=True).tobytes())
         for name, tensor in (*model.state_dict().items(), *model.named_buffers())
@@ -356,19 +362,19 @@ def state(model):
 
 
 def held(key):
-    """Bytes of memory of this process: VmRSS, VmHWM (at most so far) or VmSize."""
+    """Read this process's memory in bytes: VmRSS (resident), VmHWM (its peak) or VmSize (address space)."""
     with open("/proc/self/status") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
 
 
 @contextlib.contextmanager
 def guarded():
-    """Turn hangs and memory that blows up into findings."""
+    """Raise an error if the block takes too long or too much memory."""
 
     def too_long(*_):
         raise HangError
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = held("VmRSS")
     signal.signal(signal.SIGPROF, too_long)
     signal.signal(signal.SIGALRM, too_long)
@@ -384,7 +390,7 @@ def guarded():
 
 
 class Judge:
-    """Reads cases, and knows what the checkpoints held before they were mutated."""
+    """Read cases, and compare them with the checkpoints before their mutation."""
 
     def __init__(self, seeds, folder):
         import littlebit.fast as lb
@@ -396,17 +402,17 @@ class Judge:
         self.map, self.decode, self.not_decodable = map_model, decode, NotDecodableError
         torch.set_num_threads(1)
         self.lb, self.folder, self.tokens = lb, folder, torch.tensor([[1, 5, 9]])
-        self.expected, self.told = {}, {}
+        self.expected, self.texts = {}, {}
         for kind, files in seeds.items():
             write(files, folder)
             model = lb.load(folder)
             self.expected[kind] = state(model)
             model(self.tokens)  # loads the kernels
             with contextlib.suppress(NotDecodableError):
-                self.told[kind] = list(decode(map_model(folder), [1, 5, 9], 2))
+                self.texts[kind] = list(decode(map_model(folder), [1, 5, 9], 2))
 
     def case(self, kind, files, sealed):
-        """What became of a case: "refused" or "loaded"; raises what it should not do."""
+        """Return "refused" or "loaded" for a case; raise an error for any other outcome."""
         write(files, self.folder)
         outcome = []
         with guarded():
@@ -416,23 +422,23 @@ class Judge:
                 except (self.lb.CheckpointError, self.not_decodable):
                     outcome.append(None)
             _, checked, model, mapped = outcome
-            if mapped is not None:  # the compiled decoder runs from the files, and does without what it does not use
-                told = list(self.decode(mapped, [1, 5, 9], 2))
-                if not sealed and checked and checked["checksums"] and told != self.told[kind]:
-                    raise FindingError("a checkpoint is mapped and is not what was saved")
+            if mapped is not None:  # The torch-free decoder reads only the files that it needs.
+                text = list(self.decode(mapped, [1, 5, 9], 2))
+                if not sealed and checked and checked["checksums"] and text != self.texts[kind]:
+                    raise FindingError("the decoder maps a checkpoint that differs from what was saved")
             if model is None:
                 return "refused"
-            if checked is None or (checked["damaged"]):
-                raise FindingError("a checkpoint loads that verify finds damaged")
+            if checked is None or checked["damaged"]:
+                raise FindingError("load accepts a checkpoint that verify finds damaged")
             if not sealed and checked["checksums"] and state(model) != self.expected[kind]:
-                raise FindingError("a checkpoint loads and is not what was saved")
-            with contextlib.suppress(Exception):  # settings that make no sense may fail here, but not crash
+                raise FindingError("load gives something else than was saved")
+            with contextlib.suppress(Exception):  # Nonsensical settings may raise here, but must not crash.
                 model(self.tokens)
         return "loaded, sealed" if sealed else "loaded"
 
 
 class Tally:
-    """Counts outcomes, and keeps the first case of each finding."""
+    """Count outcomes, and keep the first case of each finding."""
 
     def __init__(self, judge, seeds, name):
         self.judge, self.seeds, self.name = judge, seeds, name
@@ -468,13 +474,13 @@ class Tally:
 
 
 def limited():
-    """Address space beyond what is in use is bounded."""
+    """Limit the address space to ADDRESSES bytes more than now, and silence the log."""
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (held("VmSize") + ADDRESSES,) * 2)
 
 
 def at_random(budget, seed, most):
-    """Cases drawn at random, until the budget is spent."""
+    """Run cases drawn at random until the budget is spent."""
     made = seeds()
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as folder:
         tally = Tally(Judge(made, Path(folder) / "case"), made, f"random-{seed}")
@@ -482,17 +488,18 @@ def at_random(budget, seed, most):
         end = time.monotonic() + budget
         while time.monotonic() < end and tally.cases < most:
             label = f"{seed}/{tally.cases}"
-            (OUT / f"{tally.name}.last").write_text(label)  # if the process dies, this says of what
+            (OUT / f"{tally.name}.last").write_text(label)  # names the case if the process dies
             tally.run(Random(label), label)
         tally.report()
 
 
 def guided(budget, seed, most):
-    """Cases that atheris draws, guided by the branches of the package that they reach."""
+    """Run cases that atheris draws, guided by the branches that earlier cases reached."""
     import atheris
 
-    modules = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "fast").rglob("*.py"))
-    others = ["littlebit." + ".".join(module.parts) for module in modules if ".".join(module.parts[1:]) not in READING]
+    fast = ROOT / "fast"
+    modules = {".".join(path.relative_to(fast).with_suffix("").parts) for path in fast.rglob("*.py")}
+    others = [f"littlebit.fast.{name}" for name in modules - set(READING)]
     with atheris.instrument_imports(include=["littlebit"], exclude=others):
         for name in READING:
             importlib.import_module(f"littlebit.fast.{name}")
@@ -515,7 +522,7 @@ def guided(budget, seed, most):
 
 
 def child(how, budget, seed, most):
-    """A process that fuzzes in one of the two ways."""
+    """Start a process that fuzzes in one of the two ways."""
     options = {"--how": how, "--budget": budget, "--seed": seed, "--most": most}
     command = [sys.executable, __file__, *(str(word) for option in options.items() for word in option)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -525,7 +532,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=60, help="seconds in all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=int, default=10**9, help="cases of each kind, at most")
+    parser.add_argument("--most", type=int, default=10**9, help="most cases of each fuzzer")
     parser.add_argument("--how", choices=["both", "random", "guided"], default="both")
     parser.add_argument("--save", action="store_true", help="record this run in book/results/reliability.json")
     arguments = parser.parse_args()

@@ -1,10 +1,11 @@
-"""Do the tests bite? Apply small mistakes to copies of the packages, one at a time, and see which ones tests notice.
+"""Check that the tests notice small mistakes, which are applied to copies of the packages one at a time.
 
-Run as `make mutants`, or `python tests/stress/mutants.py [WORD ...]` for those whose name or file holds a word. Each mutant
-runs the test files that concern its module, with few Hypothesis examples, and stops at the first failure. The command
-fails if fewer than 95 % are noticed.
+Run `make mutants`, or `python tests/stress/mutants.py [WORD ...]` for the mutants whose file or description contains a
+word. Each mutant runs the tests that concern its module, with few Hypothesis examples, and stops at the first failure.
+The command fails if the tests notice fewer than 95 % of the mutants.
 """
 
+import ast
 import concurrent.futures
 import os
 import shutil
@@ -12,17 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = 0.95
 WORKERS = 2
-TIMEOUT_S = 900  # what runs in a simulator takes minutes
+FEW = 3
+TIMEOUT_S = 1800  # for the tests of one mutant; CUDA kernels take minutes in the simulator
+TEST_FOLDERS = {"reference": "method", "fast": "method", "files": "checkpoints"}  # others share the folder's name
+# Tests that need a GPU, or that check files rather than functions
+UNUSED = {"test_gpu", "test_gpu_decode", "test_book", "test_notebooks", "test_numbers", "test_package"}
 
 
 class Mutant(NamedTuple):
-    """One mistake: the first occurrence of `old` in a file becomes `new`."""
+    """A mistake: replace the first occurrence of `old` in a file by `new`."""
 
     file: str
     old: str
@@ -30,92 +36,13 @@ class Mutant(NamedTuple):
     what: str
 
 
-TESTS = {
-    "hf": "test_official.py test_model.py test_reading.py",
-    "fetch": "test_names.py",
-    "hub": "test_names.py",
-    "gguf_reader": "test_reading.py",
-    "shared": "test_shared.py",
-    "signs": "test_signs.py test_factorise.py test_packing.py",
-    "svd": "test_svd.py test_factorise.py",
-    "factors": "test_linear.py test_factorise.py",
-    "dual_svid": "test_factorise.py",
-    "residual": "test_factorise.py test_admm.py",
-    "alignment": "test_admm.py",
-    "admm": "test_admm.py",
-    "bits": "test_bits.py",
-    "memory": "test_memory.py",
-    "kv_cache": "test_kv_cache.py",
-    "latent_cache": "test_kv_cache.py",
-    "hf_cache": "test_kv_cache.py",
-    "packing": "test_packing.py",
-    "linear": "test_linear.py test_linear_vjp.py",
-    "distill": "test_distill.py",
-    "train": "test_train.py",
-    "layers": "test_torch.py test_model.py test_linear_vjp.py test_quantizer.py",
-    "model": "test_families.py test_model.py",
-    "selection": "test_selection.py test_families.py test_model.py",
-    "wrappers": "test_wrappers.py",
-    "arrays": "test_arrays.py",
-    "checkpoint": "test_model.py test_hostile.py test_quantizer.py test_families.py test_reading.py test_shared.py test_generation_settings.py",
-    "digests": "test_hostile.py test_resume.py",
-    "writing": "test_writing.py test_outputs.py test_model.py",
-    "quantizer": "test_quantizer.py test_reading.py",
-    "lora": "test_lora.py",
-    "gguf": "test_gguf.py",
-    "estimate": "test_cli.py",
-    "experts": "test_experts.py",
-    "report": "test_cli.py",
-    "progress": "test_cli.py",
-    "completion": "test_cli.py",
-    "official": "test_official.py",
-    "plugin": "test_plugin.py test_quantizer.py test_lora.py",
-    "checks": "test_checks.py test_kv_cache.py",
-    "generation_settings": "test_generation_settings.py",
-    "evaluate": "test_model.py test_zero_shot.py",
-    "zero_shot": "test_zero_shot.py",
-    "calibrate": "test_calibrate.py",
-    "decode": "test_kv_cache.py test_model.py test_decode.py test_generation_settings.py",
-    "decode_cpu": "test_decode.py",
-    "decode_loaded": "test_kv_cache.py test_decode.py",
-    "decode_mapped": "test_mapped.py",
-    "tokenizer": "test_mapped.py",
-    "headers": "test_hostile.py test_model.py test_quantizer.py",
-    "lazy": "test_package.py",
-    "operators": "test_linear.py",
-    "embeddings": "test_quantizer.py test_decode.py",
-    "agreement": "test_decode.py",
-    "cpu": "test_linear.py",
-    "cpu_dense": "test_decode.py",
-    "cache": "test_outputs.py",
-    "cpu_threads": "test_threads.py test_decode.py",
-    "lanes": "test_linear.py",
-    "cpu_decode": "test_decode.py",
-    "dispatch": "test_linear.py",
-    "plan": "test_linear.py",
-    "cuda": "test_cuda.py",
-    "cuda_batch": "test_cuda.py",
-    "cuda_launch": "test_cuda.py",
-    "cuda_unpacked": "test_cuda.py",
-    "cuda_tiles": "test_cuda_decode.py",
-    "cuda_decode": "test_cuda_decode.py",
-    "cuda_latent": "test_cuda_decode.py",
-    "steps": "test_cuda_decode.py test_decode_cuda.py",
-    "tune_cuda": "test_cuda.py test_cuda_decode.py",
-    "fused_engine": "test_decode_cuda.py test_cuda_decode.py",
-    "decode_cuda": "test_decode_cuda.py",
-    "student": "test_student.py",
-    "muon": "test_muon.py",
-    "trainer": "test_resume.py test_trainer.py",
-    "resume": "test_resume.py test_trainer.py",
-    "__main__": "test_resume.py test_command.py test_cli.py",
-}
-
 MUTANTS = [
     Mutant(
         "reference/bits.py", "* factor) // 8 * 8", "* factor + 4) // 8 * 8", "official ranks rounded to the nearest"
     ),
-    Mutant("fast/official.py", "paths, factor),) * paths", "1, factor),) * paths", "official ranks of one path"),
+    Mutant(
+        "fast/checkpoints/official.py", "paths, factor),) * paths", "1, factor),) * paths", "official ranks of one path"
+    ),
     Mutant("reference/signs.py", "np.where(x < 0, -1, 1)", "np.where(x <= 0, -1, 1)", "sign of zero is -1"),
     Mutant("fast/signs.py", "torch.where(x < 0, -one, one)", "torch.where(x <= 0, -one, one)", "sign of zero is -1"),
     Mutant("reference/signs.py", "(np.abs(x) < 1)", "(np.abs(x) < 2)", "straight-through window is wider"),
@@ -234,45 +161,76 @@ MUTANTS = [
         "every block turned as the first token",
     ),
     Mutant(
-        "fast/latent_cache.py",
+        "fast/decoding/latent_cache.py",
         "cosine[:, None, -queries:]",
         "cosine[:, None, :queries]",
         "queries at the first positions",
     ),
-    Mutant("fast/latent_cache.py", ".tril(tokens - queries)", ".tril()", "later parts see too little"),
-    Mutant("fast/latent_cache.py", "        key.bias,\n", "        None,\n", "the layer's bias not handed over"),
+    Mutant("fast/decoding/latent_cache.py", ".tril(tokens - queries)", ".tril()", "later parts see too little"),
     Mutant(
-        "fast/latent_cache.py",
+        "fast/decoding/latent_cache.py", "        key.bias,\n", "        None,\n", "the layer's bias not handed over"
+    ),
+    Mutant(
+        "fast/decoding/latent_cache.py",
         "if not isinstance(attention.forward, partial):",
         "if True:",
         "attention wrapped again and again",
     ),
     Mutant(
-        "fast/checks.py",
+        "fast/_checks.py",
         "limit is not None and needed > limit:",
         "limit is not None and needed > limit + 1:",
         "a token too many",
     ),
-    Mutant("fast/checks.py", "above < number < below", "above <= number < below", "a setting at its limit"),
-    Mutant("fast/checks.py", "token >= rows)", "token > rows)", "a token behind the embedding"),
-    Mutant("fast/checks.py", "max(positions, int(factor * trained))", "positions", "scaled positions are not counted"),
+    Mutant("fast/_checks.py", "above < number < below", "above <= number < below", "a setting at its limit"),
+    Mutant("fast/_checks.py", "token >= rows)", "token > rows)", "a token behind the embedding"),
+    Mutant("fast/_checks.py", "max(positions, int(factor * trained))", "positions", "scaled positions are not counted"),
     Mutant(
-        "fast/generation_settings.py", "name not in understood and", "name in NEUTRAL and", "new settings are dropped"
+        "fast/models/generation_settings.py",
+        "name not in understood and",
+        "name in NEUTRAL and",
+        "new settings are dropped",
     ),
     Mutant(
-        "fast/generation_settings.py", "SAMPLING[name] if value is None else value", "value", "defaults of sampling"
+        "fast/models/generation_settings.py",
+        "SAMPLING[name] if value is None else value",
+        "value",
+        "defaults of sampling",
     ),
-    Mutant("fast/decode.py", "add_special_tokens=not chat", "add_special_tokens=True", "two BOS in a chat"),
+    Mutant("fast/decoding/generate.py", "add_special_tokens=not chat", "add_special_tokens=True", "two BOS in a chat"),
     Mutant(
-        "fast/checkpoint.py", "model.generation_config = generation_config(path)", "pass", "stop tokens are forgotten"
+        "fast/checkpoints/checkpoint.py",
+        "model.generation_config = generation_config(path)",
+        "pass",
+        "stop tokens are forgotten",
     ),
     Mutant(
-        "fast/hf_cache.py", "            self.turned = None\n        new", "        new", "angles of the step before"
+        "fast/decoding/latent_cache_hf.py",
+        "            self.turned = None\n        new",
+        "        new",
+        "angles of the step before",
     ),
-    Mutant("fast/hf_cache.py", "room[:, : self.length] = self.filled()", "pass", "growing forgets the tokens"),
-    Mutant("fast/hf_cache.py", "[self.positions, *(part", "[*(part", "positions not cropped with the tokens"),
-    Mutant("fast/hf_cache.py", "if self.positions.length < length:", "if True:", "each layer appends positions"),
-    Mutant("fast/latent_cache.py", '"latent-int8": torch.int8', '"latent-int8": torch.float16', "int8 not used"),
+    Mutant(
+        "fast/decoding/latent_cache_hf.py",
+        "room[:, : self.length] = self.filled()",
+        "pass",
+        "growing forgets the tokens",
+    ),
+    Mutant(
+        "fast/decoding/latent_cache_hf.py",
+        "[self.positions, *(part",
+        "[*(part",
+        "positions not cropped with the tokens",
+    ),
+    Mutant(
+        "fast/decoding/latent_cache_hf.py",
+        "if self.positions.length < length:",
+        "if True:",
+        "each layer appends positions",
+    ),
+    Mutant(
+        "fast/decoding/latent_cache.py", '"latent-int8": torch.int8', '"latent-int8": torch.float16', "int8 not used"
+    ),
     Mutant("reference/linear.py", "(x * path.g) @ path.v_sign", "x @ path.v_sign", "g dropped"),
     Mutant(
         "reference/linear.py", "(t * path.ell) @ path.u_sign.T * path.h", "t @ path.u_sign.T * path.h", "ell dropped"
@@ -335,56 +293,89 @@ MUTANTS = [
         "reference/train.py", "grad = grad * (values[at] > 0)  # ReLU", "pass  # ReLU", "no ReLU in the backward pass"
     ),
     Mutant(
-        "fast/calibrate.py", "inputs[0].detach().float().square()", "inputs[0].detach().float().abs()", "first moments"
+        "fast/models/calibrate.py",
+        "inputs[0].detach().float().square()",
+        "inputs[0].detach().float().abs()",
+        "first moments",
     ),
     Mutant(
-        "fast/calibrate.py", "outputs.sqrt()[:, None] * weight", "outputs[:, None] * weight", "gains without the root"
+        "fast/models/calibrate.py",
+        "outputs.sqrt()[:, None] * weight",
+        "outputs[:, None] * weight",
+        "gains without the root",
     ),
     Mutant("fast/residual.py", "target / scale * unit", "target / scale * unit.abs()", "step along absolute values"),
     Mutant(
-        "fast/layers.py",
+        "fast/models/layers.py",
         "pack_factors(path) for path in self.factors()",
         "pack_factors(path) for path in self.factors()[:1]",
         "residual path not packed",
     ),
-    Mutant("fast/selection.py", "and module is not head", "", "the head is quantised by identity"),
-    Mutant("fast/model.py", "layers[name].bias)\n", "None))", "bias lost"),
-    Mutant("fast/quantizer.py", "model._weight_conversions = []", "pass", "tensors of experts are renamed"),
-    Mutant("fast/experts.py", " if expert < len(self)]", "]", "an expert beyond the last is computed"),
-    Mutant("fast/experts.py", "expert if of_all else place", "place", "weights of all experts are misread"),
-    Mutant("fast/experts.py", "distributed.is_initialized()", "False", "experts without a gradient in one process"),
+    Mutant("fast/models/selection.py", "and module is not head", "", "the head is quantised by identity"),
+    Mutant("fast/models/quantize.py", "layers[name].bias)\n", "None))", "bias lost"),
     Mutant(
-        "fast/experts.py", "gated and alternates(bare._apply_gate)", "False", "gate and up that alternate are mixed"
+        "fast/integrations/hf_quantizer.py", "model._weight_conversions = []", "pass", "tensors of experts are renamed"
     ),
-    Mutant("fast/experts.py", "bare._parameters = {}", "pass", "the dense experts stay in memory"),
-    Mutant("fast/experts.py", "called or len(weight) in (1, count)", "called", "gates of shared experts are quantised"),
-    Mutant("fast/experts.py", "share <= MOST_LEFT_DENSE", "True", "experts stay dense without a word"),
+    Mutant("fast/models/experts.py", " if expert < len(self)]", "]", "an expert beyond the last is computed"),
+    Mutant("fast/models/experts.py", "expert if of_all else place", "place", "weights of all experts are misread"),
     Mutant(
-        "fast/experts.py", "linear_over if selected", "linear_over if True or selected", "excluded ones are renamed"
-    ),
-    Mutant("fast/experts.py", "if is_known(module):  #", "if False:  #", "excluded experts are refused"),
-    Mutant("fast/checkpoint.py", "if missing or unexpected:", "if missing:", "tensors left over pass"),
-    Mutant(
-        "fast/headers.py", "if found != wanted", "if found.shape != wanted.shape", "dtype of packed tensors not checked"
+        "fast/models/experts.py", "distributed.is_initialized()", "False", "experts without a gradient in one process"
     ),
     Mutant(
-        "fast/evaluate.py",
+        "fast/models/experts.py",
+        "gated and alternates(bare._apply_gate)",
+        "False",
+        "gate and up that alternate are mixed",
+    ),
+    Mutant("fast/models/experts.py", "bare._parameters = {}", "pass", "the dense experts stay in memory"),
+    Mutant(
+        "fast/models/experts.py",
+        "called or len(weight) in (1, count)",
+        "called",
+        "gates of shared experts are quantised",
+    ),
+    Mutant("fast/models/experts.py", "share <= MOST_LEFT_DENSE", "True", "experts stay dense without a word"),
+    Mutant(
+        "fast/models/experts.py",
+        "linear_over if selected",
+        "linear_over if True or selected",
+        "excluded ones are renamed",
+    ),
+    Mutant("fast/models/experts.py", "if is_known(module):  #", "if False:  #", "excluded experts are refused"),
+    Mutant("fast/checkpoints/loading.py", "if missing or unexpected:", "if missing:", "tensors left over pass"),
+    Mutant(
+        "fast/checkpoints/format.py",
+        "if found != wanted",
+        "if found.shape != wanted.shape",
+        "dtype of packed tensors not checked",
+    ),
+    Mutant(
+        "fast/evaluation/perplexity.py",
         "scored = len(parts) * (length - 1)",
         "scored = len(parts) * length",
         "the first token counts as scored",
     ),
-    Mutant("fast/evaluate.py", ".split(length)", ".split(length - 1)", "windows are too short"),
-    Mutant("fast/evaluate.py", "view(len(tokens), -1).sum(1)", "view(-1, len(tokens)).sum(0)", "losses change hands"),
-    Mutant("fast/zero_shot.py", "[tokens[good]] > scores", "[tokens[good]] >= scores", "ties count as right"),
-    Mutant("fast/zero_shot.py", 'BEFORE_SENTENCE = " "', 'BEFORE_SENTENCE = ""', "no space before a sentence"),
+    Mutant("fast/models/calibrate.py", ".split(length)", ".split(length - 1)", "windows are too short"),
     Mutant(
-        "fast/zero_shot.py",
+        "fast/evaluation/perplexity.py",
+        "view(len(tokens), -1).sum(1)",
+        "view(-1, len(tokens)).sum(0)",
+        "losses change hands",
+    ),
+    Mutant(
+        "fast/evaluation/zero_shot.py", "[tokens[good]] > scores", "[tokens[good]] >= scores", "ties count as right"
+    ),
+    Mutant(
+        "fast/evaluation/zero_shot.py", 'BEFORE_SENTENCE = " "', 'BEFORE_SENTENCE = ""', "no space before a sentence"
+    ),
+    Mutant(
+        "fast/evaluation/zero_shot.py",
         "tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id",
         "tokenizer.eos_token_id",
         "EOS before every sentence",
     ),
-    Mutant("fast/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
-    Mutant("fast/zero_shot.py", "file.read(left + 1)", "file.read(left)", "archives of any size pass"),
+    Mutant("fast/evaluation/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
+    Mutant("fast/evaluation/zero_shot.py", "file.read(left + 1)", "file.read(left)", "archives of any size pass"),
     Mutant("fast/kernels/cpu.py", "np.float32(2) * lane_sum(a0)", "lane_sum(a0)", "set bits subtracted once"),
     Mutant(
         "fast/kernels/cpu.py", "        if rest > 2:", "        if rest > 3:", "a third word left over is not added"
@@ -392,7 +383,10 @@ MUTANTS = [
     Mutant("fast/kernels/cpu.py", "words[i * width + k]", "words[whole * width + k]", "the last rows are all the same"),
     Mutant("fast/kernels/cpu_threads.py", "blocks * given // parts", "blocks * (given + 1) // parts", "nobody's rows"),
     Mutant(
-        "fast/kernels/lanes.py", "-1.0 if entry >> bit & 1", "-1.0 if entry >> (3 - bit) & 1", "nibbles read backwards"
+        "fast/kernels/cpu_simd.py",
+        "-1.0 if entry >> bit & 1",
+        "-1.0 if entry >> (3 - bit) & 1",
+        "nibbles read backwards",
     ),
     Mutant("fast/kernels/cpu_decode.py", "high * cosine[j] + low", "high * cosine[j] - low", "keys turn the wrong way"),
     Mutant(
@@ -401,19 +395,25 @@ MUTANTS = [
     Mutant(
         "fast/kernels/cpu_dense.py", "for last in range(i, stop):", "for last in range(i, i):", "last rows of the head"
     ),
-    Mutant("fast/decode_cpu.py", "before < top_p", "before + chances < top_p", "the nucleus is one token short"),
-    Mutant("fast/embeddings.py", "errors[:, j : j + 1] * feedback", "0 * feedback", "errors stay within a group"),
-    Mutant("fast/embeddings.py", "return total / len(tokens)", "return total", "moments are sums"),
     Mutant(
-        "fast/embeddings.py",
+        "fast/decoding/cpu_decoder.py", "before < top_p", "before + chances < top_p", "the nucleus is one token short"
+    ),
+    Mutant(
+        "fast/models/embeddings.py", "errors[:, j : j + 1] * feedback", "0 * feedback", "errors stay within a group"
+    ),
+    Mutant("fast/models/embeddings.py", "return total / len(tokens)", "return total", "moments are sums"),
+    Mutant(
+        "fast/models/embeddings.py",
         "texts = flat_tokens(tokens, model), random_tokens",
         "texts = flat_tokens(tokens, model), 0 * random_tokens",
         "one token",
     ),
-    Mutant("fast/embeddings.py", "diagonal += RIDGE", "diagonal += 0", "equal codes have no scale"),
-    Mutant("fast/embeddings.py", "moved.sum(-1)\n", "0 * moved.sum(-1)\n", "scales refitted without their offsets"),
+    Mutant("fast/models/embeddings.py", "diagonal += RIDGE", "diagonal += 0", "equal codes have no scale"),
+    Mutant(
+        "fast/models/embeddings.py", "moved.sum(-1)\n", "0 * moved.sum(-1)\n", "scales refitted without their offsets"
+    ),
     Mutant("fast/kernels/cpu_dense.py", "s1, s1 + offsets", "s1, s0 + offsets", "rows share an offset"),
-    Mutant("fast/agreement.py", "if a != b", "if a == b", "texts agree where they differ"),
+    Mutant("fast/decoding/parity.py", "if a != b", "if a == b", "texts agree where they differ"),
     Mutant("fast/kernels/cpu_threads.py", "max(job[START] - starts[order], 0)", "0", "threads repeat the first rows"),
     Mutant(
         "fast/kernels/cpu_threads.py", "if now == DONE:", "if now == RUNNING:", "parts are copied before they are done"
@@ -425,20 +425,22 @@ MUTANTS = [
         "if not compare_and_swap(state, TAKEN, DONE):",
         "a part that was taken back is said to be done",
     ),
-    Mutant("fast/embeddings.py", "pairs >> 4", "pairs >> 3", "high nibbles misread"),
-    Mutant("fast/decode.py", 'not now.endswith("\\ufffd")', "True", "half a character is written"),
+    Mutant("fast/models/embeddings.py", "pairs >> 4", "pairs >> 3", "high nibbles misread"),
+    Mutant("fast/decoding/generate.py", 'not now.endswith("\\ufffd")', "True", "half a character is written"),
     Mutant(
-        "fast/kernels/plan.py",
+        "fast/kernels/cpu_layer.py",
         "(tensor.data_ptr(), tensor.dtype, tensor.shape) for",
         "tensor.dtype for",
         "plans by dtype",
     ),
-    Mutant("fast/kernels/plan.py", " if tensor.is_contiguous()\n", "\n", "a plan for strided words"),
-    Mutant("fast/kernels/plan.py", "to_half(name, getattr(path, name))", "getattr(path, name)", "scales of any dtype"),
+    Mutant("fast/kernels/cpu_layer.py", " if tensor.is_contiguous()\n", "\n", "a plan for strided words"),
+    Mutant(
+        "fast/kernels/cpu_layer.py", "to_half(name, getattr(path, name))", "getattr(path, name)", "scales of any dtype"
+    ),
     Mutant(
         "fast/kernels/cpu.py", "subtract(lanes, add(negative, negative))", "subtract(lanes, negative)", "zero for -1"
     ),
-    Mutant("fast/kernels/plan.py", "if rows > LARGE_BATCH and", "if", "small batches are unpacked"),
+    Mutant("fast/kernels/cpu_layer.py", "if rows > LARGE_BATCH and", "if", "small batches are unpacked"),
     Mutant("fast/kernels/cpu.py", "kept == width else 0 :]", "kept == width else 128 :]", "tables out of place"),
     Mutant(
         "fast/kernels/dispatch.py",
@@ -446,12 +448,12 @@ MUTANTS = [
         "True:\n        return plan",
         "plans for ever",
     ),
-    Mutant("fast/layers.py", '| {"plan": None}', "", "copies share a plan"),
-    Mutant("fast/kernels/plan.py", " & (1 << 8 * words.itemsize) - 1", "", "the int16's sign is kept as pad bits"),
-    Mutant("fast/kernels/dispatch.py", "(b / largest).to", "b.to", "a product of scales overflows float16"),
-    Mutant("fast/kernels/dispatch.py", "[..., :count]", "[..., -count:]", "pad bits taken for signs"),
+    Mutant("fast/models/layers.py", '| {"plan": None}', "", "copies share a plan"),
+    Mutant("fast/kernels/cpu_layer.py", " & (1 << 8 * words.itemsize) - 1", "", "the int16's sign is kept as pad bits"),
+    Mutant("fast/kernels/unpacked.py", "(b / largest).to", "b.to", "a product of scales overflows float16"),
+    Mutant("fast/kernels/unpacked.py", "[..., :count]", "[..., -count:]", "pad bits taken for signs"),
     Mutant("fast/kernels/dispatch.py", "            check_words(words, count)\n", "", "the kernel reads any words"),
-    Mutant("fast/headers.py", "words(rank, d_in)", "words(rank, rank)", "V in words as wide as U's"),
+    Mutant("fast/models/packed_shapes.py", "words(rank, d_in)", "words(rank, rank)", "V in words as wide as U's"),
     Mutant("fast/kernels/cpu.py", "order > 0,", "False,", "the last path alone"),
     Mutant(
         "fast/kernels/cpu.py",
@@ -460,196 +462,253 @@ MUTANTS = [
         "a column of x skipped",
     ),
     Mutant(
-        "fast/student.py",
+        "fast/training/student.py",
         "for path in paths) for paths in same)",
         "for path in paths[:1]) for paths in same)",
         "too little room for the residual path",
     ),
-    Mutant("fast/student.py", "(0, 0, 0, missing)", "(0, 0, missing, 0)", "A filled up before its rows, B after"),
-    Mutant("fast/student.py", "torch.stack(grads)", "torch.stack(grads[::-1])", "gradients of layers in reverse"),
     Mutant(
-        "fast/student.py",
+        "fast/training/student.py", "(0, 0, 0, missing)", "(0, 0, missing, 0)", "A filled up before its rows, B after"
+    ),
+    Mutant(
+        "fast/training/student.py", "torch.stack(grads)", "torch.stack(grads[::-1])", "gradients of layers in reverse"
+    ),
+    Mutant(
+        "fast/training/student.py",
         "tensor.data = whole_tensor[row]",
         "tensor.data = whole_tensor[row].clone()",
         "layers do not follow",
     ),
-    Mutant("fast/student.py", ".ndim == 1)", ".ndim <= 2)", "norms: all is trained"),
-    Mutant("fast/student.py", "group = latents if", "group = scales if", "groups of learning rates changed over"),
-    Mutant("fast/student.py", "            p.grad = None\n", "", "gradients stay after training"),
-    Mutant("fast/trainer.py", "master.grad /= self.world", "pass", "gradients summed over processes"),
-    Mutant("fast/trainer.py", "if master.grad is not None:", "if True:", "a norm without a gradient"),
-    Mutant("fast/trainer.py", "(1 + math.cos", "(1 - math.cos", "rates rise along the cosine"),
+    Mutant("fast/training/student.py", ".ndim == 1)", ".ndim <= 2)", "norms: all is trained"),
     Mutant(
-        "fast/trainer.py", "part[:, rank::world]", "part[:, : part.shape[1] // world]", "all processes read the same"
+        "fast/training/student.py", "group = latents if", "group = scales if", "groups of learning rates changed over"
+    ),
+    Mutant("fast/training/student.py", "            p.grad = None\n", "", "gradients stay after training"),
+    Mutant("fast/training/trainer.py", "master.grad /= self.world", "pass", "gradients summed over processes"),
+    Mutant("fast/training/trainer.py", "if master.grad is not None:", "if True:", "a norm without a gradient"),
+    Mutant("fast/training/trainer.py", "(1 + math.cos", "(1 - math.cos", "rates rise along the cosine"),
+    Mutant(
+        "fast/training/trainer.py",
+        "part[:, rank::world]",
+        "part[:, : part.shape[1] // world]",
+        "all processes read the same",
     ),
     Mutant(
-        "fast/trainer.py", "first = sum(lengths[:at])", "first = sum(lengths[: at + 1]) - lengths[0]", "texts overlap"
+        "fast/training/trainer.py",
+        "first = sum(lengths[:at])",
+        "first = sum(lengths[: at + 1]) - lengths[0]",
+        "texts overlap",
     ),
     Mutant(
-        "fast/trainer.py",
+        "fast/training/trainer.py",
         "offset + sequence * torch.randperm",
         "offset + (sequence - 1) * torch.randperm",
         "windows overlap",
     ),
-    Mutant("fast/trainer.py", "* (len(part) / len(self.tokens))", "", "micro-batches are summed"),
-    Mutant("fast/trainer.py", "self.config.clip or math.inf", "math.inf", "no clipping"),
-    Mutant("fast/trainer.py", "self.teacher[before]", "self.student[before]", "blocks read the student's stream"),
-    Mutant("fast/trainer.py", "loss + self.hidden_weight *", "loss + 0 *", "no hidden-state loss"),
-    Mutant("fast/trainer.py", "and math.isfinite(self.norm.item())", "", "a spoilt state is kept"),
+    Mutant("fast/training/trainer.py", "* (len(part) / len(self.tokens))", "", "micro-batches are summed"),
+    Mutant("fast/training/trainer.py", "self.config.clip or math.inf", "math.inf", "no clipping"),
     Mutant(
-        "fast/trainer.py",
+        "fast/training/trainer.py", "self.teacher[before]", "self.student[before]", "blocks read the student's stream"
+    ),
+    Mutant("fast/training/trainer.py", "loss + self.hidden_weight *", "loss + 0 *", "no hidden-state loss"),
+    Mutant("fast/training/trainer.py", "and math.isfinite(self.norm.item())", "", "a spoilt state is kept"),
+    Mutant(
+        "fast/training/trainer.py",
         "for key, tensor in optimizer.state.get(master, {}).items()",
         "for key, tensor in {}.items()",
         "going on forgets Adam's moments",
     ),
     Mutant(
-        "fast/trainer.py",
+        "fast/training/trainer.py",
         'list(tensors.pop("losses").to(self.device))',
         'list(tensors.pop("losses"))[:0]',
         "going on forgets losses",
     ),
     Mutant(
-        "fast/trainer.py",
+        "fast/training/trainer.py",
         "distributed.broadcast(parameter.data, 0)",
         "pass",
         "processes begin with models of their own",
     ),
-    Mutant("fast/trainer.py", "if self.step == phase.begin:", "if False:", "moments of the part before stay"),
-    Mutant("fast/trainer.py", "if phase.frozen and group.latents", "if False", "frozen signs move"),
-    Mutant("fast/trainer.py", "first >= freeze,", "first > freeze,", "a phase too late is frozen"),
+    Mutant("fast/training/trainer.py", "if self.step == phase.begin:", "if False:", "moments of the part before stay"),
+    Mutant("fast/training/trainer.py", "if phase.frozen and group.latents", "if False", "frozen signs move"),
+    Mutant("fast/training/trainer.py", "first >= freeze,", "first > freeze,", "a phase too late is frozen"),
     Mutant("fast/distill.py", "labels[:, None] < 0, p,", "labels[:, None] < -1, p,", "rows without a label have one"),
-    Mutant("fast/muon.py", "tall = matrix.shape[-2] > matrix.shape[-1]", "tall = False", "tall matrices as they are"),
-    Mutant("fast/muon.py", '1 - group["momentum"])', 'group["momentum"])', "momentum the wrong way"),
-    Mutant("fast/calibrate.py", "[math.inf] * lowest + inside[lowest:]", "inside", "no lower bound of ranks"),
-    Mutant("fast/trainer.py", "        if forced:", "        if not forced:", "the wrong part is forced"),
-    Mutant("fast/resume.py", "if described(path).get", "if True or described(path).get", "damaged states are taken"),
     Mutant(
-        "fast/resume.py",
+        "fast/training/muon.py",
+        "tall = matrix.shape[-2] > matrix.shape[-1]",
+        "tall = False",
+        "tall matrices as they are",
+    ),
+    Mutant("fast/training/muon.py", '1 - group["momentum"])', 'group["momentum"])', "momentum the wrong way"),
+    Mutant("fast/models/calibrate.py", "[math.inf] * lowest + inside[lowest:]", "inside", "no lower bound of ranks"),
+    Mutant("fast/training/trainer.py", "        if forced:", "        if not forced:", "the wrong part is forced"),
+    Mutant(
+        "fast/training/resume.py",
+        "if described(path).get",
+        "if True or described(path).get",
+        "damaged states are taken",
+    ),
+    Mutant(
+        "fast/training/resume.py",
         "return description if check == json_digest(description) else {}",
         "return description",
         "run.json is not checked",
     ),
-    Mutant("fast/resume.py", "self.states()[KEPT:]", "self.states()[KEPT + 1 :]", "a state too many"),
-    Mutant("fast/resume.py", 'entry["step"] <= step', "True", "log entries twice"),
-    Mutant("fast/resume.py", "reverse=True", "reverse=False", "the oldest state first"),
-    Mutant("fast/resume.py", "before is not None and before != self.run", "False", "the state of another run is taken"),
-    Mutant("fast/resume.py", "60 * self.minutes", "0", "saves after every step"),
+    Mutant("fast/training/resume.py", "self.states()[KEPT:]", "self.states()[KEPT + 1 :]", "a state too many"),
+    Mutant("fast/training/resume.py", 'entry["step"] <= step', "True", "log entries twice"),
+    Mutant("fast/training/resume.py", "reverse=True", "reverse=False", "the oldest state first"),
     Mutant(
-        "fast/__main__.py",
+        "fast/training/resume.py",
+        "before is not None and before != self.run",
+        "False",
+        "the state of another run is taken",
+    ),
+    Mutant("fast/training/resume.py", "60 * self.minutes", "0", "saves after every step"),
+    Mutant(
+        "fast/cli/train.py",
         "if keeper.newest() is not None:",
         "if keeper.states():",
         "damaged states choose the initialisation",
     ),
     Mutant(
-        "fast/plugin.py",
+        "fast/integrations/plugin.py",
         "except Exception as error",
         "except ZeroDivisionError as error",
         "old libraries can no longer be imported",
     ),
     Mutant(
-        "fast/lora.py", "if isinstance(base, PackedLinear) else None", "if False else None", "adapters do not attach"
+        "fast/integrations/peft_lora.py",
+        "if isinstance(base, PackedLinear) else None",
+        "if False else None",
+        "adapters do not attach",
     ),
     Mutant(
-        "fast/lora.py", '"_check_merge_allowed", check_merge_first', '"_check_merge_allowed", lambda f: f', "merges"
+        "fast/integrations/peft_lora.py",
+        '"_check_merge_allowed", check_merge_first',
+        '"_check_merge_allowed", lambda f: f',
+        "merges",
     ),
     Mutant(
-        "fast/lora.py", "    check_initialiser(kwargs", "    print(kwargs", "initialisers change a copy that is lost"
+        "fast/integrations/peft_lora.py",
+        "    check_initialiser(kwargs",
+        "    print(kwargs",
+        "initialisers change a copy that is lost",
     ),
-    Mutant("fast/selection.py", "if isinstance(node, ast.If):", "if False:", "special cases keep layers dense"),
-    Mutant("fast/selection.py", "if weight.numel() == 0:", "if False:", "layers without weights are quantised"),
-    Mutant("fast/selection.py", 'name.startswith(f"{tower}.")', "False", "towers are quantised"),
-    Mutant("fast/selection.py", "if key in weights_read(type(parent)):", "if False:", "readers of weights break"),
-    Mutant("fast/wrappers.py", "if has_adapters(model):", "if False:", "adapters are quantised and saved"),
-    Mutant("fast/wrappers.py", '"_orig_mod" in model._modules', "False", "compiled models are not unwrapped"),
-    Mutant("fast/plugin.py", "        self.catch_up()", "        pass", "a finder that comes first is not made up for"),
+    Mutant("fast/models/selection.py", "if isinstance(node, ast.If):", "if False:", "special cases keep layers dense"),
+    Mutant("fast/models/selection.py", "if weight.numel() == 0:", "if False:", "layers without weights are quantised"),
+    Mutant("fast/models/selection.py", 'name.startswith(f"{tower}.")', "False", "towers are quantised"),
+    Mutant(
+        "fast/models/selection.py", "if key in weights_read(type(parent)):", "if False:", "readers of weights break"
+    ),
+    Mutant("fast/models/wrappers.py", "if has_adapters(model):", "if False:", "adapters are quantised and saved"),
+    Mutant("fast/models/wrappers.py", '"_orig_mod" in model._modules', "False", "compiled models are not unwrapped"),
+    Mutant(
+        "fast/integrations/plugin.py",
+        "        self.catch_up()",
+        "        pass",
+        "a finder that comes first is not made up for",
+    ),
     Mutant("fast/arrays.py", "if array.dtype in HALVES else array", "if False else array", "16 bits stay 16 bits"),
-    Mutant("fast/layers.py", "made = memo[id(self)] = type", "made = type", "shared layers are copied twice"),
+    Mutant("fast/models/layers.py", "made = memo[id(self)] = type", "made = type", "shared layers are copied twice"),
     Mutant(
-        "fast/layers.py",
+        "fast/models/layers.py",
         "copy.deepcopy(self.__getstate__(), memo)",
         "self.__getstate__()",
         "deep copies share their tensors",
     ),
-    Mutant("fast/layers.py", "def __reduce_ex__(", "def no_reduce(", "layers are pickled"),
-    Mutant("fast/gguf.py", 'if architecture == "llama":', 'if architecture == "none":', "heads are not interleaved"),
+    Mutant("fast/models/layers.py", "def __reduce_ex__(", "def no_reduce(", "layers are pickled"),
     Mutant(
-        "fast/gguf.py",
+        "fast/checkpoints/gguf.py",
+        'if architecture == "llama":',
+        'if architecture == "none":',
+        "heads are not interleaved",
+    ),
+    Mutant(
+        "fast/checkpoints/gguf.py",
         '"k_proj": config.num_key_value_heads',
         '"k_proj": config.num_attention_heads',
         "keys have as many heads as queries",
     ),
-    Mutant("fast/gguf.py", "if tensor.ndim < 2:", "if False:", "vectors are rounded"),
-    Mutant("fast/gguf.py", "if module.table not in seen:", "if True:", "tied tables are written twice"),
+    Mutant("fast/checkpoints/gguf.py", "if tensor.ndim < 2:", "if False:", "vectors are rounded"),
+    Mutant("fast/checkpoints/gguf.py", "if module.table not in seen:", "if True:", "tied tables are written twice"),
     Mutant(
-        "fast/gguf.py",
+        "fast/checkpoints/gguf.py",
         'if rope(config).get("rope_type", "default") != "default" or',
         "if",
         "scaled positions are written as plain ones",
     ),
     Mutant(
-        "fast/writing.py",
+        "fast/files/atomic.py",
         "os.replace(folder / place.name, place)",
         "pass",
         "a file that was written is not put in place",
     ),
-    Mutant("fast/estimate.py", "    model.tie_weights()", "    pass", "a tied head is counted twice"),
+    Mutant("fast/cli/estimate.py", "    model.tie_weights()", "    pass", "a tied head is counted twice"),
     Mutant(
-        "fast/estimate.py",
+        "fast/cli/estimate.py",
         "stored // 8 + 2 * (parameters - weights)",
         "stored // 8 + 2 * parameters",
         "dense weights are counted as stored",
     ),
-    Mutant("fast/report.py", "<title>{html.escape(name)}", "<title>{name}", "names are not escaped"),
+    Mutant("fast/cli/report.py", "<title>{html.escape(name)}", "<title>{name}", "names are not escaped"),
     Mutant(
-        "fast/report.py",
-        "between(min(ranks), max(ranks))",
-        "between(min(ranks), min(ranks))",
+        "fast/cli/report.py",
+        "low, high = min(values), max(values)",
+        "low, high = min(values), min(values)",
         "the largest rank is not shown",
     ),
-    Mutant("fast/progress.py", 'or "ipykernel" in sys.modules', "", "notebooks are logs"),
-    Mutant("fast/progress.py", "return library.tqdm.status_printer(file)", "pass", "terminals are logs"),
-    Mutant("fast/completion.py", '"$command $previous" in', '"$previous" in', "choices are not completed"),
-    Mutant("fast/official.py", "words[:, -1] &= (1 << count % 32) - 1", "pass", "pad bits are kept"),
-    Mutant("fast/official.py", "ell = u2.float() * v1.float()", "ell = v1.float()", "u2 is forgotten"),
+    Mutant("fast/_progress.py", 'or "ipykernel" in sys.modules', "", "notebooks are logs"),
+    Mutant("fast/_progress.py", "return library.tqdm.status_printer(file)", "pass", "terminals are logs"),
     Mutant(
-        "fast/official.py",
+        "fast/cli/main.py",
+        'action.type is Path or action.dest == "model"',
+        "action.type is Path",
+        "files are not completed for a model",
+    ),
+    Mutant("fast/checkpoints/official.py", "words[:, -1] &= (1 << count % 32) - 1", "pass", "pad bits are kept"),
+    Mutant("fast/checkpoints/official.py", "ell = u2.float() * v1.float()", "ell = v1.float()", "u2 is forgotten"),
+    Mutant(
+        "fast/checkpoints/official.py",
         'in_order(scales["v2"], scales["v1"], d_in)',
         '(scales["v2"], scales["v1"])',
         "scales are taken by name alone",
     ),
     Mutant(
-        "fast/official.py",
+        "fast/checkpoints/official.py",
         "words if words.itemsize == 4 else low",
         "words.to(torch.int32)",
         "sign bits of narrow words are spread",
     ),
-    Mutant("fast/official.py", 'SUFFIXES = ("", "_R")', 'SUFFIXES = ("",)', "the residual path is dropped"),
-    Mutant("fast/official.py", 'not key.endswith(".bias")]', "True]", "biases count as packed"),
+    Mutant("fast/checkpoints/official.py", 'SUFFIXES = ("", "_R")', 'SUFFIXES = ("",)', "the residual path is dropped"),
+    Mutant("fast/checkpoints/official.py", 'not key.endswith(".bias")]', "True]", "biases count as packed"),
     Mutant(
-        "fast/hf.py",
+        "fast/checkpoints/dense.py",
         "if is_official(folder) or (isinstance",
         "if (isinstance",
         "the authors' format is taken for a dense model",
     ),
-    Mutant("fast/hf.py", "    check_whole(folder, found)\n", "", "missing tensors are made up"),
-    Mutant("fast/hf.py", '("is left over", left)', '("is left over", [])', "tensors left over pass"),
-    Mutant("fast/hf.py", "    settle_ties(model)\n", "", "a head of its own is said to be tied"),
-    Mutant("fast/checkpoint.py", "    untie_own_head(model, tensors)\n", "", "a head of its own is tied"),
-    Mutant("fast/checkpoint.py", "    share(model, shared)\n", "", "shared parameters are not shared again"),
-    Mutant("fast/shared.py", "if not one or one != other:", "if False:", "anything may be shared"),
+    Mutant("fast/checkpoints/dense.py", "    check_whole(folder, found)\n", "", "missing tensors are made up"),
+    Mutant("fast/checkpoints/whole.py", '("is left over", left)', '("is left over", [])', "tensors left over pass"),
+    Mutant("fast/checkpoints/dense.py", "    settle_ties(model)\n", "", "a head of its own is said to be tied"),
+    Mutant("fast/checkpoints/loading.py", "    untie_own_head(model, tensors)\n", "", "a head of its own is tied"),
+    Mutant("fast/checkpoints/loading.py", "    share(model, shared)\n", "", "shared parameters are not shared again"),
+    Mutant("fast/models/shared.py", "if not one or one != other:", "if False:", "anything may be shared"),
     Mutant(
-        "fast/quantizer.py",
+        "fast/integrations/hf_quantizer.py",
         "            check_whole(model.name_or_path, found)\n",
         "            pass\n",
         "random weights",
     ),
-    Mutant("fast/gguf_reader.py", "{digest[:16]}", "{state.st_size}", "files of one size are one"),
-    Mutant("fast/gguf_reader.py", "    complete_config(config, header)\n", "", "biases are not read"),
-    Mutant("fast/gguf_reader.py", "*unread(header, model)", "", "tensors that no one reads are dropped"),
-    Mutant("fast/gguf_reader.py", "    if parts > 1:", "    if False:", "a part is taken for the whole"),
-    Mutant("fast/hub.py", '{"local_files_only": "/" not in name}', "{}", "the hub is asked for misspelt names"),
+    Mutant("fast/checkpoints/convert.py", "{digest[:16]}", "{state.st_size}", "files of one size are one"),
+    Mutant("fast/checkpoints/gguf_reader.py", "    complete_config(config, header)\n", "", "biases are not read"),
+    Mutant("fast/checkpoints/convert.py", "*unread(header, model)", "", "tensors that no one reads are dropped"),
+    Mutant("fast/checkpoints/gguf_reader.py", "    if parts > 1:", "    if False:", "a part is taken for the whole"),
     Mutant(
-        "fast/fetch.py",
+        "fast/checkpoints/hub.py", '{"local_files_only": "/" not in name}', "{}", "the hub is asked for misspelt names"
+    ),
+    Mutant(
+        "fast/checkpoints/fetch.py",
         "    return path.absolute()\n\n\ndef locate_packed",
         "    return path\n\n\ndef locate_packed",
         "paths are relative",
@@ -657,121 +716,152 @@ MUTANTS = [
     Mutant("reference/bits.py", "bits_budget(level * share,", "bits_budget(level,", "shares are ignored"),
     Mutant("reference/bits.py", "(d_out * d_in * shares[name])", "(d_out * d_in)", "the rest is spent without shares"),
     Mutant(
-        "fast/selection.py",
+        "fast/models/selection.py",
         "return weight.mT if is_conv1d(layer) else weight",
         "return weight",
         "Conv1D is taken as it lies",
     ),
     Mutant(
-        "fast/model.py",
+        "fast/models/quantize.py",
         "(queries, keys, keys) if count == 3",
         "(1, 1, 1) if count == 3",
         "queries, keys and values of equal size",
     ),
     Mutant(
-        "fast/model.py",
+        "fast/models/quantize.py",
         "        for name, module in before.items():",
         "        for name, module in ():",
         "refused models stay split",
     ),
     Mutant(
-        "fast/model.py",
+        "fast/models/quantize.py",
         "if keys >= queries or not found:",
         "if not found:",
         "a factor for models without grouped queries",
     ),
-    Mutant("fast/embeddings.py", "if type(embedding) is not nn.Embedding:", "if False:", "embeddings lose their scale"),
-    Mutant("fast/checkpoint.py", "fits = is_linear(layer) and", "fits = True or", "parts of any size"),
     Mutant(
-        "fast/checkpoint.py",
+        "fast/models/embeddings.py",
+        "if type(embedding) is not nn.Embedding:",
+        "if False:",
+        "embeddings lose their scale",
+    ),
+    Mutant("fast/checkpoints/loading.py", "fits = is_linear(layer) and", "fits = True or", "parts of any size"),
+    Mutant(
+        "fast/checkpoints/saving.py",
         "embedding_section(model) | fused_section(model)",
         "embedding_section(model)",
         "split layers are not described",
     ),
-    Mutant("fast/checkpoint.py", "size + tensor.nbytes > shard_bytes", "False", "never sharded"),
-    Mutant("fast/headers.py", "or Path(name).name != name", "", "an index may name files anywhere"),
+    Mutant("fast/checkpoints/saving.py", "size + tensor.nbytes > shard_bytes", "False", "never sharded"),
+    Mutant("fast/files/untrusted.py", "or Path(name).name != name", "", "an index may name files anywhere"),
     Mutant(
-        "fast/checkpoint.py",
+        "fast/checkpoints/checkpoint.py",
         ' and not name.endswith(("table.scale", "table.offset"))',
         "",
         "scales and offsets are parameters",
     ),
-    Mutant("fast/layers.py", "new.dtype != old.dtype", "False", "packed scales are cast with the model"),
-    Mutant("fast/layers.py", "old.to(new.device)", "old", "packed scales stay behind on a device"),
+    Mutant("fast/models/layers.py", "new.dtype != old.dtype", "False", "packed scales are cast with the model"),
+    Mutant("fast/models/layers.py", "old.to(new.device)", "old", "packed scales stay behind on a device"),
     Mutant(
-        "fast/embeddings.py",
+        "fast/models/embeddings.py",
         "QuantizedHead(head, tied=head is table)",
         "QuantizedHead(head)",
         "tied tables stored twice",
     ),
-    Mutant("fast/embeddings.py", "model._tied_weights_keys = ", "", "transformers ties tables as weights"),
-    Mutant("fast/quantizer.py", "check_layers(layers, headers)", "pass", "missing tensors are made up"),
-    Mutant("fast/headers.py", "for place in homes)", "for place in [real.parent])", "links lead anywhere"),
-    Mutant("fast/headers.py", "if not ordinary:", "if False:", "pipes are opened"),
-    Mutant("fast/headers.py", "if claimed > JSON_BYTES:", "if False:", "headers of any size"),
-    Mutant("fast/headers.py", "> MOST_ENTRIES:", "< 0:", "shapes that overflow"),
-    Mutant("fast/headers.py", "return used < width and bool", "return False and bool", "pad bits of files not checked"),
-    Mutant("fast/checkpoint.py", "        order_metadata(folder / name)\n", "", "files differ from run to run"),
-    Mutant("fast/headers.py", "json_digest(config) != checksums.config", "False", "settings may change"),
-    Mutant("fast/digests.py", "{dtype} {list(shape)}", "", "digests of contents alone"),
-    Mutant("fast/headers.py", "if not {WITHOUT_CHECKSUMS: True,", "if not {version: True,", "checksums may be missing"),
-    Mutant("fast/checkpoint.py", "if computed > BUFFER_BYTES:", "if False:", "buffers of any size"),
-    Mutant("fast/hf.py", "value > MOST", "False", "counts of any size"),
-    Mutant("fast/hf.py", "if most is not None and count > most:", "if False:", "parameters without end"),
-    Mutant("fast/hf.py", "threading.get_ident() == builder", "True", "other threads' models lose their memory"),
-    Mutant("fast/writing.py", "if not (overwrite and path.exists()):", "if not path.exists():", "overwrites unasked"),
+    Mutant("fast/models/embeddings.py", "model._tied_weights_keys = ", "", "transformers ties tables as weights"),
+    Mutant("fast/integrations/hf_quantizer.py", "check_layers(layers, headers)", "pass", "missing tensors are made up"),
+    Mutant("fast/files/untrusted.py", "for place in homes)", "for place in [real.parent])", "links lead anywhere"),
+    Mutant("fast/files/untrusted.py", "if not ordinary:", "if False:", "pipes are opened"),
+    Mutant("fast/checkpoints/format.py", "if claimed > JSON_BYTES:", "if False:", "headers of any size"),
+    Mutant("fast/checkpoints/format.py", "> MOST_ENTRIES:", "< 0:", "shapes that overflow"),
     Mutant(
-        "fast/writing.py",
+        "fast/checkpoints/format.py",
+        "return used < width and bool",
+        "return False and bool",
+        "pad bits of files not checked",
+    ),
+    Mutant("fast/checkpoints/saving.py", "        order_metadata(folder / name)\n", "", "files differ from run to run"),
+    Mutant("fast/checkpoints/format.py", "json_digest(config) != checksums.config", "False", "settings may change"),
+    Mutant("fast/files/digests.py", "{dtype} {list(shape)}", "", "digests of contents alone"),
+    Mutant(
+        "fast/checkpoints/format.py",
+        "if not {WITHOUT_CHECKSUMS: True,",
+        "if not {version: True,",
+        "checksums may be missing",
+    ),
+    Mutant("fast/checkpoints/loading.py", "if computed > BUFFER_BYTES:", "if False:", "buffers of any size"),
+    Mutant("fast/models/build.py", "value > MOST", "False", "counts of any size"),
+    Mutant("fast/models/build.py", "if most is not None and count > most:", "if False:", "parameters without end"),
+    Mutant(
+        "fast/models/build.py", "threading.get_ident() == builder", "True", "other threads' models lose their memory"
+    ),
+    Mutant(
+        "fast/files/atomic.py", "if not (overwrite and path.exists()):", "if not path.exists():", "overwrites unasked"
+    ),
+    Mutant(
+        "fast/files/atomic.py",
         "if lock is not None:\n            shutil",
         "if True:\n            shutil",
         "others' work is removed",
     ),
     Mutant(
-        "fast/quantizer.py",
+        "fast/integrations/hf_quantizer.py",
         "super().__init__(copy(quantization_config)",
         "super().__init__((quantization_config)",
         "the caller's configuration changes",
     ),
     Mutant(
-        "fast/quantizer.py",
+        "fast/integrations/hf_quantizer.py",
         "self.describe(model)\n        model._weight",
         "model._weight",
         "an old description is saved",
     ),
     Mutant(
-        "fast/quantizer.py",
+        "fast/integrations/hf_quantizer.py",
         "if any(isinstance(module, LittleBitLinear)",
         "if False and any(isinstance(module, LittleBitLinear)",
         "latents are saved as a checkpoint",
     ),
     Mutant(
-        "fast/quantizer.py",
+        "fast/integrations/hf_quantizer.py",
         "put_embeddings(model, self.quantization_config.embeddings",
         "put_embeddings(model, None",
         "no quantised embeddings in transformers",
     ),
-    Mutant("fast/plugin.py", "    WATCHER.catch_up()", "    pass", "transformers that came first does not learn"),
     Mutant(
-        "fast/plugin.py",
+        "fast/integrations/plugin.py",
+        "    WATCHER.catch_up()",
+        "    pass",
+        "transformers that came first does not learn",
+    ),
+    Mutant(
+        "fast/integrations/plugin.py",
         "        WATCHER.tell(module.__name__)",
         "        pass",
         "transformers that comes later does not learn",
     ),
     Mutant(
-        "fast/operators.py",
+        "fast/kernels/torch_op.py",
         "((grad.float() @ b) @ a)",
         "((grad.float() @ b) @ a * 1.001)",
         "gradient of the packed layer is off",
     ),
-    Mutant("fast/__main__.py", "return STOPPED", "return USER_ERROR", "told to stop is an error"),
+    Mutant("fast/cli/main.py", "return STOPPED", "return INTERRUPTED", "SIGTERM is reported as Ctrl-C"),
     Mutant(
-        "fast/kernels/cuda.py", "- top)\n            total +=", ")\n            total +=", "shares keep their own scale"
+        "fast/kernels/cuda_gemv.py",
+        "- top)\n            total +=",
+        ")\n            total +=",
+        "shares keep their own scale",
     ),
-    Mutant("fast/kernels/cuda.py", "eight_times(sums, float32(1) / total)", "sums", "shares are not divided"),
-    Mutant("fast/kernels/cuda.py", "int32(vector * count) + at)]", "at)]", "all vectors have the first one's norm"),
-    Mutant("fast/kernels/cuda.py", "total += y[place]", "total += float32(0)", "outputs take the place of the stream"),
-    Mutant("fast/kernels/cuda.py", "int32(-1) if of == 3", "int32(1) if of == 3", "the 24th plane counts as 2^22"),
-    Mutant("fast/kernels/cuda_batch.py", "place > first:", "place > 0:", "pieces of vectors are not read again"),
+    Mutant("fast/kernels/cuda_gemv.py", "eight_times(sums, float32(1) / total)", "sums", "shares are not divided"),
+    Mutant(
+        "fast/kernels/cuda_gemv.py", "int32(vector * count) + at)]", "at)]", "all vectors have the first one's norm"
+    ),
+    Mutant(
+        "fast/kernels/cuda_gemv.py", "total += y[place]", "total += float32(0)", "outputs take the place of the stream"
+    ),
+    Mutant("fast/kernels/cuda_gemv.py", "int32(-1) if of == 3", "int32(1) if of == 3", "the 24th plane counts as 2^22"),
+    Mutant("fast/kernels/cuda_gemm.py", "place > first:", "place > 0:", "pieces of vectors are not read again"),
     Mutant(
         "fast/kernels/cuda_decode.py",
         "float32(LOWEST), float32(0)\n            item",
@@ -789,68 +879,93 @@ MUTANTS = [
         "fast/kernels/cuda_decode.py", "tickets[uint32(block)] = 0", "tickets[uint32(block)] = 1", "tickets are used up"
     ),
     Mutant(
-        "fast/kernels/cuda_unpacked.py",
+        "fast/kernels/cuda_unpack.py",
         "else uint32(0)\n        return",
         "else exponent\n        return",
         "NaN is everywhere",
     ),
-    Mutant("fast/kernels/cuda_launch.py", "if vectors == 1 else", "if vectors else", "one schedule for all batches"),
-    Mutant("fast/kernels/cuda_launch.py", "cost(*UNPACKED_COST) <", "cost(*UNPACKED_COST) >", "unpacks small batches"),
+    Mutant("fast/kernels/cuda_schedule.py", "if vectors == 1 else", "if vectors else", "one schedule for all batches"),
     Mutant(
-        "fast/kernels/cuda_launch.py", "tables.get(name, {}) | table", "table", "own schedules hide the shipped ones"
+        "fast/kernels/cuda_schedule.py", "cost(*UNPACKED_COST) <", "cost(*UNPACKED_COST) >", "unpacks small batches"
     ),
     Mutant(
-        "fast/tune_cuda.py",
+        "fast/kernels/cuda_schedule.py", "tables.get(name, {}) | table", "table", "own schedules hide the shipped ones"
+    ),
+    Mutant(
+        "fast/bench/tune.py",
         "schedule = min([schedule, *output",
         "schedule = max([schedule, *output",
         "the slowest is kept",
     ),
     Mutant(
-        "fast/kernels/cuda_latent.py", "low * c - high * s, high * c", "low * c + high * s, high * c", "turned back"
+        "fast/kernels/cuda_latent_attention.py",
+        "low * c - high * s, high * c",
+        "low * c + high * s, high * c",
+        "turned back",
     ),
-    Mutant("fast/kernels/cuda_latent.py", "2 * pair) < first_words", "2 * pair) <= first_words", "scales of a pair"),
     Mutant(
-        "fast/kernels/cuda_latent.py",
+        "fast/kernels/cuda_latent_attention.py",
+        "2 * pair) < first_words",
+        "2 * pair) <= first_words",
+        "scales of a pair",
+    ),
+    Mutant(
+        "fast/kernels/cuda_latent_attention.py",
         "weight * shared[uint32(held_scales + tokens",
         "weight * shared[uint32(held_scales",
         "scale",
     ),
-    Mutant("fast/kernels/cuda_latent.py", "mean / total if whole else mean", "mean / total", "shares divided twice"),
     Mutant(
-        "fast/kernels/cuda_latent.py",
+        "fast/kernels/cuda_latent_attention.py",
+        "mean / total if whole else mean",
+        "mean / total",
+        "shares divided twice",
+    ),
+    Mutant(
+        "fast/kernels/cuda_latent_attention.py",
         "first_tile, end = int32(share * each)",
         "first_tile, end = int32(0)",
         "tiles twice",
     ),
     Mutant(
-        "fast/kernels/cuda_latent.py",
+        "fast/kernels/cuda_latent_attention.py",
         "signs[4:], scales[2:], signal",
         "signs[4:], scales[:2], signal",
         "upper half's scales",
     ),
     Mutant(
-        "fast/kernels/cuda_tiles.py", "(low * c - high * s) * query", "(low * c + high * s) * query", "keys turned back"
+        "fast/kernels/cuda_mma.py", "(low * c - high * s) * query", "(low * c + high * s) * query", "keys turned back"
     ),
     Mutant(
-        "fast/kernels/cuda_latent.py", "<= position else float32(LOWEST)", "< position else float32(LOWEST)", "seen"
+        "fast/kernels/cuda_latent_attention.py",
+        "<= position else float32(LOWEST)",
+        "< position else float32(LOWEST)",
+        "seen",
     ),
-    Mutant("fast/kernels/cuda_latent.py", "else float32(0)))\n", "else factor))\n", "a tile that is not there"),
-    Mutant("fast/kernels/steps.py", ".transpose(-1, -2).flatten(1)", ".flatten(1)", "signs of keys not in pairs"),
-    Mutant("fast/tune_cuda.py", "chosen = min(longer", "chosen = max(longer", "what is faster is not taken"),
     Mutant(
-        "fast/kernels/steps.py", ".float().chunk(2, -1)", ".float().chunk(2, -1)[::-1]", "gate and up are exchanged"
+        "fast/kernels/cuda_latent_attention.py", "else float32(0)))\n", "else factor))\n", "a tile that is not there"
     ),
-    Mutant("fast/fused_engine.py", "x.float(),", "x,", "16 bits are read as 32"),
+    Mutant("fast/decoding/ops.py", ".transpose(-1, -2).flatten(1)", ".flatten(1)", "signs of keys not in pairs"),
+    Mutant("fast/bench/tune.py", "chosen = min(longer", "chosen = max(longer", "what is faster is not taken"),
+    Mutant("fast/decoding/ops.py", ".float().chunk(2, -1)", ".float().chunk(2, -1)[::-1]", "gate and up are exchanged"),
+    Mutant("fast/decoding/fused_llama.py", "x.float(),", "x,", "16 bits are read as 32"),
     Mutant(
-        "fast/fused_engine.py",
+        "fast/decoding/fused_llama.py",
         "last[row] = x[row, length - 1 - start]",
         "last[row] = x[row, -1]",
         "the filling is the last token",
     ),
-    Mutant("fast/decode_cuda.py", "before < sampling.top_p", "before > sampling.top_p", "top_p leaves the unlikely"),
-    Mutant("fast/decode_cuda.py", "end or token in stop", "token in stop", "sequences go on after their end"),
     Mutant(
-        "fast/decode_cuda.py",
+        "fast/decoding/graph_decoder.py",
+        "before < sampling.top_p",
+        "before > sampling.top_p",
+        "top_p leaves the unlikely",
+    ),
+    Mutant(
+        "fast/decoding/graph_decoder.py", "end or token in stop", "token in stop", "sequences go on after their end"
+    ),
+    Mutant(
+        "fast/decoding/graph_decoder.py",
         "self.length == self.engine.capacity",
         "self.length > self.engine.capacity",
         "a full cache does not grow",
@@ -858,50 +973,114 @@ MUTANTS = [
 ]
 
 
+@cache
+def imported_modules(path: Path) -> frozenset[str]:
+    """Find the modules of the packages that a source file imports, as paths such as fast/models/layers.py."""
+    package = ("littlebit", *path.relative_to(ROOT).parts[:-1])
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {tuple(each.name.split(".")) for each in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*parents, *(node.module.split(".") if node.module else ()))
+            names |= {module, *((*module, each.name) for each in node.names)}
+    paths = {"/".join(name[1:]) + ".py" for name in names if name[0] == "littlebit"}
+    return frozenset(path for path in paths if (ROOT / path).is_file())
+
+
+@cache
+def used_modules(path: Path) -> frozenset[str]:
+    """Find the modules whose functions a test calls through a package, such as `lb.save`."""
+    tree = ast.parse(path.read_text())
+    imports = [each for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names]
+    packages = {each.asname: each.name.removeprefix("littlebit.") for each in imports}
+    names = [
+        (packages[node.value.id], node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in packages
+    ]
+    return frozenset(exports(package)[name] for package, name in names if name in exports(package))
+
+
+@cache
+def exports(package: str) -> dict[str, str]:
+    """Map each public name of a package to the path of the module that it comes from."""
+    if package not in ("reference", "fast"):
+        return {}
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
+    return {
+        each.name: f"{package}/{node.module.replace('.', '/')}.py"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        for each in node.names
+    }
+
+
+def tests_of(file: str) -> list[Path]:
+    """Choose the tests of a module, the likeliest to notice a mistake first.
+
+    First come the tests that import the module, then the tests that call its public functions. If there are fewer than
+    FEW, the tests follow that do so with a module that imports it. Last come the others in the module's test folder.
+    """
+    folder = ROOT / "tests" / TEST_FOLDERS.get(Path(file).parent.name, Path(file).parent.name)
+    tests = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if path.stem not in UNUSED]
+    chosen = [path for path in tests if file in imported_modules(path)]
+    chosen += [path for path in tests if file in used_modules(path)]
+    if len(chosen) < FEW:
+        sources = [path for package in ("reference", "fast") for path in (ROOT / package).rglob("*.py")]
+        users = {str(path.relative_to(ROOT)) for path in sources if file in imported_modules(path)}
+        chosen += [path for path in tests if users & (imported_modules(path) | used_modules(path))]
+    chosen += [path for path in tests if path.parent == folder]
+    return list(dict.fromkeys(chosen))
+
+
 def run(mutant: Mutant, folder: Path) -> tuple[bool, float]:
-    """Whether the tests notice a mutant, and the seconds that it took."""
+    """Run the tests of one mutant; return whether they notice it, and the seconds that they took."""
     start = time.perf_counter()
-    place = folder / "littlebit"
+    copy = folder / "littlebit"
     for package in ("reference", "fast"):
         shutil.copytree(
-            ROOT / package, place / package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+            ROOT / package, copy / package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
         )
-    path = place / mutant.file
+    path = copy / mutant.file
     text = path.read_text()
     if mutant.old not in text:
         raise SystemExit(
-            f"{mutant.file} no longer holds {mutant.old!r} ({mutant.what}): update tests/stress/mutants.py"
+            f"{mutant.file} must contain {mutant.old!r} ({mutant.what}), but does not: update tests/stress/mutants.py"
         )
     path.write_text(text.replace(mutant.old, mutant.new, 1))
-    tests = [str(ROOT / "tests" / name) for name in TESTS[Path(mutant.file).stem].split()]
     environment = os.environ | {"PYTHONPATH": str(folder), "HYPOTHESIS_PROFILE": "quick", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    command += map(str, tests_of(mutant.file))
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False)
         noticed = done.returncode == 1
         if done.returncode not in (0, 1):
             raise SystemExit(f"{mutant.what}: the tests could not run:\n{done.stdout.decode()}{done.stderr.decode()}")
     except subprocess.TimeoutExpired:
-        noticed = True
+        noticed = False  # The tests may hang, or may just be slow: no test has failed.
     return noticed, time.perf_counter() - start
 
 
 def main() -> int:
-    """Run all mutants, or those that the arguments select; 0 if enough are noticed."""
+    """Run all mutants, or the ones that the arguments select; return 0 if the tests notice enough of them."""
     words = sys.argv[1:]
     mutants = [each for each in MUTANTS if not words or any(word in each.file + each.what for word in words)]
+    if not mutants:
+        raise SystemExit(f"no mutant's file or description contains {' or '.join(words)}")
     noticed = 0
     with tempfile.TemporaryDirectory() as base, concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         free = [Path(base) / f"worker-{number}" for number in range(WORKERS)]
 
-        def in_turn(mutant: Mutant) -> tuple[Mutant, bool, float]:
-            folder = free.pop()  # one folder a worker, so that Numba's cache serves its next mutant
+        def run_in_free_folder(mutant: Mutant) -> tuple[Mutant, bool, float]:
+            folder = free.pop()  # A worker keeps its folder, so that Numba's cache serves its next mutant.
             try:
                 return mutant, *run(mutant, folder)
             finally:
                 free.append(folder)
 
-        for mutant, found, seconds in pool.map(in_turn, mutants):
+        for mutant, found, seconds in pool.map(run_in_free_folder, mutants):
             noticed += found
             print(f"{'noticed ' if found else 'SURVIVED'} {seconds:5.0f} s  {mutant.file}: {mutant.what}", flush=True)
     share = noticed / len(mutants)

@@ -1,4 +1,4 @@
-"""The record of the last full runs of `make fuzz`, `make faults` and `make soak`: book/results/reliability.json."""
+"""Record the last full runs of `make fuzz`, `make faults` and `make soak` in book/results/reliability.json."""
 
 import datetime
 import json
@@ -9,7 +9,7 @@ COMMAND = "make fuzz faults soak SAVE=1, each with a BUDGET of its own"
 
 
 def record(run, *rows):
-    """Put what a run found into the record, with its date and the commit that it ran on; what was fixed stays."""
+    """Replace a run's rows in the record, with today's date and commit; keep the rows of defects that were fixed."""
     from littlebit.fast.bench.timing import commit, cpu_name, save_results
 
     kept = [row for row in json.loads(RECORD.read_text())["rows"] if row["run"] != run or "fixed" in row]

@@ -1,9 +1,9 @@
-"""Generation and packed layers of random shapes for as long as it takes: memory stays flat, and no result drifts.
+"""Generate text and compute random packed layers for a long time, and check that memory and results stay the same.
 
-Run as `make soak BUDGET=seconds`. Every round lets a quantised model continue a prompt, with one of the key-value
-caches and greedily or sampling, and compares with what it wrote the first time; and computes layers of random shapes,
-ranks, dtypes and batches, whose results must lie within the bound of the arithmetic and come out the same twice. The
-resident memory at the end must be that after the first tenth of the time, within one per cent.
+Run `make soak BUDGET=seconds`. In each round, a quantized model continues a prompt, greedily or by sampling, with one
+of the key-value caches; greedy text must equal the first round's. Packed layers of random shapes, ranks, dtypes and
+batch sizes must stay within the rounding bound, and give the same result twice. Between the first tenth of the time and
+the end, resident memory may grow by 1 %.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from littlebit.fast.kernels.unpacked import unpacked
 from littlebit.fast.models.layers import PackedLinear
 
 SHAPES = 10_000
-LARGEST = 400
-FLAT = 0.01
-FULL, FLAT_AT_FIRST = 600, 0.05  # seconds; in shorter runs allocators still fill their pools
+LARGEST = 400  # largest d_out and d_in of a random layer
+GROWTH = 0.01  # of resident memory
+SHORT_S, SHORT_GROWTH = 600, 0.05  # In shorter runs, allocators still fill their pools.
 PROMPTS = ("It was the best of times", "Four score and seven years ago", "x", "The whale, the whale!")
 CACHES = ("full", "latent", "latent-int8")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class DriftError(AssertionError):
-    """A result that is not what it was, or what it should be."""
+    """Report a result that changed, or that is outside the rounding bound."""
 
 
-def layer(generator, seed):
-    """Compute a layer of a random shape twice, and compare with float64."""
+def check_layer(generator, seed):
+    """Compute a random packed layer twice, and compare it with float64."""
 
     def integer(low, high):
         return int(torch.randint(low, high + 1, (), generator=generator))
@@ -49,26 +49,26 @@ def layer(generator, seed):
         y, again = packed(x), packed(x)
     a, b = (factor.double() for factor in unpacked(paths))
     exact, size = x.double() @ a.T @ b.T, x.double().abs() @ a.abs().T @ b.abs().T
-    # each sum has so many terms, and each term is rounded on the way; then the result is rounded to its dtype
+    # One rounding for each term of each sum, then the rounding of the result to its dtype
     bound = 2 * (d_in + sum(path.rank for path in paths) + 8) * torch.finfo(torch.float32).eps * size
     bound += torch.finfo(y.dtype).eps * exact.abs() + torch.finfo(y.dtype).tiny
     if not torch.equal(y, again) or not ((y.double() - exact).abs() <= bound).all():
         raise DriftError(f"layer {seed}: {d_out} x {d_in}, ranks {packed.ranks}, {x.dtype}")
 
 
-def texts(model, tokenizer, known, at):
-    """Let the model continue a prompt, as it did before."""
+def check_text(model, tokenizer, known, at):
+    """Continue a prompt, and compare greedy text with the first one for that prompt and cache; return its tokens."""
     prompt, cache = PROMPTS[at % len(PROMPTS)], CACHES[at // len(PROMPTS) % len(CACHES)]
     temperature = float(at // len(PROMPTS) // len(CACHES) % 2)
     text = lb.generate(model, prompt, 32, temperature, seed=at, tokenizer=tokenizer, kv_cache=cache)
     first = known.setdefault((prompt, cache, temperature), (at, text))
     if temperature == 0 and text != first[1]:
-        raise DriftError(f"{prompt!r} with the {cache} cache goes on otherwise than in round {first[0]}")
+        raise DriftError(f"{prompt!r} with the {cache} cache gives another text than in round {first[0]}")
     return 32
 
 
 def soak(folder, budget, shapes, seed=0):
-    """Rounds until the budget is spent, and what was counted."""
+    """Run rounds until the budget is spent; return the counts and the memory's growth."""
     model = lb.load_model("tiny")
     lb.quantize_(model, lb.Config(bits=1.5, paths=1), progress=False)
     tokenizer = lb.load_tokenizer("tiny")
@@ -76,10 +76,10 @@ def soak(folder, budget, shapes, seed=0):
     generator, known, samples = torch.Generator().manual_seed(seed), {}, []
     begin, rounds, tokens, layers = time.monotonic(), 0, 0, 0
     while (spent := time.monotonic() - begin) < budget:
-        tokens += texts(model, tokenizer, known, rounds)
+        tokens += check_text(model, tokenizer, known, rounds)
         rounds += 1
-        while layers < shapes and layers < shapes * spent / (0.9 * budget):  # all but the last tenth has them
-            layer(generator, layers)
+        while layers < shapes and layers < shapes * spent / (0.9 * budget):  # none in the last tenth of the time
+            check_layer(generator, layers)
             layers += 1
         if len(samples) < 100 * spent / budget:
             gc.collect()
@@ -111,7 +111,7 @@ def main():
         from record import record
 
         record("soak", found)
-    if found["growth"] > (FLAT if arguments.budget >= FULL else FLAT_AT_FIRST):
+    if found["growth"] > (GROWTH if arguments.budget >= SHORT_S else SHORT_GROWTH):
         sys.exit(f"memory grew by {found['growth']:.1%} after the first tenth")
 
 

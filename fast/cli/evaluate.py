@@ -1,0 +1,85 @@
+"""Measure a model's quality: the `eval` command."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import Command, add_compute, count, model_help, number
+from .models import load_any
+
+if TYPE_CHECKING:
+    from ..evaluation.zero_shot import BlimpResult
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the arguments of `littlebit eval`."""
+    sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help()}")
+    sub.add_argument(
+        "--text",
+        type=Path,
+        help="UTF-8 text to measure perplexity on (default: an included one, unless tasks are given)",
+    )
+    sub.add_argument(
+        "--window",
+        type=number(int, low=2),
+        help="tokens in a window, whose first token is not scored (default: 2048, or the model's context if shorter)",
+    )
+    sub.add_argument("--max-windows", type=count, help="score at most this many windows (default: the whole text)")
+    sub.add_argument("--blimp", type=Path, metavar="ZIP", help="measure accuracy on the pairs of a BLiMP archive")
+    sub.add_argument("--blimp-items", type=count, help="score this many pairs of each BLiMP paradigm (default: all)")
+    sub.add_argument("--lm-eval", metavar="TASK[,TASK]", help="run these tasks of the lm-evaluation-harness")
+    sub.add_argument(
+        "--lm-eval-include", type=Path, metavar="DIR", help="folder with YAML files that define more tasks"
+    )
+    add_compute(sub)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure perplexity on a text, accuracy on BLiMP or scores on lm-evaluation-harness tasks."""
+    from ..checkpoints.dense import load_tokenizer
+    from ..checkpoints.texts import text_tokens
+    from ..evaluation.perplexity import SAMPLE_TEXT, perplexity
+    from ..evaluation.zero_shot import blimp, harness, lm_eval
+
+    tokenizer = load_tokenizer(arguments.model)
+    text = arguments.text or (None if arguments.blimp or arguments.lm_eval else SAMPLE_TEXT)
+    tokens = text and text_tokens(tokenizer, text)
+    if arguments.lm_eval:
+        lm_eval()  # raises here, before any work, if the package is missing
+    model = load_any(arguments.model, arguments.device)
+    results: dict[str, Any] = {}
+    reports = []
+    if arguments.blimp:
+        pairs = blimp(model, tokenizer, arguments.blimp, arguments.blimp_items)
+        results["blimp"] = pairs._asdict()
+        reports.append(blimp_table(pairs))
+    if text and tokens is not None:
+        found = perplexity(model, tokens, arguments.window, arguments.max_windows)
+        results |= found._asdict() | {"text": str(text)}
+        reports.append(
+            f"perplexity {found.perplexity:.4g} on {text.name} "
+            f"({found.windows} windows of {found.window} tokens, {found.scored} tokens scored)"
+        )
+    if arguments.lm_eval:
+        tasks = harness(model, tokenizer, arguments.lm_eval.split(","), arguments.lm_eval_include)
+        results["lm_eval"] = tasks.results
+        reports.append(tasks.table)
+    print(json.dumps(results) if arguments.json else "\n".join(reports))
+
+
+def blimp_table(result: "BlimpResult") -> str:
+    """Lay out the accuracy of each BLiMP paradigm, and their mean, as text."""
+    lines = [f"{name:<54}{accuracy:>8.3f}" for name, accuracy in result.paradigms.items()]
+    mean = f"BLiMP accuracy {result.accuracy:.4f} (mean of {len(lines)} paradigms, {result.pairs} pairs)"
+    return "\n".join([*lines, mean])
+
+
+COMMANDS = {
+    "eval": Command(
+        run,
+        add_arguments,
+        "Measure a model's perplexity on a text, or its zero-shot accuracy on tasks.",
+        ("eval out --text some.txt", "eval smollm2-0.55bit --json", "eval out --blimp blimp.zip --blimp-items 20"),
+    )
+}

@@ -1,0 +1,119 @@
+"""Continue a prompt: the `generate` command."""
+
+import argparse
+import json
+import logging
+import time
+from typing import Any
+
+from ..checkpoints.fetch import resolve
+from ..memory import KV_CACHES
+from .arguments import (
+    Command,
+    add_compute,
+    count,
+    kv_cache,
+    model_help,
+    not_negative,
+    not_negative_int,
+    number,
+    seed,
+    utf8,
+)
+from .models import load_any, use_torch
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the arguments of `littlebit generate`."""
+    sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help()}")
+    sub.add_argument("--prompt", type=utf8, required=True, help="text to continue, in UTF-8")
+    sub.add_argument("--max-new-tokens", type=count, default=64, help="write at most this many tokens")
+    given = "the value in the model's generation_config.json"
+    sub.add_argument(
+        "--temperature",
+        type=not_negative,
+        help=f"divide the logits by this; 0 is greedy decoding (default: {given}, or 0)",
+    )
+    sub.add_argument(
+        "--top-k", type=not_negative_int, help=f"sample from the k likeliest tokens; 0 for all (default: {given})"
+    )
+    sub.add_argument(
+        "--top-p",
+        type=number(float, above=0, high=1),
+        help=f"sample from the likeliest tokens whose probabilities add up to p (default: {given})",
+    )
+    sub.add_argument("--seed", type=seed, default=0, help="seed of the sampling")
+    sub.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    sub.add_argument(
+        "--kv-cache",
+        type=kv_cache,
+        choices=KV_CACHES,
+        default="full",
+        help="keep keys and values (full), or their low-rank latents, which take less memory and more time",
+    )
+    add_compute(sub)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the text as it is decoded, or all of it with its speed as JSON."""
+    from ..decoding.generate import generate, stream
+
+    model, tokenizer = load_to_generate(arguments)
+    if arguments.json:  # The first token compiles or loads the kernels, so it is not part of the measured time.
+        generate(model, arguments.prompt, 1, chat=arguments.chat, tokenizer=tokenizer, kv_cache=arguments.kv_cache)
+    start = time.perf_counter()
+    pieces = stream(
+        model,
+        arguments.prompt,
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.seed,
+        arguments.chat,
+        tokenizer,
+        arguments.kv_cache,
+    )
+    if arguments.json:
+        text = "".join(pieces)
+        seconds = time.perf_counter() - start
+        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        row = {"prompt": arguments.prompt, "text": text, "new_tokens": tokens, "seconds": seconds}
+        print(json.dumps(row | {"tokens_per_s": tokens / seconds}))
+        return
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, without torch if the compiled CPU decoder supports the model."""
+    if arguments.device == "cpu" and arguments.kv_cache == "full":
+        from ..decoding.architecture import NotDecodableError
+        from ..decoding.mapped_weights import map_model
+        from ..decoding.tokenizer import Tokenizer
+
+        try:
+            folder = resolve(arguments.model)
+            return map_model(folder, arguments.threads), Tokenizer(folder)
+        except NotDecodableError as reason:
+            log.debug("littlebit: %s is loaded by torch: %s", arguments.model, reason)
+    from ..checkpoints.dense import load_tokenizer
+
+    use_torch(arguments.threads)
+    return load_any(arguments.model, arguments.device), load_tokenizer(arguments.model)
+
+
+COMMANDS = {
+    "generate": Command(
+        run,
+        add_arguments,
+        "Continue a prompt with a model.",
+        (
+            "generate smollm2-0.55bit --prompt 'Once upon a time'",
+            "generate out --prompt Hi --chat --temperature 0.8",
+        ),
+    )
+}
