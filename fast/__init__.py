@@ -99,9 +99,9 @@ if TYPE_CHECKING:  # what is exported
         qat as qat,
         qat_step as qat_step,
     )
-    from .training.resume import Keeper as Keeper
+    from .training.config import TrainConfig as TrainConfig
+    from .training.resume import Checkpointer as Checkpointer
     from .training.trainer import (
-        TrainConfig as TrainConfig,
         TrainingError as TrainingError,
         TrainingStopped as TrainingStopped,
         train_ as train_,

@@ -13,6 +13,7 @@ from typing import Any
 #: Old name -> new name of what a package exports.
 NAMES = {
     "expansion": "up_projection",
+    "Keeper": "Checkpointer",
     "rotate": "apply_rope",
 }
 

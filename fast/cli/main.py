@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.zero_shot import BlimpResult
     from ..models.quantize import Config
-    from ..training.trainer import TrainConfig
+    from ..training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 USER_ERROR, INTERRUPTED, CLOSED_PIPE, STOPPED = 2, 130, 141, 143  # the last three: 128 + the signal
@@ -440,12 +440,13 @@ def add_quantisation(sub: argparse.ArgumentParser) -> None:
 def add_training(sub: argparse.ArgumentParser) -> None:
     """Arguments that become a TrainConfig."""
     from ..signs import RULES
+    from ..training.config import OPTIMIZERS, TrainConfig
     from ..training.student import TRAINABLE
-    from ..training.trainer import OPTIMIZERS, TrainConfig
 
-    sub.add_argument("--tokens", type=count, default=TrainConfig.tokens, help="training tokens in all")
-    sub.add_argument("--sequence", type=count, default=TrainConfig.sequence, help="tokens in a sequence")
-    sub.add_argument("--batch", type=count, default=TrainConfig.batch, help="sequences in a step, over all processes")
+    sub.add_argument("--tokens", type=count, default=TrainConfig.total_tokens, help="training tokens in all")
+    sub.add_argument("--sequence", type=count, default=TrainConfig.sequence_length, help="tokens in a sequence")
+    batch = TrainConfig.batch_size
+    sub.add_argument("--batch", type=count, default=batch, help="sequences in a step, over all processes")
     sub.add_argument(
         "--micro-batch", type=count, help="sequences that a process handles at once; by default all of its"
     )
@@ -456,7 +457,8 @@ def add_training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lr-others", type=not_negative, default=TrainConfig.lr_others, help="that of norms and the rest")
     sub.add_argument("--train", choices=TRAINABLE, default=TrainConfig.train, help="which other parameters are trained")
     sub.add_argument("--rule", choices=list(RULES), default=TrainConfig.rule, help="derivative of a sign")
-    sub.add_argument("--hidden", type=not_negative, default=TrainConfig.hidden, help="weight of the hidden-state loss")
+    weight = TrainConfig.hidden_loss_weight
+    sub.add_argument("--hidden", type=not_negative, default=weight, help="weight of the hidden-state loss")
     sub.add_argument(
         "--block-tokens",
         type=number(int, low=0),
@@ -486,10 +488,10 @@ def add_training(sub: argparse.ArgumentParser) -> None:
         help="part of the schedule that warms up",
     )
     sub.add_argument(
-        "--final", type=not_negative, default=TrainConfig.final, help="last learning rates over the highest"
+        "--final", type=not_negative, default=TrainConfig.final_lr_fraction, help="last learning rates over the highest"
     )
     sub.add_argument(
-        "--clip", type=not_negative, default=TrainConfig.clip, help="largest norm of the gradients; 0 for none"
+        "--clip", type=not_negative, default=TrainConfig.max_grad_norm, help="largest norm of the gradients; 0 for none"
     )
 
 
@@ -642,7 +644,7 @@ def check_apart(source: str, out: Path) -> None:
 
 def dry_run(arguments: argparse.Namespace) -> None:
     """Say what `littlebit quantize` or `train` will take, and the recipe of a training."""
-    from ..training.trainer import check_config
+    from ..training.config import check_config
     from .estimate import estimate
     from .report import kind_table
 
@@ -675,16 +677,16 @@ def dry_run(arguments: argparse.Namespace) -> None:
 
 def training_config(arguments: argparse.Namespace) -> "TrainConfig":
     """The TrainConfig that the arguments of `littlebit train` say."""
-    from ..training.trainer import TrainConfig
+    from ..training.config import TrainConfig, with_new_names
 
-    return TrainConfig(
-        **{field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
-    )
+    given = with_new_names(vars(arguments))
+    return TrainConfig(**{field.name: given[field.name] for field in fields(TrainConfig) if field.name in given})
 
 
 def recipe(config: "TrainConfig") -> list[str]:
     """Say what a training will do: a line for each phase, and the settings that are not the defaults."""
-    from ..training.trainer import TrainConfig, phases
+    from ..training.config import TrainConfig
+    from ..training.phases import phases
 
     lines = []
     for phase in phases(config):
@@ -709,7 +711,8 @@ def duration(seconds: float) -> str:
 def run_train(arguments: argparse.Namespace) -> int | None:
     """Run `littlebit train`, in one process or as one of torchrun's."""
     from ..checkpoints.saving import check_target
-    from ..training.trainer import TrainingError, TrainingStopped, joined_processes
+    from ..training.processes import joined_processes
+    from ..training.trainer import TrainingError, TrainingStopped
 
     check_target(arguments.out, arguments.overwrite)
     check_apart(arguments.model, arguments.out)
@@ -734,8 +737,12 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     from ..files.atomic import place_of
     from ..files.digests import digest
     from ..models.quantize import quantize_
-    from ..training.resume import Keeper
-    from ..training.trainer import check_config, checked_text, longest, process, train_
+    from ..training.config import check_config
+    from ..training.phases import longest_sequence
+    from ..training.processes import rank_and_world_size
+    from ..training.resume import Checkpointer
+    from ..training.trainer import train_
+    from ..training.windows import checked_text
 
     tokenizer = load_tokenizer(arguments.model)
     texts = [training_tokens(tokenizer, path) for path in arguments.data]
@@ -744,14 +751,15 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     out = place_of(arguments.out)
     state = out.with_name(out.name + ".training")
     measured = None if calibration is None else digest(calibration)
-    keeper = Keeper(state, arguments.save_minutes, {"model": arguments.model, "calibration": measured} | asdict(config))
+    run = {"model": arguments.model, "calibration": measured} | asdict(config)
+    keeper = Checkpointer(state, arguments.save_minutes, run)
     if keeper.newest() is not None:  # what was trained takes the place of all factors, so the cheapest ones will do
         config = replace(config, init="dual-svid", importance=False)
     teacher = load_model(arguments.model, device)
-    check_config(training, process()[1])  # before the model is quantised
-    texts = [checked_text(text, teacher, longest(training)) for text in texts]
+    check_config(training, rank_and_world_size()[1])  # before the model is quantised
+    texts = [checked_text(text, teacher, longest_sequence(training)) for text in texts]
     model = copy.deepcopy(teacher)
-    quantize_(model, config, calibration, progress=process()[0] == 0)
+    quantize_(model, config, calibration, progress=rank_and_world_size()[0] == 0)
     log = train_(
         model,
         teacher,
@@ -763,7 +771,7 @@ def train(arguments: argparse.Namespace, device: str) -> None:
         shard=arguments.shard,
         log_steps=arguments.log_steps,
     )
-    if process()[0] > 0:
+    if rank_and_world_size()[0] > 0:
         return
     save(model.cpu(), arguments.out, tokenizer, config.bits, overwrite=arguments.overwrite, log=log)
     shutil.rmtree(state, ignore_errors=True)

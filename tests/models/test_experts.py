@@ -177,7 +177,7 @@ def test_a_step_of_training_moves_the_experts(family, folders, tmp_path):
     model, teacher = (lb.load_model(folders(family)) for _ in range(2))
     results = lb.quantize_(model, lb.Config(bits=BITS), progress=False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    settings = lb.TrainConfig(tokens=32, sequence=16, batch=2, warmup=0)
+    settings = lb.TrainConfig(total_tokens=32, sequence_length=16, batch_size=2, warmup=0)
     (entry,) = lb.train_(model, teacher, TOKENS[0].repeat(4), settings, progress=False)
     assert math.isfinite(entry["loss"])
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}

@@ -81,7 +81,11 @@ def test_a_family_is_quantised_trained_saved_loaded_and_run(family, split_fused,
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     (entry,) = lb.train_(
-        model, teacher, TOKENS[0].repeat(4), lb.TrainConfig(tokens=32, sequence=16, batch=2, warmup=0), progress=False
+        model,
+        teacher,
+        TOKENS[0].repeat(4),
+        lb.TrainConfig(32, 16, 2, warmup=0),
+        progress=False,
     )
     assert math.isfinite(entry["loss"])
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}

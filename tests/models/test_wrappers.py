@@ -165,7 +165,7 @@ def test_teachers_may_be_compiled_or_have_adapters(tiny_llama):
     for wrap in (torch.compile, lambda model: adapted(model, ADAPTERS["a layer"])):
         model = lb.load_model(tiny_llama)
         lb.quantize_(model, lb.Config(bits=2.5, paths=1), progress=False)
-        config = lb.TrainConfig(tokens=64, sequence=16, batch=2, warmup=0)
+        config = lb.TrainConfig(total_tokens=64, sequence_length=16, batch_size=2, warmup=0)
         log = lb.train_(
             torch.compile(model), wrap(lb.load_model(tiny_llama)), TOKENS[0].repeat(2), config, progress=False
         )

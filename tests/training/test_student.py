@@ -191,11 +191,11 @@ def test_masters_are_grouped_by_what_they_are(quantised):
 def test_student_refuses_unknown_settings(quantised):
     with pytest.raises(ValueError, match="rule must be one of"):
         StackedStudent(quantised, "tanh", "norms", torch.float32)
-    with pytest.raises(ValueError, match="train must be one of none, norms, all, not 'some'"):
+    with pytest.raises(ValueError, match="train must be one of none, norms, all, got 'some'"):
         StackedStudent(quantised, "smooth_sign", "some", torch.float32)
 
 
 def test_blocks_are_the_longest_list_of_modules(quantised):
-    assert students.blocks(quantised) == list(quantised.model.layers)
-    with pytest.raises(ValueError, match="no list of decoder blocks"):
-        students.blocks(torch.nn.Linear(2, 2))
+    assert students.decoder_blocks(quantised) == list(quantised.model.layers)
+    with pytest.raises(ValueError, match="must hold its decoder blocks"):
+        students.decoder_blocks(torch.nn.Linear(2, 2))
