@@ -55,7 +55,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.packed_shapes import Header, layer_kind
+from ..models.packed_shapes import Header, layer_type
 from ..models.quantize import tell_observers
 from .fetch import locate_packed
 from .format import (
@@ -211,10 +211,10 @@ def info(path: str | Path) -> dict[str, Any]:
     description_bytes = file_bytes - sum(sizes.values()) + beside
     kinds: dict[str, dict[str, Any]] = {}
     for name, layer in owners.items():
-        kind = kinds.setdefault(layer_kind(layer), {"layers": 0, "weights": 0, "linear_bytes": 0})
+        kind = kinds.setdefault(layer_type(layer), {"layers": 0, "weights": 0, "linear_bytes": 0})
         kind["linear_bytes"] += sizes[name]
     for layer, entry in layers.items():
-        kind = kinds[layer_kind(layer)]
+        kind = kinds[layer_type(layer)]
         kind["layers"] += 1
         kind["weights"] += entry["d_out"] * entry["d_in"]
     for kind in kinds.values():

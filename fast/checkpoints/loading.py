@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..files.untrusted import CheckpointError, readable
-from ..models.embeddings import QuantizedEmbedding, Table, replace_embeddings, tie_embeddings
+from ..models.embeddings import EmbeddingTable, QuantizedEmbedding, replace_embeddings, tie_embeddings
 from ..models.experts import is_known, projection_names, split_experts
 from ..models.generation_settings import FILE as GENERATION, read_generation
 from ..models.layers import PackedLinear
@@ -51,8 +51,8 @@ def put_embeddings(model: Any, described: Any, dtype: torch.dtype, where: Path |
     rows, size = model.get_input_embeddings().weight.shape
     check_embeddings(described, size, where)
 
-    def table() -> Table:
-        return Table.empty(described["bits"], rows, size, described["group"])
+    def table() -> EmbeddingTable:
+        return EmbeddingTable.empty(described["bits"], rows, size, described["group"])
 
     first = table()
     replace_embeddings(model, first, first if described.get("tied") else table(), dtype)

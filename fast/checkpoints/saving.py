@@ -16,7 +16,7 @@ from ..files.atomic import check_folder, check_room, place_of, written_whole
 from ..files.digests import contents, entry_digest
 from ..models.embeddings import QuantizedEmbedding, settle_ties
 from ..models.generation_settings import FILE as GENERATION
-from ..models.layers import Joined, PackedLinear, stored_half
+from ..models.layers import ConcatLinear, PackedLinear, stored_half
 from ..models.quantize import LayerResult, pack_, packed_layers
 from ..models.selection import linear_shape
 from ..models.shared import shared_names
@@ -159,7 +159,7 @@ def fused_section(model: nn.Module) -> dict[str, Any]:
     def rows(part: Any) -> int:
         return part.d_out if isinstance(part, PackedLinear) else linear_shape(part)[0]
 
-    joined = {name: module for name, module in model.named_modules() if isinstance(module, Joined)}
+    joined = {name: module for name, module in model.named_modules() if isinstance(module, ConcatLinear)}
     parts = {name: [[key, rows(part)] for key, part in module.named_children()] for name, module in joined.items()}
     return {"fused": parts} if parts else {}
 

@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from ..bits import Ranks, Shape, layer_bits, model_bits
 from ..checkpoints.dense import check_dense
 from ..checkpoints.fetch import locate
 from ..models.build import empty_model, transformers
-from ..models.packed_shapes import layer_kind
-from ..models.quantize import OVERSAMPLING, Config, check_config, factorise, fused_split, plan
+from ..models.config import Config, check_config
+from ..models.initializers import OVERSAMPLING, factorize
+from ..models.packed_shapes import layer_type
+from ..models.quantize import fused_split, plan_ranks
 from ..models.selection import linear_shape
 
 PROBE_SECONDS = 0.1
@@ -59,7 +60,7 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     model.tie_weights()
     check_config(config, torch.empty(0))  # no calibration text is read
     with fused_split(model, config):
-        selection, ranks = plan(model, config)
+        selection, ranks = plan_ranks(model, config)
     layers = selection.layers
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     weights = sum(d_out * d_in for d_out, d_in in shapes.values())
@@ -70,7 +71,7 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     largest = max(d_out * d_in for d_out, d_in in shapes.values())
     kinds: dict[str, dict[str, Any]] = {}
     for name, (d_out, d_in) in shapes.items():
-        kind = kinds.setdefault(layer_kind(name), {"layers": 0, "d_out": d_out, "d_in": d_in, "ranks": ranks[name]})
+        kind = kinds.setdefault(layer_type(name), {"layers": 0, "d_out": d_out, "d_in": d_in, "ranks": ranks[name]})
         kind["layers"] += 1
         kind["bits"] = layer_bits(d_out, d_in, ranks[name]) / (d_out * d_in)
     memory = 4 * (parameters + latents + 4 * largest)
@@ -128,7 +129,7 @@ def probe_seconds(config: Config) -> float:
         if config.init == "admm":
             admm(weight, rank, sketch, steps)
         else:
-            factorise(weight[None], (rank,), replace(config, importance=False), [])
+            factorize(weight[None], (rank,), config.init, config.seed)
 
     run(1, 1)  # the first call loads libraries
     start = time.perf_counter()
@@ -140,7 +141,7 @@ def products(shape: Shape, rank: int, init: str, steps: int) -> float:
     """Count the multiplications in the products and decompositions of matrices that one path of a layer takes.
 
     Those in a decomposition take longer, and count several times: DECOMPOSITION times in QR, the small SVD and
-    Cholesky. Where the rank is so near the sizes that `factorise` decomposes the whole weight, that takes EXACT times
+    Cholesky. Where the rank is so near the sizes that `factorize` decomposes the whole weight, that takes EXACT times
     m n min(m, n).
     """
     (d_out, d_in), columns = shape, rank + OVERSAMPLING

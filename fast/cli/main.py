@@ -408,7 +408,9 @@ def add_answer(sub: argparse.ArgumentParser) -> None:
 def add_quantisation(sub: argparse.ArgumentParser) -> None:
     """Arguments of the commands that quantise a model."""
     from ..evaluation.perplexity import TRAINING_TEXT
-    from ..models.quantize import ALLOCATIONS, INITS, Config
+    from ..models.allocation import ALLOCATIONS
+    from ..models.config import Config
+    from ..models.initializers import INITS
 
     sub.add_argument("--bits", type=positive, default=Config.bits, help="ceiling in stored bits per weight")
     sub.add_argument(
@@ -417,8 +419,8 @@ def add_quantisation(sub: argparse.ArgumentParser) -> None:
         default=str(Config.paths),
         help="2 for primary and residual; auto chooses for each layer",
     )
-    sub.add_argument("--init", choices=INITS, default=Config.init, help="how factors are found")
-    sub.add_argument("--allocation", choices=ALLOCATIONS, default=Config.allocation, help="how ranks are divided")
+    sub.add_argument("--init", choices=list(INITS), default=Config.init, help="how factors are found")
+    sub.add_argument("--allocation", choices=list(ALLOCATIONS), default=Config.allocation, help="how ranks are divided")
     sub.add_argument(
         "--spread", type=number(float, low=1), help="sensitivity: largest factor between rank and uniform rank"
     )
@@ -751,7 +753,7 @@ def train(arguments: argparse.Namespace, device: str) -> None:
     out = place_of(arguments.out)
     state = out.with_name(out.name + ".training")
     measured = None if calibration is None else digest(calibration)
-    run = {"model": arguments.model, "calibration": measured} | asdict(config)
+    run = {"model": arguments.model, "calibration": measured} | config.described()
     keeper = Checkpointer(state, arguments.save_minutes, run)
     if keeper.newest() is not None:  # what was trained takes the place of all factors, so the cheapest ones will do
         config = replace(config, init="dual-svid", importance=False)

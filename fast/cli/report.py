@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import write_text
-from ..models.packed_shapes import layer_kind
+from ..models.packed_shapes import layer_type
 from ..models.quantize import LayerResult
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
@@ -19,7 +19,7 @@ def kinds_of(results: Mapping[str, LayerResult]) -> list[dict[str, Any]]:
     """One row for each kind of layer: layers, sizes, smallest and largest total rank, paths, mean bits and error."""
     kinds: dict[str, list[LayerResult]] = {}
     for name, result in results.items():
-        kinds.setdefault(layer_kind(name), []).append(result)
+        kinds.setdefault(layer_type(name), []).append(result)
     rows = []
     for kind, group in kinds.items():
         ranks = [sum(result.ranks) for result in group]
@@ -76,7 +76,7 @@ def html_report(path: Path, title: str, summary: str, results: Mapping[str, Laye
 
 def picture(results: Mapping[str, LayerResult], field: str) -> str:
     """A bar for each layer, in the model's order, coloured by kind, as SVG; the pointer shows its name and value."""
-    kinds = list(dict.fromkeys(layer_kind(name) for name in results))
+    kinds = list(dict.fromkeys(layer_type(name) for name in results))
     colours = {kind: COLOURS[at % len(COLOURS)] for at, kind in enumerate(kinds)}
     top = max(getattr(result, field) for result in results.values()) or 1.0
     step = (WIDTH - MARGIN) / len(results)
@@ -86,7 +86,7 @@ def picture(results: Mapping[str, LayerResult], field: str) -> str:
         tall = value / top * (HEIGHT - 20)
         parts.append(
             f"<rect x='{MARGIN + at * step:.2f}' y='{HEIGHT - tall:.2f}' width='{max(step * 0.85, 0.5):.2f}' "
-            f"height='{tall:.2f}' fill='{colours[layer_kind(name)]}'>"
+            f"height='{tall:.2f}' fill='{colours[layer_type(name)]}'>"
             f"<title>{html.escape(name)}: {value:.4f}</title></rect>"
         )
     for value in (0.0, top / 2, top):

@@ -27,7 +27,7 @@ from ..models.embeddings import settle_ties
 from ..models.layers import LittleBitLinear
 from ..models.quantize import OBSERVERS, Config, pack_, quantize_
 from ..models.selection import as_patterns
-from ..models.shared import put, share, share_checked, shared_names, thing
+from ..models.shared import assign, lookup, share, share_checked, shared_names
 from ..models.wrappers import has_adapters
 
 METHOD = "littlebit"
@@ -131,10 +131,10 @@ class LittleBitQuantizer(HfQuantizer):
         """
         tied = dict(model.all_tied_weights_keys)
         for name, first in shared.items():
-            if isinstance(thing(model, name), nn.Parameter):
+            if isinstance(lookup(model, name), nn.Parameter):
                 tied[name] = first
             else:
-                put(model, name, nn.Identity())
+                assign(model, name, nn.Identity())
         known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         model.all_tied_weights_keys = {name: first for name, first in tied.items() if {name, first} <= known}
 

@@ -161,7 +161,7 @@ def test_sentence_tokens_follow_bos_or_else_eos():
     assert zero_shot.sentence_tokens(Letters(0, 2), ["a"]) == [(0, 97)]
     assert zero_shot.sentence_tokens(Letters(None, 2), ["a"]) == [(2, 97)]
     assert zero_shot.sentence_tokens(Letters(1, 2, begin=[1]), ["a"]) == [(1, 97)]
-    with pytest.raises(ValueError, match="neither a BOS nor an EOS"):
+    with pytest.raises(ValueError, match="must have a BOS or an EOS token"):
         zero_shot.sentence_tokens(Letters(None, None), ["a"])
     with pytest.raises(ValueError, match="'_' has no token to score"):
         zero_shot.sentence_tokens(Letters(1, 2), ["a", "_"])
@@ -319,7 +319,7 @@ def test_harness_gets_the_model_the_tasks_and_the_folder(fake_harness, model, to
     assert result.table == "results: ['arc', 'blimp']"
     with pytest.raises(ValueError, match="has no task 'mmlu'"):
         zero_shot.harness(model, tokenizer, ["blimp", "mmlu"])
-    with pytest.raises(ValueError, match="not a folder of task files"):
+    with pytest.raises(ValueError, match="include must be a folder of YAML task files"):
         zero_shot.harness(model, tokenizer, ["blimp"], include=tmp_path / "missing")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from compare import assert_same
-from littlebit.fast.models.layers import Joined, LittleBitLinear, PackedLinear
+from littlebit.fast.models.layers import ConcatLinear, LittleBitLinear, PackedLinear
 from littlebit.fast.models.quantize import packed_layers
 from littlebit.fast.models.selection import linear_weight
 
@@ -111,7 +111,7 @@ def test_split_layers_may_stay_dense_in_part(source, tmp_path):
     dense = logits(model)
     results = lb.quantize_(model, lb.Config(bits=BITS, split_fused=True, include=("*1*.k_proj",)), progress=False)
     assert set(results) == {"model.layers.1.self_attn.qkv_proj.k_proj"}
-    joined = [name for name, module in model.named_modules() if isinstance(module, Joined)]
+    joined = [name for name, module in model.named_modules() if isinstance(module, ConcatLinear)]
     assert joined == ["model.layers.1.self_attn.qkv_proj"]
     lb.save(model, tmp_path / "out")
     for load in (lb.load, hf.AutoModelForCausalLM.from_pretrained):
@@ -131,7 +131,7 @@ def test_refused_models_are_not_split(source):
     model = lb.load_model(source("Phi-3"))
     with pytest.raises(ValueError, match="smallest possible value is"):
         lb.quantize_(model, lb.Config(bits=0.1, split_fused=True), progress=False)
-    assert not any(isinstance(module, Joined) for module in model.modules())
+    assert not any(isinstance(module, ConcatLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("parts", [[["q_proj", 64], ["k_proj", 30]], [["q_proj", "x"]], 3])

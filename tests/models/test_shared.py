@@ -158,7 +158,7 @@ def test_blocks_that_a_class_shares_stay_shared(tmp_path):
 def test_formats_that_cannot_share_refuse(tiny_llama, tmp_path):
     model, _ = quantised(tiny_llama, share_module)
     for save in (lb.save_gguf, lb.save_official):
-        with pytest.raises(ValueError, match=r"cannot say that model\.layers\.1\.mlp is model\.layers\.0\.mlp"):
+        with pytest.raises(ValueError, match=r"cannot express that model\.layers\.1\.mlp is model\.layers\.0\.mlp"):
             save(model, tmp_path / "out", lb.load_tokenizer(tiny_llama))
     assert list(tmp_path.iterdir()) == []
 

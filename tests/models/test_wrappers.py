@@ -109,7 +109,7 @@ def test_wrappers_where_a_model_is_changed(wrapper, tiny_llama):
         lambda: quantize_embeddings_(wrapped, 8),
     ):
         with pytest.raises(
-            ValueError, match=r"replaces parameters, of which DataParallel keeps track: pass model\.module"
+            ValueError, match=r"replaces parameters, but DataParallel holds the old ones: pass model\.module"
         ):
             change()
     assert not any(isinstance(module, LittleBitLinear) for module in model.modules())
@@ -250,7 +250,7 @@ def test_quantised_embeddings_refuse_what_they_cannot_do(checkpoint):
             refused()
     with pytest.raises(AttributeError, match="no attribute 'wieght'"):
         _ = embedding.wieght
-    with pytest.raises(ValueError, match="quantised already, to 8 bits"):
+    with pytest.raises(ValueError, match="quantized already, to 8 bits"):
         quantize_embeddings_(model, 8)
     model.tie_weights()
     assert model(TOKENS).logits.isfinite().all()
