@@ -17,6 +17,7 @@ from ..models.config import Config, check_config
 from ..models.initializers import OVERSAMPLING, factorize
 from ..models.packed_shapes import layer_type
 from ..models.quantize import fused_split, plan_ranks
+from ..models.registry import choice_name
 from ..models.selection import linear_shape
 
 PROBE_SECONDS = 0.1
@@ -110,12 +111,12 @@ def quantise_seconds(shapes: dict[str, Shape], ranks: dict[str, Ranks], config: 
     the small layer tells.
     """
     rate, probe = multiplications_per_second(), ((PROBE_SIZE, PROBE_SIZE), PROBE_RANK)
-    passes = probe_seconds(config) - products(*probe, config.init, PROBE_STEPS) / rate
+    passes = probe_seconds(config) - products(*probe, choice_name(config.init), PROBE_STEPS) / rate
     share = ADMM_STEPS / PROBE_STEPS if config.init == "admm" else 1
     each = max(passes, 0) * share / (2 * PROBE_SIZE * PROBE_RANK)  # seconds for an entry of a factor
     kinds = Counter((shapes[name], rank) for name in shapes for rank in ranks[name])
     return sum(
-        count * (products(shape, rank, config.init, ADMM_STEPS) / rate + each * sum(shape) * rank)
+        count * (products(shape, rank, choice_name(config.init), ADMM_STEPS) / rate + each * sum(shape) * rank)
         for (shape, rank), count in kinds.items()
     )
 

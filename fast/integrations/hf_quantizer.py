@@ -6,7 +6,7 @@
 it is loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..files.untrusted import CheckpointError, inside
 from ..models.embeddings import settle_ties
 from ..models.layers import LittleBitLinear
 from ..models.quantize import OBSERVERS, Config, pack_, quantize_
+from ..models.registry import choice_name
 from ..models.selection import as_patterns
 from ..models.shared import assign, lookup, share, share_checked, shared_names
 from ..models.wrappers import has_adapters
@@ -56,7 +57,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         self,
         bits: float | None = Config.bits,
         paths: int | None = Config.paths,
-        init: str = Config.init,
+        init: str | Callable[..., Any] = Config.init,
         include: str | Sequence[str] = Config.include,
         exclude: str | Sequence[str] = Config.exclude,
         split_fused: bool = Config.split_fused,
@@ -79,6 +80,7 @@ class LittleBitConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of config.json: what is packed, or else what is to be done."""
         values = {name: getattr(self, name) for name in (PACKED if self.layers else TO_DO)}
+        values |= {} if self.layers else {"init": choice_name(self.init)}
         return {name: value for name, value in values.items() if value is not None or name in ("bits", "paths")}
 
     def config(self) -> Config:

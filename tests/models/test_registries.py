@@ -2,6 +2,9 @@
 
 import functools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import littlebit.fast as lb
 import pytest
@@ -14,6 +17,7 @@ from littlebit.fast.models.quantize import packed_layers
 from littlebit.fast.models.registry import choice_name, load_function
 
 BITS = 2.5
+BENCHMARK = Path(__file__).parents[2] / "book" / "initialisation.py"
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
@@ -227,6 +231,19 @@ def test_a_function_is_described_by_its_name():
     assert described["allocation"] == f"{__name__}:by_name"
     assert json.loads(json.dumps(described)) == described | {"include": ["*"], "exclude": []}
     assert choice_name("admm") == "admm"
+
+
+def test_the_benchmark_of_initializers_takes_a_function_by_name(tiny_llama, tmp_path):
+    """From a module in the current folder, beside a registered one; it is called for both paths."""
+    source = "import littlebit.fast as lb\n\n\ndef start(weight, rank):\n    return lb.dual_svid(weight, rank)\n"
+    (tmp_path / "own.py").write_text(source)
+    options = ["--model", tiny_llama, "--blocks", "0", "--bits", str(BITS), "--inits", "dual-svid", "own:start"]
+    subprocess.run([sys.executable, BENCHMARK, "out.json", *options], cwd=tmp_path, check=True, capture_output=True)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["init"], row["paths"]) for row in rows] == [
+        (init, paths) for init in ("dual-svid", "own:start") for paths in (1, 2)
+    ]
+    assert all(0 < error < 1 for row in rows for error in row["errors"].values())
 
 
 def test_load_function_finds_modules_in_the_current_folder(tmp_path, monkeypatch):
