@@ -96,7 +96,7 @@ class WithoutWeight(nn.Module):
         Raises
         ------
         AttributeError
-            If there is none. For `weight`, the message gives the alternatives.
+            If the module has no such attribute. For `weight`, the message gives the alternatives.
         """
         if name == "weight":
             raise AttributeError(no_weight(self))

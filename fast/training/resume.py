@@ -142,7 +142,7 @@ class Checkpointer:
         return None
 
     def load(self) -> tuple[int, dict[str, Tensor], list[dict[str, float]]] | None:
-        """Load step, tensors and log of the newest intact state; None if there is none."""
+        """Load step, tensors and log of the newest intact state; return None without such a state."""
         path = self.newest()
         if path is None:
             return None

@@ -59,7 +59,7 @@ def line(good, bad):
 
 
 def archive(path, members, method=zipfile.ZIP_DEFLATED):
-    """A zip archive: texts as they are, lists of pairs as data/NAME.jsonl."""
+    """Write a zip archive: texts as they are, lists of pairs as data/NAME.jsonl."""
     with zipfile.ZipFile(path, "w", method) as out:
         for name, content in members.items():
             if isinstance(content, list):
@@ -279,7 +279,7 @@ def test_devices_that_torch_cannot_use_are_refused(tiny_llama, device, capsys):
 
 @pytest.fixture
 def fake_harness(monkeypatch):
-    """A package lm_eval with the four names that are used of it; a list of the calls that it gets."""
+    """Install a fake package lm_eval with the four names in use, and return the list of its calls."""
     calls = []
 
     class TaskManager:

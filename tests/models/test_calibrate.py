@@ -1,4 +1,4 @@
-"""Calibration: the second moments of what passes through the layers, and what they are used for."""
+"""Test calibration: second moments of activations and gradients, and what uses them."""
 
 import copy
 

@@ -40,7 +40,7 @@ TOKENS = (torch.arange(20)[None] * 7) % 128
 
 @pytest.fixture
 def source(tmp_path):
-    """Makes the directory of a random model of a family."""
+    """Make the directory of a random model of a family."""
 
     def make(family, **changes):
         config, sizes, _ = FAMILIES[family]

@@ -43,7 +43,7 @@ def registries():
 
 
 def quantized(path, **changes):
-    """A quantized model, and its results."""
+    """Quantize a model, and return it and the results."""
     model = lb.load_model(path)
     return model, lb.quantize_(model, Config(**({"bits": BITS} | changes)), progress=False)
 

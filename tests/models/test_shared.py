@@ -55,7 +55,7 @@ def quantised(source, change):
 
 
 def first_and_second(model, names):
-    """The things in both places."""
+    """Return what stands in both places."""
     (second, first) = next(iter(names.items()))
     try:
         return model.get_submodule(first), model.get_submodule(second)

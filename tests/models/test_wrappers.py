@@ -45,7 +45,7 @@ ADAPTERS = {
 
 
 def adapted(model, config, size=0.5):
-    """A model with adapters that are no longer at their start."""
+    """Make a model with adapters that have left their initial values."""
     model = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -55,7 +55,7 @@ def adapted(model, config, size=0.5):
 
 
 def greedy(model, tokenizer, count):
-    """What transformers' generate says, without this package."""
+    """Generate by transformers, without this package."""
     prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 258}
     new = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)

@@ -1,4 +1,4 @@
-"""A run that was stopped at any moment goes on and ends with the same bits as one that was not."""
+"""Test that a run that was stopped at any moment resumes, and ends with the same bits as one that was not."""
 
 import copy
 import errno
@@ -24,7 +24,7 @@ TIMES = ("tokens_per_s", "memory_bytes")
 
 @pytest.fixture(scope="module")
 def models(loud_llama):
-    """A teacher and its student."""
+    """Make a teacher and its student."""
     teacher = lb.load_model(loud_llama)
     student = copy.deepcopy(teacher)
     lb.quantize_(student, lb.Config(bits=2.5), progress=False)
@@ -43,7 +43,7 @@ TEXT = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
 
 
 def train(models, folder=None, minutes=0.0, run=None, log_steps=5, **changes):
-    """The trained student and the log."""
+    """Train, and return the trained student and the log."""
     teacher, student = copy.deepcopy(models)
     checkpointer = None if folder is None else lb.Checkpointer(folder, minutes, run)
     config = lb.TrainConfig(**(SETTINGS | changes))
@@ -57,7 +57,7 @@ def whole(models):
 
 
 def timeless(log):
-    """A log without what differs from run to run."""
+    """Remove the entries that differ from run to run from a log."""
     return [{key: value for key, value in entry.items() if key not in TIMES} for entry in log]
 
 
@@ -69,7 +69,7 @@ def assert_same_run(actual, expected):
 
 
 class StopError(Exception):
-    """What ends a run in these tests."""
+    """End a run in these tests."""
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def command(model, out, text, *more):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A file that the byte-level tokenizer reads as 128 tokens."""
+    """Write a file that the byte-level tokenizer reads as 128 tokens."""
     path = tmp_path_factory.mktemp("data") / "text.txt"
     path.write_text("".join(chr(97 + token % 26) for token in TEXT.tolist()))
     return path
@@ -51,7 +51,7 @@ def logged(out):
 
 @pytest.fixture(scope="module")
 def one_process(loud_llama, text, tmp_path_factory):
-    """What one process writes, and how its losses respond to noise."""
+    """Train in one process, and return its output."""
     out = tmp_path_factory.mktemp("one") / "out"
     assert main(command(loud_llama, out, text)) == 0
     return out
@@ -59,7 +59,7 @@ def one_process(loud_llama, text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command_conditions(loud_llama, models, text):
-    """The conditions of what the command trains."""
+    """Measure the conditions of the command's training run."""
     tokens = texts.text_tokens(lb.load_tokenizer(loud_llama), text)
     return measured(models, train(models, tokens)[1], tokens)
 
@@ -161,7 +161,7 @@ def test_command_refuses_what_cannot_be_done(loud_llama, text, tmp_path, capsys,
 
 
 def assert_same_checkpoint(out, one_process, conditions):
-    """Same losses within the bound, and a checkpoint of the same size that works."""
+    """Compare losses within the bound, and require a working checkpoint of the same size."""
     assert_same_curves(logged(out), logged(one_process), conditions)
     stored, expected = lb.info(out), lb.info(one_process)
     for each in (stored, expected):

@@ -249,7 +249,7 @@ def test_train_moves_what_it_should_and_nothing_else(models, train_):
 
 
 def gradients(models, **changes):
-    """What the optimiser is given in each of two steps, and the log."""
+    """Train two steps, and return the gradients that the optimizer got in each, and the log."""
     seen = []
 
     def keep(optimizer, *_):
