@@ -84,7 +84,7 @@ def calibrate(
 
 
 def unreached(model: nn.Module, name: str, found: Mapping[str, Moments]) -> Moments:
-    """Replace the moments of a layer that no token reached by the mean over the block's other experts, or by zeros."""
+    """Replace the moments of a layer that no token reached: by the mean over the block's other experts, or zeros."""
     same = []
     if "." in layer_type(name):
         experts, at, projection = name.rsplit(".", 2)

@@ -1,4 +1,4 @@
-"""Quantize embeddings and output heads to 8 or 4 bits per entry, with float16 scales for each group of a row.
+"""Quantize embeddings and output heads to 8 or 4 bits per entry, with a float16 scale for each group.
 
 In a sub-1-bit model, embedding and head are most of the file (83 % of Llama-2-7B at 0.1 bits) and, on a CPU, most of
 the time of a token.
@@ -276,9 +276,9 @@ def feedback_factors(moments: Tensor) -> Tensor:
 
 
 def refit_ranges(rows: Tensor, codes: Tensor, group: int, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Refit the scales and offsets of each row to its codes, for the smallest error d M d^T of the row's error d.
+    """Refit the scales and offsets of each row to its codes by weighted least squares.
 
-    Let D be the matrix that maps a row's scales and offsets p to its entries. Then D^T M D p = D^T M w.
+    The error is d M d^T, where d is a row's rounding error and M the second moments. Let D be the matrix that maps a row's scales and offsets p to its entries. Then D^T M D p = D^T M w.
     """
     groups = codes.shape[1] // group
     blocks = moments.unflatten(1, (groups, group)).unflatten(0, (groups, group))  # (groups, group, groups, group)

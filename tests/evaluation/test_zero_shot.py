@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: BLiMP against a plain loop over sentences, untrusted archives, and the harness."""
+"""Test zero-shot evaluation: BLiMP against a plain loop over sentences, untrusted archives, and the harness."""
 
 import contextlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Mixture-of-experts models, tiny and random: each expert's projections are layers; transformers is the oracle."""
+"""Test tiny random mixture-of-experts models against transformers: each projection of an expert is a layer."""
 
 import copy
 import json

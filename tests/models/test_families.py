@@ -1,4 +1,4 @@
-"""Families of models, tiny and random: quantised, trained for a step, saved, loaded here and in transformers, run."""
+"""Test tiny random models of each family: quantize, train a step, save, load here and in transformers, run."""
 
 import math
 import subprocess

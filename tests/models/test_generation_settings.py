@@ -1,4 +1,4 @@
-"""Stop tokens, sampling, chat templates and positions of a checkpoint: every reader and engine agrees on them."""
+"""Test that all readers and engines agree on stop tokens, sampling, chat templates and positions."""
 
 import json
 import shutil

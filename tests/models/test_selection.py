@@ -1,4 +1,4 @@
-"""Which layers are quantised: layers that are not plain stay dense, run, and are named with the reason; patterns."""
+"""Test which layers are quantized: others stay dense, run, and are reported with the reason; patterns."""
 
 import logging
 import re

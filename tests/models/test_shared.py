@@ -1,4 +1,4 @@
-"""What a model holds in several places is quantised once, stored once, and shared again after loading."""
+"""Test that shared modules and parameters are quantized once, stored once, and shared again after loading."""
 
 import json
 

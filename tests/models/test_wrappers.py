@@ -1,4 +1,4 @@
-"""Compiled, parallel and PEFT models wherever a model goes in: unwrapped, run by transformers, or refused in words."""
+"""Test compiled, parallel and PEFT models: each function unwraps them, runs them, or raises a clear error."""
 
 import littlebit.fast as lb
 import pytest
