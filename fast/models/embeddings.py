@@ -278,7 +278,8 @@ def feedback_factors(moments: Tensor) -> Tensor:
 def refit_ranges(rows: Tensor, codes: Tensor, group: int, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Refit the scales and offsets of each row to its codes by weighted least squares.
 
-    The error is d M d^T, where d is a row's rounding error and M the second moments. Let D be the matrix that maps a row's scales and offsets p to its entries. Then D^T M D p = D^T M w.
+    The error is d M d^T, where d is a row's rounding error and M the second moments. Let D be the matrix that maps a
+    row's scales and offsets p to its entries. Then D^T M D p = D^T M w.
     """
     groups = codes.shape[1] // group
     blocks = moments.unflatten(1, (groups, group)).unflatten(0, (groups, group))  # (groups, group, groups, group)
