@@ -115,7 +115,7 @@ def record_step(
     A function that runs the step and returns its outputs, always in the same two tensors.
     """
     parameters = list(parameters)
-    before = {name: tensor.cpu() for name, tensor in state.items()}
+    before = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

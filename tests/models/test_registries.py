@@ -117,8 +117,8 @@ WRONG = {
     "nothing": (lambda weight, rank: None, r"must return Factors\(u, v, h, ell, g\), got NoneType"),
     "a short tuple": (lambda weight, rank: (weight,), r"must return Factors\(u, v, h, ell, g\), got tuple"),
     "a shape": (
-        lambda weight, rank: ones(weight, rank)._replace(u=torch.ones(rank, weight.shape[0])),
-        r"must return u as a tensor of shape \(64, \d+\), got \(\d+, 64\)",
+        lambda weight, rank: ones(weight, rank)._replace(u=torch.ones(rank, weight.shape[0] + 1)),
+        r"must return u as a tensor of shape \(64, \d+\), got \(\d+, 65\)",
     ),
     "a rank": (lambda weight, rank: ones(weight, rank + 1), r"must return u as a tensor of shape"),
     "a list": (
@@ -182,7 +182,7 @@ def test_own_allocation_chooses_the_ranks(tiny_llama, registries):
         (lambda problem: dict.fromkeys(problem.shapes, (0,)), r"must return ranks of 1 to 64 .* got \(0,\)"),
         (lambda problem: dict.fromkeys(problem.shapes, (65,)), r"must return ranks of 1 to 64 .* got \(65,\)"),
         (lambda problem: dict.fromkeys(problem.shapes, (8.0,)), r"must return ranks of 1 to 64 .* got \(8.0,\)"),
-        (lambda problem: dict.fromkeys(problem.shapes, (64, 64)), r"must store at most 2\.5 bits per weight \(bits\)"),
+        (lambda problem: dict.fromkeys(problem.shapes, (32, 32)), r"must store at most 2\.5 bits per weight \(bits\)"),
     ],
 )
 def test_wrong_ranks_are_refused(tiny_llama, allocation, message):
