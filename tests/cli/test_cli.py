@@ -151,7 +151,7 @@ def test_dry_run_of_training_names_the_recipe(tiny_llama, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     at = printed.index(lines[0])
     assert printed[at : at + 4] == lines
-    assert printed[at + 4].startswith("settings: tokens 1200, sequence 5, block_tokens 200, long_tokens 400")
+    assert printed[at + 4].startswith("settings: total_tokens 1200, sequence_length 5, block_tokens 200, long_tokens 400")
     assert "optimizer muon" in printed[at + 4]
     found = json.loads(littlebit(*words, "--json"))
     assert found["recipe"][:4] == lines
