@@ -173,7 +173,7 @@ def test_kv_rank_factor_gives_keys_and_values_more_within_the_ceiling(family, so
 
 def test_kv_rank_factor_refuses_models_without_grouped_queries(source):
     for family, config in (("OPT", {}), ("Phi-3", {}), ("Llama", {"exclude": ("*k_proj", "*v_proj")})):
-        with pytest.raises(ValueError, match="kv_rank_factor is for k_proj and v_proj"):
+        with pytest.raises(ValueError, match="kv_rank_factor needs k_proj and v_proj"):
             lb.quantize_(lb.load_model(source(family)), lb.Config(BITS, kv_rank_factor=4, **config), progress=False)
     for config in ({"kv_rank_factor": 0}, {"kv_rank_factor": 4, "allocation": "sensitivity"}):
         with pytest.raises(ValueError, match="kv_rank_factor"):

@@ -277,7 +277,7 @@ def test_the_weight_of_both_forms_is_read_and_not_set(checkpoint, tiny_llama):
         assert (layer.in_features, layer.out_features) == (64, 96)
         assert layer.weight.shape == (96, 64)
         assert layer.weight.dtype == torch.float32
-        with pytest.raises(AttributeError, match="cannot be set: it follows from signs and scales"):
+        with pytest.raises(AttributeError, match="cannot be set, because it is computed from signs and scales"):
             layer.weight = torch.nn.Parameter(torch.zeros(96, 64))
     layer = trained.get_submodule(name)
     layer.weight.square().sum().backward()
