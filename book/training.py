@@ -36,6 +36,7 @@ from littlebit.fast.bench.timing import save_results
 from littlebit.fast.checkpoints import bundled
 from littlebit.fast.checkpoints.texts import text_tokens, training_tokens
 from littlebit.fast.evaluation.zero_shot import blimp
+from littlebit.fast.training.config import with_new_names
 from littlebit.fast.training.student import littlebit_layers
 
 TEACHER = "smollm2"
@@ -100,7 +101,7 @@ def speed(arguments: argparse.Namespace) -> None:
     quantize_(start, Config(bits=0.55, paths=1, init="dual-svid"))
     for batch, sequence, hidden in SPEEDS:
         student, steps = copy.deepcopy(start), 60
-        config = TrainConfig(tokens=steps * batch * sequence, batch=batch, sequence=sequence, hidden=hidden)
+        config = TrainConfig(steps * batch * sequence, sequence, batch, hidden_loss_weight=hidden)
         torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         log = train_(student, copy.deepcopy(teacher), tokens, config, progress=False)
@@ -192,7 +193,7 @@ def experiment(
     settings = {"bits": 0.55, "paths": 1, "init": "admm"} | changes
     config, options = (pick(kind, settings) for kind in (Config, TrainConfig))
     known = {field.name for kind in (Config, TrainConfig) for field in fields(kind)} | {"name", "weights"}
-    if unknown := set(changes) - known:
+    if unknown := set(with_new_names(changes)) - known:
         raise ValueError(f"experiment {changes['name']}: unknown settings {unknown}")
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -236,6 +237,7 @@ def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
 
 def pick(kind: type, settings: dict[str, Any]) -> Any:
     """A dataclass filled with those of the settings that it has."""
+    settings = with_new_names(settings)  # The JSON files keep the names that they were measured under.
     return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
 
 

@@ -1,14 +1,18 @@
-"""How far initialisation alone goes: relative error and perplexity of SmolLM2, untrained, over initialisers and bits.
+"""Measure initialization alone: relative error and perplexity of SmolLM2, untrained, over initializers and bits.
 
     python book/untrained.py OUT.json [--device cuda] [--windows 8]
+    python book/untrained.py OUT.json --inits admm my_module:my_init --bits 0.55 1.0
 
-Every row quantises all linear layers, without training, and measures perplexity on the shipped evaluation text, from
-factors in float32.
+Every row quantizes all linear layers, without training, and measures perplexity on the bundled evaluation text, with
+factors in float32. An initializer is a registered name, or a function (weight, rank) -> Factors that is named as
+module:function.
 """
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import torch
 from littlebit.fast.bench.timing import cpu_name, save_results
 from littlebit.fast.checkpoints.texts import text_tokens
 from littlebit.fast.evaluation.perplexity import SAMPLE_TEXT, TRAINING_TEXT
+from littlebit.fast.models.registry import load_function
 
 MODEL = "smollm2"
 CALIBRATION_TOKENS = 8192
@@ -35,11 +40,12 @@ ROWS = [
 
 
 def measure(source: str, settings: dict, device: str, windows: int) -> dict:
-    """One row: quantise, then perplexity."""
+    """Quantize a model, measure its perplexity, and return a row of results."""
     tokenizer, model = lb.load_tokenizer(source), lb.load_model(source, device)
     calibration = text_tokens(tokenizer, TRAINING_TEXT)[:CALIBRATION_TOKENS]
     start = time.perf_counter()
-    results = lb.quantize_(model, lb.Config(**settings), calibration, progress=False)
+    init = load_function(settings["init"]) if ":" in settings["init"] else settings["init"]
+    results = lb.quantize_(model, lb.Config(**settings | {"init": init}), calibration, progress=False)
     seconds = time.perf_counter() - start
     score = lb.perplexity(model, text_tokens(tokenizer, SAMPLE_TEXT), max_windows=windows, progress=False)
     weights = sum(result.d_out * result.d_in for result in results.values())
@@ -49,17 +55,25 @@ def measure(source: str, settings: dict, device: str, windows: int) -> dict:
 
 
 def main() -> None:
-    """Measure every row; the file is written after each, so that a run cut short leaves what it has."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure every row, and save the rows after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--inits", nargs="+", help="registered names, or module:function; by default the rows above")
+    parser.add_argument("--bits", nargs="+", type=float, default=[0.55, 1.0], help="budgets of --inits")
     arguments = parser.parse_args()
+    chosen = [
+        {"init": init, "paths": paths, "bits": bits, "importance": False, "allocation": "uniform"}
+        for bits in arguments.bits
+        for init in arguments.inits or ()
+        for paths in (1, 2)
+    ]
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name()
-    command = f"python book/untrained.py OUT.json --device {arguments.device} --windows {arguments.windows}"
+    command = shlex.join(["python", "book/untrained.py", "OUT.json", *sys.argv[2:]])
     rows = []
-    for settings in ROWS:
+    for settings in chosen or ROWS:
         rows.append(measure(arguments.model, settings, arguments.device, arguments.windows))
         print(json.dumps(rows[-1]), flush=True)
         save_results(arguments.out, rows, command, device)

@@ -103,10 +103,16 @@ if TYPE_CHECKING:
         ModelShape as ModelShape,
         model_memory as model_memory,
     )
+    from .models.allocation import (
+        AllocationProblem as AllocationProblem,
+        register_allocation as register_allocation,
+    )
     from .models.calibrate import Moments as Moments, calibrate as calibrate, spectral_gains as spectral_gains
+    from .models.config import Config as Config
     from .models.hf_names import cache_argument as cache_argument
+    from .models.initializers import register_init as register_init
     from .models.layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
-    from .models.quantize import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
+    from .models.quantize import LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
     from .packing import (
         PackedFactors as PackedFactors,
         pack_factors as pack_factors,
@@ -137,9 +143,9 @@ if TYPE_CHECKING:
         qat as qat,
         qat_step as qat_step,
     )
-    from .training.resume import Keeper as Keeper
+    from .training.config import TrainConfig as TrainConfig
+    from .training.resume import Checkpointer as Checkpointer
     from .training.trainer import (
-        TrainConfig as TrainConfig,
         TrainingError as TrainingError,
         TrainingStopped as TrainingStopped,
         train_ as train_,

@@ -8,11 +8,14 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: Old name -> new name of what a package exports.
 NAMES = {
     "expansion": "up_projection",
+    "Keeper": "Checkpointer",
     "rotate": "apply_rope",
 }
 
@@ -37,7 +40,7 @@ def renamed_attribute(package: str, name: str) -> Any:
     return getattr(module, new)
 
 
-def renamed_keywords(**names: str) -> Callable[[Callable], Callable]:
+def renamed_keywords(**names: str) -> Callable[[F], F]:
     """Make a decorator that accepts keyword arguments under their old names: `@renamed_keywords(old="new")`.
 
     It decorates functions, and classes whose `__init__` takes the arguments (dataclasses).
@@ -55,7 +58,7 @@ def renamed_keywords(**names: str) -> Callable[[Callable], Callable]:
     move(centre=...) is now move(center=...); the next version drops the old name
     """
 
-    def decorate(target: Callable) -> Callable:
+    def decorate(target: Any) -> Any:
         if isinstance(target, type):
             target.__init__ = accept(target.__init__, target.__name__)
             return target

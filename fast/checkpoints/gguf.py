@@ -17,7 +17,7 @@ from .._checks import LittleBitWarning, has_sliding_window
 from ..files.atomic import atomic_file, check_file, check_room
 from ..models.embeddings import QuantizedEmbedding, QuantizedHead
 from ..models.generation_settings import GenerationSettings, settings_of
-from ..models.layers import Joined, PackedLinear, stored_half
+from ..models.layers import ConcatLinear, PackedLinear, stored_half
 from ..models.shared import refuse_shared
 from ..models.wrappers import without_adapters
 
@@ -131,7 +131,7 @@ def check_architecture(model: Any) -> str:
         another activation than SiLU.
     """
     config = model.config
-    if config.model_type not in ARCHITECTURES or any(isinstance(module, Joined) for module in model.modules()):
+    if config.model_type not in ARCHITECTURES or any(isinstance(module, ConcatLinear) for module in model.modules()):
         raise ValueError(
             f"GGUF files are written of {', '.join(ARCHITECTURES)} models with whole layers, not of {config.model_type}"
         )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..files.untrusted import CheckpointError, open_errors
-from ..models.embeddings import QuantizedEmbedding, Table, replace_embeddings, tie_embeddings
+from ..models.embeddings import EmbeddingTable, QuantizedEmbedding, replace_embeddings, tie_embeddings
 from ..models.experts import is_known, projection_names, split_experts
 from ..models.generation_settings import FILE as GENERATION, read_generation
 from ..models.layers import PackedLinear
@@ -54,8 +54,8 @@ def install_embeddings(model: Any, described: Any, dtype: torch.dtype, where: Pa
     rows, size = model.get_input_embeddings().weight.shape
     check_embeddings(described, size, where)
 
-    def table() -> Table:
-        return Table.empty(described["bits"], rows, size, described["group"])
+    def table() -> EmbeddingTable:
+        return EmbeddingTable.empty(described["bits"], rows, size, described["group"])
 
     first = table()
     replace_embeddings(model, first, first if described.get("tied") else table(), dtype)

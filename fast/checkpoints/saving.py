@@ -15,7 +15,7 @@ from ..files.atomic import check_folder, resolve_output
 from ..files.digests import tensor_bytes, tensor_digest
 from ..models.embeddings import QuantizedEmbedding
 from ..models.generation_settings import FILE as GENERATION
-from ..models.layers import Joined, PackedLinear, stored_half
+from ..models.layers import ConcatLinear, PackedLinear, stored_half
 from ..models.quantize import pack_, packed_layers
 from ..models.selection import linear_shape
 from ..models.shared import shared_names
@@ -85,7 +85,7 @@ def fused_section(model: nn.Module) -> dict[str, Any]:
     def rows(part: Any) -> int:
         return part.d_out if isinstance(part, PackedLinear) else linear_shape(part)[0]
 
-    joined = {name: module for name, module in model.named_modules() if isinstance(module, Joined)}
+    joined = {name: module for name, module in model.named_modules() if isinstance(module, ConcatLinear)}
     parts = {name: [[key, rows(part)] for key, part in module.named_children()] for name, module in joined.items()}
     return {"fused": parts} if parts else {}
 

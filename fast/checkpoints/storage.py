@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..models.packed_shapes import Header, layer_kind
+from ..models.packed_shapes import Header, layer_type
 from .checksums import read_checksums
 from .format import INDEX, OFFICIAL, is_official
 
@@ -69,10 +69,10 @@ def count_kinds(
     """Count layers, weights, bytes and bits per weight for each kind of layer, such as "q_proj"."""
     kinds: dict[str, dict[str, Any]] = {}
     for name, layer in owners.items():
-        kind = kinds.setdefault(layer_kind(layer), {"layers": 0, "weights": 0, "linear_bytes": 0})
+        kind = kinds.setdefault(layer_type(layer), {"layers": 0, "weights": 0, "linear_bytes": 0})
         kind["linear_bytes"] += headers[name].nbytes
     for layer, entry in layers.items():
-        kind = kinds[layer_kind(layer)]
+        kind = kinds[layer_type(layer)]
         kind["layers"] += 1
         kind["weights"] += entry["d_out"] * entry["d_in"]
     for kind in kinds.values():

@@ -8,14 +8,14 @@ from .tables import text_table
 
 if TYPE_CHECKING:
     from ..models.quantize import Config
-    from ..training.trainer import TrainConfig
+    from ..training.config import TrainConfig
 
 
 def print_estimate(source: str, config: "Config", training: "TrainConfig | None", as_json: bool) -> None:
     """Print the stored bits, the memory and the time to expect, and the phases of a training."""
     from .estimate import estimate
 
-    found = estimate(source, config, training.tokens if training else 0)
+    found = estimate(source, config, training.total_tokens if training else 0)
     if training:
         found |= {"training": asdict(training), "recipe": recipe(training)}
     if as_json:
@@ -48,7 +48,8 @@ def layer_row(layer_type: str, row: dict[str, Any]) -> dict[str, Any]:
 
 def recipe(config: "TrainConfig") -> list[str]:
     """Describe a training: one line for each phase, and one for the settings that differ from the defaults."""
-    from ..training.trainer import TrainConfig, phases
+    from ..training.config import TrainConfig
+    from ..training.phases import phases
 
     lines = []
     for phase in phases(config):

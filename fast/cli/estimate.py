@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,11 @@ from ..bits import Ranks, Shape, layer_bits, model_bits
 from ..checkpoints.dense import check_dense
 from ..checkpoints.fetch import locate
 from ..models.build import empty_model, transformers
-from ..models.packed_shapes import layer_kind
-from ..models.quantize import OVERSAMPLING, Config, check_config, factorise, fused_split, plan
+from ..models.config import Config, check_config
+from ..models.initializers import OVERSAMPLING, factorize
+from ..models.packed_shapes import layer_type
+from ..models.quantize import fused_split, plan_ranks
+from ..models.registry import choice_name
 from ..models.selection import linear_shape
 
 PROBE_SECONDS = 0.1  # for timing matrix products
@@ -60,7 +62,7 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     model.tie_weights()
     check_config(config, torch.empty(0))  # Any tensor passes for the calibration tokens, which are not read.
     with fused_split(model, config):
-        selection, ranks = plan(model, config)
+        selection, ranks = plan_ranks(model, config)
     shapes = {name: linear_shape(layer) for name, layer in selection.layers.items()}
     weights = sum(d_out * d_in for d_out, d_in in shapes.values())
     stored = model_bits(shapes, ranks)
@@ -89,7 +91,7 @@ def count_layer_types(shapes: dict[str, Shape], ranks: dict[str, Ranks]) -> dict
     """Count the layers of each type; take shape and ranks from its first layer, bits per weight from its last."""
     rows: dict[str, dict[str, Any]] = {}
     for name, (d_out, d_in) in shapes.items():
-        row = rows.setdefault(layer_kind(name), {"layers": 0, "d_out": d_out, "d_in": d_in, "ranks": ranks[name]})
+        row = rows.setdefault(layer_type(name), {"layers": 0, "d_out": d_out, "d_in": d_in, "ranks": ranks[name]})
         row["layers"] += 1
         row["bits"] = layer_bits(d_out, d_in, ranks[name]) / (d_out * d_in)
     return rows
@@ -113,13 +115,17 @@ def quantize_seconds(shapes: dict[str, Shape], ranks: dict[str, Ranks], config: 
     time for one entry comes from the small layer.
     """
     rate = multiplications_per_second()
-    products = multiplications((PROBE_SIZE, PROBE_SIZE), PROBE_RANK, config.init, PROBE_STEPS)
+    products = multiplications((PROBE_SIZE, PROBE_SIZE), PROBE_RANK, choice_name(config.init), PROBE_STEPS)
     elementwise = max(probe_seconds(config) - products / rate, 0)
     steps_ratio = ADMM_STEPS / PROBE_STEPS if config.init == "admm" else 1
     entry_seconds = elementwise * steps_ratio / (2 * PROBE_SIZE * PROBE_RANK)
     counts = Counter((shapes[name], rank) for name in shapes for rank in ranks[name])
     return sum(
-        count * (multiplications(shape, rank, config.init, ADMM_STEPS) / rate + entry_seconds * sum(shape) * rank)
+        count
+        * (
+            multiplications(shape, rank, choice_name(config.init), ADMM_STEPS) / rate
+            + entry_seconds * sum(shape) * rank
+        )
         for (shape, rank), count in counts.items()
     )
 
@@ -133,7 +139,7 @@ def probe_seconds(config: Config) -> float:
         if config.init == "admm":
             admm(weight, rank, sketch, steps)
         else:
-            factorise(weight[None], (rank,), replace(config, importance=False), [])
+            factorize(weight[None], (rank,), config.init, config.seed)
 
     run(1, 1)  # The first call loads libraries.
     start = time.perf_counter()
@@ -145,7 +151,7 @@ def multiplications(shape: Shape, rank: int, init: str, steps: int) -> float:
     """Count the multiplications in the matrix products and decompositions that factorize one path of a layer.
 
     A multiplication in a decomposition takes longer than in a product, so it counts QR_COST times in QR, Cholesky and
-    the small SVD. If the rank is so large that `factorise` decomposes the whole weight, its SVD counts SVD_COST times
+    the small SVD. If the rank is so large that `factorize` decomposes the whole weight, its SVD counts SVD_COST times
     m n min(m, n).
     """
     (d_out, d_in), columns = shape, rank + OVERSAMPLING

@@ -36,7 +36,9 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
 
 def add_quantization(sub: argparse.ArgumentParser) -> None:
     """Add the options that become a `Config`, and the calibration text."""
-    from ..models.quantize import ALLOCATIONS, INITS, Config
+    from ..models.allocation import ALLOCATIONS
+    from ..models.config import Config
+    from ..models.initializers import INITS
 
     group = sub.add_argument_group("quantization")
     group.add_argument(
@@ -53,13 +55,13 @@ def add_quantization(sub: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--init",
-        choices=INITS,
+        choices=list(INITS),
         default=Config.init,
         help="initialize the factors as in the paper (dual-svid), after a rotation (itq), or by optimization (admm)",
     )
     group.add_argument(
         "--allocation",
-        choices=ALLOCATIONS,
+        choices=list(ALLOCATIONS),
         default=Config.allocation,
         help="divide the ranks among the layers: equal bits, by sensitivity on the calibration text, or by the "
         "authors' formula, which may exceed --bits",

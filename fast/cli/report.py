@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.atomic import write_text
-from ..models.packed_shapes import layer_kind
+from ..models.packed_shapes import layer_type as type_of_layer
 
 if TYPE_CHECKING:
     from ..models.quantize import LayerResult
@@ -21,7 +21,7 @@ def summarize_layer_types(results: Mapping[str, "LayerResult"]) -> list[dict[str
     """Summarize results by layer type: count, shape, total rank, paths, mean bits and mean relative error."""
     groups: dict[str, list[LayerResult]] = {}
     for name, result in results.items():
-        groups.setdefault(layer_kind(name), []).append(result)
+        groups.setdefault(type_of_layer(name), []).append(result)
     rows = []
     for layer_type, group in groups.items():
         ranks = [sum(result.ranks) for result in group]
@@ -65,7 +65,7 @@ def html_report(path: Path, title: str, summary: str, results: Mapping[str, "Lay
 
 def bar_chart(results: Mapping[str, "LayerResult"], field: str) -> str:
     """Draw a bar for each layer as SVG, colored by layer type; its tooltip shows the layer's name and value."""
-    layer_types = list(dict.fromkeys(layer_kind(name) for name in results))
+    layer_types = list(dict.fromkeys(type_of_layer(name) for name in results))
     colors = {layer_type: COLORS[at % len(COLORS)] for at, layer_type in enumerate(layer_types)}
     top = max(getattr(result, field) for result in results.values()) or 1.0
     step = (WIDTH - MARGIN) / len(results)
@@ -75,7 +75,7 @@ def bar_chart(results: Mapping[str, "LayerResult"], field: str) -> str:
         tall = value / top * (HEIGHT - 20)
         parts.append(
             f"<rect x='{MARGIN + at * step:.2f}' y='{HEIGHT - tall:.2f}' width='{max(step * 0.85, 0.5):.2f}' "
-            f"height='{tall:.2f}' fill='{colors[layer_kind(name)]}'>"
+            f"height='{tall:.2f}' fill='{colors[type_of_layer(name)]}'>"
             f"<title>{html.escape(name)}: {value:.4f}</title></rect>"
         )
     for value in (0.0, top / 2, top):

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from .quantize import add_quantization, calibration_tokens, quantization_config
 from .tables import checkpoint_summary
 
 if TYPE_CHECKING:
-    from ..training.trainer import TrainConfig
+    from ..training.config import TrainConfig
 
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
@@ -57,13 +57,15 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
 
 def add_schedule(sub: argparse.ArgumentParser) -> None:
     """Add the options of a `TrainConfig` that say how many tokens are trained, and in which phases."""
-    from ..training.trainer import TrainConfig
+    from ..training.config import TrainConfig
 
     group = sub.add_argument_group("schedule")
-    group.add_argument("--tokens", type=count, default=TrainConfig.tokens, help="tokens to train on, over all steps")
-    group.add_argument("--sequence", type=count, default=TrainConfig.sequence, help="tokens in a sequence")
     group.add_argument(
-        "--batch", type=count, default=TrainConfig.batch, help="sequences in a step, over all processes together"
+        "--tokens", type=count, default=TrainConfig.total_tokens, help="tokens to train on, over all steps"
+    )
+    group.add_argument("--sequence", type=count, default=TrainConfig.sequence_length, help="tokens in a sequence")
+    group.add_argument(
+        "--batch", type=count, default=TrainConfig.batch_size, help="sequences in a step, over all processes together"
     )
     group.add_argument(
         "--micro-batch",
@@ -96,8 +98,8 @@ def add_schedule(sub: argparse.ArgumentParser) -> None:
 def add_optimization(sub: argparse.ArgumentParser) -> None:
     """Add the options of a `TrainConfig` that concern the loss and the optimizer."""
     from ..signs import RULES
+    from ..training.config import OPTIMIZERS, TrainConfig
     from ..training.student import TRAINABLE
-    from ..training.trainer import OPTIMIZERS, TrainConfig
 
     def add_float(name: str, default: float, text: str, **limits: float) -> None:
         group.add_argument(name, type=number(float, **({"low": 0} | limits)), default=default, help=text)
@@ -118,7 +120,7 @@ def add_optimization(sub: argparse.ArgumentParser) -> None:
         default=TrainConfig.rule,
         help="surrogate for the derivative of the sign function in the backward pass",
     )
-    add_float("--hidden", TrainConfig.hidden, "weight of the loss on hidden states; 0 leaves it out")
+    add_float("--hidden", TrainConfig.hidden_loss_weight, "weight of the loss on hidden states; 0 leaves it out")
     group.add_argument(
         "--label-weight",
         type=fraction,
@@ -134,23 +136,24 @@ def add_optimization(sub: argparse.ArgumentParser) -> None:
         "--optimizer", choices=OPTIMIZERS, default=TrainConfig.optimizer, help="optimizer of the latent factors"
     )
     add_float("--warmup", TrainConfig.warmup, "fraction of the steps in which the learning rates rise", below=1)
-    add_float("--final", TrainConfig.final, "learning rates at the end, as a fraction of their peaks")
-    add_float("--clip", TrainConfig.clip, "largest gradient norm before clipping; 0 turns clipping off")
+    add_float("--final", TrainConfig.final_lr_fraction, "learning rates at the end, as a fraction of their peaks")
+    add_float("--clip", TrainConfig.max_grad_norm, "largest gradient norm before clipping; 0 turns clipping off")
 
 
 def training_config(arguments: argparse.Namespace) -> "TrainConfig":
     """Make the `TrainConfig` that the arguments ask for."""
-    from ..training.trainer import TrainConfig
+    from ..training.config import TrainConfig, with_new_names
 
-    return TrainConfig(
-        **{field.name: getattr(arguments, field.name) for field in fields(TrainConfig) if field.name in arguments}
-    )
+    given = with_new_names(vars(arguments))
+    return TrainConfig(**{field.name: given[field.name] for field in fields(TrainConfig) if field.name in given})
 
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Run `littlebit train`, in one process or as one of torchrun's processes."""
     from ..checkpoints.saving import check_target
-    from ..training.trainer import TrainingError, TrainingStopped, check_config, joined_processes
+    from ..training.config import check_config
+    from ..training.processes import joined_processes
+    from ..training.trainer import TrainingError, TrainingStopped
 
     check_target(arguments.out, arguments.overwrite)
     check_apart(arguments.model, arguments.out)
@@ -176,8 +179,12 @@ def train_and_save(arguments: argparse.Namespace, device: str) -> None:
     from ..files.atomic import resolve_output
     from ..files.digests import tensors_digest
     from ..models.quantize import quantize_
-    from ..training.resume import Keeper
-    from ..training.trainer import check_config, checked_text, longest, process, train_
+    from ..training.config import check_config
+    from ..training.phases import longest_sequence
+    from ..training.processes import rank_and_world_size
+    from ..training.resume import Checkpointer
+    from ..training.trainer import train_
+    from ..training.windows import checked_text
 
     tokenizer = load_tokenizer(arguments.model)
     texts = [training_tokens(tokenizer, path) for path in arguments.data]
@@ -186,26 +193,29 @@ def train_and_save(arguments: argparse.Namespace, device: str) -> None:
     out = resolve_output(arguments.out)
     state = out.with_name(out.name + ".training")
     measured = None if calibration is None else tensors_digest(calibration)
-    keeper = Keeper(state, arguments.save_minutes, {"model": arguments.model, "calibration": measured} | asdict(config))
-    if keeper.newest() is not None:  # The saved state replaces all factors, so the cheapest initialization will do.
+    described = {"model": arguments.model, "calibration": measured} | config.described()
+    checkpointer = Checkpointer(state, arguments.save_minutes, described)
+    if (
+        checkpointer.newest() is not None
+    ):  # The saved state replaces all factors, so the cheapest initialization will do.
         config = replace(config, init="dual-svid", importance=False)
     teacher = load_model(arguments.model, device)
-    check_config(training, process()[1])  # before the model is quantized
-    texts = [checked_text(text, teacher, longest(training)) for text in texts]
+    check_config(training, rank_and_world_size()[1])  # before the model is quantized
+    texts = [checked_text(text, teacher, longest_sequence(training)) for text in texts]
     model = copy.deepcopy(teacher)
-    quantize_(model, config, calibration, progress=process()[0] == 0)
+    quantize_(model, config, calibration, progress=rank_and_world_size()[0] == 0)
     log = train_(
         model,
         teacher,
         texts,
         training,
         arguments.weights,
-        keeper,
+        checkpointer,
         compile=not arguments.no_compile,
         shard=arguments.shard,
         log_steps=arguments.log_steps,
     )
-    if process()[0] > 0:
+    if rank_and_world_size()[0] > 0:
         return
     save(model.cpu(), arguments.out, tokenizer, config.bits, overwrite=arguments.overwrite, log=log)
     shutil.rmtree(state, ignore_errors=True)

@@ -36,7 +36,7 @@ class Linear(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """An embedding or head; see embeddings.Table for rows of integers.
+    """An embedding or head; see embeddings.EmbeddingTable for rows of integers.
 
     Attributes
     ----------

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..kernels.unpacked import signs
 from ..kv_cache import Latents, apply_rope, latent_attention, round_latents
-from ..models.embeddings import QuantizedEmbedding, QuantizedHead, Table
+from ..models.embeddings import EmbeddingTable, QuantizedEmbedding, QuantizedHead
 from ..models.layers import PackedLinear
 from ..packing import pack_signs
 from .architecture import NotDecodableError
@@ -539,7 +539,7 @@ class CudaSteps:
         raise NotDecodableError(f"{wide}; keep keys and values instead (kv_cache='full')")
 
 
-def table_arrays(table: Table) -> tuple[str, tuple[Tensor, Tensor, Tensor], int, int]:
+def table_arrays(table: EmbeddingTable) -> tuple[str, tuple[Tensor, Tensor, Tensor], int, int]:
     """A table's kind for the kernels, its arrays, the size of a row, and of a group."""
     offset = table.scale if table.offset is None else table.offset
     return str(table.bits), (table.codes, table.scale, offset), table.size, table.group

@@ -1,1 +1,1 @@
-"""Perplexity and zero-shot tasks."""
+"""Evaluate language models: perplexity and zero-shot tasks."""

@@ -1,4 +1,4 @@
-"""Perplexity, stated exactly."""
+"""Measure the perplexity of a language model on a text."""
 
 import math
 from pathlib import Path
@@ -12,31 +12,25 @@ from .._checks import check_number, flat_tokens, window_for
 from .._progress import tqdm
 from ..models.calibrate import windows
 
-WINDOW = 2048
-
-
+WINDOW = 2048  # default tokens in a window
 SAMPLE_TEXT = Path(__file__).parents[1] / "data" / "roosevelt_1901.txt"  # for evaluation only
-
-
 TRAINING_TEXT = SAMPLE_TEXT.with_name("lincoln_1862.txt")  # for calibration and small training runs
-
-
-LOGIT_ROWS = 256  # positions whose logits are turned into float32 at once
+LOGIT_ROWS = 256  # positions whose logits are converted to float32 at once
 
 
 class Perplexity(NamedTuple):
-    """A perplexity and what it was measured on.
+    """Hold a perplexity and what it was measured on.
 
     Attributes
     ----------
     perplexity : float
-        exp(mean negative log-likelihood), natural logarithm.
+        exp(mean negative log-likelihood of the scored tokens).
     windows : int
-        Windows evaluated.
+        Number of windows.
     window : int
         Tokens in a window.
     scored : int
-        Tokens scored, window - 1 in each window.
+        Number of scored tokens, window - 1 in each window.
     """
 
     perplexity: float
@@ -48,11 +42,13 @@ class Perplexity(NamedTuple):
 def perplexity(
     model: nn.Module, tokens: Tensor, window: int | None = None, max_windows: int | None = None, progress: bool = True
 ) -> Perplexity:
-    """Perplexity of a model on a text's tokens.
+    """Measure the perplexity of a model on a text's tokens.
 
-    The tokens are cut into consecutive windows that do not overlap; an incomplete last window is dropped, unless it
-    is the only one. Each window is read on its own, without tokens before it; its first token is not scored. The
-    result is the exponential of the mean over all scored tokens.
+    perplexity = exp(-mean of log p(token_t | token_1 ... token_{t-1}))
+
+    The tokens are cut into consecutive windows that do not overlap. An incomplete last window is dropped, unless it is
+    the only one. Each window starts without context, so its first token is not scored. The mean is over all scored
+    tokens.
 
     Parameters
     ----------
@@ -61,15 +57,15 @@ def perplexity(
     window : int, optional
         Tokens in a window; by default 2048, or all positions of a model that has fewer.
     max_windows : int, optional
-        Stop after so many windows.
+        Number of windows to evaluate at most.
     progress : bool
         Whether to show a progress bar.
 
     Raises
     ------
     ValueError
-        If there are fewer than two tokens, they have another shape or no row in the model's embedding, a window is
-        shorter than two or longer than the model has positions, or `max_windows` is not positive.
+        If there are fewer than two tokens, they have another shape, a token has no row in the embedding, a window has
+        fewer than two tokens or more than the model has positions, or `max_windows` is not positive.
     """
     tokens, window = flat_tokens(tokens, model, least=2), window_for(model, window, WINDOW)
     if max_windows is not None:
@@ -86,12 +82,12 @@ def perplexity(
 
 
 def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Summed negative log-likelihood of all tokens but the first, (batch,) float64, of sequences (batch, length).
+    """Sum the negative log-likelihoods of all tokens but the first, (batch,) float64, of (batch, length) sequences.
 
-    Each token's is computed in float32, for a few rows of logits at once.
+    Each token's is computed in float32, for LOGIT_ROWS rows of logits at once.
     """
     logits = model(tokens[:, :-1], use_cache=False).logits
-    logits = logits[:, 1 - tokens.shape[1] :].flatten(0, 1)  # (batch (length - 1), vocabulary), without PEFT's prompts
+    logits = logits[:, 1 - tokens.shape[1] :].flatten(0, 1)  # (batch (length - 1), vocabulary), without PEFT's prompt
     losses = [
         functional.cross_entropy(rows.float(), targets, reduction="none")
         for rows, targets in zip(logits.split(LOGIT_ROWS), tokens[:, 1:].flatten().split(LOGIT_ROWS), strict=True)

@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: BLiMP here, every other task through the lm-evaluation-harness, where that is installed."""
+"""Evaluate a language model on zero-shot tasks: BLiMP here, all others by the lm-evaluation-harness."""
 
 import importlib
 import itertools
@@ -17,17 +17,17 @@ from .._progress import tqdm
 from ..models.wrappers import unwrapped
 from .perplexity import sequence_losses
 
-BATCH_TOKENS = 2048  # read at once: their logits are what takes memory
-ARCHIVE_BYTES = 1 << 26  # of text that an archive may hold; BLiMP holds 30 MB
-SENTENCE_BYTES = 1000  # BLiMP's longest sentence has 147
-BEFORE_SENTENCE = " "  # what the harness puts between a task's context, which is empty here, and an answer
+BATCH_TOKENS = 2048  # tokens to read at once; their logits take most of the memory
+ARCHIVE_BYTES = 1 << 26  # largest amount of text in an archive; BLiMP holds 30 MB
+SENTENCE_BYTES = 1000  # longest sentence; BLiMP's has 147 bytes
+BEFORE_SENTENCE = " "  # The harness puts this between a task's context, which is empty here, and an answer.
 HARNESS_BATCH = 8  # requests that the harness reads at once
 
 Tokens = tuple[int, ...]
 
 
 class BlimpResult(NamedTuple):
-    """Accuracy on minimal pairs.
+    """Hold the accuracy on minimal pairs.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class BlimpResult(NamedTuple):
     paradigms : dict of str to float
         Accuracy by paradigm.
     pairs : int
-        Pairs scored in all.
+        Number of scored pairs.
     """
 
     accuracy: float
@@ -52,13 +52,14 @@ def blimp(
     batch: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> BlimpResult:
-    """How often a model finds the grammatical sentence of a minimal pair likelier (BLiMP, arXiv 1912.00582).
+    """Measure how often a model prefers the grammatical sentence of a minimal pair (BLiMP, arXiv 1912.00582).
 
-    A sentence's score is its total log-probability, sum_t log p(token_t | BOS, token_1 ... token_{t-1}), not divided
-    by its length; a pair counts as right if the good sentence scores strictly higher. What is scored is what the task
-    `blimp` of the lm-evaluation-harness 0.4.13 scores: a space and the sentence, tokenised without special tokens,
-    after the tokenizer's BOS token, or after EOS where there is no BOS. The harness counts ties as right, though; seven
-    of BLiMP's 67,000 pairs are of two equal sentences.
+    score of a sentence = sum_t log p(token_t | BOS, token_1 ... token_{t-1}), not divided by its length
+
+    A pair is correct if the grammatical sentence scores strictly higher. The scored text is the same as in the task
+    `blimp` of the lm-evaluation-harness 0.4.13: a space and the sentence, tokenized without special tokens, after the
+    BOS token, or after EOS if the tokenizer has no BOS. But the harness counts ties as correct. Seven of BLiMP's 67,000
+    pairs hold two equal sentences.
 
     Parameters
     ----------
@@ -66,20 +67,20 @@ def blimp(
     tokenizer : transformers tokenizer
     path : str or Path
         Zip archive with a file NAME.jsonl for each paradigm, whose lines hold `sentence_good` and `sentence_bad`. It
-        is read in memory, up to 64 MiB of text; its other files are ignored.
+        may hold up to 64 MiB of text, and is read in memory. Other files in it are ignored.
     items : int, optional
-        Score only the first so many pairs of each paradigm.
+        Number of pairs to score of each paradigm, from the first.
     batch : int
-        Tokens read at once, all in sentences of one length, so that none is padded. Memory is `batch` times the
-        vocabulary for the logits.
+        Tokens to read at once. Sentences in a batch have the same length, so there is no padding. The logits take
+        `batch` times the vocabulary.
     progress : bool
         Whether to show a progress bar.
 
     Raises
     ------
     ValueError
-        If the archive is damaged or holds no paradigm, a line is no minimal pair, `items` or `batch` is not positive,
-        or the tokenizer has neither BOS nor EOS.
+        If the archive is corrupt or holds no paradigm, a line is not a minimal pair, `items` or `batch` is not
+        positive, or the tokenizer has neither BOS nor EOS.
     """
     check_number("batch", batch, low=1, whole=True)
     if items is not None:
@@ -96,10 +97,12 @@ def blimp(
 
 
 def sentence_tokens(tokenizer: Any, sentences: list[str]) -> list[Tokens]:
-    """Tokens of each sentence, after BOS (EOS if there is no BOS) unless the tokenizer has already put it there."""
+    """Tokenize sentences, each after BOS (EOS if there is no BOS) unless the tokenizer adds it itself."""
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if prefix is None:
-        raise ValueError("the tokenizer has neither a BOS nor an EOS token, one of which must precede a sentence")
+        raise ValueError(
+            "the tokenizer must have a BOS or an EOS token to precede a sentence, but has neither: set one"
+        )
     rows = tokenizer([BEFORE_SENTENCE + text for text in sentences], add_special_tokens=False)["input_ids"]
     tokens = [tuple(row) if row[:1] == [prefix] else (prefix, *row) for row in rows]
     if empty := [text for text, row in zip(sentences, tokens, strict=True) if len(row) < 2]:
@@ -110,12 +113,12 @@ def sentence_tokens(tokenizer: Any, sentences: list[str]) -> list[Tokens]:
 def log_probabilities(
     model: nn.Module, sequences: Iterable[Tokens], batch: int = BATCH_TOKENS, progress: bool = True
 ) -> dict[Tokens, float]:
-    """Total log-probability of all tokens but the first, by sequence.
+    """Compute the total log-probability of all tokens but the first, by sequence.
 
-    Equal sequences are scored once, so that they tie exactly, and in an order that does not depend on the given one.
+    Equal sequences are scored once, so they tie exactly. The order of the sequences does not change the result.
     """
     unique = sorted(set(sequences), key=lambda sequence: (len(sequence), sequence))
-    check_prompts(unique, 0, embedding_rows(model), positions_of(model))  # a sequence's last token is not read
+    check_prompts(unique, 0, embedding_rows(model), positions_of(model))  # A sequence's last token is not read.
     parts = [
         part
         for length, group in itertools.groupby(unique, key=len)
@@ -131,7 +134,7 @@ def log_probabilities(
 
 
 def read_paradigms(path: str | Path, items: int | None = None) -> dict[str, list[tuple[str, str]]]:
-    """The first `items` pairs (good, bad) of each paradigm of an archive, by name; see `blimp`."""
+    """Read the first `items` pairs (good, bad) of each paradigm of an archive, by name; see `blimp`."""
     paradigms: dict[str, list[tuple[str, str]]] = {}
     for member, data in read_members(path):
         name = PurePosixPath(member).stem
@@ -147,7 +150,7 @@ def read_paradigms(path: str | Path, items: int | None = None) -> dict[str, list
 
 
 def read_members(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the .jsonl files in an archive; hidden ones, which macOS adds, are left out."""
+    """Yield names and contents of the .jsonl files in an archive, without hidden ones, which macOS adds."""
     left = ARCHIVE_BYTES
     try:
         with zipfile.ZipFile(path) as archive:
@@ -158,17 +161,17 @@ def read_members(path: str | Path) -> Iterator[tuple[str, bytes]]:
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise zipfile.BadZipFile(f"{name} is compressed by method {member.compress_type}, not deflate")
                 with archive.open(member) as file:
-                    data = file.read(left + 1)  # the size in the header may be a lie
+                    data = file.read(left + 1)  # The size in the header may be wrong.
                 left -= len(data)
                 if left < 0:
                     raise zipfile.BadZipFile(f"its text is larger than {ARCHIVE_BYTES:,} bytes")
                 yield member.filename, data
-    except Exception as error:  # zipfile, zlib and struct raise a dozen kinds of error on damaged archives
+    except Exception as error:  # zipfile, zlib and struct raise many types of error for corrupt archives.
         raise ValueError(f"{path} cannot be read as a zip archive ({error}); copy or download it again") from error
 
 
 def read_pair(line: bytes, place: str) -> tuple[str, str]:
-    """The good and the bad sentence of a line; `place` says in errors where it is."""
+    """Read the good and the bad sentence of a line; `place` names the line in errors."""
     try:
         row = json.loads(line)
         good, bad = row["sentence_good"], row["sentence_bad"]
@@ -184,14 +187,14 @@ def read_pair(line: bytes, place: str) -> tuple[str, str]:
 
 
 class HarnessResult(NamedTuple):
-    """What the lm-evaluation-harness measured.
+    """Hold the results of the lm-evaluation-harness.
 
     Attributes
     ----------
     results : dict
-        Its own record, less settings and samples: metrics, versions, shots and sample counts by task and group.
+        The harness's record without settings and samples: metrics, versions, shots and sample counts by task and group.
     table : str
-        The table that it prints.
+        The table that the harness prints.
     """
 
     results: dict[str, Any]
@@ -207,7 +210,7 @@ def harness(
 ) -> HarnessResult:
     """Run tasks of the lm-evaluation-harness on a model (`lm_eval.simple_evaluate`, with its own settings).
 
-    It seeds the global random generators, and gives the tokenizer a padding token if it has none.
+    The harness seeds the global random generators, and adds a padding token to a tokenizer that has none.
 
     Parameters
     ----------
@@ -216,20 +219,20 @@ def harness(
     tasks : sequence of str
         Names of tasks or groups, or patterns such as "blimp_*".
     include : str or Path, optional
-        Folder with more tasks, as YAML files. They may name Python code, which is run: use folders that you trust.
+        Folder with more tasks, as YAML files. They may name Python code, which runs: use only folders that you trust.
     batch : int
-        Requests read at once.
+        Requests to read at once.
 
     Raises
     ------
     ImportError
         If the harness is not installed.
     ValueError
-        If it has no such task, or `include` is not a folder.
+        If the harness has no such task, or `include` is not a folder.
     """
     package = lm_eval()
     if include is not None and not Path(include).is_dir():
-        raise ValueError(f"{include} is not a folder of task files; give one that holds YAML files")
+        raise ValueError(f"include must be a folder of YAML task files, got {include}: it is not a folder")
     manager = package.tasks.TaskManager(include_path=None if include is None else str(include))
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
         raise ValueError(
@@ -250,12 +253,12 @@ def harness(
 
 
 def lm_eval() -> Any:
-    """The lm-evaluation-harness, imported when first needed.
+    """Import the lm-evaluation-harness when it is first needed.
 
     Raises
     ------
     ImportError
-        If it is not installed; the message says what to do.
+        If it is not installed. The message says what to install.
     """
     try:
         for part in ("models.huggingface", "tasks", "utils"):

@@ -9,7 +9,7 @@
 Packed layers of a checkpoint never exist as dense weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from ..files.untrusted import CheckpointError, resolve_inside
 from ..models.embeddings import settle_ties
 from ..models.layers import LittleBitLinear
 from ..models.quantize import OBSERVERS, Config, pack_, quantize_
+from ..models.registry import choice_name
 from ..models.selection import as_patterns
-from ..models.shared import put, share, share_checked, shared_names, thing
+from ..models.shared import assign, lookup, share, share_checked, shared_names
 from ..models.wrappers import has_adapters
 
 METHOD = "littlebit"
@@ -72,7 +73,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         self,
         bits: float | None = Config.bits,
         paths: int | None = Config.paths,
-        init: str = Config.init,
+        init: str | Callable[..., Any] = Config.init,
         include: str | Sequence[str] = Config.include,
         exclude: str | Sequence[str] = Config.exclude,
         split_fused: bool = Config.split_fused,
@@ -95,6 +96,7 @@ class LittleBitConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return the `quantization_config` of config.json: of a packed model, or else the request."""
         values = {name: getattr(self, name) for name in (PACKED_FIELDS if self.layers else REQUESTED_FIELDS)}
+        values |= {} if self.layers else {"init": choice_name(self.init)}
         return {name: value for name, value in values.items() if value is not None or name in ("bits", "paths")}
 
     def config(self) -> Config:
@@ -145,10 +147,10 @@ class LittleBitQuantizer(HfQuantizer):
         """
         tied = dict(model.all_tied_weights_keys)
         for name, first in shared.items():
-            if isinstance(thing(model, name), nn.Parameter):
+            if isinstance(lookup(model, name), nn.Parameter):
                 tied[name] = first
             else:
-                put(model, name, nn.Identity())
+                assign(model, name, nn.Identity())
         known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         model.all_tied_weights_keys = {name: first for name, first in tied.items() if {name, first} <= known}
 

@@ -1,1 +1,1 @@
-"""Whole models: quantise them, and the layers that take a linear layer's place."""
+"""Quantize whole models: choose layers and ranks, and define the layers that replace dense ones."""

@@ -1,4 +1,4 @@
-"""Build empty transformers models from a configuration, without running foreign code."""
+"""Build empty transformers models from a configuration, without running code from a checkpoint."""
 
 import contextlib
 import threading
@@ -7,29 +7,23 @@ from typing import Any
 
 from torch import nn
 
-# Settings that are not the model's own: some name code on a hub, which transformers would fetch and run
-CODE = ("quantization_config", "auto_map", "custom_pipelines", "use_kernels", "name_or_path", "_name_or_path")
-
-
-CODE += ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-
-
-CODE += ("experts_implementation", "_experts_implementation", "_experts_implementation_internal")
-
-
-COUNTED = ("num_", "n_layer", "n_head")  # what names of settings begin with that count things
-
-
-MOST = 1 << 16
+#: Settings to ignore. Some of them name code on a hub, which transformers would download and run.
+IGNORED_SETTINGS = (
+    *("quantization_config", "auto_map", "custom_pipelines", "use_kernels", "name_or_path", "_name_or_path"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+)
+COUNT_PREFIXES = ("num_", "n_layer", "n_head")  # Names of settings that count something begin so.
+LARGEST_COUNT = 1 << 16
 
 
 def transformers() -> Any:
-    """The transformers package, imported when first needed.
+    """Import the transformers package when it is first needed.
 
     Raises
     ------
     ImportError
-        If it is not installed; the message says what to do.
+        If it is not installed. The message says what to install.
     """
     try:
         import transformers
@@ -39,22 +33,22 @@ def transformers() -> Any:
 
 
 def empty_model(config: dict[str, Any], most_parameters: int | None = None) -> nn.Module:
-    """A causal language model built from a config, its parameters without memory (on the meta device).
+    """Build a causal language model from a config, with its parameters on the meta device, which takes no memory.
 
-    Buffers, which checkpoints do not hold (the frequencies of rotary embeddings, say), are real. No code is run but
-    transformers' own, whatever the config names.
+    Buffers get real values, because checkpoints do not hold them (rotary frequencies, for instance). Only transformers'
+    own code runs, even if the config names other code.
 
     Parameters
     ----------
     config : dict
-        As in config.json.
+        The contents of config.json.
     most_parameters : int, optional
-        How many parameters the model may register: a config may ask for any number of layers.
+        Largest number of parameters that the model may register, because a config may ask for any number of layers.
 
     Raises
     ------
     ValueError
-        If transformers does not know the model, or it asks for too much.
+        If transformers does not know the model, or it has too many parameters.
     """
     hf = transformers()
     config = {key: value for key, value in plain_settings(config).items() if key not in ("dtype", "torch_dtype")}
@@ -68,7 +62,7 @@ def empty_model(config: dict[str, Any], most_parameters: int | None = None) -> n
 
 
 def plain_settings(config: Any) -> Any:
-    """A config, or a part of one, without what names code to fetch or to run, and with counts of a sane size.
+    """Remove settings that name code from a config or a part of one, and check its counts.
 
     transformers writes infinity as {"__float__": "Infinity"}.
     """
@@ -79,20 +73,19 @@ def plain_settings(config: Any) -> Any:
     if set(config) == {"__float__"}:
         return float(config["__float__"])
     for key, value in config.items():
-        if isinstance(value, int) and key.startswith(COUNTED) and value > MOST:
-            raise ValueError(f"config.json: {key} is {value}, but no model has more than {MOST}")
-    return {key: plain_settings(value) for key, value in config.items() if key not in CODE}
+        if isinstance(value, int) and key.startswith(COUNT_PREFIXES) and value > LARGEST_COUNT:
+            raise ValueError(f"config.json: {key} must be at most {LARGEST_COUNT}, got {value}")
+    return {key: plain_settings(value) for key, value in config.items() if key not in IGNORED_SETTINGS}
 
 
-BUILDING = threading.RLock()
+BUILDING = threading.RLock()  # One thread at a time builds a model.
 
 
 @contextlib.contextmanager
 def parameters_on_meta(most: int | None = None) -> Iterator[None]:
-    """While active, every parameter that a module of this thread registers goes to the meta device, uninitialised.
+    """Move each parameter that this thread registers to the meta device, while the context is active.
 
-    One thread at a time builds; what the others register meanwhile stays as it is. More than `most` parameters are
-    refused.
+    Parameters of other threads stay as they are. A ValueError refuses more than `most` parameters.
     """
     count, builder = 0, threading.get_ident()
 

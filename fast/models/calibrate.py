@@ -1,4 +1,4 @@
-"""Calibration: what a model's own activations and gradients say about which channels and layers matter."""
+"""Measure which channels and layers matter, from a model's activations and gradients on calibration text."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,20 +10,20 @@ from torch.nn import functional
 
 from .._checks import flat_tokens, window_for
 from .._progress import tqdm
-from .packed_shapes import layer_kind
+from .packed_shapes import layer_type
 
 CALIBRATION_WINDOW = 512
 
 
 class Moments(NamedTuple):
-    """Second moments at one linear layer, over calibration text.
+    """Hold the second moments of one linear layer, averaged over the tokens of calibration text.
 
     Attributes
     ----------
     inputs : (d_in,) float32
         Mean of x^2 per input channel.
     outputs : (d_out,) float32
-        Mean of (dL/dy)^2 per output channel, L the summed next-token loss of a window.
+        Mean of (dL/dy)^2 per output channel, where L is the summed next-token loss of a window.
     """
 
     inputs: Tensor
@@ -37,20 +37,23 @@ def calibrate(
     window: int | None = None,
     progress: bool = True,
 ) -> dict[str, Moments]:
-    """Second moments of inputs and output gradients of a model's linear layers (after NanoQuant, arXiv 2602.06694).
+    """Measure second moments of inputs and output gradients of linear layers (after NanoQuant, arXiv 2602.06694).
 
-    sum_ij outputs_i inputs_j (W - W_hat)_ij^2 is then, with a diagonal Kronecker-factored Fisher matrix, twice the
-    loss that replacing W by W_hat costs per token, to second order.
+    To second order, with a diagonal Kronecker-factored Fisher matrix, replacing W by W_hat raises the loss per token by
+    half of
+
+    sum_ij outputs_i inputs_j (W - W_hat)_ij^2
 
     Parameters
     ----------
     model : transformers causal language model
     tokens : (n,) or (1, n) integer tensor
-        Calibration text, at least two tokens; cut into windows, an incomplete last one is dropped unless it is alone.
+        Calibration text, at least two tokens. It is cut into windows; an incomplete last one is dropped, unless it is
+        the only one.
     names : iterable of str
         Names of linear layers.
     window : int, optional
-        Tokens read at once; by default 512, or all positions of a model that has fewer.
+        Tokens in a window; by default 512, or all positions of a model that has fewer.
     progress : bool
         Whether to show a progress bar.
 
@@ -61,8 +64,8 @@ def calibrate(
     Raises
     ------
     ValueError
-        If there are fewer than two tokens, they have another shape or no row in the model's embedding, or the window is
-        shorter than two or longer than the model has positions.
+        If there are fewer than two tokens, they have another shape, a token has no row in the embedding, or the window
+        has fewer than two tokens or more than the model has positions.
     """
     parts = windows(flat_tokens(tokens, model, least=2), window_for(model, window, CALIBRATION_WINDOW))
     device = next(model.parameters()).device
@@ -81,9 +84,9 @@ def calibrate(
 
 
 def unreached(model: nn.Module, name: str, found: Mapping[str, Moments]) -> Moments:
-    """Stand in for the moments of a layer that no token reached: the mean over the block's other experts, or zeros."""
+    """Replace the moments of a layer that no token reached: by the mean over the block's other experts, or zeros."""
     same = []
-    if "." in layer_kind(name):
+    if "." in layer_type(name):
         experts, at, projection = name.rsplit(".", 2)
         count = len(model.get_submodule(experts))  # type: ignore[arg-type]
         same = [found.get(f"{experts}.{other}.{projection}") for other in range(count) if other != int(at)]
@@ -95,7 +98,7 @@ def unreached(model: nn.Module, name: str, found: Mapping[str, Moments]) -> Mome
 
 
 def watch(layer: nn.Module, kept: list[Tensor]) -> tuple:
-    """Hooks that add a layer's squared inputs to kept[0] and its squared output gradients to kept[1]."""
+    """Add hooks that sum a layer's squared inputs in kept[0] and its squared output gradients in kept[1]."""
 
     def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         kept[0] = kept[0] + inputs[0].detach().float().square().flatten(0, -2).sum(0)
@@ -107,7 +110,7 @@ def watch(layer: nn.Module, kept: list[Tensor]) -> tuple:
 
 
 def accumulate(model: nn.Module, tokens: Tensor) -> None:
-    """One forward and backward pass of the summed next-token loss; no parameter gets a gradient."""
+    """Run a forward and backward pass of the summed next-token loss; no parameter gets a gradient."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -122,11 +125,12 @@ def accumulate(model: nn.Module, tokens: Tensor) -> None:
 
 
 def spectral_gains(weights: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> dict[str, list[float]]:
-    """What each further rank of each layer is worth, for `bits.allocate_ranks`.
+    """Estimate the loss that each further rank of each layer saves, for `bits.allocate_ranks`.
 
-    The loss that a rank saves is taken as the square of the singular value that it could represent, of the weight
-    scaled by the roots of its second moments. Binary factors realise only part of it, which is taken to be the same
-    part in every layer.
+    gain of rank k = k-th squared singular value of diag(sqrt(outputs)) W diag(sqrt(inputs))
+
+    A real factorization saves this much. Binary factors save a part of it, which is assumed to be the same in every
+    layer.
 
     Parameters
     ----------
@@ -135,14 +139,14 @@ def spectral_gains(weights: Mapping[str, Tensor], moments: Mapping[str, Moments]
 
     Returns
     -------
-    dict of layer name to min(d_out, d_in) falling numbers.
+    dict of layer name to min(d_out, d_in) gains, in falling order.
     """
     gains = {}
     for name, weight in weights.items():
         inputs, outputs = moments[name]
         scaled = (outputs.sqrt()[:, None] * weight.float() * inputs.sqrt()).double()
         short = scaled if scaled.shape[0] <= scaled.shape[1] else scaled.mT
-        squares = torch.linalg.eigvalsh(short @ short.mT)  # of the singular values, much faster than a decomposition
+        squares = torch.linalg.eigvalsh(short @ short.mT)  # much faster than an SVD
         gains[name] = squares.flip(0).clamp(min=0).tolist()
     return gains
 
@@ -150,15 +154,15 @@ def spectral_gains(weights: Mapping[str, Tensor], moments: Mapping[str, Moments]
 def bounded_gains(
     gains: Mapping[str, Sequence[float]], ranks: Mapping[str, int], spread: float
 ) -> dict[str, list[float]]:
-    """Bound how far ranks chosen by gains can leave given ranks: at least rank / spread, at most rank * spread.
+    """Change gains so that ranks chosen by them stay between rank / spread and rank * spread.
 
-    Ranks below the lower bound gain infinitely much, ranks above the upper bound nothing.
+    The gain of ranks below the lower bound becomes infinite, and the gain of ranks above the upper bound 0.
 
     Parameters
     ----------
     gains : mapping of layer name to the gain of each further rank
     ranks : mapping of layer name to int
-        The ranks of uniform allocation, for instance.
+        For instance the ranks of uniform allocation.
     spread : float
         At least 1.
 
@@ -180,7 +184,7 @@ def bounded_gains(
 
 
 def windows(tokens: Tensor, window: int) -> list[Tensor]:
-    """Consecutive windows of a text's tokens that do not overlap.
+    """Cut a text's tokens into consecutive windows that do not overlap.
 
     An incomplete last window is dropped, unless it is the only one.
     """

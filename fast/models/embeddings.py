@@ -1,14 +1,18 @@
-"""Embeddings and output heads of 8 or 4 bits an entry, with float16 scales for each group of a row.
+"""Quantize embeddings and output heads to 8 or 4 bits per entry, with a float16 scale for each group.
 
-They are what a sub-1-bit model's file is made of (83 % of Llama-2-7B at 0.1 bits) and, on a CPU, most of a token's
-time. Entry j of a row is scale[j // group] * code[j], code an integer of -127 to 127, or, with 4 bits,
-offset[j // group] + scale[j // group] * code[j], code an integer of 0 to 15: 5 bits in all with groups of 32.
+In a sub-1-bit model, embedding and head are most of the file (83 % of Llama-2-7B at 0.1 bits) and, on a CPU, most of
+the time of a token.
 
-Rounded to the nearest, 4 bits cost SmolLM2-135M 8 % of perplexity, nearly all of it in the head, because more than half
-of the energy of its input lies in one direction. So each column's rounding error is made up for by the columns after
-it, as in GPTQ (Frantar et al., arXiv 2210.17323), given the second moments of the head's input; then each row's scales
-and offsets are those that least squares finds for its codes. Half of the moments are measured on a text, half on random
-tokens: a short text leaves much unseen that others hold.
+8 bits: entry j of a row = scale[j // group] * code[j], with codes from -127 to 127
+4 bits: entry j of a row = offset[j // group] + scale[j // group] * code[j], with codes from 0 to 15
+
+With groups of 32, 4-bit codes take 5 bits per entry in all.
+
+Round-to-nearest at 4 bits raises the perplexity of SmolLM2-135M by 8 %. The head causes nearly all of that, because
+more than half of the energy of its input lies in one direction. Given the second moments of the head's input, GPTQ
+(Frantar et al., arXiv 2210.17323) lets later columns compensate the rounding error of each column. Then least squares
+refits the scales and offsets of each row to its codes. Half of the moments come from a text and half from random
+tokens, because a short text does not contain most tokens of the vocabulary.
 """
 
 from typing import Any
@@ -20,26 +24,26 @@ from torch.nn import functional
 from .._checks import flat_tokens, window_for
 from .wrappers import to_change
 
-GROUPS = {8: 64, 4: 32}  # entries that share a scale, at most
-LEVELS = 15  # largest code of 4 bits
-DAMPING = 0.03  # of the mean diagonal of the second moments, added to it
-CALIBRATION_WINDOW = 512  # tokens of a calibration text that are read at once
-RANDOM_TOKENS = 8192  # that are read beside a calibration text
-ROWS = 4096  # rows of a head that are dequantised at once
-RIDGE = 1e-9  # of the mean diagonal of a refit's equations, added to it
-REFIT_NUMBERS = 1 << 24  # float32 that a refit may need at once
-STEPS = 20  # scales that are tried for each group
+GROUPS = {8: 64, 4: 32}  # largest group of entries that share a scale, by bits
+LARGEST_CODE = 15  # of 4 bits
+DAMPING = 0.03  # added to the diagonal of the second moments, relative to the mean diagonal
+CALIBRATION_WINDOW = 512  # tokens of a calibration text to read at once
+RANDOM_TOKENS = 8192  # random tokens to read in addition to a calibration text
+ROWS_AT_ONCE = 4096  # rows of a head to dequantize at once
+RIDGE = 1e-9  # added to the diagonal of a refit's equations, relative to the mean diagonal
+REFIT_NUMBERS = 1 << 24  # largest count of float32 numbers in a refit
+RANGE_STEPS = 20  # ranges to try for each group
 
 
-class Table(nn.Module):
-    """Rows of integers with scales: what an embedding and a tied head share.
+class EmbeddingTable(nn.Module):
+    """Hold the rows of an embedding or head as integers with scales; a tied head shares its embedding's table.
 
     Parameters
     ----------
     bits : int
         8 or 4.
     codes : (rows, size) int8 tensor, or (rows, size / 2) uint8 for 4 bits
-        With 4 bits each 32 entries are 16 bytes: byte k holds code k in its low half, code k + 16 in its other.
+        With 4 bits, 16 bytes hold 32 entries: byte k holds code k in its low half and code k + 16 in its high half.
     scale : (rows, size / group) float16 tensor
     offset : (rows, size / group) float16 tensor for 4 bits, else None
     """
@@ -55,24 +59,24 @@ class Table(nn.Module):
         self.register_buffer("offset", offset)
 
     @classmethod
-    def empty(cls, bits: int, rows: int, size: int, group: int) -> "Table":
-        """A table of tensors without memory, to be filled from a checkpoint."""
+    def empty(cls, bits: int, rows: int, size: int, group: int) -> "EmbeddingTable":
+        """Make a table of tensors on the meta device, to fill from a checkpoint."""
         codes = torch.empty(rows, size * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device="meta")
         scale = torch.empty(rows, size // group, dtype=torch.float16, device="meta")
         return cls(bits, codes, scale, torch.empty_like(scale) if bits == 4 else None)
 
     @property
     def group(self) -> int:
-        """Entries that share a scale."""
+        """Count the entries that share a scale."""
         return self.size // self.scale.shape[1]
 
     @property
     def size(self) -> int:
-        """Entries of a row."""
+        """Count the entries of a row."""
         return self.codes.shape[1] * 8 // self.bits
 
     def rows(self, index: Tensor | slice) -> Tensor:
-        """Some rows, (..., size) float32."""
+        """Dequantize some rows to (..., size) float32."""
         codes, scale = self.codes[index], self.scale[index].float()
         if self.bits == 4:
             pairs = codes.unflatten(-1, (-1, 16))
@@ -84,27 +88,27 @@ class Table(nn.Module):
 
 
 class WithoutWeight(nn.Module):
-    """A module that has rows of integers where others have a weight."""
+    """Refuse access to `weight`, because the module holds a table of integers in its place."""
 
     def __getattr__(self, name: str) -> Any:
-        """Find a parameter, buffer or submodule, as in any module.
+        """Find a parameter, buffer or submodule.
 
         Raises
         ------
         AttributeError
-            If there is none; for `weight`, the message says what to do without.
+            If the module has no such attribute. For `weight`, the message gives the alternatives.
         """
         if name == "weight":
             raise AttributeError(no_weight(self))
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, but for `weight`.
+        """Set an attribute other than `weight`.
 
         Raises
         ------
         AttributeError
-            If it is `weight`.
+            If the attribute is `weight`.
         """
         if name == "weight":
             raise AttributeError(no_weight(self))
@@ -112,45 +116,45 @@ class WithoutWeight(nn.Module):
 
 
 def no_weight(module: nn.Module) -> str:
-    """Say why a quantised embedding or head has no weight, and what to do."""
+    """Explain why a quantized embedding or head has no weight, and what to do."""
     return (
         f"a {type(module).__name__} has no weight to read, resize, tie or train: its rows are integers with scales "
-        "(table.rows(slice(None)) makes floats of them); do that to the 16-bit model before quantize_embeddings_, or "
-        "keep embeddings in 16 bits"
+        "(table.rows(slice(None)) dequantizes them); change the 16-bit model before quantize_embeddings_, or keep "
+        "embeddings in 16 bits"
     )
 
 
 class QuantizedEmbedding(WithoutWeight):
-    """An embedding whose rows are a Table's; its output has the given dtype."""
+    """Look up rows of a quantized table; the output has the given dtype."""
 
-    def __init__(self, table: Table, dtype: torch.dtype = torch.float32):
+    def __init__(self, table: EmbeddingTable, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.table, self.dtype = table, dtype
 
     @property
     def num_embeddings(self) -> int:
-        """Rows, under the name that they have in torch.nn.Embedding."""
+        """Count the rows, under the name in torch.nn.Embedding."""
         return len(self.table.codes)
 
     @property
     def embedding_dim(self) -> int:
-        """Entries of a row, under the name that they have in torch.nn.Embedding."""
+        """Count the entries of a row, under the name in torch.nn.Embedding."""
         return self.table.size
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(...) integers to (..., size)."""
+        """Map (...) integer tokens to (..., size)."""
         return self.table.rows(tokens).to(self.dtype)
 
 
 class QuantizedHead(WithoutWeight):
-    """A linear layer without bias whose weight's rows are a Table's.
+    """Compute logits by a linear layer without bias, whose weight is a quantized table.
 
-    A tied table belongs to the embedding: the head then only refers to it, and a state dict holds it once.
+    A tied table belongs to the embedding. The head only refers to it, so a state dict holds it once.
     """
 
-    table: Table
+    table: EmbeddingTable
 
-    def __init__(self, table: Table, tied: bool = False):
+    def __init__(self, table: EmbeddingTable, tied: bool = False):
         super().__init__()
         if tied:
             self.__dict__["table"] = table
@@ -158,16 +162,18 @@ class QuantizedHead(WithoutWeight):
             self.table = table
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size) to (..., rows)."""
-        starts = range(0, len(self.table.codes), ROWS)
-        return torch.cat([functional.linear(x, self.table.rows(slice(at, at + ROWS)).to(x.dtype)) for at in starts], -1)
+        """Map (..., size) to (..., rows)."""
+        starts = range(0, len(self.table.codes), ROWS_AT_ONCE)
+        return torch.cat(
+            [functional.linear(x, self.table.rows(slice(at, at + ROWS_AT_ONCE)).to(x.dtype)) for at in starts], -1
+        )
 
 
-def quantize_table(weight: Tensor, bits: int, moments: Tensor | None = None) -> Table:
-    """A weight rounded to 8 or 4 bits an entry.
+def quantize_table(weight: Tensor, bits: int, moments: Tensor | None = None) -> EmbeddingTable:
+    """Quantize a weight to 8 or 4 bits per entry.
 
-    8 bits round to the nearest. 4 bits choose each group's scale and offset for the smallest squared error, and with
-    `moments` make up for the errors in what the weight is multiplied with.
+    8 bits round to nearest. 4 bits choose each group's scale and offset for the smallest squared error. With `moments`,
+    4 bits minimize the squared error of the layer's output instead (GPTQ).
 
     Parameters
     ----------
@@ -175,43 +181,50 @@ def quantize_table(weight: Tensor, bits: int, moments: Tensor | None = None) -> 
     bits : int
         8 or 4.
     moments : (size, size) float tensor, optional
-        Mean of x x^T over the inputs x of a layer whose weight this is.
+        Mean of x x^T over the inputs x of the layer.
 
     Raises
     ------
     ValueError
-        If the size is no multiple of 32, or the bits are neither 8 nor 4.
+        If the size is not a multiple of 32, or the bits are neither 8 nor 4.
     """
     if bits not in GROUPS:
-        raise ValueError(f"embeddings are kept in 16, 8 or 4 bits, not {bits}")
+        raise ValueError(f"embeddings must be kept in 16, 8 or 4 bits, got {bits}")
     if weight.shape[1] % 32:
-        raise ValueError(f"embeddings of 8 or 4 bits need a size that is a multiple of 32, not {weight.shape[1]}")
-    parts = weight.detach().float().split(ROWS)
+        raise ValueError(
+            f"embeddings of 8 or 4 bits need a size that is a multiple of 32, got {weight.shape[1]}: keep 16 bits"
+        )
+    parts = weight.detach().float().split(ROWS_AT_ONCE)
     if bits == 8:
         group = next(each for each in (GROUPS[bits], 32) if weight.shape[1] % each == 0)
-        codes, scale = (torch.cat(each) for each in zip(*(in_8_bits(rows, group) for rows in parts), strict=True))
-        return Table(bits, codes, scale)
+        codes, scale = (torch.cat(each) for each in zip(*(round_8_bits(rows, group) for rows in parts), strict=True))
+        return EmbeddingTable(bits, codes, scale)
     if moments is None:
-        found = [in_4_bits(rows, GROUPS[bits]) for rows in parts]
+        found = [round_4_bits(rows, GROUPS[bits]) for rows in parts]
     else:
         moments = damped(moments)
         feedback = feedback_factors(moments)
-        found = [refitted(rows, in_4_bits(rows, GROUPS[bits], feedback)[0], GROUPS[bits], moments) for rows in parts]
+        found = [
+            refit_ranges(rows, round_4_bits(rows, GROUPS[bits], feedback)[0], GROUPS[bits], moments) for rows in parts
+        ]
     codes, scale, offset = (torch.cat(each) for each in zip(*found, strict=True))
     pairs = codes.unflatten(-1, (-1, 2, 16))
-    return Table(bits, (pairs[..., 0, :] | pairs[..., 1, :] << 4).flatten(-2), scale, offset)
+    return EmbeddingTable(bits, (pairs[..., 0, :] | pairs[..., 1, :] << 4).flatten(-2), scale, offset)
 
 
-def in_8_bits(rows: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Codes (rows, size) int8 and scales (rows, groups) float16."""
+def round_8_bits(rows: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Round rows to codes, (rows, size) int8, with scales, (rows, groups) float16."""
     groups = rows.unflatten(-1, (-1, group))
     scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
     codes = (groups / torch.where(scale == 0, 1, scale.float())).round().clamp(-127, 127)
     return codes.flatten(-2).to(torch.int8), scale[..., 0]
 
 
-def in_4_bits(rows: Tensor, group: int, feedback: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (rows, size) uint8, scales and offsets (rows, groups) float16, one column after the other."""
+def round_4_bits(rows: Tensor, group: int, feedback: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Round rows to codes, (rows, size) uint8, with scales and offsets, (rows, groups) float16, column by column.
+
+    With `feedback` (see `feedback_factors`), later columns compensate the rounding error of each column.
+    """
     rest, size = rows.clone(), rows.shape[1]
     codes, scales, offsets = torch.empty_like(rows, dtype=torch.uint8), [], []
     for first in range(0, size, group):
@@ -223,7 +236,7 @@ def in_4_bits(rows: Tensor, group: int, feedback: Tensor | None = None) -> tuple
         divisor = torch.where(scale == 0, 1, scale)
         for j in range(group):
             at = first + j
-            code = ((columns[:, j : j + 1] - offset) / divisor).round().clamp(0, LEVELS)
+            code = ((columns[:, j : j + 1] - offset) / divisor).round().clamp(0, LARGEST_CODE)
             codes[:, at] = code[:, 0].to(torch.uint8)
             if feedback is not None:
                 errors[:, j] = (columns[:, j] - (offset + scale * code)[:, 0]) / feedback[at, at]
@@ -234,14 +247,14 @@ def in_4_bits(rows: Tensor, group: int, feedback: Tensor | None = None) -> tuple
 
 
 def fitted_range(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset (rows, 1) float16 of groups (rows, group), each for the smallest squared error of 0 to 15."""
+    """Find the scale and offset, (rows, 1) float16, with the smallest squared error of groups (rows, group)."""
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_offset = low.half(), low.half()
-    for step in range(STEPS):
+    for step in range(RANGE_STEPS):
         reach = (high - low) * (1 - 0.02 * step)
-        scale, offset = (reach / LEVELS).half(), ((low + high - reach) / 2).half()
-        codes = ((groups - offset) / torch.where(scale == 0, 1, scale.float())).round().clamp(0, LEVELS)
+        scale, offset = (reach / LARGEST_CODE).half(), ((low + high - reach) / 2).half()
+        codes = ((groups - offset) / torch.where(scale == 0, 1, scale.float())).round().clamp(0, LARGEST_CODE)
         error = (codes * scale.float() + offset - groups).square().sum(-1, keepdim=True)
         better = error < best_error
         best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
@@ -250,22 +263,23 @@ def fitted_range(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def damped(moments: Tensor) -> Tensor:
-    """Second moments with DAMPING times their mean on the diagonal."""
+    """Add DAMPING times the mean diagonal to the diagonal of second moments."""
     return moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
 
 
 def feedback_factors(moments: Tensor) -> Tensor:
-    """Upper triangular U, (size, size) float32, with U^T U the inverse of the second moments.
+    """Compute the upper triangular U, (size, size) float32, for which U^T U is the inverse of the second moments.
 
-    An error e of column j is made up for by taking e / U_jj * U_jk from every later column k (GPTQ, section 3).
+    An error e of column j is compensated by subtracting e / U_jj * U_jk from every later column k (GPTQ, section 3).
     """
     return torch.linalg.cholesky(torch.linalg.inv(moments.double()), upper=True).float()
 
 
-def refitted(rows: Tensor, codes: Tensor, group: int, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes as they are, with the scales and offsets of the smallest error d M d^T, for the error d of each row.
+def refit_ranges(rows: Tensor, codes: Tensor, group: int, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Refit the scales and offsets of each row to its codes by weighted least squares.
 
-    With D the matrix that takes a row's scales and offsets p to its entries, D^T M D p = D^T M w.
+    The error is d M d^T, where d is a row's rounding error and M the second moments. Let D be the matrix that maps a
+    row's scales and offsets p to its entries. Then D^T M D p = D^T M w.
     """
     groups = codes.shape[1] // group
     blocks = moments.unflatten(1, (groups, group)).unflatten(0, (groups, group))  # (groups, group, groups, group)
@@ -281,14 +295,14 @@ def refitted(rows: Tensor, codes: Tensor, group: int, moments: Tensor) -> tuple[
         seen = (weight @ moments).unflatten(-1, (groups, group))
         wanted = torch.cat([(code * seen).sum(-1), seen.sum(-1)], -1).double()
         diagonal = system.diagonal(dim1=-2, dim2=-1)
-        diagonal += RIDGE * diagonal.mean(-1, keepdim=True)  # for groups of equal codes, whose scale is any
+        diagonal += RIDGE * diagonal.mean(-1, keepdim=True)  # A group of equal codes determines no scale.
         found.append(torch.linalg.solve(system, wanted).half())
     scale, offset = torch.cat(found).split(groups, -1)
     return codes, scale, offset
 
 
 def head_moments(model: Any, tokens: Tensor) -> Tensor:
-    """Mean of x x^T over the inputs x of a model's head, (size, size) float32, on a text's tokens (n,)."""
+    """Measure the mean of x x^T, (size, size) float32, over the inputs x of a model's head, on (n,) tokens."""
     head, device = model.get_output_embeddings(), next(model.parameters()).device
     total = torch.zeros(head.weight.shape[1], head.weight.shape[1], device=device)
 
@@ -307,20 +321,20 @@ def head_moments(model: Any, tokens: Tensor) -> Tensor:
 
 
 def random_tokens(count: int) -> Tensor:
-    """RANDOM_TOKENS tokens of a vocabulary of `count`, each as likely, always the same, (RANDOM_TOKENS,) int64."""
+    """Draw RANDOM_TOKENS tokens uniformly from a vocabulary of `count`, (RANDOM_TOKENS,) int64, always the same."""
     return torch.randint(count, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0))
 
 
 def check_embeddings(model: Any, bits: int) -> None:
-    """Raise ValueError unless a model's embedding and head can be kept in so many bits."""
+    """Raise ValueError unless a model's embedding and head can be quantized to these bits."""
     if bits == 16:
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, QuantizedEmbedding):
-        raise ValueError(f"this model's embedding is quantised already, to {embedding.table.bits} bits")
+        raise ValueError(f"this model's embedding is quantized already, to {embedding.table.bits} bits")
     if type(embedding) is not nn.Embedding:
         raise ValueError(
-            f"this model's {type(embedding).__name__} does more than look rows up, and must be kept in 16 bits"
+            f"this model's {type(embedding).__name__} does more than look up rows, and must be kept in 16 bits"
         )
     if type(head) is not nn.Linear or head.bias is not None:
         kind = "has no output head" if head is None else f"has a {type(head).__name__} with more than a weight as head"
@@ -329,7 +343,7 @@ def check_embeddings(model: Any, bits: int) -> None:
 
 
 def quantize_embeddings_(model: Any, bits: int, tokens: Tensor | None = None) -> None:
-    """Replace a model's input embedding and output head by quantised ones, in place; tied ones share their table.
+    """Replace a model's input embedding and output head by quantized ones, in place; tied ones share a table.
 
     Parameters
     ----------
@@ -337,14 +351,14 @@ def quantize_embeddings_(model: Any, bits: int, tokens: Tensor | None = None) ->
     bits : int
         8 or 4; 16 leaves the model as it is.
     tokens : (n,) integer tensor, optional
-        A text to measure the head's input on, besides random tokens, which makes 4 bits several times better; 8 bits
-        need none.
+        Text to measure the head's input on, in addition to random tokens. It makes the loss of 4 bits several times
+        smaller; 8 bits do not use it.
 
     Raises
     ------
     ValueError
-        If the bits are none of these, a size is no multiple of 32, embedding or head do more than an ordinary one, or
-        the model has adapters of PEFT.
+        If the bits are not 16, 8 or 4, a size is not a multiple of 32, the embedding or head is not a plain one, or the
+        model has PEFT adapters.
     """
     model = to_change(model, "quantize_embeddings_")
     check_embeddings(model, bits)
@@ -360,8 +374,8 @@ def quantize_embeddings_(model: Any, bits: int, tokens: Tensor | None = None) ->
     replace_embeddings(model, table if tied else quantize_table(embedding.weight, bits), table, embedding.weight.dtype)
 
 
-def replace_embeddings(model: Any, table: Table, head: Table, dtype: torch.dtype) -> None:
-    """Put tables where a model has its embedding and, if it has one, its head."""
+def replace_embeddings(model: Any, table: EmbeddingTable, head: EmbeddingTable, dtype: torch.dtype) -> None:
+    """Replace a model's embedding and, if it has one, its head by quantized ones with these tables."""
     model.set_input_embeddings(QuantizedEmbedding(table, dtype))
     if model.get_output_embeddings() is not None:
         model.set_output_embeddings(QuantizedHead(head, tied=head is table))
@@ -369,10 +383,10 @@ def replace_embeddings(model: Any, table: Table, head: Table, dtype: torch.dtype
 
 
 def settle_ties(model: Any) -> None:
-    """Make a model and its configuration agree on whether its head is its embedding.
+    """Make a model's tie_word_embeddings say whether its head and embedding are one weight.
 
-    transformers loads a head of its own even where the configuration ties it, but whoever ties the weights again, by
-    the configuration, would lose it. A head that equals the embedding is tied: its first releases load it twice.
+    transformers loads a separate head even where the configuration ties it. A later tie_weights() would then overwrite
+    the head. A head that equals the embedding is tied: the first releases of transformers 5 load it twice.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     table, rows = getattr(embedding, "weight", None), getattr(head, "weight", None)
@@ -386,7 +400,7 @@ def settle_ties(model: Any) -> None:
 
 
 def tie_embeddings(model: Any, tied: bool) -> None:
-    """Let a model's configuration, and its part for text, say whether the head is the embedding."""
+    """Set tie_word_embeddings in a model's configuration and in its text configuration."""
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "tie_word_embeddings", tied) != tied:
             config.tie_word_embeddings = tied

@@ -1,18 +1,18 @@
-"""Mixture-of-experts layers, whose weights transformers keeps in one tensor for all experts of a block.
+"""Split mixture-of-experts (MoE) modules, which hold all experts of a block in one tensor, into linear layers.
 
-A module of experts holds `gate_up_proj` and `down_proj`, of shapes (experts, 2 i, d) and (experts, d, i) or with the
-last two axes swapped. Before quantisation it is split into layers, three for each expert:
+In transformers, a module of experts holds `gate_up_proj` and `down_proj`, of shapes (experts, 2 i, d) and
+(experts, d, i) or with the last two axes swapped. Before quantization it is split into three layers for each expert:
 
     model.layers.0.mlp.experts.3.gate_proj, ....3.up_proj, ....3.down_proj
 
-so that each has factors of its own and everything else handles them as it handles other layers. The gate and the up
-projection are separate layers, as they are in the dense MLPs of the same families and in most published checkpoints:
-joined, they would have to share one matrix V. At equal bits two pairs of factors then hold more directions than one.
+Each then has its own factors, like any other layer. Gate and up projection become separate layers, as in the dense MLPs
+of the same families and in most published checkpoints. A fused layer would have one matrix V for both; at equal bits,
+two pairs of factors hold more directions than one.
 
-Llama 4 keeps the same tensors in a module of another form: it takes the tokens of each expert one after the other,
-scaled by their routing weights, and zeros where a token is not routed to the expert.
+Llama 4 holds the same tensors in a module of another form: its input holds every token once for each expert, multiplied
+by the routing weight, which is zero where the router does not choose the expert.
 
-Routers are small and decide which weights a token sees; they stay dense.
+Routers decide which experts a token uses. They are small and stay dense.
 """
 
 import copy
@@ -29,15 +29,15 @@ from .layers import Path, linear_over
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 UNGATED = ("up_proj", "down_proj")
-#: Largest share of the weights that may stay dense without being excluded, outside embeddings and linear layers.
+#: Largest share of the weights that may stay dense without an --exclude, outside embeddings and linear layers.
 MOST_LEFT_DENSE = 0.1
 
 
 class DenseProjection(nn.Module):
-    """A projection of one expert that was excluded from quantisation.
+    """Compute a projection of one expert that was excluded from quantization.
 
-    Its parameter is not called weight, because transformers takes `experts.3.up_proj.weight` for a part of the tensor
-    that holds all experts.
+    Its parameter is not called weight, because transformers would take `experts.3.up_proj.weight` for a part of the
+    tensor that holds all experts.
 
     Parameters
     ----------
@@ -57,16 +57,16 @@ class DenseProjection(nn.Module):
 
 
 class QuantizedExperts(nn.Module):
-    """The experts of one block as separate layers, in the place of the module that held them in one tensor.
+    """Compute the experts of one block from separate layers.
 
-    Its children are called 0, 1, ... and hold the layers of one expert each.
+    The children 0, 1, ... each hold the layers of one expert.
 
     Parameters
     ----------
     activate : callable
-        From the first projection's output, (tokens, 2 i) where there is a gate, to the input of the last, (tokens, i).
+        Maps the first projection's output, (tokens, 2 i) with a gate, to the input of the last, (tokens, i).
     interleaved : bool
-        Whether gate and up alternate in what `activate` takes, rather than stand side by side.
+        Whether gate and up entries alternate in the input of `activate`, or the gate entries come first.
     """
 
     def __init__(self, activate: Callable[[Tensor], Tensor], interleaved: bool):
@@ -78,18 +78,18 @@ class QuantizedExperts(nn.Module):
         return len(self._modules)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum the outputs of each token's experts, weighted; only experts that a token is routed to are computed.
+        """Sum the weighted outputs of each token's experts; only experts that a token is routed to are computed.
 
         Parameters
         ----------
         hidden_states : (tokens, d)
         top_k_index : (tokens, k) integer tensor
-            Experts of each token. Indices from the number of experts on stand for no expert.
-        top_k_weights : (tokens, k), or (tokens, experts) as some routers of transformers 5.0 give them
+            Experts of each token. An index beyond the last expert means no expert.
+        top_k_weights : (tokens, k), or (tokens, experts) from some routers of transformers 5.0
 
         Returns
         -------
-        (tokens, d) tensor of the dtype of `hidden_states`; sums are of float32.
+        (tokens, d) tensor with the dtype of `hidden_states`; sums are in float32.
         """
         of_all = top_k_weights.shape != top_k_index.shape
         output = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
@@ -101,9 +101,9 @@ class QuantizedExperts(nn.Module):
         return output.to(hidden_states.dtype)
 
     def reached(self, top_k_index: Tensor) -> list[int]:
-        """List the experts to compute: those of some token or, where several processes train, all.
+        """List the experts to compute: the experts of any token or, where several processes train, all.
 
-        Processes add their gradients up, so each must have one for every parameter.
+        Processes average their gradients, so each process needs a gradient for every parameter.
         """
         if torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized():
             return list(range(len(self)))
@@ -120,10 +120,10 @@ class QuantizedExperts(nn.Module):
 
 
 class SortedExperts(QuantizedExperts):
-    """The experts of a Llama 4 block, which take every token once for each expert."""
+    """The experts of a Llama 4 block, whose input holds every token once for each expert."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Apply each expert to its own rows; rows of zeros, whose outputs are zeros, are not computed.
+        """Apply each expert to its own rows; skip rows of zeros, whose outputs are zeros.
 
         Parameters
         ----------
@@ -161,9 +161,9 @@ def is_sorted(module: Any) -> bool:
 
 
 def is_known(module: Any) -> bool:
-    """Tell whether a module keeps experts in a form that `split_experts` reads.
+    """Tell whether a module holds experts in a form that `split_experts` reads.
 
-    transformers marks most with a decorator, `use_experts_implementation`, which says all that their forward does.
+    transformers marks most of them with the decorator `use_experts_implementation`, which defines their forward.
     """
     if is_sorted(module):
         return True
@@ -182,13 +182,13 @@ def is_known(module: Any) -> bool:
 def split_experts(module: Any, selected: Callable[[str], bool]) -> QuantizedExperts:
     """Split a module of experts (see `is_known`) into one linear layer per projection of each expert.
 
-    The layers share the memory of the module's parameters; only projections that are not selected are copied.
+    The layers share the memory of the module's parameters. Only projections that are not selected are copied.
 
     Parameters
     ----------
     module : torch.nn.Module
     selected : callable
-        Whether a projection will be quantised, by its name below the module, such as "3.gate_proj".
+        Tells whether a projection will be quantized, by its name below the module, such as "3.gate_proj".
     """
     bare = copy.copy(module)
     bare._parameters = {}
@@ -215,7 +215,7 @@ def halves_gated(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Ten
 
 
 def alternates(apply_gate: Callable[[Tensor], Tensor]) -> bool:
-    """Tell whether a gating function takes gate and up in turn: then its first output depends on its second input."""
+    """Tell whether gate and up alternate in a gating function's input: its first output depends on its second input."""
     probe = torch.tensor([[0.0, torch.nan, 0.0, 0.0]], device="cpu")
     return bool(apply_gate(probe)[0, 0].isnan())
 
@@ -262,7 +262,8 @@ def has_experts(model: nn.Module) -> bool:
 def routers(model: nn.Module) -> dict[str, int]:
     """Map the names of a model's routers, and of the gates of shared experts, to their numbers of weights.
 
-    A router stands beside its experts. It is called so, or gate, or has one row for each expert; a gate has one row.
+    A router stands beside its experts. Its name contains router or is gate, or it has one row for each expert. The gate
+    of a shared expert has one row.
     """
     found = {}
     for experts, count in expert_counts(model):
@@ -276,52 +277,52 @@ def routers(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def check_left_dense(model: Any, quantised: int, wanted: Callable[[str], bool]) -> None:
-    """Raise ValueError if a large share of a model's weights would stay dense though nobody excluded it.
+def check_left_dense(model: Any, quantized: int, wanted: Callable[[str], bool]) -> None:
+    """Raise ValueError if a large share of a model's weights would stay dense without an exclude pattern.
 
     Parameters
     ----------
     model : torch.nn.Module
-        With its known experts split.
-    quantised : int
-        Weights of the layers that will be quantised.
+        Its known experts are split already.
+    quantized : int
+        Number of weights in the layers that will be quantized.
     wanted : callable
-        Whether the user's patterns select a name.
+        Tells whether the user's patterns select a name.
     """
     left = sorted(other_stacks(model, wanted), key=lambda each: -each[1])
     dense = sum(count for _, count in left)
-    share = dense / max(quantised + dense, 1)
+    share = dense / max(quantized + dense, 1)
     if share <= MOST_LEFT_DENSE:
         return
     patterns: list[str] = []
     for name, count in left:
-        if dense > MOST_LEFT_DENSE * (quantised + dense) or pattern_for(name) in patterns:
+        if dense > MOST_LEFT_DENSE * (quantized + dense) or pattern_for(name) in patterns:
             patterns += [] if pattern_for(name) in patterns else [pattern_for(name)]
             dense -= count
     largest, _ = left[0]
     owner = type(model.get_submodule(largest.rpartition(".")[0])).__name__
     raise ValueError(
-        f"{100 * share:.1f} % of the weights would stay dense, most of all {largest} of {owner}: littlebit quantises "
-        "linear layers and experts of the forms that it knows; to quantise the rest alone, exclude these: --exclude "
+        f"{100 * share:.1f} % of the weights would stay dense, above all {largest} of {owner}: littlebit quantizes "
+        "linear layers and experts in known forms; to quantize only the rest, exclude these weights: --exclude "
         + " ".join(f"'{pattern}'" for pattern in patterns)
     )
 
 
 def pattern_for(name: str) -> str:
-    """Return a pattern that matches a parameter and those like it in other blocks: its name after the last number."""
+    """Make a pattern that matches a parameter in every block: its name after the last number."""
     parts = name.split(".")
     numbers = [at for at, part in enumerate(parts) if part.isdigit()]
     return "*." + ".".join(parts[numbers[-1] + 1 :]) if numbers else name
 
 
 def other_stacks(model: Any, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int]]:
-    """Yield name and size of each wanted stack of matrices: experts of a form that is not known here."""
+    """Yield name and size of each wanted stack of matrices: experts in an unknown form."""
     plain = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Path, DenseProjection)
     dense = routers(model)
     for name, module in model.named_modules():
         if isinstance(module, plain) or type(module).__name__ == "Conv1D" or name in dense:
             continue
-        if is_known(module):  # experts that the user excluded, or they would be split
+        if is_known(module):  # Experts that are still in one tensor were excluded by the user.
             continue
         for key, parameter in module.named_parameters(name, recurse=False):
             if is_stack(key, parameter) and wanted(key):
@@ -329,5 +330,5 @@ def other_stacks(model: Any, wanted: Callable[[str], bool]) -> Iterator[tuple[st
 
 
 def is_stack(name: str, parameter: Tensor) -> bool:
-    """Tell whether a parameter holds several matrices, in axes of their own or, by its name, below each other."""
+    """Tell whether a parameter holds several matrices: it has three axes, or two and a name with expert."""
     return min(parameter.shape, default=0) > 1 and (parameter.ndim > 2 or (parameter.ndim == 2 and "expert" in name))

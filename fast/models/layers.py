@@ -1,4 +1,4 @@
-"""Layers: LittleBitLinear, which trains, and PackedLinear, which is stored and run."""
+"""Define the two forms of a LittleBit layer: LittleBitLinear trains, PackedLinear is stored and runs inference."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +17,17 @@ from ..packing import PackedFactors, pack_factors, to_half
 from ..signs import named_rule
 from .packed_shapes import packed_headers
 
-# What the tensors of a packed path are called in a safetensors header
+#: Names of dtypes in safetensors headers
 DTYPES = {"F16": torch.float16, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
 
 
 def stored_half(name: str, tensor: Tensor) -> Tensor:
-    """A tensor as it is stored: floats as float16.
+    """Convert a float tensor to float16, as files store it; leave other tensors as they are.
 
     Raises
     ------
     ValueError
-        If it is not finite there; the tensor is named.
+        If a value is not finite in float16. The message names the tensor.
     """
     half = tensor.half() if tensor.is_floating_point() else tensor
     if not torch.isfinite(half).all():
@@ -39,10 +39,10 @@ def stored_half(name: str, tensor: Tensor) -> Tensor:
 
 
 class Path(nn.Module):
-    """The tensors of one low-rank path: parameters of a LittleBitLinear, buffers of a PackedLinear."""
+    """Hold the tensors of one low-rank path: parameters of a LittleBitLinear, or buffers of a PackedLinear."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Path":
-        """Move buffers but never cast them: packed scales are float16, whatever `.to(dtype)` makes of the model."""
+        """Move buffers but never cast them: packed scales stay float16 when `.to(dtype)` casts the model."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -53,10 +53,10 @@ class Path(nn.Module):
 
 
 class NotPickled(nn.Module):
-    """A module that is copied, and saved as tensors, but not pickled: a pickle runs code when it is loaded."""
+    """Refuse to be pickled, because loading a pickle runs code; copying and saving as tensors work."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse.
+        """Refuse to be pickled.
 
         Raises
         ------
@@ -64,70 +64,70 @@ class NotPickled(nn.Module):
             Always.
         """
         raise TypeError(
-            f"a {type(self).__name__} is not pickled, because loading a pickle runs whatever code it holds: save the "
-            "model with littlebit.fast.save or save_pretrained, or its tensors with torch.save(model.state_dict())"
+            f"a {type(self).__name__} is not pickled, because loading a pickle runs any code in it: save the model "
+            "with littlebit.fast.save or save_pretrained, or its tensors with torch.save(model.state_dict())"
         )
 
     def __copy__(self) -> Any:
-        """What copy.copy makes of any module."""
+        """Copy the module as copy.copy copies any module."""
         made = type(self).__new__(type(self))
         made.__dict__.update(self.__getstate__())
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """What copy.deepcopy makes of any module."""
+        """Copy the module as copy.deepcopy copies any module."""
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return made
 
 
 class LowRankLinear(NotPickled):
-    """What both forms of a layer have: `paths`, `bias` and sizes, under the names of torch.nn.Linear too."""
+    """Define what both forms of a layer share: `paths`, `bias` and sizes, also under the names of torch.nn.Linear."""
 
     d_out: int
     d_in: int
 
     def factors(self) -> Sequence[Any]:
-        """The tensors of each path."""
+        """Return the tensors of each path."""
         raise NotImplementedError
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each path."""
+        """Return the rank of each path."""
         return tuple(path.rank for path in self.factors())
 
     @property
     def in_features(self) -> int:
-        """d_in, under the name that it has in torch.nn.Linear."""
+        """Return d_in, under its name in torch.nn.Linear."""
         return self.d_in
 
     @property
     def out_features(self) -> int:
-        """d_out, under the name that it has in torch.nn.Linear."""
+        """Return d_out, under its name in torch.nn.Linear."""
         return self.d_out
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, but for `weight`.
+        """Set an attribute other than `weight`.
 
         Raises
         ------
         AttributeError
-            If it is `weight`.
+            If the attribute is `weight`.
         """
         if name == "weight":
             raise AttributeError(
-                f"the weight of a {type(self).__name__} cannot be set: it follows from signs and scales; replace the "
-                "module by a torch.nn.Linear, or quantise that"
+                f"the weight of a {type(self).__name__} cannot be set, because it is computed from signs and scales: "
+                "replace the module by a torch.nn.Linear, and quantize that"
             )
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
+        """Describe the sizes, for print(model)."""
         return f"d_in={self.d_in}, d_out={self.d_out}, ranks={self.ranks}, bias={self.bias is not None}"
 
 
 class LittleBitLinear(LowRankLinear):
-    """A linear layer y = W_hat x + b whose weight is the sum of its paths; latents and scales are float parameters.
+    """Compute y = W_hat x + b, where W_hat is the sum of low-rank paths with trainable latents and scales.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ class LittleBitLinear(LowRankLinear):
         One or more; see `residual.compensate`.
     bias : (d_out,) tensor, optional
     rule : str
-        What autograd takes the derivative of a sign for: a name in `signs.RULES`.
+        Gradient of the sign function in autograd: a name in `signs.RULES`.
 
     Raises
     ------
@@ -143,14 +143,14 @@ class LittleBitLinear(LowRankLinear):
         If there is no such rule.
     """
 
-    # The folded factors (see `linear.folded`), where a trainer has built them for all layers at once and passes them
-    # through torch.func.functional_call; otherwise the layer folds its own.
+    # The folded pair (see `linear.folded`). A trainer computes the pairs of all layers at once and passes them through
+    # torch.func.functional_call. Where they are None, the layer folds its own factors.
     a: Tensor | None = None
     b: Tensor | None = None
 
     def __init__(self, paths: Sequence[Factors], bias: Tensor | None = None, rule: str = "smooth_sign"):
         super().__init__()
-        named_rule(rule)  # refuses an unknown name here rather than at the first step
+        named_rule(rule)  # An unknown name raises here, not at the first step.
         self.rule = rule
         self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
         self.paths = nn.ModuleList()
@@ -163,23 +163,23 @@ class LittleBitLinear(LowRankLinear):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def factors(self) -> list[Factors]:
-        """The paths' parameters."""
+        """Return the parameters of each path."""
         return [Factors(*(getattr(path, name) for name in Factors._fields)) for path in self.paths]
 
     @property
     def weight(self) -> Tensor:
-        """The dense (d_out, d_in) weight that the layer stands for, made anew each time; gradients reach latents."""
+        """Compute the dense (d_out, d_in) weight; gradients reach latents and scales."""
         a, b = folded(self.factors(), self.rule) if self.a is None or self.b is None else (self.a, self.b)
         return b @ a
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) to (..., d_out)."""
+        """Map (..., d_in) to (..., d_out)."""
         if self.a is not None and self.b is not None:
             return functional.linear(functional.linear(x, self.a), self.b, self.bias)
         return linear(x, self.factors(), self.bias, self.rule)
 
     def pack(self) -> "PackedLinear":
-        """The layer as it is stored: signs as bits, scales and bias as float16.
+        """Pack the layer for storage and inference: signs as bits, scales and bias as float16.
 
         Raises
         ------
@@ -191,7 +191,7 @@ class LittleBitLinear(LowRankLinear):
 
 
 class PackedLinear(LowRankLinear):
-    """A linear layer that computes from packed signs; for inference.
+    """Compute a linear layer from packed signs, for inference.
 
     Parameters
     ----------
@@ -211,17 +211,17 @@ class PackedLinear(LowRankLinear):
             self.paths.append(path)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self.plan: Plan | None = None  # of the last call, for the next one if the tensors are still the same
+        self.plan: Plan | None = None  # of the last call, which the next call reuses while the tensors are the same
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies get: all but the plan, which holds addresses."""
+        """Return the state for copies, without the plan, which holds memory addresses."""
         return self.__dict__ | {"plan": None}
 
     @classmethod
     def empty(
         cls, d_out: int, d_in: int, ranks: Sequence[int], bias: bool = False, device: torch.device | str = "meta"
     ) -> "PackedLinear":
-        """A layer of uninitialised tensors, to be filled from a checkpoint."""
+        """Make a layer with uninitialized tensors, to fill from a checkpoint."""
 
         def path(rank: int) -> PackedFactors:
             shapes = packed_shapes(d_out, d_in, rank)
@@ -233,18 +233,18 @@ class PackedLinear(LowRankLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The dense (d_out, d_in) float32 weight that the layer stands for, made anew each time."""
+        """Compute the dense (d_out, d_in) float32 weight."""
         a, b = unpacked(self.factors())
         return b @ a
 
     def factors(self) -> list[PackedFactors]:
-        """The paths' packed tensors."""
+        """Return the packed tensors of each path."""
         return [PackedFactors(*(getattr(path, name) for name in PackedFactors._fields)) for path in self.paths]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) to (..., d_out)."""
+        """Map (..., d_in) to (..., d_out)."""
         plan = self.plan
-        # nn.Module's own dictionaries: its attributes take a microsecond each
+        # This reads nn.Module's dictionaries, because each attribute would take a microsecond.
         paths = self._modules["paths"]._modules.values()  # type: ignore[union-attr]
         tensors = [tensor for path in paths for tensor in path._buffers.values()]  # type: ignore[union-attr]
         fitting = plan_for(x, tensors, plan)  # type: ignore[arg-type]
@@ -259,8 +259,8 @@ class PackedLinear(LowRankLinear):
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
-class Joined(nn.Module):
-    """The outputs of several layers side by side, in the place of the one layer that they were split from.
+class ConcatLinear(nn.Module):
+    """Concatenate the outputs of several layers, in the place of the fused layer that they were split from.
 
     Parameters
     ----------
@@ -273,7 +273,7 @@ class Joined(nn.Module):
             self.add_module(name, part)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) to (..., sum of the parts' d_out)."""
+        """Map (..., d_in) to (..., sum of the parts' d_out)."""
         return torch.cat([part(x) for part in self.children()], dim=-1)
 
 
@@ -286,5 +286,5 @@ def linear_over(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def packed_shapes(d_out: int, d_in: int, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor of a packed path, by its name in PackedFactors."""
+    """Compute shape and dtype of each tensor of a packed path, by its name in PackedFactors."""
     return {name: (shape, DTYPES[dtype]) for name, (shape, dtype) in packed_headers(d_out, d_in, rank).items()}

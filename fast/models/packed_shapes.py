@@ -1,25 +1,23 @@
-"""Shapes and dtypes of the tensors of a packed path, without torch."""
+"""Compute shapes and dtypes of the tensors of a packed path, without torch."""
 
 import math
 from typing import NamedTuple
 
 from ..bits import word_width
 
-#: Bytes of an element, by the name of its dtype in a safetensors header; other dtypes are not read.
+#: Bytes of an element, by the name of its dtype in a safetensors header. Other dtypes are refused.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-
-
-WORD_TYPES = {8: "U8", 16: "I16", 32: "I32"}  # of packed words, by their bits
+WORD_TYPES = {8: "U8", 16: "I16", 32: "I32"}  # dtypes of packed words by their bits
 
 
 class Header(NamedTuple):
-    """What a file says about a tensor before the tensor is read.
+    """Hold what a safetensors header says about a tensor.
 
     Attributes
     ----------
     shape : tuple of int
     dtype : str
-        The name that it has in the file, one of `ITEM_BYTES`.
+        Name of the dtype in the file, one of `ITEM_BYTES`.
     """
 
     shape: tuple[int, ...]
@@ -27,16 +25,16 @@ class Header(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensor takes."""
+        """Count the bytes of the tensor."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def layer_kind(name: str) -> str:
-    """Return the kind that a layer is counted under: the last part of its name, with `experts.` before an expert's.
+def layer_type(name: str) -> str:
+    """Return the last part of a layer's name, with `experts.` before it for a layer of an expert.
 
     Examples
     --------
-    >>> layer_kind("model.layers.0.self_attn.q_proj"), layer_kind("model.layers.0.mlp.experts.3.up_proj")
+    >>> layer_type("model.layers.0.self_attn.q_proj"), layer_type("model.layers.0.mlp.experts.3.up_proj")
     ('q_proj', 'experts.up_proj')
     """
     *path, last = name.split(".")
@@ -44,7 +42,7 @@ def layer_kind(name: str) -> str:
 
 
 def packed_headers(d_out: int, d_in: int, rank: int) -> dict[str, Header]:
-    """Shape and dtype of each tensor of a packed path, by its name in PackedFactors.
+    """Compute the header of each tensor of a packed path, by its name in PackedFactors.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""Which linear layers of a model are quantised, and why the others stay dense.
+"""Select the linear layers to quantize, and explain why the others stay dense.
 
-A layer can be quantised if calling it is all that the model does with it, and if a call is x W^T + b and nothing else.
-`reason_dense` says why that is not so; it is the one place to add a further kind of layer that must stay dense.
+A layer can be quantized if its call computes exactly x W^T + b, and if the model uses it only by calling it.
+`reason_dense` checks that. To keep another kind of layer dense, add it there.
 """
 
 import ast
@@ -24,23 +24,23 @@ from .layers import LowRankLinear
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ROUTER = "it routes tokens to experts"
 NO_SHAPE = "its weight has no shape before the first call"
-#: Methods that set parameters up. What they read of a layer says nothing about its use.
+#: Methods that set up parameters. They may read a layer's weight, because they do not run in the forward pass.
 SET_UP = ("__init__", "reset_parameters", "extra_repr")
-#: Attributes of a weight that say nothing about its values.
+#: Attributes of a weight that do not depend on its values.
 DESCRIPTIONS = ("dtype", "device", "shape", "ndim", "requires_grad")
 
 
 class Selection(NamedTuple):
-    """The linear layers of a model that a config selects.
+    """Hold the linear layers of a model that a config selects.
 
     Attributes
     ----------
     layers : dict of str to torch.nn.Module
-        Layers to quantise by name, in the model's order.
+        Layers to quantize by name, in the model's order.
     dense : dict of str to str
         Why each other selected layer stays dense, by its name.
     share : float
-        Part of the weights of all selected layers that stays dense.
+        Share of the selected layers' weights that stays dense.
     """
 
     layers: dict[str, Any]
@@ -49,21 +49,21 @@ class Selection(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """What a layer's place in the model says about it.
+    """Index a model, to look up where a layer stands and what else uses its weight.
 
     Attributes
     ----------
     model : torch.nn.Module
     parents : dict of int to list of (torch.nn.Module, str)
-        The modules that hold a module, and its name in each, by the id of the module.
+        Parents of each module, with its name in each, by the id of the module.
     owners : dict of int to list of str
-        Names of the modules that hold a parameter, by the id of the parameter.
+        Names of the modules that hold each parameter, by the id of the parameter.
     towers : tuple of str
         Names of submodules that read other modalities than text.
     decoder : str or None
-        Name of the submodule that is the language model, where others stand beside it.
+        Name of the language model's submodule in a multimodal model.
     tried : dict of str to bool
-        What `computes_linear` found, by class and settings of a layer.
+        Results of `computes_linear`, by class and settings of a layer.
     """
 
     model: nn.Module
@@ -75,17 +75,17 @@ class Surroundings(NamedTuple):
 
 
 def select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> Selection:
-    """Select linear layers by the patterns of their names, and find out which of them can be quantised.
+    """Select linear layers by patterns of their names, and check which of them can be quantized.
 
-    The output head is never selected. A module that has several names is selected as one.
+    The output head is never selected. A module with several names is selected once.
 
     Raises
     ------
     ValueError
-        If a pattern matches no linear layer, quantised or not, and no embedding.
+        If a pattern matches no linear layer, quantized or not, and no embedding.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    names: dict[int, list[str]] = {}  # of each module, since one may stand in several places
+    names: dict[int, list[str]] = {}  # of each module, which may stand in several places
     modules: dict[int, Any] = {}
     known: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -120,13 +120,13 @@ def select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> 
 
 
 def count_weights(layer: Any) -> int:
-    """Count the weights of a linear layer; none if it has no weight, or one without a shape yet."""
+    """Count the weights of a linear layer; 0 if its weight is None or has no shape yet."""
     weight = layer.weight
     return 0 if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) else weight.numel()
 
 
 def join_shared(layers: dict[str, Any], dense: dict[str, str], around: Surroundings) -> None:
-    """Keep the first layer of those that share a weight: it will stand for all of them.
+    """Keep only the first of several layers that share a weight; it will replace all of them.
 
     If one of them was not selected, all stay dense.
     """
@@ -143,12 +143,12 @@ def join_shared(layers: dict[str, Any], dense: dict[str, str], around: Surroundi
 
 
 def interchangeable(one: Any, other: Any) -> bool:
-    """Tell whether one linear layer can stand for another that has the same weight."""
+    """Tell whether one linear layer can replace another with the same weight."""
     return type(one) is type(other) and one.bias is other.bias
 
 
 def reason_dense(name: str, module: Any, around: Surroundings) -> str | None:
-    """Say why a linear layer must stay dense, in a few words that follow a comma; None if it can be quantised."""
+    """Explain in a few words why a linear layer must stay dense; return None if it can be quantized."""
     kind, weight = type(module), module.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return NO_SHAPE
@@ -159,14 +159,14 @@ def reason_dense(name: str, module: Any, around: Surroundings) -> str | None:
         if not around.tried[key]:
             return f"its {kind.__name__} does more than a linear layer"
     if hasattr(module, "parametrizations"):
-        return "its weight is parametrised"
+        return "its weight is parametrized"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "hooks run with it"
     if weight is None or weight.dtype not in FLOATS:
         dtype = str(getattr(weight, "dtype", None)).removeprefix("torch.")
         return f"its weight is {dtype}, not a float of 16, 32 or 64 bits"
     if type(weight.data) is not Tensor:
-        return f"its weight is a {type(weight.data).__name__}, which others have quantised or divided"
+        return f"its weight is a {type(weight.data).__name__}, which is quantized or sharded already"
     if weight.numel() == 0:
         return "it has no weights"
     if any(name == tower or name.startswith(f"{tower}.") for tower in around.towers):
@@ -183,7 +183,7 @@ def reason_dense(name: str, module: Any, around: Surroundings) -> str | None:
 
 
 def computes_linear(module: Any) -> bool:
-    """Whether a layer's own forward is x W^T + b after all; it is tried, with random numbers for its parameters."""
+    """Tell whether a layer's own forward computes x W^T + b, by calling it with random parameters."""
     numbers = torch.Generator().manual_seed(0)
     probe = copy(module)
     probe.__dict__["_parameters"] = {
@@ -196,20 +196,20 @@ def computes_linear(module: Any) -> bool:
         x = torch.randn(2, size, generator=numbers)
         expected = functional.linear(x, weight, bias)
         magnitudes = functional.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
-        bound = 4 * size * torch.finfo(x.dtype).eps * magnitudes  # of sums in another order
+        bound = 4 * size * torch.finfo(x.dtype).eps * magnitudes  # rounding of sums in another order
         with torch.inference_mode():
             for mode in (True, False):
                 probe.training = mode
                 found = probe.forward(x)
                 if found.shape != expected.shape or not bool(((found - expected).abs() <= bound).all()):
                     return False
-    except Exception:  # whatever a forward raises for numbers that it does not expect
+    except Exception:  # A forward may raise anything for unexpected inputs.
         return False
     return True
 
 
 def surroundings(model: nn.Module) -> Surroundings:
-    """Find what `reason_dense` must know about a model as a whole."""
+    """Index a model for `reason_dense`."""
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
     owners: dict[int, list[str]] = {}
     towers = []
@@ -227,23 +227,23 @@ def surroundings(model: nn.Module) -> Surroundings:
 
 
 def decoder_name(model: Any) -> str | None:
-    """Name of the language model inside a model that also reads other modalities; None for a plain language model."""
+    """Find the name of the language model inside a multimodal model; None for a plain language model."""
     config = getattr(model, "config", None)
     if not hasattr(model, "get_decoder") or not hasattr(config, "get_text_config"):
         return None
     try:
         decoder = None if config.get_text_config() is config else model.get_decoder()  # type: ignore[union-attr]
-    except ValueError:  # several texts: transformers cannot say which one is meant
+    except ValueError:  # transformers raises this if the model has several text configurations.
         return None
     return next((name for name, module in model.named_modules() if name and module is decoder), None)
 
 
 @cache
 def weights_read(parent: type) -> frozenset[str]:
-    """Return the names of children whose weights a module class reads itself, as in ``self.NAME.weight``.
+    """Find the attributes whose ``.weight`` a module class reads, as in self.NAME.weight, in its usual path.
 
-    The body of an ``if`` is a special case (training with fused kernels, say), for which the weight that packed layers
-    make will do; its ``else`` is not. Classes without source code are taken to read nothing.
+    The body of an ``if`` counts as a special case (training with fused kernels, for instance), for which the computed
+    ``weight`` of packed layers suffices. Its ``else`` counts as usual. Classes without source code read none.
     """
     found: set[str] = set()
     for each in parent.__mro__:
@@ -259,12 +259,15 @@ def weights_read(parent: type) -> frozenset[str]:
 
 
 def is_set_up(name: str) -> bool:
-    """Whether a method of this name sets parameters up."""
+    """Tell whether a method of this name sets up parameters."""
     return name in SET_UP or name.startswith(("init_", "_init"))
 
 
 def reads_in(body: Sequence[ast.AST]) -> Iterator[str]:
-    """Names of self.NAME.weight in a syntax tree, but for bodies and conditions of `if`, and for its dtype and such."""
+    """Yield each NAME of self.NAME.weight in a syntax tree.
+
+    Bodies and conditions of `if` are left out, and so are attributes such as self.NAME.weight.dtype.
+    """
     for node in body:
         if isinstance(node, ast.If):
             yield from reads_in(node.orelse)
@@ -283,7 +286,7 @@ def reads_in(body: Sequence[ast.AST]) -> Iterator[str]:
 
 
 def describe_dense(selection: Selection) -> str:
-    """Say in one line which layers stay dense and why, the same kind of layer for the same reason once."""
+    """Describe in one line which layers stay dense and why, grouped by the last part of their names."""
     kinds: dict[tuple[str, str], int] = {}
     for name, reason in selection.dense.items():
         kind = name.split(".")[-1], reason
@@ -295,34 +298,34 @@ def describe_dense(selection: Selection) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a dense linear layer: torch's, or the Conv1D of GPT-2, which keeps its weight transposed."""
+    """Tell whether a module is a dense linear layer: torch's, or GPT-2's Conv1D, which stores its weight transposed."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D."""
+    """Tell whether a module is transformers' Conv1D."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def linear_weight(layer: Any) -> Tensor:
-    """The (d_out, d_in) weight of a dense linear layer."""
+    """Return the (d_out, d_in) weight of a dense linear layer."""
     weight = layer.weight.detach()
     return weight.mT if is_conv1d(layer) else weight
 
 
 def linear_shape(layer: Any) -> tuple[int, int]:
-    """Sizes (d_out, d_in) of a dense linear layer."""
+    """Return the sizes (d_out, d_in) of a dense linear layer."""
     d_out, d_in = linear_weight(layer).shape
     return d_out, d_in
 
 
 def as_patterns(key: str, given: Any) -> tuple[str, ...]:
-    """Patterns as a tuple; one string is one pattern.
+    """Convert patterns to a tuple; a string is one pattern.
 
     Raises
     ------
     TypeError
-        If they are not strings.
+        If a pattern is not a string.
     """
     patterns = (given,) if isinstance(given, str) else given
     if not isinstance(patterns, list | tuple | set | frozenset) or not all(isinstance(each, str) for each in patterns):
@@ -331,7 +334,7 @@ def as_patterns(key: str, given: Any) -> tuple[str, ...]:
 
 
 def check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Raise ValueError if a pattern matches none of the names; the message gives patterns or names that are near."""
+    """Raise ValueError if a pattern matches none of the names; the message suggests patterns or names."""
     for pattern in patterns if names else ():
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
@@ -341,7 +344,7 @@ def check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> N
 
 
 def near(pattern: str, names: Sequence[str]) -> list[str]:
-    """Patterns that match some of the names and look like a pattern that matches none; else one of the names."""
+    """Suggest patterns that resemble a given one and match some of the names; otherwise one of the names."""
     tries = [f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*", f"*{pattern}*"]
     found = next(([each] for each in tries if any(fnmatchcase(name, each) for name in names)), [])
     if not found:
@@ -352,5 +355,5 @@ def near(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a module name matches one of the shell-style patterns."""
+    """Tell whether a module name matches one of the shell-style patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,7 +1,7 @@
-"""What a model holds in several places: modules that stand twice, and parameters that several modules have.
+"""Find modules and parameters that a model holds in several places, and share them again after loading.
 
-It is quantised once, stored once, and shared again after loading. Ties that a model's own class knows, such as that of
-the head to the embedding, are left to the class.
+They are quantized once and stored once. Ties that the model's class handles itself, such as the head's to the
+embedding, are left to the class.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from ..files.untrusted import CheckpointError
 
 
 def parameter_users(model: nn.Module) -> dict[int, list[str]]:
-    """List the modules, by their first names, that have each parameter, by its id."""
+    """Map the id of each parameter to the first names of the modules that hold it."""
     users = defaultdict(list)
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -25,9 +25,9 @@ def parameter_users(model: nn.Module) -> dict[int, list[str]]:
 
 
 def shared_names(model: Any) -> dict[str, str]:
-    """Name what a model holds in several places: the further names of modules and parameters, with the first ones.
+    """Map each further name of a shared module or parameter to its first name.
 
-    Of a module in two places only itself is named, not what it holds. Ties that the class knows are left out.
+    The contents of a shared module are not listed. Ties that the model's class handles are left out.
     """
     known = model.get_expanded_tied_weights_keys(all_submodels=True)
     first: dict[int, str] = {}
@@ -47,68 +47,72 @@ def shared_names(model: Any) -> dict[str, str]:
 
 
 def share(model: nn.Module, names: Mapping[str, str]) -> None:
-    """Put modules and parameters into their further places, as `shared_names` found them."""
+    """Assign modules and parameters to their further names, as `shared_names` found them."""
     for name, first in names.items():
-        put(model, name, thing(model, first))
+        assign(model, name, lookup(model, first))
 
 
 def share_checked(model: nn.Module, names: Any, where: Path | str) -> dict[str, str]:
-    """Share what a configuration, which may come from anyone, says to be shared, in a model of the class's own modules.
+    """Share the modules and parameters that an untrusted configuration lists, if they are alike.
 
-    Both must hold tensors of the same names, shapes and dtypes, so no module comes to stand within itself.
+    Both must hold tensors with the same names, shapes and dtypes, so no module can be put inside itself.
 
     Parameters
     ----------
     model : torch.nn.Module
     names : mapping
-        What `shared` says in the section of the configuration; None for nothing.
+        `shared` in the quantization_config: further name -> first name. None: nothing is shared.
     where : Path or str
-        The configuration, for the error.
+        The configuration file, for the error.
 
     Returns
     -------
-    The names, checked.
+    The checked names.
 
     Raises
     ------
     CheckpointError
-        If the model has no such places, or the two are not alike.
+        If the model has no such names, or their tensors differ.
     """
     if not isinstance(names or {}, dict):
         raise CheckpointError(f"{where}: 'shared' must map names to names, got {names!r}")
     for name, first in (names or {}).items():
         try:
-            one, other = contents_of(thing(model, first)), contents_of(thing(model, name))
+            one, other = contents_of(lookup(model, first)), contents_of(lookup(model, name))
         except (AttributeError, TypeError) as error:
             raise CheckpointError(f"{where}: 'shared' names {first!r} and {name!r}, but {error}") from error
         if not one or one != other:
-            raise CheckpointError(f"{where}: 'shared' says that {name} is {first}, but they are not alike")
+            raise CheckpointError(
+                f"{where}: 'shared' says that {name} is {first}, but their tensors differ; copy the files again"
+            )
         share(model, {name: first})
     return names or {}
 
 
-def thing(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
-    """Return the module or parameter of a name; AttributeError if there is none."""
+def lookup(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    """Return the module or parameter of a name, or raise AttributeError."""
     try:
         return model.get_parameter(name)
     except AttributeError:
         return model.get_submodule(name)
 
 
-def put(model: nn.Module, name: str, what: nn.Module | nn.Parameter) -> None:
-    """Let a name stand for a module or parameter."""
+def assign(model: nn.Module, name: str, what: nn.Module | nn.Parameter) -> None:
+    """Assign a module or parameter to a name."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, what)
 
 
 def contents_of(what: nn.Module | nn.Parameter) -> dict[str, tuple[Any, ...]]:
-    """Return shape and dtype of each tensor of a module, or of a parameter."""
+    """Map names to shape and dtype of the tensors of a module, or of a parameter."""
     tensors = {"": what} if isinstance(what, nn.Parameter) else what.state_dict()
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def refuse_shared(model: Any, form: str) -> None:
-    """Raise ValueError if a model holds something in several places, for formats that cannot say so."""
+    """Raise ValueError if a model shares modules or parameters, for formats that cannot express it."""
     if names := shared_names(model):
         name, first = next(iter(names.items()))
-        raise ValueError(f"{form} cannot say that {name} is {first}: save the model with littlebit.fast.save instead")
+        raise ValueError(
+            f"{form} cannot express that {name} is {first}: save the model with littlebit.fast.save instead"
+        )

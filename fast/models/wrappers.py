@@ -1,4 +1,4 @@
-"""Models inside other objects: torch.compile, data parallelism and PEFT. Nothing here imports PEFT."""
+"""Unwrap models from torch.compile, data parallelism and PEFT, without importing PEFT."""
 
 import sys
 from typing import Any
@@ -9,7 +9,7 @@ PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def unwrapped(model: Any) -> Any:
-    """Take torch.compile and data parallelism off a model; PEFT stays."""
+    """Unwrap a model from torch.compile and data parallelism, but not from PEFT."""
     while True:
         if isinstance(model, nn.Module) and "_orig_mod" in model._modules:  # torch.compile
             model = model._orig_mod
@@ -20,7 +20,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def peft_classes() -> dict[str, type]:
-    """Classes of PEFT that mark adapters, by name; none if nothing has imported PEFT, as then no model has any."""
+    """Map names to PEFT's classes of adapters; empty if PEFT is not imported, because then no model has adapters."""
     places = {
         "PeftModel": "peft.peft_model",
         "BaseTunerLayer": "peft.tuners.tuners_utils",
@@ -31,26 +31,26 @@ def peft_classes() -> dict[str, type]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether a model is PEFT's, or a module in it is an adapter of PEFT's."""
+    """Tell whether a model is a PEFT model, or a module in it is a PEFT adapter."""
     kinds = tuple(peft_classes().values())
     return bool(kinds) and any(isinstance(module, kinds) for module in model.modules())
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether a forward hook may change what a module of the model computes; transformers' own only look on."""
+    """Tell whether a forward hook may change a module's output; transformers' own hooks do not."""
     dictionaries = (hooks for each in model.modules() for hooks in (each._forward_hooks, each._forward_pre_hooks))
     hooks = (hook for each in dictionaries for hook in each.values())
     return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def without_adapters(model: Any, action: str) -> Any:
-    """Take torch.compile and data parallelism off a model that must not have adapters.
+    """Unwrap a model from torch.compile and data parallelism, and check that it has no adapters.
 
     Parameters
     ----------
     model : torch.nn.Module
     action : str
-        What is to be done, for the message.
+        Name of the function that needs the model, for the message.
 
     Raises
     ------
@@ -60,36 +60,36 @@ def without_adapters(model: Any, action: str) -> Any:
     model = unwrapped(model)
     if has_adapters(model):
         raise ValueError(
-            f"{action} needs a model without adapters, but this one has adapters of PEFT: take them off first "
-            "(model.unload(), or merge_and_unload() if all of its layers are dense); adapters are saved alone, with "
-            "PeftModel.save_pretrained, and are added to the quantised model"
+            f"{action} needs a model without adapters, but this one has adapters of PEFT: remove them first "
+            "(model.unload(), or merge_and_unload() if all layers are dense); save adapters separately with "
+            "PeftModel.save_pretrained, and add them to the quantized model"
         )
     return model
 
 
 def to_change(model: Any, action: str) -> Any:
-    """Take torch.compile off a model whose layers or parameters are to be replaced.
+    """Unwrap a model from torch.compile, to replace its layers or parameters.
 
     Raises
     ------
     ValueError
-        If data parallelism keeps track of its parameters, or the model has adapters.
+        If the model is data-parallel, because the wrapper holds the old parameters, or has adapters.
     """
     if any(isinstance(each, PARALLEL) for each in (model, getattr(model, "_orig_mod", None))):
         raise ValueError(
-            f"{action} replaces parameters, of which {type(model).__name__} keeps track: pass model.module, and wrap "
+            f"{action} replaces parameters, but {type(model).__name__} holds the old ones: pass model.module, and wrap "
             "the result again"
         )
     return without_adapters(model, action)
 
 
 def with_adapters_inside(model: Any) -> Any:
-    """Take all wrappers off a model, so that adapters are found in its layers and nowhere else.
+    """Unwrap a model completely; adapters stay in its layers.
 
     Raises
     ------
     ValueError
-        If PEFT adds tokens to the prompt, which no layer holds.
+        If the adapter adds learned tokens to the prompt, which no layer holds.
     """
     model = unwrapped(model)
     kind = peft_classes().get("PeftModel")
@@ -98,6 +98,6 @@ def with_adapters_inside(model: Any) -> Any:
     if model.active_peft_config.is_prompt_learning:
         raise ValueError(
             "PEFT puts learned tokens before the prompt of this model, which only its own forward and generate do: use "
-            "those, with the ordinary cache"
+            "them, with the full cache"
         )
     return unwrapped(model.get_base_model())

@@ -1,1 +1,1 @@
-"""Quantisation-aware training of whole models."""
+"""Train quantized models: quantization-aware training (QAT)."""

@@ -14,10 +14,10 @@ CAUSAL = "littlebit_causal"  # the name under which transformers knows `causal`
 
 @contextlib.contextmanager
 def causal_attention(model: nn.Module) -> Iterator[None]:
-    """While active, a transformers model attends causally without a mask, so that its forward can be captured.
+    """Let a transformers model attend causally without a mask, while the context is active.
 
-    transformers looks at the positions to see whether it needs a mask: a look that no CUDA graph can hold. For whole
-    sequences without padding the answer is known.
+    transformers reads the positions on the CPU to decide whether it needs a mask, which no CUDA graph can capture. For
+    sequences without padding it needs none.
     """
     hf = transformers()
     hf.AttentionInterface.register(CAUSAL, causal)
@@ -38,14 +38,14 @@ def causal(
     scaling: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (batch, heads, sequence, d) in, (batch, sequence, heads, d) out."""
+    """Compute causal attention for transformers: (batch, heads, sequence, d) to (batch, sequence, heads, d)."""
     grouped = query.shape[1] != key.shape[1]
     out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
 
 def is_plainly_causal(model: nn.Module, length: int) -> bool:
-    """Whether `causal` says all of the model's attention for sequences of a length: no short window, no soft cap."""
+    """Tell whether a model's attention is plain causal attention: no window below `length`, no soft cap."""
     config = model.config  # type: ignore[union-attr]
     window = getattr(config, "sliding_window", None)
     return (window is None or window >= length) and not getattr(config, "attn_logit_softcapping", None)

@@ -1,4 +1,4 @@
-"""Muon: steps whose singular values are all alike, for matrices (Jordan et al., 2024; Liu et al., arXiv 2502.16982)."""
+"""Optimize matrices by orthogonalized momentum: Muon (Jordan et al., 2024; Liu et al., arXiv 2502.16982)."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,21 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of a polynomial that drives singular values from (0, 1] to about 1
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # polynomial a x + b x^3 + c x^5 that drives x in (0, 1] to about 1
 ITERATIONS = 5
-STEP_SIZE = 0.2  # root mean square of a step's entries before the learning rate: about Adam's
+STEP_SIZE = 0.2  # root mean square of a step's entries at learning rate 1, about the same as Adam's
 
 
 class Muon(torch.optim.Optimizer):
-    """Stochastic gradient descent with momentum, each step replaced by the nearest matrix with orthonormal columns.
+    """Move matrices along their Nesterov momentum, replaced by the nearest matrix with orthonormal rows or columns.
 
-    M <- momentum M + (1 - momentum) G, and the parameter moves by -lr 0.2 sqrt(max(m, n)) orthogonalize(N), where
-    N = momentum M + (1 - momentum) G (Nesterov). A step has Adam's usual size, so Adam's learning rates fit.
+        M <- momentum M + (1 - momentum) G
+        N = momentum M + (1 - momentum) G
+        W <- W - lr 0.2 sqrt(max(m, n)) orthogonalize(N)
+
+    A step is about as large as one of Adam, so Adam's learning rates suit it.
 
     Parameters
     ----------
-    params : iterable of (..., m, n) tensors, or of groups
-        Stacks of matrices; the state is one tensor of momentum for each.
+    params : iterable of (..., m, n) tensors, or of parameter groups
+        Stacks of matrices W. The state is one momentum tensor for each.
     lr : float or tensor
     momentum : float
     """
@@ -30,7 +33,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

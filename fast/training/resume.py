@@ -1,7 +1,8 @@
-"""What is kept of a training run, so that it can go on after anything: its state and its log.
+"""Save the state and the log of a training run, so that it can resume after any interruption.
 
-A folder holds `step-N/` for the last two saved states, each a directory with state.safetensors and run.json, written
-under a temporary name and renamed, and log.jsonl. A state that is damaged is passed over for the one before it.
+A folder holds `step-N/` for the last two saved states, and log.jsonl. Each state is a directory with state.safetensors
+and run.json. It is written under a temporary name and then renamed. Where a state is corrupt, the run resumes from the
+one before.
 """
 
 import contextlib
@@ -19,13 +20,14 @@ from torch import Tensor
 from .._checks import LittleBitWarning, check_number
 from ..files.atomic import atomic_directory, lock_directory, unlock
 from ..files.digests import file_digest, json_digest
+from .config import with_new_names
 
 STATE, RUN, LOG = "state.safetensors", "run.json", "log.jsonl"
-KEPT = 2  # states
+KEPT_STATES = 2
 
 
-class Keeper:
-    """Keeps the state and the log of a training run in a folder.
+class Checkpointer:
+    """Save the state and the log of a training run in a folder.
 
     Parameters
     ----------
@@ -34,7 +36,7 @@ class Keeper:
     minutes : float
         Time between states.
     run : dict, optional
-        What identifies the run beside its training settings: the model and how it was quantised, say.
+        JSON values that identify the run beside its training settings, such as the model and how it was quantized.
     """
 
     def __init__(self, folder: str | Path, minutes: float = 5.0, run: dict[str, Any] | None = None):
@@ -43,26 +45,36 @@ class Keeper:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.saved = time.monotonic()
 
-    def check(self, run: dict[str, Any]) -> None:
-        """Note what else identifies the run, or raise ValueError if the folder holds states of another."""
+    def check_run(self, run: dict[str, Any]) -> None:
+        """Record what else identifies the run, and check that the saved states belong to it.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds a state of another run. The message names the settings that differ.
+        """
         self.run = json.loads(json.dumps(self.run | run))
+        wanted = with_new_names(self.run)
         for path in self.states():
-            before = described(path).get("run")
-            if before is not None and before != self.run:
-                keys = sorted(key for key in {*before, *self.run} if before.get(key) != self.run.get(key))
+            saved = read_description(path).get("run")
+            if saved is None:
+                continue
+            saved = with_new_names(saved)
+            differing = sorted(key for key in {*saved, *wanted} if saved.get(key) != wanted.get(key))
+            if differing:
                 raise ValueError(
-                    f"{self.folder} holds the state of another run, which differs in {', '.join(keys)}: give the same "
-                    "settings to go on with it, or delete the folder to begin anew"
+                    f"{self.folder} holds the state of another run, which differs in {', '.join(differing)}: give the "
+                    "same settings to resume it, or delete the folder to start anew"
                 )
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """While active, no other process trains with the states of this folder.
+    def exclusive(self) -> Iterator[None]:
+        """Lock the folder against other processes, while the context is active.
 
         Raises
         ------
         OSError
-            If another does already.
+            If another process has locked it.
         """
         try:
             lock = lock_directory(self.folder)
@@ -76,16 +88,16 @@ class Keeper:
             unlock(lock)
 
     def states(self) -> list[Path]:
-        """Directories of the saved states, newest first."""
+        """List the directories of the saved states, newest first."""
         found = [path for path in self.folder.glob("step-*") if path.is_dir()]
         return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
-    def is_time(self) -> bool:
-        """Whether a state should be saved again."""
+    def is_due(self) -> bool:
+        """Tell whether the time between states has passed."""
         return time.monotonic() - self.saved >= 60 * self.minutes
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Save a state; if there is no room for it, warn and keep the one before."""
+        """Save a state, and delete all but the newest ones; on a full disk, warn and keep the state before."""
         self.saved = time.monotonic()
         path = self.folder / f"step-{step}"
         if path.exists():
@@ -99,54 +111,61 @@ class Keeper:
                 )
         except OSError as error:
             warnings.warn(
-                f"the state of step {step} was not saved, the one before it stays: {error}",
+                f"the state of step {step} was not saved; the state before it is kept: {error}",
                 LittleBitWarning,
                 stacklevel=1,
             )
             return
-        for old in self.states()[KEPT:]:
+        for old in self.states()[KEPT_STATES:]:
             shutil.rmtree(old, ignore_errors=True)
 
     def newest(self) -> Path | None:
-        """The newest state that is whole, or None; newer ones are damaged, named in a warning and removed."""
+        """Find the newest intact state; remove newer corrupt ones with a warning.
+
+        Returns
+        -------
+        Its directory, or None if there is no intact state.
+        """
         for path in self.states():
             try:
-                if described(path).get("sha256") == file_digest(path / STATE):
+                if read_description(path).get("sha256") == file_digest(path / STATE):
                     return path
                 error = "its checksum is wrong"
             except OSError as missing:
                 error = str(missing)
             warnings.warn(
-                f"{path} is damaged and passed over ({error}); going on from before it", LittleBitWarning, stacklevel=1
+                f"{path} is corrupt ({error}) and was removed; training resumes from the state before it",
+                LittleBitWarning,
+                stacklevel=1,
             )
             shutil.rmtree(path, ignore_errors=True)
         return None
 
-    def last(self) -> tuple[int, dict[str, Tensor], list[dict[str, float]]] | None:
-        """Step, tensors and log of the newest state that is whole, or None."""
+    def load(self) -> tuple[int, dict[str, Tensor], list[dict[str, float]]] | None:
+        """Load step, tensors and log of the newest intact state; return None without such a state."""
         path = self.newest()
         if path is None:
             return None
-        step = described(path)["step"]
-        return step, load_file(path / STATE), self.entries(step)
+        step = read_description(path)["step"]
+        return step, load_file(path / STATE), self.read_log(step)
 
-    def log(self, entry: dict[str, float]) -> None:
-        """Add an entry to the log."""
+    def append_log(self, entry: dict[str, float]) -> None:
+        """Append an entry to the log."""
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def entries(self, step: int) -> list[dict[str, float]]:
-        """The log's entries up to a step; what comes after it will be done again."""
+    def read_log(self, step: int) -> list[dict[str, float]]:
+        """Read the log's entries up to a step; the run will repeat the steps after it."""
         path, entries = self.folder / LOG, []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
                 entries.append(json.loads(line))
-            except ValueError:  # the last line of a process that was killed
+            except ValueError:  # A killed process may leave an incomplete last line.
                 break
         return [entry for entry in entries if entry["step"] <= step]
 
-    def begin(self, entries: list[dict[str, float]]) -> None:
-        """Begin with these entries of the log, and without what processes that were killed left unfinished."""
+    def start_log(self, entries: list[dict[str, float]]) -> None:
+        """Replace the log by these entries, and remove the unfinished states of killed processes."""
         for left in self.folder.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
         part = self.folder / f"{LOG}.part"
@@ -154,8 +173,8 @@ class Keeper:
         part.replace(self.folder / LOG)
 
 
-def described(path: Path) -> dict[str, Any]:
-    """What run.json says of a saved state; nothing if it is damaged."""
+def read_description(path: Path) -> dict[str, Any]:
+    """Read run.json of a saved state; an empty dict if it is missing or corrupt."""
     try:
         description = json.loads((path / RUN).read_text(encoding="utf-8"))
         check = description.pop("check")

@@ -1,15 +1,17 @@
-"""The student in training: which tensors are trained, and how they become the weights of a forward pass.
+"""Hold the trained tensors of a student, and compute the weights of its forward pass from them.
 
-Masters are float32: latents and scales of the LittleBit layers, and the norms (or all other parameters) of the model.
-A forward pass sees them folded (see `linear.folded`) and rounded to the compute dtype.
+The trained tensors are float32 master weights: latents and scales of the LittleBit layers, and norms (or all other
+parameters) of the model. A forward pass uses the folded pair of each layer (see `linear.folded`), rounded to the
+compute dtype.
 
-`StackedStudent` keeps the masters of all layers of a kind in one stacked tensor, so that a model of 210 layers is
-folded by a few large operations instead of thousands of small ones; the layers' own parameters are slices of the
-stacks and follow every step. `ShardedStudent` leaves them in the layers and divides them over processes (FSDP2).
+`StackedStudent` stacks the master weights of all layers with the same shapes into one tensor. A few large operations
+then fold a model of 210 layers, instead of thousands of small ones. The layers' own parameters are slices of the
+stacks, so they change with every step. `ShardedStudent` leaves the master weights in the layers and shards them over
+the processes (FSDP2).
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +25,13 @@ from ..linear import folded
 from ..models.layers import LittleBitLinear
 from ..signs import named_rule
 
-TRAINABLE = ("none", "norms", "all")  # which parameters other than the LittleBit layers' are trained
+TRAINABLE = ("none", "norms", "all")
 LATENTS = ("u", "v")
-RANK_STEP = 16
+RANK_STEP = 16  # Folded ranks are padded to a multiple of this, which aligns the operands of matrix units.
 
 
 class Masters(NamedTuple):
-    """Trained tensors by name, in the groups that have learning rates of their own.
+    """Hold the trained tensors by name, in groups with separate learning rates.
 
     Attributes
     ----------
@@ -38,7 +40,7 @@ class Masters(NamedTuple):
     scales : dict
         h, ell and g of every path.
     others : dict
-        Biases, norms and whatever else is trained.
+        Biases, norms and, with train="all", embeddings and head.
     """
 
     latents: dict[str, Tensor]
@@ -46,19 +48,19 @@ class Masters(NamedTuple):
     others: dict[str, Tensor]
 
     def named(self) -> dict[str, Tensor]:
-        """All of them."""
+        """Return all trained tensors by name."""
         return {**self.latents, **self.scales, **self.others}
 
 
 class Stack(NamedTuple):
-    """Layers of equal shape and ranks.
+    """Hold the stacked parameters of layers with the same shape and ranks.
 
     Attributes
     ----------
     names : list of str
-        Of the layers, in the model's order.
+        Names of the layers, in the model's order.
     paths : list of Factors
-        With tensors stacked over the layers: u is (layers, d_out, rank) and so on.
+        Their paths, each tensor stacked over the layers: u is (layers, d_out, rank), h is (layers, d_out).
     """
 
     names: list[str]
@@ -66,17 +68,19 @@ class Stack(NamedTuple):
 
 
 class StackedStudent:
-    """A student whose masters are stacked by kind of layer, on one device; the model's parameters become views of them.
+    """Train a model on one device, its master weights stacked over layers with the same shapes.
+
+    The model's parameters become views of the stacks.
 
     Parameters
     ----------
     model : transformers causal language model after `quantize_`
     rule : str
-        A name in `signs.RULES`.
+        Gradient of the sign function: a name in `signs.RULES`.
     train : str
-        "none", "norms" or "all": which of the other parameters are trained; "all" includes embeddings.
+        Which of the other parameters to train: "none", "norms" or "all", which includes embeddings.
     dtype : torch.dtype
-        That the forward pass computes in.
+        Dtype that the forward pass computes in.
     """
 
     def __init__(self, model: nn.Module, rule: str, train: str, dtype: torch.dtype):
@@ -85,7 +89,7 @@ class StackedStudent:
         self.model, self.rule, self.dtype = model, rule, dtype
         self.fold: Callable[..., tuple[Tensor, Tensor]] = fold
         layers = littlebit_layers(model)
-        self.stacks = [stacked(names, layers) for names in kinds(layers)]
+        self.stacks = [stack_layers(names, layers) for names in names_by_shape(layers)]
         self.widths = [self.width(stack) for stack in self.stacks]
         own = {f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.paths.named_parameters("paths")}
         others = {name: p for name, p in model.named_parameters() if name not in own}
@@ -95,16 +99,16 @@ class StackedStudent:
             master.requires_grad_()
 
     def width(self, stack: Stack) -> int:
-        """Rank that a stack's factors are filled up to: one for all layers of a shape, and a multiple of RANK_STEP.
+        """Compute the padded rank of a stack's folded factors: the same multiple of RANK_STEP for a shape.
 
-        So every block has the same sizes and runs the same compiled code, and matrix units get aligned operands.
+        Every block then has the same sizes, and runs the same compiled code.
         """
         shape = stack.paths[0].h.shape[1], stack.paths[0].g.shape[1]
         same = [each.paths for each in self.stacks if (each.paths[0].h.shape[1], each.paths[0].g.shape[1]) == shape]
         return -(-max(sum(path.rank for path in paths) for paths in same) // RANK_STEP) * RANK_STEP
 
     def masters(self) -> Masters:
-        """The trained tensors."""
+        """Return the trained tensors."""
         latents, scales = {}, {}
         for stack in self.stacks:
             for at, path in enumerate(stack.paths):
@@ -114,9 +118,10 @@ class StackedStudent:
         return Masters(latents, scales, dict(self.others))
 
     def weights(self) -> dict[str, Tensor]:
-        """What the forward pass computes with, by name: folded factors and the other parameters, in the compute dtype.
+        """Compute the weights of a forward pass by name: folded factors and other parameters, in the compute dtype.
 
-        Built for each micro-batch, so that its gradients reach the float32 masters and add up there.
+        They are computed anew for each micro-batch, so its gradients reach the float32 master weights and accumulate
+        there.
         """
         weights = dict(self.fixed)
         for stack, width in zip(self.stacks, self.widths, strict=True):
@@ -128,21 +133,21 @@ class StackedStudent:
         return weights
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """(batch, sequence) tokens to (batch, sequence, vocabulary) logits in the compute dtype."""
+        """Compute (batch, sequence, vocabulary) logits in the compute dtype from (batch, sequence) tokens."""
         keywords = {"input_ids": tokens, "use_cache": False}
         return functional_call(self.model, self.weights(), kwargs=keywords).logits
 
     def finish(self) -> None:
-        """End training: the model's parameters are ordinary ones again, with the trained values."""
+        """End training: let the model's parameters require gradients again."""
         for p in self.model.parameters():
             p.grad = None
             p.requires_grad_()
 
 
 class ShardedStudent:
-    """A student whose masters, gradients and optimiser state are divided over the processes (FSDP2).
+    """Train a model with master weights, gradients and optimizer state sharded over the processes (FSDP2).
 
-    A copy of the model is divided and trained; the model itself gets the result.
+    A copy of the model is sharded and trained. `finish` copies the result into the model.
 
     Parameters
     ----------
@@ -163,7 +168,7 @@ class ShardedStudent:
         shard_(self.model, dtype)
 
     def masters(self) -> Masters:
-        """The process's part of the trained tensors."""
+        """Return this process's shards of the trained tensors."""
         latents, scales, others = {}, {}, {}
         for name, p in self.model.named_parameters():
             if p.requires_grad:
@@ -176,18 +181,18 @@ class ShardedStudent:
         return Masters(latents, scales, others)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """(batch, sequence) tokens to (batch, sequence, vocabulary) logits in the compute dtype."""
+        """Compute (batch, sequence, vocabulary) logits in the compute dtype from (batch, sequence) tokens."""
         return self.model(input_ids=tokens, use_cache=False).logits
 
     def finish(self) -> None:
-        """End training: give the model the trained values, gathered from all processes."""
+        """End training: gather the trained values from all processes and copy them into the model."""
         with torch.no_grad():
             for name, p in self.model.named_parameters():
-                self.original.get_parameter(name).copy_(whole(p))
+                self.original.get_parameter(name).copy_(full_tensor(p))
 
 
 def fold(paths: Sequence[Factors], rule: str, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The folded pair, its rank filled up with zeros: (..., width, d_in) and (..., d_out, width) in the dtype."""
+    """Compute the folded pair, (..., width, d_in) and (..., d_out, width), its rank padded with zeros to `width`."""
     a, b = folded(paths, rule)
     a, b = (factor.to(dtype).contiguous() for factor in (a, b))
     missing = width - a.shape[-2]
@@ -195,7 +200,7 @@ def fold(paths: Sequence[Factors], rule: str, width: int, dtype: torch.dtype) ->
 
 
 def scale_latents_(model: nn.Module, size: float) -> None:
-    """Scale the latents of every path to a root mean square of `size`, in place; no sign changes."""
+    """Scale the latents of every path to a root mean square of `size`, in place. No sign changes."""
     for layer in littlebit_layers(model).values():
         for path in layer.factors():
             for latents in (path.u, path.v):
@@ -203,46 +208,56 @@ def scale_latents_(model: nn.Module, size: float) -> None:
 
 
 class Unstack(torch.autograd.Function):
-    """The slices of a tensor along its first axis, as tensors that do not know of each other.
+    """Split a tensor along its first axis into slices that share its memory but are not views to autograd.
 
-    They share its memory, but are no views to autograd: compiled code would be specialised to where in the stack a
-    view lies, and be compiled again for every block.
+    torch.compile would specialize code to the place of a view in the stack, and compile it again for every block.
     """
 
     @staticmethod
     def forward(ctx: Any, stack: Tensor) -> tuple[Tensor, ...]:
-        """Slices, not to be written to."""
+        """Return the slices, which must not be written to."""
         return tuple(row.data for row in stack)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """The slices' gradients in a stack."""
+        """Stack the gradients of the slices."""
         return torch.stack(grads)
 
 
 def shard_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Divide a model's parameters over all processes, block by block (FSDP2); computation is in `dtype`."""
+    """Shard a model's parameters over all processes, block by block (FSDP2), to compute in `dtype`."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in blocks(model):
+    for block in decoder_blocks(model):
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from all processes, if it is divided over them."""
-    full: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor from all processes; return any other tensor as it is."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def copy_state(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values, in place, into tensors with the same names, which may be sharded over processes."""
+    for name, target in targets.items():
+        value = values[name].to(target.device)
+        if hasattr(target, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+        target.copy_(value)
 
 
 def littlebit_layers(model: nn.Module) -> dict[str, LittleBitLinear]:
-    """A model's LittleBitLinear layers by name."""
+    """Map names to the LittleBitLinear layers of a model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LittleBitLinear)}
 
 
 def is_littlebit(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is a latent or scale of a LittleBit layer."""
+    """Tell whether a parameter is a latent or scale of a LittleBit layer."""
     head, _, _ = name.rpartition(".paths.")
     return bool(head) and isinstance(model.get_submodule(head), LittleBitLinear)
 
@@ -250,38 +265,38 @@ def is_littlebit(model: nn.Module, name: str) -> bool:
 def check_trainable(train: str) -> None:
     """Raise ValueError unless `train` is one of TRAINABLE."""
     if train not in TRAINABLE:
-        raise ValueError(f"train must be one of {', '.join(TRAINABLE)}, not {train!r}")
+        raise ValueError(f"train must be one of {', '.join(TRAINABLE)}, got {train!r}")
 
 
 def is_trained(model: nn.Module, name: str, train: str) -> bool:
-    """Whether a parameter outside the paths is trained: biases and norms are the vectors, "all" adds the matrices."""
+    """Tell whether to train a parameter outside the paths: "norms" trains vectors, which are norms and biases."""
     return train == "all" or (train == "norms" and model.get_parameter(name).ndim == 1)
 
 
-def kinds(layers: dict[str, LittleBitLinear]) -> Iterator[list[str]]:
-    """Names of the layers of equal shape and ranks."""
+def names_by_shape(layers: dict[str, LittleBitLinear]) -> Iterator[list[str]]:
+    """Yield the names of layers that have the same shape and ranks."""
     groups: dict[Any, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault((layer.d_out, layer.d_in, layer.ranks), []).append(name)
     yield from groups.values()
 
 
-def stacked(names: list[str], layers: dict[str, LittleBitLinear]) -> Stack:
-    """The layers' parameters in stacks; the layers keep theirs as views, which no longer need gradients."""
+def stack_layers(names: list[str], layers: dict[str, LittleBitLinear]) -> Stack:
+    """Stack the parameters of layers, which become views of the stacks and no longer require gradients."""
     paths = []
     for at in range(len(layers[names[0]].paths)):
         mine = [layers[name].factors()[at] for name in names]
         stack = Factors(*(torch.stack([tensor.detach() for tensor in field]) for field in zip(*mine, strict=True)))
         for row, factors in enumerate(mine):
-            for tensor, whole_tensor in zip(factors, stack, strict=True):
+            for tensor, stacked in zip(factors, stack, strict=True):
                 tensor.requires_grad_(False)
-                tensor.data = whole_tensor[row]
+                tensor.data = stacked[row]
         paths.append(stack)
     return Stack(names, paths)
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's decoder blocks: the longest list of modules in it.
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """Find the decoder blocks of a model: its longest list of modules.
 
     Raises
     ------
@@ -290,5 +305,23 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
-        raise ValueError("the model has no list of decoder blocks, so it cannot be trained block by block or divided")
+        raise ValueError(
+            "the model must hold its decoder blocks in a torch.nn.ModuleList, and has none: without it, do not train "
+            "block by block, compile or shard"
+        )
     return list(max(lists, key=len))
+
+
+def check_models(model: nn.Module, teacher: nn.Module) -> None:
+    """Raise ValueError unless the model is quantized, the teacher is not, and their sizes are the same."""
+    if not littlebit_layers(model):
+        raise ValueError("the model must have LittleBit layers in training form, got none: call quantize_ first")
+    if littlebit_layers(teacher):
+        raise ValueError("the teacher must be a dense model, got a quantized one: pass the model before quantize_")
+    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        sizes = [getattr(each.config, key, None) for each in (teacher, model)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"teacher and student must have the same {key}, got {sizes[0]} and {sizes[1]}: quantize a copy of this "
+                "teacher"
+            )

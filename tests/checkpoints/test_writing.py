@@ -100,8 +100,8 @@ def test_everything_is_brought_to_the_disk_before_it_is_renamed(tmp_path, monkey
 
 
 def test_a_folder_of_states_is_used_by_one_process(tmp_path):
-    first, second = lb.Keeper(tmp_path), lb.Keeper(tmp_path)
-    with first.alone(), pytest.raises(OSError, match="another process is training"), second.alone():
+    first, second = lb.Checkpointer(tmp_path), lb.Checkpointer(tmp_path)
+    with first.exclusive(), pytest.raises(OSError, match="another process is training"), second.exclusive():
         pass
-    with second.alone():
+    with second.exclusive():
         pass

@@ -148,13 +148,13 @@ def test_dry_run_of_training_names_the_recipe(tiny_llama, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     at = printed.index(lines[0])
     assert printed[at : at + 4] == lines
-    assert printed[at + 4].startswith("settings: tokens 1200, sequence 5, block_tokens 200, long_tokens 400")
+    assert printed[at + 4].startswith("settings: total_tokens 1200, sequence_length 5, block_tokens 200, long")
     assert "optimizer muon" in printed[at + 4]
     found = json.loads(littlebit(*words, "--json"))
     assert found["recipe"][:4] == lines
     assert found["training"]["long_sequence"] == 10
     assert main([*words, "--batch", "3"]) == 2
-    assert "cannot be read as sequences of 10 (long_sequence)" in capsys.readouterr().err
+    assert "long_sequence must divide the 3 x 5 tokens" in capsys.readouterr().err
 
 
 def test_quantize_ends_with_a_table_a_report_and_the_next_step(tiny_llama, tmp_path, capsys):

@@ -20,9 +20,9 @@ from littlebit.fast.decoding.parity import PROMPTS, agreement, dense_twin
 from littlebit.fast.decoding.torch_weights import decodable, through_transformers, why_not
 from littlebit.fast.kernels import cpu, cpu_threads
 from littlebit.fast.models.embeddings import (
-    LEVELS,
+    LARGEST_CODE,
+    EmbeddingTable,
     QuantizedHead,
-    Table,
     damped,
     head_moments,
     quantize_embeddings_,
@@ -283,7 +283,7 @@ def test_quantize_table_rounds_to_the_nearest(seed, bits, size):
     inside = rows.abs() < 127 * scale
     if bits == 4:
         offset = table.offset.float().repeat_interleave(table.group, 1)
-        inside = (rows > offset) & (rows < offset + LEVELS * scale)
+        inside = (rows > offset) & (rows < offset + LARGEST_CODE * scale)
     error = (rows - weight).abs()
     assert (error[inside] <= 0.5 * scale[inside] * (1 + 1e-5)).all()
     relative = error.square().sum() / weight.square().sum()
@@ -345,7 +345,7 @@ def test_load_refuses_a_section_that_describes_no_embedding(section, tiny_llama,
 
 def test_quantised_head_is_its_table_times_x():
     table = quantize_table(torch.randn(5000, 64, generator=torch.Generator().manual_seed(0)), 4)
-    assert isinstance(table, Table)
+    assert isinstance(table, EmbeddingTable)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
     exact = x.double() @ table.rows(slice(None)).double().T
     magnitude = x.double().abs() @ table.rows(slice(None)).double().abs().T

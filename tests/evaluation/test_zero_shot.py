@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: BLiMP against a plain loop over sentences, untrusted archives, and the harness."""
+"""Test zero-shot evaluation: BLiMP against a plain loop over sentences, untrusted archives, and the harness."""
 
 import contextlib
 import importlib.util
@@ -59,7 +59,7 @@ def line(good, bad):
 
 
 def archive(path, members, method=zipfile.ZIP_DEFLATED):
-    """A zip archive: texts as they are, lists of pairs as data/NAME.jsonl."""
+    """Write a zip archive: texts as they are, lists of pairs as data/NAME.jsonl."""
     with zipfile.ZipFile(path, "w", method) as out:
         for name, content in members.items():
             if isinstance(content, list):
@@ -161,7 +161,7 @@ def test_sentence_tokens_follow_bos_or_else_eos():
     assert zero_shot.sentence_tokens(Letters(0, 2), ["a"]) == [(0, 97)]
     assert zero_shot.sentence_tokens(Letters(None, 2), ["a"]) == [(2, 97)]
     assert zero_shot.sentence_tokens(Letters(1, 2, begin=[1]), ["a"]) == [(1, 97)]
-    with pytest.raises(ValueError, match="neither a BOS nor an EOS"):
+    with pytest.raises(ValueError, match="must have a BOS or an EOS token"):
         zero_shot.sentence_tokens(Letters(None, None), ["a"])
     with pytest.raises(ValueError, match="'_' has no token to score"):
         zero_shot.sentence_tokens(Letters(1, 2), ["a", "_"])
@@ -279,7 +279,7 @@ def test_devices_that_torch_cannot_use_are_refused(tiny_llama, device, capsys):
 
 @pytest.fixture
 def fake_harness(monkeypatch):
-    """A package lm_eval with the four names that are used of it; a list of the calls that it gets."""
+    """Install a fake package lm_eval with the four names in use, and return the list of its calls."""
     calls = []
 
     class TaskManager:
@@ -319,7 +319,7 @@ def test_harness_gets_the_model_the_tasks_and_the_folder(fake_harness, model, to
     assert result.table == "results: ['arc', 'blimp']"
     with pytest.raises(ValueError, match="has no task 'mmlu'"):
         zero_shot.harness(model, tokenizer, ["blimp", "mmlu"])
-    with pytest.raises(ValueError, match="not a folder of task files"):
+    with pytest.raises(ValueError, match="include must be a folder of YAML task files"):
         zero_shot.harness(model, tokenizer, ["blimp"], include=tmp_path / "missing")
 
 

@@ -8,13 +8,13 @@ import littlebit.fast as fast
 import littlebit.reference as ref
 import pytest
 import torch
-from littlebit.fast.models.embeddings import Table
+from littlebit.fast.models.embeddings import EmbeddingTable
 from littlebit.fast.models.layers import PackedLinear
 from littlebit.fast.models.quantize import Config, replace_module, target_layers
 from littlebit.reference.memory import activation_numbers, embedding_bytes, latent_widths, linear_shapes
 
 GB = 1e9
-# GB of weights in LittleBit, arXiv 2506.13771, Table 3
+# GB of weights in LittleBit, arXiv 2506.13771, EmbeddingTable 3
 PUBLISHED_DENSE = {"llama2-7b": 13.49, "llama2-13b": 26.06, "llama2-70b": 138.04}
 PUBLISHED = {("llama2-7b", 0.3): 0.79, ("llama2-7b", 0.1): 0.63, ("llama2-13b", 0.1): 0.84, ("llama2-70b", 0.1): 1.98}
 # parameters in the files on the hub
@@ -94,7 +94,7 @@ def test_embedding_bytes_counts_what_an_embedding_holds(rows, size):
     assert embedding_bytes(rows, size) == torch.empty(rows, size, dtype=torch.float16, device="meta").nbytes
     for bits in (8, 4):
         quantised = fast.embeddings.quantize_table(torch.ones(rows, size), bits)
-        assert isinstance(quantised, Table)
+        assert isinstance(quantised, EmbeddingTable)
         assert embedding_bytes(rows, size, bits) == sum(buffer.nbytes for buffer in quantised.buffers())
 
 
@@ -145,7 +145,7 @@ def test_model_memory_gives_the_papers_littlebit_models(name, bits):
 
 
 def test_latent_cache_of_llama2_7b_is_the_papers():
-    """Reproduce Table 4: rank 192 at 0.1 bits, 21.3 times smaller.
+    """Reproduce EmbeddingTable 4: rank 192 at 0.1 bits, 21.3 times smaller.
 
     Most ranks here are 192, some a word less, and scales are counted too.
     """

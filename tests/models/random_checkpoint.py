@@ -48,7 +48,7 @@ print(1024 * (status("VmHWM") - before))
 
 
 def random_checkpoint(path, bits=0.55, shard_bytes=300_000_000, **sizes):
-    """Write the checkpoint; `sizes` are those of a LlamaConfig."""
+    """Write the checkpoint; `sizes` are keywords of a LlamaConfig."""
     model = empty_model({"model_type": "llama"} | sizes)
     layers = dict(target_layers(model, Config()))
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}

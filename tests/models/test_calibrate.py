@@ -1,4 +1,4 @@
-"""Calibration: the second moments of what passes through the layers, and what they are used for."""
+"""Test calibration: second moments of activations and gradients, and what uses them."""
 
 import copy
 
@@ -102,7 +102,7 @@ def test_every_initialiser_beats_dual_svid(tiny_llama, init):
     [
         (lb.Config(bits=2.5, init="admm", importance=True), "pass calibration tokens"),
         (lb.Config(bits=2.5, allocation="sensitivity"), "pass calibration tokens"),
-        (lb.Config(bits=2.5, importance=True), "importance weights serve init 'admm' only"),
+        (lb.Config(bits=2.5, importance=True), "importance needs init 'admm'"),
         (lb.Config(bits=2.5, allocation="sensitivity", spread=0.5), "spread must be at least 1"),
         (lb.Config(bits=2.5, spread=2.0), "spread bounds allocation by sensitivity"),
         (lb.Config(bits=2.5, allocation="best"), "allocation must be one of uniform, sensitivity"),

@@ -1,4 +1,4 @@
-"""Mixture-of-experts models, tiny and random: each expert's projections are layers; transformers is the oracle."""
+"""Test tiny random mixture-of-experts models against transformers: each projection of an expert is a layer."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def random_model(config, sizes):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Makes the directory of a random model of a family, once."""
+    """Make the directory of a random model of a family, once."""
     made = {}
 
     def make(family):
@@ -72,7 +72,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(folders, tmp_path_factory):
-    """A packed Mixtral on disk."""
+    """Save a packed Mixtral."""
     model = lb.load_model(folders("Mixtral"))
     lb.quantize_(model, lb.Config(bits=BITS), progress=False)
     return lb.save(model, tmp_path_factory.mktemp("packed") / "out", bits=BITS)
@@ -88,7 +88,7 @@ def paths_of(layer):
 
 
 def put_back(model, dense):
-    """The dense model with the weights that the layers of another stand for, multiplied out in float64."""
+    """Make the dense model with the weights of another model's layers, multiplied out in float64."""
     dense = copy.deepcopy(dense).double()
     dense.config._experts_implementation = "batched_mm"  # the others have no float64, or misread some routers in 5.0
     known = dict(dense.named_modules())
@@ -102,7 +102,7 @@ def put_back(model, dense):
 
 
 def rows_of(known, name):
-    """The (d_out, d_in) rows that a projection of an expert has in the stacks of transformers, as a view."""
+    """View the (d_out, d_in) rows of an expert's projection in the stacks of transformers."""
     block, at, projection = name.rsplit(".", 2)
     stacks = known[block]
     stack = (stacks.down_proj if projection == "down_proj" else stacks.gate_up_proj).data[int(at)]
@@ -177,7 +177,7 @@ def test_a_step_of_training_moves_the_experts(family, folders, tmp_path):
     model, teacher = (lb.load_model(folders(family)) for _ in range(2))
     results = lb.quantize_(model, lb.Config(bits=BITS), progress=False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    settings = lb.TrainConfig(tokens=32, sequence=16, batch=2, warmup=0)
+    settings = lb.TrainConfig(total_tokens=32, sequence_length=16, batch_size=2, warmup=0)
     (entry,) = lb.train_(model, teacher, TOKENS[0].repeat(4), settings, progress=False)
     assert math.isfinite(entry["loss"])
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}

@@ -1,4 +1,4 @@
-"""Families of models, tiny and random: quantised, trained for a step, saved, loaded here and in transformers, run."""
+"""Test tiny random models of each family: quantize, train a step, save, load here and in transformers, run."""
 
 import math
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from compare import assert_same
-from littlebit.fast.models.layers import Joined, LittleBitLinear, PackedLinear
+from littlebit.fast.models.layers import ConcatLinear, LittleBitLinear, PackedLinear
 from littlebit.fast.models.quantize import packed_layers
 from littlebit.fast.models.selection import linear_weight
 
@@ -40,7 +40,7 @@ TOKENS = (torch.arange(20)[None] * 7) % 128
 
 @pytest.fixture
 def source(tmp_path):
-    """Makes the directory of a random model of a family."""
+    """Make the directory of a random model of a family."""
 
     def make(family, **changes):
         config, sizes, _ = FAMILIES[family]
@@ -81,7 +81,11 @@ def test_a_family_is_quantised_trained_saved_loaded_and_run(family, split_fused,
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     (entry,) = lb.train_(
-        model, teacher, TOKENS[0].repeat(4), lb.TrainConfig(tokens=32, sequence=16, batch=2, warmup=0), progress=False
+        model,
+        teacher,
+        TOKENS[0].repeat(4),
+        lb.TrainConfig(32, 16, 2, warmup=0),
+        progress=False,
     )
     assert math.isfinite(entry["loss"])
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -107,7 +111,7 @@ def test_split_layers_may_stay_dense_in_part(source, tmp_path):
     dense = logits(model)
     results = lb.quantize_(model, lb.Config(bits=BITS, split_fused=True, include=("*1*.k_proj",)), progress=False)
     assert set(results) == {"model.layers.1.self_attn.qkv_proj.k_proj"}
-    joined = [name for name, module in model.named_modules() if isinstance(module, Joined)]
+    joined = [name for name, module in model.named_modules() if isinstance(module, ConcatLinear)]
     assert joined == ["model.layers.1.self_attn.qkv_proj"]
     lb.save(model, tmp_path / "out")
     for load in (lb.load, hf.AutoModelForCausalLM.from_pretrained):
@@ -127,7 +131,7 @@ def test_refused_models_are_not_split(source):
     model = lb.load_model(source("Phi-3"))
     with pytest.raises(ValueError, match="smallest possible value is"):
         lb.quantize_(model, lb.Config(bits=0.1, split_fused=True), progress=False)
-    assert not any(isinstance(module, Joined) for module in model.modules())
+    assert not any(isinstance(module, ConcatLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("parts", [[["q_proj", 64], ["k_proj", 30]], [["q_proj", "x"]], 3])
@@ -169,7 +173,7 @@ def test_kv_rank_factor_gives_keys_and_values_more_within_the_ceiling(family, so
 
 def test_kv_rank_factor_refuses_models_without_grouped_queries(source):
     for family, config in (("OPT", {}), ("Phi-3", {}), ("Llama", {"exclude": ("*k_proj", "*v_proj")})):
-        with pytest.raises(ValueError, match="kv_rank_factor is for k_proj and v_proj"):
+        with pytest.raises(ValueError, match="kv_rank_factor needs k_proj and v_proj"):
             lb.quantize_(lb.load_model(source(family)), lb.Config(BITS, kv_rank_factor=4, **config), progress=False)
     for config in ({"kv_rank_factor": 0}, {"kv_rank_factor": 4, "allocation": "sensitivity"}):
         with pytest.raises(ValueError, match="kv_rank_factor"):

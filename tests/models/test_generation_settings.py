@@ -1,4 +1,4 @@
-"""Stop tokens, sampling, chat templates and positions of a checkpoint: every reader and engine agrees on them."""
+"""Test that all readers and engines agree on stop tokens, sampling, chat templates and positions."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ GREEDY = Sampling()
 
 
 def saved(folder, out, **said):
-    """A packed checkpoint whose model has settings of generation."""
+    """Save a packed checkpoint whose model has generation settings."""
     model = lb.load_model(folder)
     model.generation_config = GenerationConfig(**said)
     lb.quantize_(model, lb.Config(bits=BITS), progress=False)
@@ -110,7 +110,7 @@ def test_settings_that_transformers_would_not_write_are_kept(tiny_llama, tmp_pat
 
 
 def test_without_the_file_config_json_decides(tiny_llama, tmp_path):
-    """As in transformers: old checkpoints keep settings of generation among those of the model."""
+    """Like transformers: old checkpoints keep generation settings in the model's configuration."""
     path = saved(tiny_llama, tmp_path / "out", eos_token_id=[257])
     (path / FILE).unlink()
     config = json.loads((path / "config.json").read_text())
@@ -195,7 +195,7 @@ TEMPLATES = {
 
 @pytest.fixture(scope="module")
 def with_bos(tmp_path_factory):
-    """A model whose tokenizer puts BOS before a text."""
+    """Make a model whose tokenizer puts BOS before a text."""
     from tokenizers import processors
 
     folder = make_tiny_llama(tmp_path_factory.mktemp("bos") / "model")

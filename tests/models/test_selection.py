@@ -1,4 +1,4 @@
-"""Which layers are quantised: layers that are not plain stay dense, run, and are named with the reason; patterns."""
+"""Test which layers are quantized: others stay dense, run, and are reported with the reason; patterns."""
 
 import logging
 import re
@@ -220,11 +220,11 @@ def test_quantize_says_how_many_layers_and_weights_stay_dense(caplog):
 
 def test_quantize_refuses_a_model_in_which_nothing_is_plain():
     model = nn.Sequential(linear(Doubled))
-    with pytest.raises(ValueError, match=r"can be quantised; 1 layer stays dense, with 100\.00% .*Doubled"):
+    with pytest.raises(ValueError, match=r"can be quantized; 1 layer stays dense, with 100\.00% .*Doubled"):
         lb.quantize_(model, CONFIG, progress=False)
     model = nn.Sequential(linear())
     lb.quantize_(model, CONFIG, progress=False)
-    with pytest.raises(ValueError, match="the model is quantised already"):
+    with pytest.raises(ValueError, match="the model is quantized already"):
         lb.quantize_(model, CONFIG, progress=False)
 
 

@@ -1,4 +1,4 @@
-"""What a model holds in several places is quantised once, stored once, and shared again after loading."""
+"""Test that shared modules and parameters are quantized once, stored once, and shared again after loading."""
 
 import json
 
@@ -55,7 +55,7 @@ def quantised(source, change):
 
 
 def first_and_second(model, names):
-    """The things in both places."""
+    """Return what stands in both places."""
     (second, first) = next(iter(names.items()))
     try:
         return model.get_submodule(first), model.get_submodule(second)
@@ -163,7 +163,7 @@ def test_blocks_that_a_class_shares_stay_shared(tmp_path):
 def test_formats_that_cannot_share_refuse(tiny_llama, tmp_path):
     model, _ = quantised(tiny_llama, share_module)
     for save in (lb.save_gguf, lb.save_official):
-        with pytest.raises(ValueError, match=r"cannot say that model\.layers\.1\.mlp is model\.layers\.0\.mlp"):
+        with pytest.raises(ValueError, match=r"cannot express that model\.layers\.1\.mlp is model\.layers\.0\.mlp"):
             save(model, tmp_path / "out", lb.load_tokenizer(tiny_llama))
     assert list(tmp_path.iterdir()) == []
 

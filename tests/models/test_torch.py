@@ -1,4 +1,4 @@
-"""The layers under torch's own tools: compile, export, autocast, FSDP, state dicts, copies and pickles."""
+"""Test the layers with torch's own tools: compile, export, autocast, FSDP, state dicts, copies and pickles."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Compiled, parallel and PEFT models wherever a model goes in: unwrapped, run by transformers, or refused in words."""
+"""Test compiled, parallel and PEFT models: each function unwraps them, runs them, or raises a clear error."""
 
 import littlebit.fast as lb
 import pytest
@@ -45,7 +45,7 @@ ADAPTERS = {
 
 
 def adapted(model, config, size=0.5):
-    """A model with adapters that are no longer at their start."""
+    """Make a model with adapters that have left their initial values."""
     model = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -55,7 +55,7 @@ def adapted(model, config, size=0.5):
 
 
 def greedy(model, tokenizer, count):
-    """What transformers' generate says, without this package."""
+    """Generate by transformers, without this package."""
     prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 258}
     new = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
@@ -109,7 +109,7 @@ def test_wrappers_where_a_model_is_changed(wrapper, tiny_llama):
         lambda: quantize_embeddings_(wrapped, 8),
     ):
         with pytest.raises(
-            ValueError, match=r"replaces parameters, of which DataParallel keeps track: pass model\.module"
+            ValueError, match=r"replaces parameters, but DataParallel holds the old ones: pass model\.module"
         ):
             change()
     assert not any(isinstance(module, LittleBitLinear) for module in model.modules())
@@ -165,7 +165,7 @@ def test_teachers_may_be_compiled_or_have_adapters(tiny_llama):
     for wrap in (torch.compile, lambda model: adapted(model, ADAPTERS["a layer"])):
         model = lb.load_model(tiny_llama)
         lb.quantize_(model, lb.Config(bits=2.5, paths=1), progress=False)
-        config = lb.TrainConfig(tokens=64, sequence=16, batch=2, warmup=0)
+        config = lb.TrainConfig(total_tokens=64, sequence_length=16, batch_size=2, warmup=0)
         log = lb.train_(
             torch.compile(model), wrap(lb.load_model(tiny_llama)), TOKENS[0].repeat(2), config, progress=False
         )
@@ -250,7 +250,7 @@ def test_quantised_embeddings_refuse_what_they_cannot_do(checkpoint):
             refused()
     with pytest.raises(AttributeError, match="no attribute 'wieght'"):
         _ = embedding.wieght
-    with pytest.raises(ValueError, match="quantised already, to 8 bits"):
+    with pytest.raises(ValueError, match="quantized already, to 8 bits"):
         quantize_embeddings_(model, 8)
     model.tie_weights()
     assert model(TOKENS).logits.isfinite().all()
@@ -277,7 +277,7 @@ def test_the_weight_of_both_forms_is_read_and_not_set(checkpoint, tiny_llama):
         assert (layer.in_features, layer.out_features) == (64, 96)
         assert layer.weight.shape == (96, 64)
         assert layer.weight.dtype == torch.float32
-        with pytest.raises(AttributeError, match="cannot be set: it follows from signs and scales"):
+        with pytest.raises(AttributeError, match="cannot be set, because it is computed from signs and scales"):
             layer.weight = torch.nn.Parameter(torch.zeros(96, 64))
     layer = trained.get_submodule(name)
     layer.weight.square().sum().backward()

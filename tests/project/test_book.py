@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from littlebit.fast import Config, TrainConfig
+from littlebit.fast.training.config import with_new_names
 from sphinx.util.inventory import InventoryFile
 
 ROOT = Path(__file__).parents[2]
@@ -120,16 +121,16 @@ def test_training_ladder_repeats_what_was_measured():
     known = {field.name for kind in (Config, TrainConfig) for field in fields(kind)} | {"weights"}
 
     def settings(row):
-        own = {key: value for key, value in row.items() if key in known}
+        own = {key: value for key, value in with_new_names(row).items() if key in known}
         return {"bits": 0.55} | own | {"weights": [*own["weights"], 0][:3]}  # a text that is not drawn from
 
     ladder = {row["name"]: row for row in json.loads((ROOT / "book/training_ladder.json").read_text())}
-    assert all(set(row) <= known | {"name"} for row in ladder.values())
+    assert all(set(with_new_names(row)) <= known | {"name"} for row in ladder.values())
     results = json.loads((ROOT / "book/results/training_smollm2.json").read_text())["rows"]
     measured = [row for row in results if row["stage"] == "second ladder"]
     assert len(measured) == 11
     for row in measured:
-        then = asdict(TrainConfig()) | SECOND_LADDER | settings(row)
+        then = asdict(TrainConfig()) | with_new_names(SECOND_LADDER) | settings(row)
         assert asdict(TrainConfig()) | settings(ladder[row["name"]]) == then, row["name"]
 
 

@@ -32,7 +32,7 @@ from littlebit.fast.cli.main import main, subcommands
 from littlebit.fast.decoding import generate
 from littlebit.fast.evaluation.zero_shot import log_probabilities
 from littlebit.fast.models.embeddings import head_moments, quantize_embeddings_
-from littlebit.fast.training.trainer import check_config
+from littlebit.fast.training.config import check_config
 
 POSITIONS = 24
 
@@ -221,22 +221,21 @@ def test_quantize_refuses_numbers_that_make_no_sense(tiny_llama, change):
 
 
 def test_training_refuses_numbers_that_make_no_sense():
-    wrong = {"tokens": (0, 1.5, True), "sequence": (0,), "batch": (-1,), "micro_batch": (0, 1.0), "seed": (-1,)}
+    wrong = {"total_tokens": (0, 1.5, True), "sequence_length": (0,), "batch_size": (-1,)}
+    wrong |= {"micro_batch": (0, 1.0), "seed": (-1,)}
+    wrong |= {"block_tokens": (-1, 0.5), "warmup": (1, -0.1, math.nan), "max_grad_norm": (-1,), "betas": ((0.9, 1),)}
     wrong |= {
-        "block_tokens": (-1, 0.5),
         "long_tokens": (-1,),
         "long_sequence": (0,),
         "frozen_tokens": (0.5,),
         "label_weight": (1.5, -0.1, math.nan),
-        "warmup": (1, -0.1, math.nan),
-        "clip": (-1,),
-        "betas": ((0.9, 1),),
     }
     wrong |= dict.fromkeys(
-        ("lr_latents", "lr_scales", "lr_others", "hidden", "final", "latent_scale"), (math.nan, -1, math.inf, "1")
+        ("lr_latents", "lr_scales", "lr_others", "hidden_loss_weight", "final_lr_fraction", "latent_scale"),
+        (math.nan, -1, math.inf, "1"),
     )
     fields = {field.name for field in dataclasses.fields(lb.TrainConfig)}
-    assert fields - wrong.keys() == {"train", "rule", "normalise", "optimizer"}
+    assert fields - wrong.keys() == {"train", "rule", "normalize", "optimizer"}
     check_config(lb.TrainConfig(), 1)
     for name, values in wrong.items():
         for value in values:

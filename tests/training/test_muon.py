@@ -1,4 +1,4 @@
-"""Muon: its steps are nearly orthonormal, the same for a stack as for each matrix, and of Adam's size."""
+"""Test Muon: its steps are nearly orthonormal, as large as Adam's, and the same for a stack and its matrices."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A run that was stopped at any moment goes on and ends with the same bits as one that was not."""
+"""Test that a run that was stopped at any moment resumes, and ends with the same bits as one that was not."""
 
 import copy
 import errno
@@ -13,17 +13,18 @@ import pytest
 import torch
 import workers
 from compare import assert_same
-from littlebit.fast.files.digests import tensors_digest
+from littlebit.fast.files.digests import json_digest, tensors_digest
 from littlebit.fast.training import resume
-from littlebit.fast.training.trainer import Run
+from littlebit.fast.training.config import RENAMED_SETTINGS
+from littlebit.fast.training.trainer import Trainer
 
-SETTINGS = {"tokens": 12 * 64, "sequence": 16, "batch": 4, "warmup": 0.1, "lr_latents": 0.01}
+SETTINGS = {"total_tokens": 12 * 64, "sequence_length": 16, "batch_size": 4, "warmup": 0.1, "lr_latents": 0.01}
 TIMES = ("tokens_per_s", "memory_bytes")
 
 
 @pytest.fixture(scope="module")
 def models(loud_llama):
-    """A teacher and its student."""
+    """Make a teacher and its student."""
     teacher = lb.load_model(loud_llama)
     student = copy.deepcopy(teacher)
     lb.quantize_(student, lb.Config(bits=2.5), progress=False)
@@ -42,11 +43,11 @@ TEXT = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
 
 
 def train(models, folder=None, minutes=0.0, run=None, log_steps=5, **changes):
-    """The trained student and the log."""
+    """Train, and return the trained student and the log."""
     teacher, student = copy.deepcopy(models)
-    keeper = None if folder is None else lb.Keeper(folder, minutes, run)
+    checkpointer = None if folder is None else lb.Checkpointer(folder, minutes, run)
     config = lb.TrainConfig(**(SETTINGS | changes))
-    log = lb.train_(student, teacher, TEXT, config, keeper=keeper, log_steps=log_steps, progress=False)
+    log = lb.train_(student, teacher, TEXT, config, checkpointer=checkpointer, log_steps=log_steps, progress=False)
     return student, log
 
 
@@ -56,7 +57,7 @@ def whole(models):
 
 
 def timeless(log):
-    """A log without what differs from run to run."""
+    """Remove the entries that differ from run to run from a log."""
     return [{key: value for key, value in entry.items() if key not in TIMES} for entry in log]
 
 
@@ -68,7 +69,7 @@ def assert_same_run(actual, expected):
 
 
 class StopError(Exception):
-    """What ends a run in these tests."""
+    """End a run in these tests."""
 
 
 @pytest.fixture
@@ -76,15 +77,15 @@ def stop_before(monkeypatch):
     """Make the next run end, as if its process was killed, before it reads the tokens of a step."""
 
     def stop(last):
-        real = Run.batch
+        real = Trainer.batch
 
         def batch(self, step):
             if step == last and self.step == last:
-                monkeypatch.setattr(Run, "batch", real)
+                monkeypatch.setattr(Trainer, "batch", real)
                 raise StopError
             return real(self, step)
 
-        monkeypatch.setattr(Run, "batch", batch)
+        monkeypatch.setattr(Trainer, "batch", batch)
 
     return stop
 
@@ -95,13 +96,13 @@ def test_run_goes_on_with_the_same_bits(models, whole, tmp_path, stop_before, la
     stop_before(last)
     with pytest.raises(StopError):
         train(models, tmp_path)
-    assert lb.Keeper(tmp_path).states()[0].name == f"step-{last}"
+    assert lb.Checkpointer(tmp_path).states()[0].name == f"step-{last}"
     assert_same_run(train(models, tmp_path), whole)
     assert timeless(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())) == timeless(whole[1])
 
 
 def test_run_goes_on_within_and_after_the_part_block_by_block(models, tmp_path, stop_before):
-    changes = {"block_tokens": 4 * 64, "hidden": 1.0}
+    changes = {"block_tokens": 4 * 64, "hidden_loss_weight": 1.0}
     expected = train(models, **changes)
     for last in (3, 4, 6):
         stop_before(last)
@@ -128,16 +129,16 @@ def test_run_that_has_ended_only_gives_its_result(models, whole, tmp_path):
     assert_same_run(train(models, tmp_path), whole)
 
 
-def test_keeper_keeps_the_newest_states_and_nothing_half_written(models, tmp_path):
+def test_checkpointer_keeps_the_newest_states_and_nothing_half_written(models, tmp_path):
     (tmp_path / ".step-3-abc").mkdir(parents=True)  # of a process that was killed while it saved
     train(models, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"log.jsonl", *(f"step-{12 - at}" for at in range(resume.KEPT))}
+    assert names == {"log.jsonl", *(f"step-{12 - at}" for at in range(resume.KEPT_STATES))}
 
 
-def test_keeper_saves_when_it_is_time(models, tmp_path):
+def test_checkpointer_saves_when_it_is_time(models, tmp_path):
     train(models, tmp_path, minutes=60.0)
-    assert lb.Keeper(tmp_path).states() == []
+    assert lb.Checkpointer(tmp_path).states() == []
 
 
 def flip(path, at):
@@ -157,7 +158,7 @@ def flip(path, at):
         lambda path: (path / "run.json").write_text("[]"),
         lambda path: (path / "run.json").write_bytes(b"\xff{"),
         lambda path: flip(path / "run.json", (path / "run.json").read_bytes().index(b'"step": ') + 8),
-        lambda path: flip(path / "run.json", (path / "run.json").read_bytes().index(b'"batch": ') + 9),
+        lambda path: flip(path / "run.json", (path / "run.json").read_bytes().index(b'"batch_size": ') + 14),
     ],
 )
 def test_damaged_state_is_passed_over_for_the_one_before(models, whole, tmp_path, stop_before, damage):
@@ -165,7 +166,7 @@ def test_damaged_state_is_passed_over_for_the_one_before(models, whole, tmp_path
     with pytest.raises(StopError):
         train(models, tmp_path)
     damage(tmp_path / "step-8")
-    with pytest.warns(UserWarning, match="step-8 is damaged and passed over"):
+    with pytest.warns(UserWarning, match="step-8 is corrupt"):
         actual = train(models, tmp_path)
     assert_same_run(actual, whole)
 
@@ -174,9 +175,9 @@ def test_run_begins_anew_if_every_state_is_damaged(models, whole, tmp_path, stop
     stop_before(2)
     with pytest.raises(StopError):
         train(models, tmp_path)
-    for path in lb.Keeper(tmp_path).states():
+    for path in lb.Checkpointer(tmp_path).states():
         flip(path / "state.safetensors", -1)
-    with pytest.warns(UserWarning, match="damaged") as caught:
+    with pytest.warns(UserWarning, match="corrupt") as caught:
         actual = train(models, tmp_path)
     assert len(caught) == 2
     assert_same_run(actual, whole)
@@ -197,7 +198,7 @@ def test_log_forgets_what_will_be_done_again(models, whole, tmp_path, stop_befor
     with pytest.raises(StopError):
         train(models, tmp_path)
     flip(tmp_path / "step-5" / "state.safetensors", -1)
-    with pytest.warns(UserWarning, match="step-5 is damaged"):
+    with pytest.warns(UserWarning, match="step-5 is corrupt"):
         assert_same_run(train(models, tmp_path), whole)
     assert timeless(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())) == timeless(whole[1])
 
@@ -226,7 +227,7 @@ def test_full_disk_warns_and_keeps_the_older_state(models, whole, tmp_path, monk
     ("changes", "names"),
     [
         ({"lr_latents": 0.02, "seed": 3}, "data, lr_latents, seed"),
-        ({"tokens": 13 * 64}, "data, tokens"),
+        ({"total_tokens": 13 * 64}, "data, total_tokens"),
         ({"run": {"model": "another"}}, "model"),
     ],
 )
@@ -239,14 +240,30 @@ def test_state_of_another_run_is_refused_and_stays(models, tmp_path, stop_before
     assert (tmp_path / "step-2").exists()
 
 
+def test_state_that_names_settings_as_they_once_were_is_resumed(models, whole, tmp_path, stop_before):
+    stop_before(3)
+    with pytest.raises(StopError):
+        train(models, tmp_path)
+    old_names = {new: old for old, new in RENAMED_SETTINGS.items()}
+    for path in tmp_path.glob("step-*/run.json"):
+        description = json.loads(path.read_text())
+        del description["check"]
+        description["run"] = {old_names.get(name, name): value for name, value in description["run"].items()}
+        assert {"tokens", "sequence", "batch", "final", "clip", "hidden", "normalise"} <= description["run"].keys()
+        path.write_text(json.dumps(description | {"check": json_digest(description)}))
+    with pytest.raises(ValueError, match="which differs in data, seed:"):
+        train(models, tmp_path, seed=3, log_steps=5)
+    assert_same_run(train(models, tmp_path), whole)
+
+
 def test_state_of_another_dtype_is_refused(models, tmp_path, stop_before):
     stop_before(2)
     with pytest.raises(StopError):
         train(models, tmp_path)
     teacher, student = copy.deepcopy(models)
-    keeper, config = lb.Keeper(tmp_path, 0.0), lb.TrainConfig(**SETTINGS)
+    checkpointer, config = lb.Checkpointer(tmp_path, 0.0), lb.TrainConfig(**SETTINGS)
     with pytest.raises(ValueError, match="which differs in dtype:"):
-        lb.train_(student, teacher, TEXT, config, keeper=keeper, dtype=torch.bfloat16, progress=False)
+        lb.train_(student, teacher, TEXT, config, checkpointer=checkpointer, dtype=torch.bfloat16, progress=False)
 
 
 def test_tensors_of_every_type_come_back_with_their_digest():
@@ -324,7 +341,7 @@ def test_command_told_to_stop_saves_its_state_and_exits_with_143(loud_llama, tex
     wait_for_step(process, out, 6)
     os.kill(process.pid, number)
     assert workers.ended(process) == 143
-    assert f"told to stop after step {steps_done(out)}; its state is saved" in printed.read_text()
+    assert f"stopped after step {steps_done(out)}; its state is saved" in printed.read_text()
     assert not out.exists()
     assert workers.ended(workers.littlebit(arguments(loud_llama, out, text), printed)) == 0
     assert_same_files(out, uninterrupted)
@@ -345,5 +362,5 @@ def test_command_with_damaged_states_alone_begins_anew(loud_llama, text, uninter
     for path in out.with_name("out.training").glob("step-*"):
         flip(path / "state.safetensors", -1)
     assert workers.ended(workers.littlebit(init, printed)) == 0
-    assert "is damaged and passed over" in printed.read_text()
+    assert "is corrupt" in printed.read_text()
     assert_same_files(out, tmp_path / "first")

@@ -1,4 +1,4 @@
-"""The stacked student: the same function and the same gradients as the quantised model, layer by layer.
+"""Test that the stacked student has the same outputs and gradients as the quantized model, layer by layer.
 
 Bounds come from the arithmetic and from the whole model's condition, which is measured: see `strategies.condition`.
 """
@@ -22,7 +22,7 @@ TOKENS = torch.arange(48).reshape(3, 16) * 5 % 256
 
 @pytest.fixture(params=[1, 2], ids=["one path", "two paths"])
 def quantised(loud_llama, request):
-    """A model whose layers all have ranks of their own, 3 to 29, also those of equal shape."""
+    """Quantize a model so that every layer has a different rank, 3 to 29, even among equal shapes."""
     torch.manual_seed(0)
     model = lb.load_model(loud_llama)
     layers = [(name, each) for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)]
@@ -36,7 +36,7 @@ def quantised(loud_llama, request):
 
 
 def roundings(model):
-    """Roundings along the longest chain of sums: into and out of every layer, and those around it."""
+    """Count the roundings along the longest chain of sums: into and out of every layer, and around it."""
     sums = sum(layer.d_in + layer.d_out + sum(layer.ranks) for layer in littlebit_layers(model).values())
     return sums + 260 + 16 * 64
 
@@ -191,11 +191,11 @@ def test_masters_are_grouped_by_what_they_are(quantised):
 def test_student_refuses_unknown_settings(quantised):
     with pytest.raises(ValueError, match="rule must be one of"):
         StackedStudent(quantised, "tanh", "norms", torch.float32)
-    with pytest.raises(ValueError, match="train must be one of none, norms, all, not 'some'"):
+    with pytest.raises(ValueError, match="train must be one of none, norms, all, got 'some'"):
         StackedStudent(quantised, "smooth_sign", "some", torch.float32)
 
 
 def test_blocks_are_the_longest_list_of_modules(quantised):
-    assert students.blocks(quantised) == list(quantised.model.layers)
-    with pytest.raises(ValueError, match="no list of decoder blocks"):
-        students.blocks(torch.nn.Linear(2, 2))
+    assert students.decoder_blocks(quantised) == list(quantised.model.layers)
+    with pytest.raises(ValueError, match="must hold its decoder blocks"):
+        students.decoder_blocks(torch.nn.Linear(2, 2))
