@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._progress import tqdm
-from ..bench.decode import QUIET_SHARE, prompted, token_times
+from ..bench.decode import QUIET_SHARE, prefilled_decoder, token_times
 from ..checkpoints.bundled import place
 from ..checkpoints.fetch import fetch, resolve
 from ..checkpoints.names import TINY
@@ -188,7 +188,7 @@ def figures(source: str | Path) -> dict[str, Any]:
 
     folder = Path(resolve(source))
     text = "".join(text_of(folder)).replace("\n", " ")
-    decoder = prompted(folder, None, ROUNDS * TOKENS)
+    decoder = prefilled_decoder(folder, None, ROUNDS * TOKENS)
     start, begun = time.perf_counter(), time.thread_time()
     times = sorted(token_times(decoder, ROUNDS * TOKENS))
     share = (time.thread_time() - begun) / (time.perf_counter() - start)
