@@ -64,7 +64,7 @@ def bench_linear(
     ----------
     shapes : tuple of (d_out, d_in)
     bits : tuple of float
-        Upper bounds on stored bits per weight; ranks are the largest that keep below.
+        Upper bounds on stored bits per weight; each rank is the largest within its bound.
     batch : int
         Rows of x.
     threads : int

@@ -17,11 +17,12 @@ book/results/cpu_ladder.json: `add_nibbles` is 37 times faster than `add_loops`.
 bytes of its float16 scale. A dense float16 row reads 2 n bytes. The vector x is read once, and each byte of sign words
 once for up to four rows of x.
 
-**What limits them** is lookups, not memory bandwidth. In the roofline picture the first three kernels are bound by
-instructions. `add_nibbles` comes close to the ridge: on a 28672 x 8192 layer of 0.55 bits it reads 7.4 GB/s of sign
-words, 52 % of what its innermost loop reaches from registers and first-level cache alone (`lookups_per_second`), and is
-26 times faster than torch's bfloat16 layer, which reads 8.5 GB/s there (book/results/cpu_linear.json, one core). Small
-layers are further from the limit, because the tables of x are made for fewer rows: 20 % for 4096 x 4096 at 0.1 bits.
+**What limits them.** The first three are bound by instructions. `add_nibbles` comes close to the ridge of the roofline,
+where instructions (lookups) and memory bandwidth limit alike: on a 28672 x 8192 layer of 0.55 bits it reads 7.4 GB/s of
+sign words. That is 52 % of what its innermost loop handles from registers and first-level cache (`lookups_per_second`),
+and torch's bfloat16 layer, bound by memory bandwidth, reads 8.5 GB/s there and takes 26 times as long (one core,
+book/results/cpu_linear.json). Small layers reach less, 20 % of the lookups for 4096 x 4096 at 0.1 bits: making the
+tables of x takes a larger share of their time.
 
 **How `add_nibbles` works.** It loads the words of sixteen rows and transposes them, so that lane i of a register holds
 a word of row i. One VPERMPS then looks four signs of each row up in a table of sixteen sums, which fills one AVX-512

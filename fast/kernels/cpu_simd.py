@@ -499,7 +499,7 @@ def lookup_avx2(builder, table, indices):
         at = shuffle(builder, indices, indices, range(start, start + 8))
         chosen = shuffle(builder, upper, upper, range(start, start + 8))
         found.append(builder.select(chosen, builder.call(function, [high, at]), builder.call(function, [low, at])))
-    return shuffle(builder, *found, range(16))
+    return shuffle(builder, found[0], found[1], range(16))
 
 
 def lookup_neon(builder, table, indices):
@@ -519,7 +519,7 @@ def lookup_neon(builder, table, indices):
     function = declare(builder, "llvm.aarch64.neon.tbl4.v16i8", bytes16, [bytes16] * 5)
     parts = quarters(table)
     found = [builder.call(function, [*parts, at]) for at in quarters(byte_indices)]
-    first, last = (shuffle(builder, *found[start : start + 2], range(32)) for start in (0, 2))
+    first, last = (shuffle(builder, found[start], found[start + 1], range(32)) for start in (0, 2))
     return builder.bitcast(shuffle(builder, first, last, range(64)), F32X16)
 
 

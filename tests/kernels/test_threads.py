@@ -87,7 +87,7 @@ def test_shares_of_helpers_that_do_not_run_are_reclaimed():
 def test_a_helper_that_sleeps_is_woken_once_and_not_waited_for():
     layer, fake = layer_of(), FakeTeam(1, state=threads.ASLEEP)
     read, write = os.pipe()
-    fake.mailboxes[1, threads.WRITE] = write
+    fake.mailboxes[1, threads.PIPE_WRITE] = write
     assert_same(outputs(layer, fake.team, 1), outputs(layer, threads.solo_team(), 1))
     assert fake.mailboxes[1, threads.STATE] == threads.WOKEN
     assert len(os.read(read, 9)) == 1
