@@ -302,7 +302,7 @@ REACHED = supported_levels(LEVELS[LEVEL][1])
 
 LEVEL_CHECK = """
 import sys, numpy as np, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + '/method']
 from compare import assert_same, assert_within
 from littlebit.fast.bench.linear import exact_path, random_path
 from littlebit.fast.kernels import cpu, cpu_layer as plans, cpu_threads
@@ -330,7 +330,7 @@ for seed, (d_out, d_in, rank, batch) in enumerate(shapes):
 
 @pytest.mark.parametrize("level", REACHED)
 def test_packed_linear_agrees_on_every_kind_of_processor(level):
-    code = LEVEL_CHECK.format(tests=str(Path(__file__).parent), level=level)
+    code = LEVEL_CHECK.format(tests=str(Path(__file__).parents[1]), level=level)
     environment = os.environ | {"LITTLEBIT_CPU": level}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
