@@ -16,7 +16,7 @@ from littlebit.fast.bench.linear import random_path
 from littlebit.fast.bench.timing import copies_beyond_cache, cpu_name, save_results
 from littlebit.fast.bits import layer_bits, rank_for_bits
 from littlebit.fast.kernels.cpu import KERNELS
-from littlebit.fast.kernels.cpu_layer import Plan
+from littlebit.fast.kernels.cpu_layer import CpuPackedLayer
 
 SHAPES = ((4096, 4096), (11008, 4096))
 BITS = (0.1, 0.55)
@@ -30,7 +30,7 @@ def rows_of(d_out: int, d_in: int, bits: float) -> list[dict]:
     stored = layer_bits(d_out, d_in, (rank,) * PATHS)
     generator = torch.Generator().manual_seed(0)
     plans = [
-        Plan([tensor for _ in range(PATHS) for tensor in random_path(d_out, d_in, rank, generator)])
+        CpuPackedLayer([tensor for _ in range(PATHS) for tensor in random_path(d_out, d_in, rank, generator)])
         for _ in range(copies_beyond_cache(stored // 8))
     ]
     x = torch.randn(1, d_in, generator=generator)

@@ -1,4 +1,8 @@
-"""Benchmark of attention over a latent key-value cache beside an ordinary one, at the shape of a published model."""
+"""Benchmark attention over a latent key-value cache against a full one, at the shape of a published model.
+
+The latent cache stores the rank-sized latents of keys and values, which DeepSeek calls multi-head latent attention
+(MLA). It reads fewer bytes for each cached token, but must expand keys and values from them.
+"""
 
 import functools
 import time
@@ -8,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
+from .._progress import tqdm
 from ..decoding.latent_cache import LATENT_TYPES
 from ..kv_cache import apply_rope, latent_attention, latents, round_latents
 from ..linear import packed_linear
@@ -25,38 +29,48 @@ def bench_cache(
     shape: str = "llama2-7b",
     bits: float = 0.1,
     contexts: Sequence[int] = CONTEXTS,
-    kinds: Sequence[str] = tuple(LATENT_TYPES),
+    cache_types: Sequence[str] = tuple(LATENT_TYPES),
     device: str = "cpu",
     repeats: int = 5,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Time what one layer does with its cache for one new token, at batch 1.
+    """Time attention of one layer for one new token at batch 1, with a latent and with a full cache.
 
-    Both sides start from the layer's input and a rotated query, and end with the heads' outputs: the ordinary one
-    computes key and value from packed words, writes them into room that is there already, and calls torch's
-    scaled_dot_product_attention on float32 keys and values (the dtype in which a CPU computes) or float16 ones
-    (elsewhere); the latent one computes latents, stores them and reads them all. Random signs and numbers, ranks those
-    of the first layer. Both take turns; a figure is the median, in processor time on a CPU with one thread.
+    Both start from the layer's input and a query after RoPE, and end with the outputs of the heads. With the full
+    cache: compute key and value from packed words, store them in memory that is already allocated, and call torch's
+    scaled_dot_product_attention, in float32 on a CPU and in float16 elsewhere. With the latent cache: compute and store
+    the latents, then attend to all of them. Signs, latents and inputs are random; ranks are the first layer's. The two
+    take turns, and a figure is the median, in processor time on a CPU with one thread.
 
     Parameters
     ----------
     shape : str
-        A name in MODEL_SHAPES, not one with a fused projection.
+        A name in MODEL_SHAPES, without fused projections.
     bits : float
-        Ceiling in stored bits per weight, with two paths.
+        Upper bound on stored bits per weight, with two paths.
     contexts : sequence of int
         Tokens in the cache.
-    kinds : sequence of str
-        "latent" or "latent-int8".
+    cache_types : sequence of str
+        "latent" (float16) or "latent-int8".
     device : str
+        A torch device.
     repeats : int
+        Measured tokens, after one that is not.
     progress : bool
+        Show a progress bar.
 
     Returns
     -------
-    One dict per context and kind: shape, bits, ranks (of k_proj and v_proj), context, kind, device, time_us and
-    ordinary_us (one layer, one token), speed (ordinary_us / time_us), bytes_per_token and ordinary_bytes_per_token
-    (whole model, the latter in float16), reduction, ordinary_type (that was timed).
+    list of dict
+        One for each context and cache type, with these columns:
+
+        - shape, bits, ranks (of k_proj and v_proj), context, kind (the cache type), device
+        - time_us: microseconds of one token in one layer with the latent cache
+        - ordinary_us: the same with the full cache, in the dtype ordinary_type
+        - speed = ordinary_us / time_us: below 1 the latent cache is slower
+        - bytes_per_token: size of the latent cache for each token, in all layers
+        - ordinary_bytes_per_token: the same of the full cache in float16
+        - reduction = ordinary_bytes_per_token / bytes_per_token
 
     Raises
     ------
@@ -65,26 +79,29 @@ def bench_cache(
     """
     if shape not in MODEL_SHAPES or MODEL_SHAPES[shape].fused:
         known = ", ".join(name for name, each in MODEL_SHAPES.items() if not each.fused)
-        raise ValueError(f"the cache of {shape!r} cannot be timed, only those of {known}")
+        raise ValueError(
+            f"shape must be known and have separate key and value projections, got {shape!r}: choose one of {known}"
+        )
     sizes = MODEL_SHAPES[shape]
     ranks = model_memory(sizes, bits).ranks
     layer = {name: ranks[f"0.{name}"] for name in ("k_proj", "v_proj")}
     rows = []
-    cases = [(context, kind) for context in contexts for kind in kinds]
-    for context, kind in tqdm(cases, desc="bench cache", disable=not progress):
+    cases = [(context, cache_type) for context in contexts for cache_type in cache_types]
+    for context, cache_type in tqdm(cases, desc="bench cache", disable=not progress):
         with torch.inference_mode():
-            time_s, ordinary_s = bench_case(sizes, layer, context, LATENT_TYPES[kind], torch.device(device), repeats)
-        kept = model_memory(sizes, bits, context=context, kv_cache=kind).kv_cache / context
-        ordinary = model_memory(sizes, bits, context=context).kv_cache / context
-        row = {"shape": shape, "bits": bits, "ranks": layer, "context": context, "kind": kind, "device": device}
-        row |= {"time_us": time_s * 1e6, "ordinary_us": ordinary_s * 1e6, "speed": ordinary_s / time_s}
-        row |= {"bytes_per_token": kept, "ordinary_bytes_per_token": ordinary, "reduction": ordinary / kept}
-        rows.append(row | {"ordinary_type": str(ordinary_type(torch.device(device))).removeprefix("torch.")})
+            time_s, full_s = bench_case(sizes, layer, context, LATENT_TYPES[cache_type], torch.device(device), repeats)
+        latent_bytes = model_memory(sizes, bits, context=context, kv_cache=cache_type).kv_cache / context
+        full_bytes = model_memory(sizes, bits, context=context).kv_cache / context
+        row = {"shape": shape, "bits": bits, "ranks": layer, "context": context, "kind": cache_type, "device": device}
+        row |= {"time_us": time_s * 1e6, "ordinary_us": full_s * 1e6, "speed": full_s / time_s}
+        row |= {"bytes_per_token": latent_bytes, "ordinary_bytes_per_token": full_bytes}
+        row |= {"reduction": full_bytes / latent_bytes}
+        rows.append(row | {"ordinary_type": str(full_cache_dtype(torch.device(device))).removeprefix("torch.")})
     return rows
 
 
-def ordinary_type(device: torch.device) -> torch.dtype:
-    """In what keys and values are kept and multiplied on a device."""
+def full_cache_dtype(device: torch.device) -> torch.dtype:
+    """Choose the dtype in which a device stores and multiplies keys and values."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
@@ -96,7 +113,7 @@ def bench_case(
     device: torch.device,
     repeats: int,
 ) -> list[float]:
-    """Median seconds of one token in one layer, from latents and from keys and values."""
+    """Measure the median seconds of one token in one layer: with a latent cache, then with a full one."""
     generator = torch.Generator(device).manual_seed(0)
     width = shape.kv_heads * shape.head_size
     key_paths, value_paths = (
@@ -119,37 +136,37 @@ def bench_case(
             kept.codes[:, -1:], kept.scale[:, -1:] = new.codes, new.scale
         return latent_attention(query, stored_keys, stored_values, key_paths, value_paths, cosine, sine, mask)
 
-    kind = ordinary_type(device)
-    keys, values = (numbers(1, shape.kv_heads, context, shape.head_size).to(kind) for _ in range(2))
+    full = full_cache_dtype(device)
+    keys, values = (numbers(1, shape.kv_heads, context, shape.head_size).to(full) for _ in range(2))
 
     def heads_of(paths: list[PackedFactors]) -> Tensor:
         return packed_linear(x, paths).unflatten(-1, (-1, shape.head_size)).transpose(1, 2)
 
     def from_keys_and_values() -> Tensor:
-        keys[:, :, -1:] = apply_rope(heads_of(key_paths), cosine[:, None, -1:], sine[:, None, -1:]).to(kind)
-        values[:, :, -1:] = heads_of(value_paths).to(kind)
-        return functional.scaled_dot_product_attention(query.to(kind), keys, values, enable_gqa=True)
+        keys[:, :, -1:] = apply_rope(heads_of(key_paths), cosine[:, None, -1:], sine[:, None, -1:]).to(full)
+        values[:, :, -1:] = heads_of(value_paths).to(full)
+        return functional.scaled_dot_product_attention(query.to(full), keys, values, enable_gqa=True)
 
     return alternate([from_latents], [from_keys_and_values], repeats=repeats, clock=clock_of(device))
 
 
 def clock_of(device: torch.device) -> Any:
-    """Seconds: of this thread's processor where it does all the work, else of the clock, all work waited for."""
+    """Choose a clock: the processor time of this thread if it does all the work, else `synchronized_time`."""
     if device.type == "cpu":
         return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    return functools.partial(synchronised, device)
+    return functools.partial(synchronized_time, device)
 
 
-def synchronised(device: torch.device) -> float:
-    """The time, when the device has done what it was asked for."""
+def synchronized_time(device: torch.device) -> float:
+    """Wait until the device has finished its work, then read the clock, in seconds."""
     torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 def crossover(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Tokens from which on the latent cache is the quicker one, between the measured contexts; None if it never is.
+    """Find the context length from which on the latent cache is faster; None if it is slower at the longest one.
 
-    Of one kind's rows; linear between neighbouring contexts.
+    Takes rows of `bench_cache` with one cache type, and interpolates linearly between their contexts.
     """
     rows = sorted(rows, key=lambda row: row["context"])
     gaps = [row["time_us"] - row["ordinary_us"] for row in rows]

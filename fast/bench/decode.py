@@ -1,4 +1,8 @@
-"""Benchmarks of decoding: beside transformers and llama.cpp, each in a process of its own, and on a busy machine."""
+"""Benchmark decoding on a CPU: against transformers and llama.cpp, and on a machine that other programs keep busy.
+
+`bench_decode` compares engines, each in its own process. `bench_load` shows what other programs cost: decoding with
+several threads is a sequence of short parallel jobs, and a thread that does not run delays each of them.
+"""
 
 import contextlib
 import json
@@ -19,11 +23,11 @@ if TYPE_CHECKING:
 
 PROMPT = "Once upon a time, in a small town by the sea, there lived"
 ENGINES = ("littlebit", "transformers", "llama.cpp")
-START_S = 0.3  # in which programs that keep the machine busy have started
-#: Share of a core below which a thread that always has work was kept from it by other programs.
+START_S = 0.3  # time to wait until the busy programs have started
+#: A thread that always has work gets at least this share of a core, unless other programs take it.
 QUIET_SHARE = 0.9
 
-# Runs in a Python that may lack this package: llama.cpp's bindings can live in an environment of their own
+# This script runs in the Python that has llama.cpp's bindings, which may lack this package.
 LLAMA = """
 import json, sys, time
 import llama_cpp
@@ -52,45 +56,62 @@ def bench_decode(
     gguf: str | Path | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Time greedy decoding at batch 1, one token after another.
+    """Time greedy decoding at batch 1 in littlebit, transformers and llama.cpp.
 
-    Every engine runs in its own process, and the engines take turns `rounds` times, so that all see the same machine.
-    A figure is the median over all tokens of all rounds; sampling and detokenising are left out for all three.
+    Each engine runs in its own process, and the engines take turns `rounds` times, so that all see the same machine. A
+    figure is the median over all tokens of all rounds. Choosing and detokenizing a token is not timed.
 
     Parameters
     ----------
     model : str or Path
-        A packed checkpoint.
+        A packed checkpoint, for littlebit.
     dense : str
-        What transformers runs, in float32.
+        The model that transformers runs, in float32.
     threads : tuple of int
+        Numbers of threads to measure.
     tokens : int
         New tokens in a round.
     rounds : int
+        Processes for each engine and number of threads.
     llama_python : str
-        A Python that can import llama_cpp; llama.cpp is left out if it cannot.
+        Path of a Python that can import llama_cpp; without it, llama.cpp is left out.
     gguf : str or Path, optional
-        What llama.cpp runs; it is left out otherwise.
+        The model that llama.cpp runs; without it, llama.cpp is left out.
     progress : bool
+        Show a progress bar.
 
     Returns
     -------
-    One dict per engine and number of threads: engine, threads, time_ms (a token), tokens_per_s, memory_bytes (resident
-    at the end), peak_bytes (most that was resident), rounds, tokens.
+    list of dict
+        One for each engine and number of threads, with these columns:
+
+        - engine, threads, rounds, tokens
+        - time_ms: milliseconds of a token; tokens_per_s = 1000 / time_ms
+        - memory_bytes: resident memory of the process at its end; peak_bytes: the most it ever had
     """
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     plan = [(engine, count) for _ in range(rounds) for count in threads for engine in ENGINES]
     for engine, count in tqdm(plan, desc="bench decode", disable=not progress):
-        found = run(engine, str(model), dense, count, tokens, llama_python, gguf)
+        found = run_engine(engine, str(model), dense, count, tokens, llama_python, gguf)
         if found is not None:
             runs.setdefault((engine, count), []).append(found)
     return [summary(engine, count, tokens, found) for (engine, count), found in runs.items()]
 
 
-def run(
+def run_engine(
     engine: str, model: str, dense: str, threads: int, tokens: int, llama_python: str, gguf: str | Path | None
 ) -> dict[str, Any] | None:
-    """Times of each token, in seconds, and resident bytes of one engine's process; None if it is not there."""
+    """Measure one engine in a new process; None if llama.cpp is not installed or has no model.
+
+    Returns
+    -------
+    dict with the seconds of each token (times) and the resident bytes of the process (memory, peak).
+
+    Raises
+    ------
+    OSError
+        If the process fails.
+    """
     if engine == "llama.cpp":
         if gguf is None:
             return None
@@ -102,12 +123,13 @@ def run(
     if done.returncode:
         if engine == "llama.cpp" and "No module named" in done.stderr:
             return None
-        raise OSError(f"{engine} failed: {done.stderr.strip().splitlines()[-1:]}")
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise OSError(f"{engine} must decode {tokens} tokens, but its process exited with {done.returncode}: {last}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def summary(engine: str, threads: int, tokens: int, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of `bench_decode`."""
+    """Compute one row of `bench_decode` from all its rounds."""
     time_s = statistics.median([each for one in found for each in one["times"]])
     return {
         "engine": engine,
@@ -122,24 +144,24 @@ def summary(engine: str, threads: int, tokens: int, found: list[dict[str, Any]])
 
 
 def measure(engine: str, source: str, threads: int, tokens: int) -> dict[str, Any]:
-    """What one process measures."""
+    """Measure littlebit or transformers in this process: seconds of each token, and resident bytes."""
     times = (packed_times if engine == "littlebit" else dense_times)(source, threads, tokens)
     return {"times": times, "memory": memory_bytes("VmRSS"), "peak": memory_bytes("VmHWM")}
 
 
 def packed_times(source: str, threads: int, tokens: int) -> list[float]:
-    """Seconds of each token through the compiled decoder, as `littlebit generate` runs it: without torch.
+    """Time each token of the torch-free decoder, which `littlebit generate` uses; in seconds.
 
     Raises
     ------
     NotDecodableError
-        If it cannot run the model.
+        If the torch-free decoder does not support the model.
     """
-    return token_times(prompted(source, threads, tokens), tokens)
+    return token_times(prefilled_decoder(source, threads, tokens), tokens)
 
 
-def prompted(source: str | Path, threads: int | None, tokens: int) -> "Decoder":
-    """A decoder that has read PROMPT and has room for more tokens."""
+def prefilled_decoder(source: str | Path, threads: int | None, tokens: int) -> "Decoder":
+    """Load a decoder, prefill it with PROMPT, and leave room for `tokens` more tokens in its cache."""
     import numpy as np
 
     from ..decoding.cpu_decoder import Decoder
@@ -154,7 +176,7 @@ def prompted(source: str | Path, threads: int | None, tokens: int) -> "Decoder":
 
 
 def token_times(decoder: "Decoder", tokens: int) -> list[float]:
-    """Seconds of each of the next greedy tokens."""
+    """Decode greedily, and return the seconds of each token."""
     import numpy as np
 
     times = []
@@ -169,33 +191,41 @@ def token_times(decoder: "Decoder", tokens: int) -> list[float]:
 def bench_load(
     model: str | Path, threads: Sequence[int] = (1, 2), tokens: int = 32, rounds: int = 5, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Time greedy decoding while the machine does nothing else, and while other programs keep all of its cores busy.
+    """Time greedy decoding on a quiet machine, and while other programs keep all of its cores busy.
 
-    Numbers of threads take turns within each round, first on the machine as it is, then beside as many busy programs as
-    it has cores. A figure is the median over rounds of tokens by seconds: on a busy machine a few tokens wait long.
+    In each round the numbers of threads take turns, first without other programs, then with one busy program for each
+    core. A figure is the median over rounds of tokens / seconds. Single tokens are not used, because on a busy machine
+    few of them take most of the time.
 
     Parameters
     ----------
     model : str or Path
         A checkpoint, or a known name.
     threads : sequence of int
+        Numbers of threads to measure.
     tokens : int
-        In a round.
+        New tokens in a round.
     rounds : int
+        Measurements of each load and number of threads.
     progress : bool
+        Show a progress bar.
 
     Returns
     -------
-    One dict for each load and number of threads: load ("quiet" or "busy"), busy (programs), threads, tokens_per_s,
-    times_one_thread (over the first number of threads at the same load), core_share (processor time over time of the
-    thread that decodes: below QUIET_SHARE other programs kept it waiting), rounds, tokens.
+    list of dict
+        One for each load and number of threads, with these columns:
+
+        - load ("quiet" or "busy"), busy (number of other programs), threads, rounds, tokens
+        - tokens_per_s, and times_one_thread: its ratio to the first number of threads at the same load
+        - core_share: processor time of the decoding thread / elapsed time. Below QUIET_SHARE, other programs kept it
+          waiting
     """
-    decoders = {count: prompted(model, count, 2 * rounds * tokens) for count in threads}
+    decoders = {count: prefilled_decoder(model, count, 2 * rounds * tokens) for count in threads}
     speeds: dict[tuple[int, int], list[float]] = {}
     shares: dict[tuple[int, int], list[float]] = {}
     turns = [(programs, count) for _ in range(rounds) for programs in (0, cores()) for count in threads]
     for programs, count in tqdm(turns, desc="bench decode --under-load", disable=not progress):
-        with busy(programs):
+        with busy_programs(programs):
             start, begun = time.perf_counter(), time.thread_time()
             token_times(decoders[count], tokens)
             seconds, worked = time.perf_counter() - start, time.thread_time() - begun
@@ -218,16 +248,16 @@ def bench_load(
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
-def busy(programs: int) -> Iterator[None]:
-    """While active, so many other programs compute."""
-    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(programs)]
+def busy_programs(count: int) -> Iterator[None]:
+    """Keep cores busy with `count` other programs inside a `with` block."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
-        time.sleep(START_S if programs else 0)
+        time.sleep(START_S if count else 0)
         yield
     finally:
         for program in running:
@@ -236,7 +266,7 @@ def busy(programs: int) -> Iterator[None]:
 
 
 def dense_times(source: str, threads: int, tokens: int) -> list[float]:
-    """Seconds of each token through transformers, in float32 with its dynamic cache."""
+    """Time each token of transformers, in float32 with its dynamic cache; in seconds."""
     import torch
 
     from ..checkpoints.dense import load_model, load_tokenizer
@@ -258,7 +288,7 @@ def dense_times(source: str, threads: int, tokens: int) -> list[float]:
 
 
 def memory_bytes(name: str) -> int:
-    """Resident memory of this process, VmRSS now and VmHWM at most so far; 0 where the system does not say."""
+    """Read the resident bytes of this process: VmRSS now, VmHWM the peak; 0 if the system does not report them."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:

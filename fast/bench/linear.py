@@ -1,4 +1,7 @@
-"""Benchmarks: one packed linear layer beside torch's own."""
+"""Benchmark one packed linear layer on a CPU against torch's 16-bit, 8-bit and 4-bit layers.
+
+At batch 1 all of them are GEMVs: each weight is read once and used once.
+"""
 
 import statistics
 import time
@@ -16,24 +19,22 @@ from ..kernels.cpu import lookups_per_second
 from ..kernels.cpu_threads import MAX_THREADS
 from ..models.layers import PackedLinear
 from ..packing import PackedFactors, row_words, unpack_factors
-from .peers import MOST_ERROR, PEERS, relative_error
+from .peers import MAX_ERROR, PEERS, relative_error
 from .timing import alternate, copies_beyond_cache
 
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
-
-
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))  # (d_out, d_in) of Llama-2 layers
 BITS = (0.1, 0.55)
 
 
 def random_path(d_out: int, d_in: int, rank: int, generator: torch.Generator) -> PackedFactors:
-    """A packed path of random signs and of scales near one, without its dense form, on the generator's device."""
+    """Make a packed path of random signs and scales near one, on the generator's device, without a dense weight."""
     device = generator.device
 
     def words(rows: int, count: int) -> Tensor:
         number, dtype = row_words(count)
         whole = torch.randint(-(2**31), 2**31, (rows, number), generator=generator, dtype=torch.int32, device=device)
         if count % 32:
-            whole[:, -1] &= (1 << count % 32) - 1  # pad bits; a narrow word has all its signs below them
+            whole[:, -1] &= (1 << count % 32) - 1  # clear the pad bits
         return whole.to(dtype)
 
     def scale(count: int) -> Tensor:
@@ -51,37 +52,52 @@ def bench_linear(
     repeats: int = 15,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Time the packed CPU layer and torch's layers of 16, 8 and 4 bits, and compare the packed one with float64.
+    """Time the packed CPU layer and torch's 16-bit, 8-bit and 4-bit layers, and compare the packed one with float64.
 
-    Each side rotates through copies of its weights that fill twice the last cache, so that no call finds its weights
-    there (`rotated_bytes`). A figure is the median over all calls of `repeats` rotations; the sides take turns, with
-    measurements of the kernel's innermost loop alone between them, so that all see the same machine. With one thread
-    the clock is that thread's processor time, which a busy machine disturbs less: otherwise a call of milliseconds
-    waits for other programs, and a call of microseconds mostly does not.
+    Each layer cycles through copies of its weights that fill twice the last-level cache, so that each call reads its
+    weights from memory (`rotated_bytes`). A figure is the median over all calls of `repeats` cycles. The layers take
+    turns, and between them the innermost loop of the kernel is measured alone, so that all see the same machine. With
+    one thread the clock is the thread's processor time, because other programs would otherwise delay calls of
+    milliseconds more often than calls of microseconds.
 
     Parameters
     ----------
     shapes : tuple of (d_out, d_in)
     bits : tuple of float
-        Ceilings in stored bits per weight.
+        Upper bounds on stored bits per weight; each rank is the largest within its bound.
     batch : int
         Rows of x.
     threads : int
-        For every side.
+        Threads of every layer.
     paths : int
+        Paths of the packed layer (2: a residual path).
     repeats : int
+        Measured cycles through all copies.
     progress : bool
+        Show a progress bar.
 
     Returns
     -------
-    One dict per shape and bits: d_out, d_in, bits (stored), rank (per path), paths, batch, threads, time_us,
-    dense_us (bfloat16), speedup (over bfloat16), int8_us and int4_us (see bench_peers.py; None where this torch or
-    processor has no such layer, or d_in does not divide), int8_error and int4_error (root mean square of y - y64 over
-    that of y64), rotated_bytes (of the packed copies), max_error (largest |y - y64| over the largest |y64|),
-    sign_adds_per_s, peak_sign_adds_per_s (`kernels.cpu.lookups_per_second` with the same threads), fraction_of_peak;
-    with several threads also one_thread_us, times_one_thread (how many times faster than one) and
-    times_one_thread_of_lookups (the same of the innermost loop, whose threads share nothing: what this machine's cores
-    allow).
+    list of dict
+        One for each shape and bits, with these columns:
+
+        - d_out, d_in, bits (as stored), rank (of each path), paths, batch, threads
+        - time_us: microseconds of a call of the packed layer
+        - dense_us: the same of torch's bfloat16 layer; speedup = dense_us / time_us
+        - int8_us, int4_us: the same of torch's 8-bit and 4-bit layers (peers.py). None if this torch or this processor
+          has no such layer, or d_in is not a multiple of the group
+        - int8_error, int4_error: |y - y64| / |y64| of those layers, y64 the product in float64
+        - rotated_bytes: size of all copies of the packed layer
+        - max_error: the largest |y - y64| of the packed layer, divided by the largest |y64|
+        - sign_adds_per_s: signs times rows of x, divided by the time
+        - peak_sign_adds_per_s: the same of the kernel's innermost loop alone (`kernels.cpu.lookups_per_second`) on the
+          same number of threads: the ceiling; fraction_of_peak = sign_adds_per_s / peak_sign_adds_per_s
+
+        With several threads also:
+
+        - one_thread_us: time_us with one thread; times_one_thread = one_thread_us / time_us
+        - times_one_thread_of_lookups: the same speed-up of the innermost loop, whose threads share nothing: the ceiling
+          of times_one_thread
     """
     cases = [(shape, rank_for_bits(*shape, target, paths)) for shape in shapes for target in bits]
     before = torch.get_num_threads()
@@ -95,7 +111,7 @@ def bench_linear(
 
 
 def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths: int, repeats: int) -> dict[str, Any]:
-    """One row of `bench_linear`."""
+    """Measure one row of `bench_linear`."""
     generator = torch.Generator().manual_seed(0)
     stored = layer_bits(d_out, d_in, (rank,) * paths)
     copies = copies_beyond_cache(stored // 8)
@@ -114,7 +130,7 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
     peaks: dict[int, list[float]] = {threads: [], 1: []}
 
     def before(order: int) -> None:
-        """Set the threads of a side, and measure the lookups alone beside the packed layer."""
+        """Set the number of threads; before the packed layer, also measure its innermost loop alone."""
         torch.set_num_threads(1 if names[order] == "one thread" else threads)
         if sides[names[order]] is calls:
             peaks[torch.get_num_threads()].append(lookups_per_second(torch.get_num_threads()))
@@ -157,14 +173,21 @@ def bench_case(d_out: int, d_in: int, rank: int, batch: int, threads: int, paths
 
 
 def peer_calls(weight: Tensor, x: Tensor) -> tuple[dict[str, float], dict[str, list[Callable[[], Any]]]]:
-    """Make the calls of torch's layers of 8 and 4 bits, and compute their relative errors.
+    """Make calls of torch's 8-bit and 4-bit layers, and compute their relative errors.
 
-    A layer that this torch, this processor or these sizes do not allow is left out.
+    Layers that this torch, this processor or these sizes do not support are left out.
+
+    Returns
+    -------
+    errors : dict
+        `relative_error` by the name of the layer.
+    calls : dict
+        The calls to time, one for each copy of the weights, by the name of the layer.
 
     Raises
     ------
     RuntimeError
-        If a layer's output is far from the weight's: its time would mean nothing.
+        If a layer's relative error exceeds MAX_ERROR: it would not compute the same product.
     """
     errors, calls = {}, {}
     for name, bits, make, dtype in PEERS:
@@ -172,15 +195,18 @@ def peer_calls(weight: Tensor, x: Tensor) -> tuple[dict[str, float], dict[str, l
             layers = make(weight, copies_beyond_cache(weight.numel() * bits // 8))
             own_x = x.to(dtype)
             errors[name] = relative_error(layers[0], weight, own_x)
-        except (RuntimeError, NotImplementedError, AttributeError):  # whatever torch raises where it has no such kernel
+        except (RuntimeError, NotImplementedError, AttributeError):  # torch raises one of these where it has no kernel
             continue
-        if not errors[name] < MOST_ERROR[name]:
-            raise RuntimeError(f"torch's {name} layer is {errors[name]:.2f} off, so that it is not worth timing")
+        if not errors[name] < MAX_ERROR[name]:
+            raise RuntimeError(
+                f"torch's {name} layer must have a relative error below {MAX_ERROR[name]}, got {errors[name]:.2f}: it "
+                "does not compute this product, so leave it out of the comparison"
+            )
         calls[name] = [partial(layer, own_x) for layer in layers]
     return errors, calls
 
 
 def exact_path(x: Tensor, packed: PackedFactors) -> Tensor:
-    """A path's output in float64."""
+    """Compute a path's output in float64, from its unpacked signs."""
     u, v, h, ell, g = (tensor.double() for tensor in unpack_factors(packed))
     return ((x.double() * g) @ v * ell) @ u.T * h

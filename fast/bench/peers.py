@@ -1,9 +1,9 @@
-"""Torch's own linear layers of 8 and 4 bits on a CPU, which need no further package: what a benchmark compares with.
+"""Build torch's own 8-bit and 4-bit CPU linear layers, to compare the packed layer with.
 
-- int8 dynamic: weights of 8 bits with a scale for each row; each call rounds x to 8 bits too, and multiplies integers.
-  It is what `torch.ao.quantization.quantize_dynamic` makes of a linear layer.
-- int4 weight-only: weights of 4 bits with a bfloat16 scale and offset for each GROUP of a row, and x in bfloat16. It is
-  the layer under torchao's int4 weight-only quantisation.
+- int8 dynamic: 8-bit weights with a scale for each row. Each call rounds x to 8 bits too, and multiplies integers.
+  `torch.ao.quantization.quantize_dynamic` makes this layer of a linear layer.
+- int4 weight-only: 4-bit weights with a bfloat16 scale and offset for each GROUP weights of a row; x is bfloat16.
+  torchao's int4 weight-only quantization uses this layer.
 """
 
 import warnings
@@ -18,13 +18,13 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def int8_dynamic(weight: Tensor, copies: int) -> list[Layer]:
-    """Make copies of torch's int8 dynamic layer.
+    """Quantize a weight to torch's int8 dynamic layer, in several copies.
 
     Parameters
     ----------
     weight : (d_out, d_in) float32 tensor
     copies : int
-        Layers to make, each with its own memory.
+        Number of layers to make, each with its own memory.
 
     Returns
     -------
@@ -32,14 +32,17 @@ def int8_dynamic(weight: Tensor, copies: int) -> list[Layer]:
     """
     scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny).double()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates the tensors, not the kernel
+        warnings.simplefilter("ignore")  # torch deprecated the quantized tensor type, not the kernel
         codes = torch.quantize_per_channel(weight, scale, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8)
     packed = [torch.ops.quantized.linear_prepack(codes, None) for _ in range(copies)]
     return [lambda x, own=own: torch.ops.quantized.linear_dynamic(x, own, True) for own in packed]
 
 
 def int4_weight_only(weight: Tensor, copies: int) -> list[Layer]:
-    """Make copies of torch's int4 weight-only layer; see `int8_dynamic`. The layers take and return bfloat16."""
+    """Quantize a weight to torch's int4 weight-only layer, in several copies, which take and return bfloat16.
+
+    Parameters are the same as for `int8_dynamic`; d_in must be a multiple of GROUP.
+    """
     groups = weight.unflatten(1, (-1, GROUP))
     low, high = groups.amin(-1), groups.amax(-1)
     scale = ((high - low) / 15).clamp(min=torch.finfo(torch.float32).tiny)
@@ -54,16 +57,16 @@ def int4_weight_only(weight: Tensor, copies: int) -> list[Layer]:
     ]
 
 
-#: Name, bits of a weight, what makes the layers, and the dtype of x.
+#: For each layer: its name, bits of a weight, the function that makes it, and the dtype of x.
 PEERS: Sequence[tuple[str, int, Callable[[Tensor, int], list[Layer]], torch.dtype]] = (
     ("int8", 8, int8_dynamic, torch.float32),
     ("int4", 4, int4_weight_only, torch.bfloat16),
 )
-#: Most root mean square error of a peer's output over the exact output's: a kernel that is further off is wrong.
-MOST_ERROR = {"int8": 0.05, "int4": 0.2}
+#: Bound on `relative_error`: a layer with a larger error does not compute the same product.
+MAX_ERROR = {"int8": 0.05, "int4": 0.2}
 
 
 def relative_error(layer: Layer, weight: Tensor, x: Tensor) -> float:
-    """Compute the root mean square error of a layer's output, relative to that of the weight in float64."""
+    """Compute |layer(x) - x W^T| / |x W^T| in the Frobenius norm, with the exact product in float64."""
     exact = x.double() @ weight.double().T
     return float((layer(x).double() - exact).norm() / exact.norm())

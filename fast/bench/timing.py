@@ -1,4 +1,4 @@
-"""Time functions in turn, and save results with device and commit."""
+"""Time functions in alternation, with weights that no cache holds, and save results with device and commit."""
 
 import json
 import os
@@ -18,25 +18,26 @@ import torch
 from ..files.atomic import write_text
 from ..files.digests import code_digest
 
-LEAST_ROTATED_BYTES = 1 << 25  # several times a core's second-level cache
-
-
-MOST_COPIES = 1 << 13  # of a layer: a smaller layer than 1/8192 of what is rotated stays in a cache
+MIN_ROTATED_BYTES = 1 << 25  # several times a core's second-level cache
+MAX_COPIES = 1 << 13  # of a layer; so layers below 1/8192 of `rotated_bytes` stay in a cache
 
 
 def copies_beyond_cache(size: int) -> int:
-    """Count the copies of `size` bytes that exceed `rotated_bytes`, MOST_COPIES at most."""
-    return min(rotated_bytes() // size + 1, MOST_COPIES)
+    """Count the copies of `size` bytes that together exceed `rotated_bytes`; at most MAX_COPIES."""
+    return min(rotated_bytes() // size + 1, MAX_COPIES)
 
 
 @cache
 def rotated_bytes() -> int:
-    """Bytes of weights through which a benchmark rotates: twice the last cache, which need not replace in order."""
-    return max(LEAST_ROTATED_BYTES, 2 * last_cache_bytes())
+    """Compute the bytes of weights that a benchmark cycles through, so that each call reads its weights from memory.
+
+    Twice the last-level cache, because a cache need not evict the oldest line first.
+    """
+    return max(MIN_ROTATED_BYTES, 2 * last_cache_bytes())
 
 
 def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Size of the largest cache of this machine's processors, 0 where the system does not say."""
+    """Find the size in bytes of the largest cache of this machine's processors; 0 if the system does not report it."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = [0]
     for file in folder.glob("cpu[0-9]*/cache/index*/size"):
@@ -54,9 +55,22 @@ def alternate(
     before: Callable[[int], Any] = lambda order: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Median seconds of a call of each of several lists of calls that take turns, after one warm-up each.
+    """Time lists of calls in alternation, so that all of them see the same state of the machine.
 
-    `before` is called with a list's number before each of its turns.
+    Parameters
+    ----------
+    lists : sequences of callables
+        Each is one side of a comparison, for instance one layer in several copies.
+    repeats : int
+        Rounds that are measured, after one that is not. In each round, every list is called through once.
+    before : callable, optional
+        Called with the index of a list before each of its turns.
+    clock : callable, optional
+        Returns the time in seconds.
+
+    Returns
+    -------
+    The median seconds of a call, for each list.
     """
     samples: list[list[float]] = [[] for _ in lists]
     for turn in range(repeats + 1):
@@ -71,7 +85,7 @@ def alternate(
 
 
 def save_results(path: Path, rows: list[dict[str, Any]], command: str, device: str) -> None:
-    """Write measurements as JSON with what is needed to repeat them: command, device, commit, versions, code."""
+    """Write measurements as JSON, with the command, device, commit, versions and code digests to repeat them."""
     record = {
         "command": command,
         "device": device,
@@ -84,7 +98,7 @@ def save_results(path: Path, rows: list[dict[str, Any]], command: str, device: s
 
 
 def loaded_code() -> dict[str, str]:
-    """Compute `code_digest` of each module of this package that is loaded, so that a later reader sees what changed."""
+    """Compute `code_digest` of each loaded module of this package, to see later which of them changed since."""
     package = ".".join(__name__.split(".")[:2]) + "."
     loaded = {name.removeprefix(package): module for name, module in sys.modules.items() if name.startswith(package)}
     return {
@@ -94,7 +108,7 @@ def loaded_code() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name, with the instruction sets that matter to the kernels."""
+    """Find the processor's name, and which of AVX-512, AVX2 and NEON it has."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -108,7 +122,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the source checkout, marked if it has changes; None outside a checkout."""
+    """Find the commit of the source checkout, with the suffix -dirty if files changed; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -198,14 +198,14 @@ def measure_model(source: str | Path) -> dict[str, Any]:
     The speed is 1 / the median time of TIMED_TOKENS tokens in the decoder of `littlebit generate`. `core_share` is the
     processor time of the decoding thread / the time that passed; below 1, other programs kept the thread waiting.
     """
-    from ..bench.decode import prompted, token_times
+    from ..bench.decode import token_times
     from ..checkpoints.dense import load_tokenizer
     from ..checkpoints.texts import text_tokens
     from ..evaluation.perplexity import SAMPLE_TEXT, perplexity
 
     folder = Path(resolve(source))
     text = "".join(stream_text(folder)).replace("\n", " ")
-    decoder = prompted(folder, None, TIMED_TOKENS)
+    decoder = prefilled_decoder(folder, None, TIMED_TOKENS)
     start, begun = time.perf_counter(), time.thread_time()
     times = sorted(token_times(decoder, TIMED_TOKENS))
     share = (time.thread_time() - begun) / (time.perf_counter() - start)

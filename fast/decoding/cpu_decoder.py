@@ -112,7 +112,7 @@ class Decoder:
         self.eps = np.float32(sizes.eps)
         paths: list[list[int]] = []
         self.linears = np.array([[self.linear(each, paths) for each in layer] for layer in weights.layers])
-        self.paths = np.array(paths, np.int64).reshape(-1, cpu.PATH_NUMBERS)
+        self.paths = np.array(paths, np.int64).reshape(-1, cpu.PATH_FIELDS)
         self.norms = np.array([self.address(norm, np.float32) for norm in weights.norms])
         self.embedding, self.head = self.rows(weights.embedding), self.rows(weights.head)
         self.angles = rotary_angles(sizes.rope, sizes.head_dim, capacity)
@@ -146,7 +146,7 @@ class Decoder:
         widest = max(sizes[cpu_decode.INTERMEDIATE], sizes[cpu_decode.HIDDEN], inner)
         layers = self.linears[:, :, [cpu_decode.FIRST_PATH, cpu_decode.PATHS]].reshape(-1, 2)
         most = max(padded[first : first + count].sum() for first, count in layers)
-        return int(max(sizes[cpu_decode.VOCABULARY], BLOCK * widest, cpu_threads.FOUR * most))
+        return int(max(sizes[cpu_decode.VOCABULARY], BLOCK * widest, cpu_threads.BATCH_TILE * most))
 
     def rows(self, rows: Rows) -> np.ndarray:
         """The numbers of an embedding or head."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu
-from ..kernels.cpu_layer import layer_plan
+from ..kernels.cpu_layer import path_table
 from ..models.embeddings import QuantizedEmbedding, QuantizedHead
 from ..models.generation_settings import settings_of
 from ..models.hf_names import cache_argument
@@ -50,7 +50,7 @@ def decodable(model: Any) -> Decodable:
 def linear(name: str, module: nn.Module) -> Linear:
     """A linear layer's arrays."""
     if isinstance(module, PackedLinear):
-        _, kept = layer_plan(module.factors())
+        _, kept = path_table(module.factors())
         arrays = [tensor.numpy() for tensor in kept]
         paths = [arrays[at : at + cpu.RANK] for at in range(0, len(arrays), cpu.RANK)]
         return Linear(module.d_out, module.d_in, paths, None, floats(module.bias))

@@ -1,6 +1,13 @@
-"""What a decoder's step reads beside packed signs: attention over the cache, rows of the embedding and of the head.
+"""Compute what a decoding step needs beside packed layers: attention, embedding rows and the language model's head.
 
-All in float32, from weights of 32, 16, 8 or 4 bits; for one thread, which cpu_threads.py gives its share.
+These are dense SIMD kernels for one thread: a GEMV whose weights of 32, 16, 8 or 4 bits are converted to float32 in
+registers, and attention of one query over cached keys and values. cpu_threads.py divides rows and heads among threads.
+
+**Bytes read**: a head row of n entries takes n * bits / 8 bytes, and 4 bytes for each scale and offset. An attention
+head reads 8 bytes for each cached token and dimension, since keys and values are float32. Every byte is read once for
+each new token. **Limit**: memory bandwidth, once the weights exceed the cache, because each weight read is used in one
+multiplication. So a head of 8 or 4 bits takes less time than one of 16. Only whole steps have been measured: see
+cpu_decode.py.
 """
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
@@ -14,7 +21,7 @@ from .cpu_simd import (
     broadcast,
     broadcast_at,
     exponential,
-    lane_sum,
+    horizontal_sum,
     load_at,
     load_half_at,
     load_int4_at,
@@ -26,21 +33,27 @@ from .cpu_simd import (
     zeros,
 )
 
-# An embedding or head: bits of an entry (32, 16: floats), addresses of entries and float32 scales, entries a scale,
-# address of float32 offsets (for 4 bits)
+# An embedding or head is five int64: bits of an entry (32 and 16: floating point), address of the entries, address of
+# their float32 scales, entries that share a scale, address of their float32 offsets (4 bits only).
 BITS, ENTRIES, SCALES, GROUP, OFFSETS = range(5)
 
 
 @numba.njit(nogil=True, cache=True)
 def attend(q, keys, values, length, size, scores, out):
-    """One head: softmax(q K / sqrt(size)) V over `length` positions; addresses, keys and values (length, size)."""
+    """Compute one attention head, softmax(q K^T / sqrt(size)) V, over the first `length` positions.
+
+    q, keys, values, out : addresses of float32: (size,), (length, size), (length, size) and (size,), size a multiple of
+    sixteen; scores : float32 array with room for `length` entries, padded to sixteen, that begins on a cache line.
+
+    All scores are kept, so the softmax is not computed online: for one query they fit the cache.
+    """
     scale = np.float32(1) / np.sqrt(np.float32(size))
     most = np.float32(-np.inf)
     for at in range(length):
         sums = zeros()
         for j in range(0, 4 * size, 64):
             sums = multiply_add(load_at(q + j), load_at(keys + 4 * at * size + j), sums)
-        scores[at] = lane_sum(sums) * scale
+        scores[at] = horizontal_sum(sums) * scale
         most = max(most, scores[at])
     padded = length + LANES - 1 & -LANES
     scores[length:padded] = -np.inf
@@ -50,8 +63,8 @@ def attend(q, keys, values, length, size, scores, out):
         store_at(place + at, power)
         total = add(total, power)
     scores[length:padded] = 0
-    # the padding's powers, which are as small as a float32's smallest, are in the sum: far below its rounding
-    factor = broadcast(np.float32(1) / lane_sum(total))
+    # The total contains e^-87 for each padding lane, which is far below the rounding of the sum.
+    factor = broadcast(np.float32(1) / horizontal_sum(total))
     for j in range(0, 4 * size, 64):
         sums = zeros()
         for at in range(length):
@@ -61,7 +74,7 @@ def attend(q, keys, values, length, size, scores, out):
 
 @numba.njit(nogil=True, cache=True)
 def embed(table, row, size, out):
-    """One row of an embedding as float32, to an address."""
+    """Convert one row of an embedding to float32, and store it at the address `out`."""
     bits = table[BITS]
     for j in range(0, size, LANES if bits >= 16 else 2 * LANES):
         at = row * size + j
@@ -79,7 +92,7 @@ def embed(table, row, size, out):
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def codes(bits, address):
-    """The 32 integers of 8 or 4 bits at an address, as two vectors of float32."""
+    """Load 32 integers of 8 or 4 bits from an address as two vectors of float32."""
     if bits == 8:
         return load_int8_at(address), load_int8_at(address + LANES)
     return load_int4_at(address)
@@ -87,7 +100,7 @@ def codes(bits, address):
 
 @numba.njit(nogil=True, cache=True)
 def float_rows(table, x, size, logits, start, stop):
-    """`head_rows` for weights of 32 or 16 bits."""
+    """Compute `head_rows` for weights of 32 or 16 bits."""
     bits, place = table[BITS], table[ENTRIES] + start * size * (table[BITS] // 8)
     for i in range(start, stop):
         sums = zeros()
@@ -95,12 +108,12 @@ def float_rows(table, x, size, logits, start, stop):
             weights = load_at(place) if bits == 32 else load_half_at(place)
             sums = multiply_add(weights, load_at(x + j), sums)
             place += bits * LANES // 8
-        logits[i] = lane_sum(sums)
+        logits[i] = horizontal_sum(sums)
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def add_scaled_codes(bits, sums, place, scale, offset, x0, x1):
-    """Sums plus the products of 32 scaled integers, and with 4 bits of their offset, with 32 entries of x."""
+    """Add 32 products, (code * scale + offset) * x, to `sums`; only 4-bit codes have an offset."""
     low, high = codes(bits, place)
     sums = multiply_add(multiply_add(high, x1, multiply(low, x0)), broadcast_at(scale), sums)
     return multiply_add(add(x0, x1), broadcast_at(offset), sums) if bits == 4 else sums
@@ -108,42 +121,45 @@ def add_scaled_codes(bits, sums, place, scale, offset, x0, x1):
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def integer_rows(bits, table, x, size, logits, start, stop):
-    """`head_rows` for integers of 8 or 4 bits: four rows at a time share the loads of x.
+    """Compute `head_rows` for integers of 8 or 4 bits; four rows at a time share the loads of x.
 
-    A partial sum of 32 products is scaled before it is added to the others; all in float32, so the error of an entry
-    is that of a sum of `size` products and 4 * size / 32 more roundings.
+    Each partial sum of 32 products is scaled before it is added. All sums are float32: the rounding error of a logit is
+    the error of a sum of `size` products plus 4 * size / 32 more roundings.
     """
     row, shift = size * bits // 8, 0 if table[GROUP] == 32 else 1
-    scale_row, offsets = 4 * (size // table[GROUP]), table[OFFSETS] - table[SCALES]  # from a scale to its offset
+    scale_row = 4 * (size // table[GROUP])
+    offsets = table[OFFSETS] - table[SCALES]  # distance from a scale to its offset
     for i in range(start, stop, 4):
         place, scale = table[ENTRIES] + i * row, table[SCALES] + i * scale_row
-        step, scale_step = (row, scale_row) if i + 4 <= stop else (0, 0)  # the last rows come one at a time below
         a0 = a1 = a2 = a3 = zeros()
-        if step:
+        if i + 4 <= stop:
             for unit in range(size // 32):
                 x0, x1 = load_at(x + 128 * unit), load_at(x + 128 * unit + 64)
                 at, s0 = place + 4 * bits * unit, scale + 4 * (unit >> shift)
-                s1, s2, s3 = s0 + scale_step, s0 + 2 * scale_step, s0 + 3 * scale_step
+                s1, s2, s3 = s0 + scale_row, s0 + 2 * scale_row, s0 + 3 * scale_row
                 a0 = add_scaled_codes(bits, a0, at, s0, s0 + offsets, x0, x1)
-                a1 = add_scaled_codes(bits, a1, at + step, s1, s1 + offsets, x0, x1)
-                a2 = add_scaled_codes(bits, a2, at + 2 * step, s2, s2 + offsets, x0, x1)
-                a3 = add_scaled_codes(bits, a3, at + 3 * step, s3, s3 + offsets, x0, x1)
-            logits[i], logits[i + 1] = lane_sum(a0), lane_sum(a1)
-            logits[i + 2], logits[i + 3] = lane_sum(a2), lane_sum(a3)
+                a1 = add_scaled_codes(bits, a1, at + row, s1, s1 + offsets, x0, x1)
+                a2 = add_scaled_codes(bits, a2, at + 2 * row, s2, s2 + offsets, x0, x1)
+                a3 = add_scaled_codes(bits, a3, at + 3 * row, s3, s3 + offsets, x0, x1)
+            logits[i], logits[i + 1] = horizontal_sum(a0), horizontal_sum(a1)
+            logits[i + 2], logits[i + 3] = horizontal_sum(a2), horizontal_sum(a3)
             continue
-        for last in range(i, stop):
+        for last in range(i, stop):  # the last rows, fewer than four
             a0 = zeros()
             for unit in range(size // 32):
                 x0, x1 = load_at(x + 128 * unit), load_at(x + 128 * unit + 64)
                 at, s0 = table[ENTRIES] + last * row + 4 * bits * unit, table[SCALES] + last * scale_row
                 s0 += 4 * (unit >> shift)
                 a0 = add_scaled_codes(bits, a0, at, s0, s0 + offsets, x0, x1)
-            logits[last] = lane_sum(a0)
+            logits[last] = horizontal_sum(a0)
 
 
 @numba.njit(nogil=True, cache=True)
 def head_rows(table, x, size, logits, start, stop):
-    """logits[i] = row i of the head times x, for start <= i < stop; x is an address."""
+    """Compute logits[i] = row i of the head times x for start <= i < stop.
+
+    table : five int64 (see above); x : address of (size,) float32; logits : float32 array.
+    """
     if table[BITS] >= 16:
         float_rows(table, x, size, logits, start, stop)
     elif table[BITS] == 8:

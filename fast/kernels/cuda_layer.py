@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ..packing import PackedFactors
 from . import cuda_driver, cuda_schedule
-from .cpu_layer import Plan as CpuPlan, batched
+from .cpu_layer import CpuPackedLayer, group_paths
 from .cuda_gemm import DEPTH, SCALED_AT_ONCE, SCALING_THREADS, WORDS_DEPTH, products, scaled_vectors
 from .cuda_gemv import Shares, latent, output
 from .cuda_plain import plain_latent, plain_output
@@ -296,7 +296,9 @@ class Siblings:
 
     def __init__(self, layers: Sequence[Sequence[Tensor]]):
         self.kept = [[cuda_driver.readable(tensor) for tensor in tensors] for tensors in layers]
-        self.layers = [[PackedFactors(*map(cuda_driver.array, path)) for path in batched(kept)] for kept in self.kept]
+        self.layers = [
+            [PackedFactors(*map(cuda_driver.array, path)) for path in group_paths(kept)] for kept in self.kept
+        ]
         ranks = tuple(tuple(len(path.ell) for path in layer) for layer in self.layers)
         self.sizes = Sizes(len(self.layers[0][0].g), tuple(len(layer[0].h) for layer in self.layers), ranks)
         self.index = self.kept[0][0].device.index
@@ -365,14 +367,14 @@ class Plan(Siblings):
 
     def __init__(self, tensors: Sequence[Tensor]):
         super().__init__([tensors])
-        self.paths = batched(self.kept[0])
+        self.paths = group_paths(self.kept[0])
         self.d_out, self.d_in = self.sizes.d_outs[0], self.sizes.d_in
         self.ranks = self.sizes.ranks[0]
         self.seen = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in self.kept[0]]
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the plan reads just these tensors, as for a plan on a CPU."""
-        return CpuPlan.fits(self, tensors)
+        return CpuPackedLayer.fits(self, tensors)
 
     def __call__(self, x: Tensor, version: str | None = None, schedule: Schedule | None = None) -> Tensor:
         """(..., d_out) of x's dtype from (..., d_in), on torch's current stream; nothing waits for the device.

@@ -1,4 +1,14 @@
-"""The packed layer for torch: the one place that chooses among the kernels (operators.py makes an operator of it)."""
+"""Choose the kernel for a packed layer: CPU kernels, CUDA kernels, or unpacked matrix products.
+
+| input | method | file |
+|---|---|---|
+| on a CPU, few rows | GEMV by lookup tables | cpu_layer.py, which calls cpu.py |
+| on a CPU, many rows | unpack to float32, then two GEMMs by torch's BLAS, if that is faster | cpu_layer.py |
+| on an NVIDIA GPU | CUDA GEMV, GEMM, or unpack to 16 bits | cuda_layer.py |
+| on any other device, or where CUDA kernels cannot run | unpack, then two matrix products by torch | unpacked.py |
+
+With torch.compile, or where x needs a gradient, the same methods are called through the operator of torch_op.py.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -9,31 +19,35 @@ import torch
 from torch import Tensor
 
 from ..packing import PackedFactors, check_words
-from .cpu_layer import Plan, batched, packed_linear as packed_linear_on_cpu
+from .cpu_layer import CpuPackedLayer, group_paths, packed_linear as packed_linear_on_cpu
 from .unpacked import HALVES, unpacked_linear
 
-MOST_PATHS = 2  # that a launch of the CUDA kernels takes
+MAX_CUDA_PATHS = 2  # paths that one launch of the CUDA kernels takes
 
 
 def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
-    """Sum of the paths' outputs for each row of x, from packed words: by Numba's kernels, or else by unpacking.
+    """Compute the sum of the paths' outputs for each row of x, from packed words.
+
+    y = sum over paths of ((((x * g) V_sign) * ell) U_sign^T) * h  (LittleBit, arXiv 2506.13771)
 
     Parameters
     ----------
     x : (rows, d_in) float tensor
-    paths : sequence of PackedFactors on x's device
+    paths : sequence of PackedFactors
+        On x's device.
 
     Returns
     -------
-    (rows, d_out) tensor: float32, or on a GPU x's dtype if it is float16 or bfloat16. Sums are of float32 but for two
-    cases, both with x in 16 bits on a GPU: more than four rows are rounded to float16 on the way, after g (but not
-    float16 in whole eights) and after ell, each relative to its row's largest entry; and large batches are multiplied
-    by signs unpacked to 16 bits.
+    (rows, d_out) tensor
+        float32; on a GPU x's dtype if it is float16 or bfloat16. Sums are float32, with two exceptions for 16-bit x on
+        a GPU. For more than four rows, intermediates are rounded to float16, relative to the largest entry of their
+        row: after ell, and after g too (unless x is float16 and its rows are whole multiples of eight). Large batches
+        are multiplied by signs unpacked to 16 bits.
 
     Raises
     ------
     ValueError
-        If words and x are on different devices, or the words do not fit the scales.
+        If words and x are on different devices, or the number or dtype of the words does not fit the scales.
     """
     check_call(x, paths)
     if x.device.type not in ("cpu", "cuda"):
@@ -41,23 +55,23 @@ def packed_linear(x: Tensor, paths: Sequence[PackedFactors]) -> Tensor:
     tensors = [tensor for path in paths for tensor in path]
     needs_gradient = x.requires_grad and torch.is_grad_enabled()
     if type(x) is Tensor and not needs_gradient and not torch.compiler.is_compiling():
-        # the operator's own way there costs ten microseconds
+        # call the kernels directly: torch's operator would add ten microseconds
         return packed_linear_on_cpu(x, paths) if x.is_cpu else packed_linear_on_gpu(x, tensors)
     return torch.ops.littlebit.packed_linear(x, tensors)
 
 
 def packed_linear_on_gpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """`packed_linear` for tensors on a GPU: by the CUDA kernels where they can be used."""
+    """Compute `packed_linear` for tensors on a GPU, by the CUDA kernels where they can be used."""
     kernels = cuda_kernels(x.device.index)
-    paths = batched(tensors)
-    if kernels is None or len(paths) > MOST_PATHS:
+    paths = group_paths(tensors)
+    if kernels is None or len(paths) > MAX_CUDA_PATHS:
         return unpacked_linear(x, paths).to(x.dtype if x.dtype in HALVES else torch.float32)
     return kernels.Plan(tensors)(x)
 
 
 @cache
 def cuda_kernels(index: int) -> Any:
-    """The module of the CUDA kernels, or None where they cannot be used on a GPU; a warning says why, once."""
+    """Import the CUDA kernels (cuda_layer.py), or warn once why a GPU cannot use them and return None."""
     try:
         from . import cuda_driver, cuda_layer
 
@@ -75,7 +89,7 @@ def cuda_kernels(index: int) -> Any:
 
 
 def check_call(x: Tensor, paths: Sequence[PackedFactors]) -> None:
-    """Raise ValueError if the words are on another device or do not fit the scales."""
+    """Raise ValueError if the words are on another device than x or do not fit the scales."""
     for path in paths:
         for words, count in (path.u_words, path.rank), (path.v_words, x.shape[-1]):
             if words.device != x.device:
@@ -86,11 +100,24 @@ def check_call(x: Tensor, paths: Sequence[PackedFactors]) -> None:
             check_words(words, count)
 
 
-def plan_for(x: Tensor, tensors: Sequence[Tensor], plan: Plan | None) -> Plan | None:
-    """A checked plan for the tensors of a layer's paths: the given one if it still fits them, or a new one.
+def packed_layer_for(x: Tensor, tensors: Sequence[Tensor], current: Any) -> Any:
+    """Prepare a layer's tensors for the kernels, or reuse what an earlier call prepared.
 
-    None where a plan does not serve: under torch.compile and its like, where there are no kernels for the device, for
-    inputs that need a gradient, and on a CPU for words that the kernels do not read as they are.
+    Checking and preparing cost about as much as computing a small layer, so `PackedLinear` keeps the result.
+
+    Parameters
+    ----------
+    x : (..., d_in) float tensor
+    tensors : sequence of Tensor
+        The tensors of all paths, path after path.
+    current : CpuPackedLayer, its CUDA counterpart or None
+        The result of an earlier call; it is returned if it still fits the tensors.
+
+    Returns
+    -------
+    CpuPackedLayer, its CUDA counterpart or None
+        None if `packed_linear` must be called instead: under torch.compile, for an x that needs a gradient, on a device
+        without kernels, and on a CPU for words that the kernels can only read as a copy.
 
     Raises
     ------
@@ -101,12 +128,12 @@ def plan_for(x: Tensor, tensors: Sequence[Tensor], plan: Plan | None) -> Plan | 
         return None
     if x.requires_grad and torch.is_grad_enabled():
         return None
-    if plan is not None and x.device == tensors[0].device and plan.fits(tensors):
-        return plan
-    paths = batched(tensors)
+    if current is not None and x.device == tensors[0].device and current.fits(tensors):
+        return current
+    paths = group_paths(tensors)
     check_call(x, paths)
     if x.is_cuda:
         kernels = cuda_kernels(x.device.index)
-        return kernels.Plan(tensors) if kernels and len(paths) <= MOST_PATHS else None
-    plan = Plan(tensors)
-    return plan if plan.fits(tensors) else None
+        return kernels.Plan(tensors) if kernels and len(paths) <= MAX_CUDA_PATHS else None
+    layer = CpuPackedLayer(tensors)
+    return layer if layer.fits(tensors) else None

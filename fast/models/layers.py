@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..factors import Factors
-from ..kernels.cpu_layer import Plan
-from ..kernels.dispatch import plan_for
+from ..kernels.cpu_layer import CpuPackedLayer
+from ..kernels.dispatch import packed_layer_for
 from ..kernels.unpacked import unpacked
 from ..linear import folded, linear, packed_linear
 from ..packing import PackedFactors, pack_factors, to_half
@@ -211,7 +211,7 @@ class PackedLinear(LowRankLinear):
             self.paths.append(path)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self.plan: Plan | None = None  # of the last call, which the next call reuses while the tensors are the same
+        self.plan: CpuPackedLayer | None = None  # of the last call, for the next one if the tensors are still the same
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies, without the plan, which holds memory addresses."""
@@ -247,7 +247,7 @@ class PackedLinear(LowRankLinear):
         # This reads nn.Module's dictionaries, because each attribute would take a microsecond.
         paths = self._modules["paths"]._modules.values()  # type: ignore[union-attr]
         tensors = [tensor for path in paths for tensor in path._buffers.values()]  # type: ignore[union-attr]
-        fitting = plan_for(x, tensors, plan)  # type: ignore[arg-type]
+        fitting = packed_layer_for(x, tensors, plan)  # type: ignore[arg-type]
         if fitting is None or x.shape[-1] != self.d_in or not x.is_floating_point():
             return packed_linear(x, self.factors(), self.bias)
         if fitting is not plan:

@@ -1,4 +1,4 @@
-"""Benchmarks: what they rotate through, what they compare with, and what a results file says of the code."""
+"""Benchmarks: copies of weights beyond the cache, torch's own layers, and the code digests in a results file."""
 
 import json
 from pathlib import Path
@@ -13,17 +13,17 @@ from littlebit.fast.kernels import cpu
 
 @pytest.mark.parametrize("size", [1, 1000, 4096 * 4096 // 80, 1 << 28, 1 << 31])
 def test_copies_exceed_the_last_cache(size, monkeypatch):
-    monkeypatch.setattr(timing, "MOST_COPIES", 1 << 40)
+    monkeypatch.setattr(timing, "MAX_COPIES", 1 << 40)
     assert timing.rotated_bytes() >= max(2 * timing.last_cache_bytes(), 1 << 25)
     copies = timing.copies_beyond_cache(size)
     assert copies * size > timing.rotated_bytes() >= (copies - 1) * size
 
 
 def test_copies_of_a_tiny_layer_are_bounded():
-    assert timing.copies_beyond_cache(1) == timing.MOST_COPIES
+    assert timing.copies_beyond_cache(1) == timing.MAX_COPIES
 
 
-def test_last_cache_is_the_largest_that_the_system_names(tmp_path, monkeypatch):
+def test_last_cache_is_the_largest_that_the_system_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(timing.os, "sysconf_names", {})
     assert timing.last_cache_bytes(tmp_path) == 0
     for at, size in enumerate(["48K", "2048K", "491520K", "32M", "unknown", ""]):
@@ -33,7 +33,7 @@ def test_last_cache_is_the_largest_that_the_system_names(tmp_path, monkeypatch):
     assert timing.last_cache_bytes(tmp_path) == 480 << 20
 
 
-def test_bench_linear_measures_torchs_layers_of_fewer_bits_where_there_are_any(monkeypatch):
+def test_bench_linear_times_torchs_8_and_4_bit_layers_where_they_exist(monkeypatch):
     monkeypatch.setattr(timing, "rotated_bytes", lambda: 1 << 19)
     rows = bench.bench_linear(((256, 384), (256, 320)), (1.0,), repeats=1, progress=False)
     for row in rows:
@@ -46,25 +46,25 @@ def test_bench_linear_measures_torchs_layers_of_fewer_bits_where_there_are_any(m
                 possible = False
             assert (row[f"{name}_us"] is not None) == (row[f"{name}_error"] is not None) == possible
         assert row["rotated_bytes"] > 1 << 19
-    assert rows[1]["int4_us"] is None  # groups of 128 do not divide 320
+    assert rows[1]["int4_us"] is None  # 320 is not a multiple of 128
 
 
-def test_bench_linear_refuses_a_peer_that_computes_something_else(monkeypatch):
+def test_bench_linear_refuses_a_peer_that_computes_another_product(monkeypatch):
     wrong = ("int8", 8, lambda weight, copies: [lambda x: torch.zeros(len(x), len(weight))] * copies, torch.float32)
     monkeypatch.setattr(bench, "PEERS", [wrong])
     monkeypatch.setattr(timing, "rotated_bytes", lambda: 1 << 19)
-    with pytest.raises(RuntimeError, match=r"int8 layer is 1\.00 off"):
+    with pytest.raises(RuntimeError, match=r"int8 layer must have .* got 1\.00"):
         bench.bench_linear(((64, 64),), (2.0,), repeats=1, progress=False)
 
 
-def test_relative_error_is_of_the_weights_own_output():
+def test_relative_error_is_relative_to_the_exact_output():
     weight, x = torch.eye(4), torch.tensor([[3.0, 0.0, 4.0, 0.0]])
     assert relative_error(lambda x: 2 * x, weight, x) == 1.0
     assert relative_error(lambda x: x.clone(), weight, x) == 0.0
-    assert set(peers.MOST_ERROR) == {name for name, *_ in PEERS}
+    assert set(peers.MAX_ERROR) == {name for name, *_ in PEERS}
 
 
-def test_code_digest_sees_code_alone():
+def test_code_digest_ignores_comments_docstrings_and_layout():
     code = code_digest('def f(x):\n    """Double."""\n    return 2 * x\n')
     for same in ("def f(x):\n  return 2*x", '# f\ndef f(x):  # x\n\n    """Twice\n    x."""\n    return 2 * x'):
         assert code_digest(same) == code
@@ -73,8 +73,8 @@ def test_code_digest_sees_code_alone():
     assert code_digest('x = "a # b"') != code_digest('x = "a # c"')
 
 
-def test_results_record_the_code_that_was_loaded(tmp_path):
+def test_results_record_digests_of_loaded_modules(tmp_path):
     timing.save_results(tmp_path / "out.json", [{}], "a command", "a device")
     code = json.loads((tmp_path / "out.json").read_text())["code"]
-    for name, module in (("bench_linear", bench), ("kernels.cpu", cpu)):
+    for name, module in (("bench.linear", bench), ("kernels.cpu", cpu)):
         assert code[name] == code_digest(Path(module.__file__).read_text())

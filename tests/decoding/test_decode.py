@@ -247,7 +247,7 @@ from littlebit.fast.decoding.torch_weights import decodable
 model = lb.load_model({str(tiny_llama)!r})
 Decoder(decodable(model), 8)(np.arange(3))
 lb.packed_linear(torch.zeros(1, 32), [lb.pack_factors(lb.Factors(*map(torch.ones, ((8, 4), (32, 4), 8, 4, 32))))])
-missed = [sum(f.stats.cache_misses.values()) for f in (cpu_decode.step, cpu_threads.layer)]
+missed = [sum(f.stats.cache_misses.values()) for f in (cpu_decode.step, cpu_threads.divided_layer)]
 assert missed == [0, 0], missed
 """
     for last in (False, True):

@@ -457,7 +457,7 @@ def test_bench_cache_times_both(tmp_path, capsys, monkeypatch):
     assert "latent-int8" in capsys.readouterr().out
     assert len(json.loads(saved.read_text())["rows"]) == 2
     assert main(["bench", "cache", "--model-shape", "phi4-14b"]) == 2
-    assert "cannot be timed" in capsys.readouterr().err
+    assert "must be known and have separate key" in capsys.readouterr().err
 
 
 def test_crossover_lies_where_the_times_meet():

@@ -17,7 +17,15 @@ from compare import assert_same, assert_within, roundings
 from hypothesis import HealthCheck, given, settings, strategies as st
 from littlebit.fast.bench.linear import exact_path, random_path
 from littlebit.fast.kernels import cpu, cpu_layer as plans, cpu_threads
-from littlebit.fast.kernels.cpu_simd import FLOATS, LEVEL, LEVELS, WORDS, half_bits_to_float, levels_of, lookup_neon
+from littlebit.fast.kernels.cpu_simd import (
+    F32X16,
+    LEVEL,
+    LEVELS,
+    U32X16,
+    half_bits_to_float,
+    lookup_neon,
+    supported_levels,
+)
 from littlebit.fast.kernels.unpacked import unpacked_linear
 from llvmlite import binding as llvm, ir
 from strategies import factor_arrays, inputs, sizes
@@ -131,8 +139,8 @@ def test_random_path_is_as_pack_factors_makes_it(d_out, d_in, rank):
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 15, 16, 17, 32])
 def test_widened_adds_nothing_but_zeros(count):
     words = fast.pack_signs(-torch.ones(3, count))
-    assert plans.widened(words).dtype == torch.int32
-    assert_same(plans.widened(words), np.full((3, 1), 2**count - 1, np.uint32))
+    assert plans.widen_words(words).dtype == torch.int32
+    assert_same(plans.widen_words(words), np.full((3, 1), 2**count - 1, np.uint32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -244,7 +252,7 @@ def test_packed_linear_of_a_large_batch_agrees_by_lookups_and_unpacked(data, d_o
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
     paths = [random_path(d_out, d_in, rank, generator) for _ in range(data.draw(st.integers(1, 2)))]
     x = torch.randn(batch, d_in, generator=generator)
-    plan = plans.Plan([tensor for path in paths for tensor in path])
+    plan = plans.CpuPackedLayer([tensor for path in paths for tensor in path])
     exact = sum(exact_path(x, path) for path in paths)
     magnitude = sum(exact_path(x.abs(), in_magnitude(path)) for path in paths)
     terms = 8 + len(paths) * (d_in + rank)
@@ -255,10 +263,10 @@ def test_packed_linear_of_a_large_batch_agrees_by_lookups_and_unpacked(data, d_o
 
 def test_few_rows_and_many_signs_are_never_unpacked(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    plan = plans.Plan(random_path(64, 64, 1, generator))
+    plan = plans.CpuPackedLayer(random_path(64, 64, 1, generator))
     assert plan.is_quicker_unpacked(1000)
-    assert not plans.Plan(random_path(2000, 2000, 500, generator)).is_quicker_unpacked(plans.LARGE_BATCH + 1)
-    monkeypatch.setattr(plans.Plan, "unpacked", lambda *_: pytest.fail("unpacked"))
+    assert not plans.CpuPackedLayer(random_path(2000, 2000, 500, generator)).is_quicker_unpacked(plans.LARGE_BATCH + 1)
+    monkeypatch.setattr(plans.CpuPackedLayer, "unpacked", lambda *_: pytest.fail("unpacked"))
     plan(torch.zeros(plans.LARGE_BATCH, 64))
     with pytest.raises(pytest.fail.Exception):
         plan(torch.zeros(1000, 64))
@@ -290,14 +298,14 @@ def test_packed_linear_is_an_operator_that_torch_can_compile():
             assert_same(compiled(x).float(), layer(x).float())
 
 
-REACHED = levels_of(LEVELS[LEVEL][1])
+REACHED = supported_levels(LEVELS[LEVEL][1])
 
 LEVEL_CHECK = """
 import sys, numpy as np, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + '/method']
 from compare import assert_same, assert_within
 from littlebit.fast.bench.linear import exact_path, random_path
-from littlebit.fast.kernels import cpu, cpu_threads, plan as plans
+from littlebit.fast.kernels import cpu, cpu_layer as plans, cpu_threads
 from littlebit.fast.kernels.cpu_simd import LEVEL
 from test_linear import in_magnitude
 assert LEVEL == {level!r}
@@ -315,31 +323,31 @@ for seed, (d_out, d_in, rank, batch) in enumerate(shapes):
         assert_within(y, exact, 3 * magnitude, 8 + 2 * (d_in + rank))
         torch.set_num_threads(2)
         assert_same(plans.packed_linear(x, paths, kernel), y)
-    unpacked = plans.Plan([tensor for path in paths for tensor in path]).unpacked(x)
+    unpacked = plans.CpuPackedLayer([tensor for path in paths for tensor in path]).unpacked(x)
     assert_within(unpacked, exact, magnitude, 8 + 2 * (d_in + rank))
 """
 
 
 @pytest.mark.parametrize("level", REACHED)
 def test_packed_linear_agrees_on_every_kind_of_processor(level):
-    code = LEVEL_CHECK.format(tests=str(Path(__file__).parent), level=level)
+    code = LEVEL_CHECK.format(tests=str(Path(__file__).parents[1]), level=level)
     environment = os.environ | {"LITTLEBIT_CPU": level}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_levels_are_those_of_the_features():
-    assert levels_of("+sse2,+avx,-avx512f,+avx2") == ["avx2", "plain"]
-    assert levels_of("+fp-armv8,+neon,+outline-atomics") == ["neon", "plain"]
-    assert levels_of("") == ["plain"]
+    assert supported_levels("+sse2,+avx,-avx512f,+avx2") == ["avx2", "plain"]
+    assert supported_levels("+fp-armv8,+neon,+outline-atomics") == ["neon", "plain"]
+    assert supported_levels("") == ["plain"]
     for level, (_, features) in LEVELS.items():
-        assert levels_of(features)[0] == level
+        assert supported_levels(features)[0] == level
 
 
 def lanes_function(name, body):
     """Compile a function (address of floats, address of words) that stores the result of `body` there to LLVM code."""
     module = ir.Module(name)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [FLOATS.as_pointer(), WORDS.as_pointer()]), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [F32X16.as_pointer(), U32X16.as_pointer()]), name)
     builder = ir.IRBuilder(function.append_basic_block())
     table, words = function.args
     builder.store(body(builder, builder.load(table, align=4), builder.load(words, align=4)), table, align=4)
@@ -354,7 +362,7 @@ def test_lookups_are_four_instructions_of_neon():
     machine = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(
         cpu=LEVELS["neon"][0], features=LEVELS["neon"][1], opt=3
     )
-    bodies = {"lookup": lookup_neon, "half": lambda builder, table, words: half_bits_to_float(builder, words, WORDS)}
+    bodies = {"lookup": lookup_neon, "half": lambda builder, table, words: half_bits_to_float(builder, words, U32X16)}
     for name, body in bodies.items():
         lines = machine.emit_assembly(llvm.parse_assembly(lanes_function(name, body))).splitlines()
         instructions = [line.split()[0] for line in lines if line.startswith("\t") and not line.startswith("\t.")]

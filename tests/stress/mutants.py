@@ -374,14 +374,18 @@ MUTANTS = [
         "tokenizer.eos_token_id",
         "EOS before every sentence",
     ),
-    Mutant("fast/evaluation/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
-    Mutant("fast/evaluation/zero_shot.py", "file.read(left + 1)", "file.read(left)", "archives of any size pass"),
-    Mutant("fast/kernels/cpu.py", "np.float32(2) * lane_sum(a0)", "lane_sum(a0)", "set bits subtracted once"),
+    Mutant("fast/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
+    Mutant("fast/zero_shot.py", "file.read(left + 1)", "file.read(left)", "archives of any size pass"),
+    Mutant(
+        "fast/kernels/cpu.py", "np.float32(2) * horizontal_sum(a0)", "horizontal_sum(a0)", "set bits subtracted once"
+    ),
     Mutant(
         "fast/kernels/cpu.py", "        if rest > 2:", "        if rest > 3:", "a third word left over is not added"
     ),
     Mutant("fast/kernels/cpu.py", "words[i * width + k]", "words[whole * width + k]", "the last rows are all the same"),
-    Mutant("fast/kernels/cpu_threads.py", "blocks * given // parts", "blocks * (given + 1) // parts", "nobody's rows"),
+    Mutant(
+        "fast/kernels/cpu_threads.py", "blocks * given // shares", "blocks * (given + 1) // shares", "nobody's rows"
+    ),
     Mutant(
         "fast/kernels/cpu_simd.py",
         "-1.0 if entry >> bit & 1",
@@ -413,8 +417,8 @@ MUTANTS = [
         "fast/models/embeddings.py", "moved.sum(-1)\n", "0 * moved.sum(-1)\n", "scales refitted without their offsets"
     ),
     Mutant("fast/kernels/cpu_dense.py", "s1, s1 + offsets", "s1, s0 + offsets", "rows share an offset"),
-    Mutant("fast/decoding/parity.py", "if a != b", "if a == b", "texts agree where they differ"),
-    Mutant("fast/kernels/cpu_threads.py", "max(job[START] - starts[order], 0)", "0", "threads repeat the first rows"),
+    Mutant("fast/agreement.py", "if a != b", "if a == b", "texts agree where they differ"),
+    Mutant("fast/kernels/cpu_threads.py", "max(job[START] - offsets[order], 0)", "0", "threads repeat the first rows"),
     Mutant(
         "fast/kernels/cpu_threads.py", "if now == DONE:", "if now == RUNNING:", "parts are copied before they are done"
     ),
@@ -422,7 +426,7 @@ MUTANTS = [
     Mutant(
         "fast/kernels/cpu_threads.py",
         "if not compare_and_swap(state, RUNNING, DONE):",
-        "if not compare_and_swap(state, TAKEN, DONE):",
+        "if not compare_and_swap(state, RECLAIMED, DONE):",
         "a part that was taken back is said to be done",
     ),
     Mutant("fast/models/embeddings.py", "pairs >> 4", "pairs >> 3", "high nibbles misread"),
@@ -444,8 +448,8 @@ MUTANTS = [
     Mutant("fast/kernels/cpu.py", "kept == width else 0 :]", "kept == width else 128 :]", "tables out of place"),
     Mutant(
         "fast/kernels/dispatch.py",
-        "plan.fits(tensors):\n        return plan",
-        "True:\n        return plan",
+        "current.fits(tensors):\n        return current",
+        "True:\n        return current",
         "plans for ever",
     ),
     Mutant("fast/models/layers.py", '| {"plan": None}', "", "copies share a plan"),
