@@ -1203,9 +1203,9 @@ def run_bench_agreement(arguments: argparse.Namespace) -> None:
     from ..bench.timing import cpu_name
     from ..checkpoints.checkpoint import load
     from ..checkpoints.dense import load_tokenizer
-    from ..decoding.parity import agreement
+    from ..decoding.parity import measure_parity
 
-    rows = agreement(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens or 64)
+    rows = measure_parity(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens or 64)
     if answered(arguments, rows, cpu_name()):
         return
     print(f"{'prompt':<48}{'equal tokens':>14}{'least gap':>11}{'error':>9}{'of transformers':>17}{'of bound':>10}")
