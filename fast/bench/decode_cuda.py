@@ -245,8 +245,8 @@ def timed_engine(
         begin(engine, loop, context)
         streamed = streamed_seconds(loop, tokens)
         parts = profile_step(engine, loop) if profile else None
-    weights, kept = weights_bytes(model), engine.token_bytes * batch * (context + tokens // 2)
-    step_bytes = weights + kept - unread_bytes(model, batch)
+    weights, cached = weights_bytes(model), engine.token_bytes * batch * (context + tokens // 2)
+    step_bytes = weights + cached - unread_bytes(model, batch)
     return {
         "kv_cache": kv_cache,
         "kv_bytes_per_token": engine.token_bytes,
@@ -317,7 +317,7 @@ def first_tensor(module: Any) -> Tensor:
 
 
 def unread_bytes(model: Model, batch: int) -> int:
-    """Compute the bytes of weights that a step does not read: the other rows of an embedding that is not tied."""
+    """Compute the bytes of weights that a step does not read: rows of an embedding that is not tied."""
     if first_tensor(model.embedding).data_ptr() == first_tensor(model.head).data_ptr():
         return 0
     size = module_bytes(model.embedding)
@@ -387,7 +387,7 @@ def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: f
         seconds = step_seconds(step, EAGER_TOKENS)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     embedding = 0 if shape.tied else model.get_input_embeddings().weight.nbytes
-    kept = 4 * shape.layers * shape.kv_heads * shape.head_size * batch * (context + EAGER_TOKENS // 2)
+    cached = 4 * shape.layers * shape.kv_heads * shape.head_size * batch * (context + EAGER_TOKENS // 2)
     return {
         "kv_cache": "full",
         "kv_bytes_per_token": 4 * shape.layers * shape.kv_heads * shape.head_size,
@@ -395,7 +395,7 @@ def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: f
         "tokens_per_s": batch / seconds,
         "streamed_tokens_per_s": None,
         "weights_bytes": weights,
-        "step_bytes": weights - embedding + kept,
-        "fraction_of_copy": (weights - embedding + kept) / seconds / copy_rate,
+        "step_bytes": weights - embedding + cached,
+        "fraction_of_copy": (weights - embedding + cached) / seconds / copy_rate,
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """Run a model on a batch of sequences with a cache of fixed size, one token of each at a time.
+    """Run a model on a batch of sequences, one token of each at a time, with a cache of fixed size.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Generate on a GPU: one CUDA graph holds a step of the model and the sampling of the next token, and is replayed.
+"""Generate on a GPU by replaying one CUDA graph, which holds a step of the model and the sampling.
 
 engines.py says which engine runs the steps of a model. A graph reads and writes the same memory at each replay, so
 tokens, positions and the cache stay where they are. When the cache is full, a larger one is made, and the next step is

@@ -97,11 +97,11 @@ def pad_latents(x: Tensor, ranks: Sequence[int]) -> Tensor:
     return torch.cat([functional.pad(part, (0, -part.shape[-1] % 8)) for part in parts], -1)
 
 
-def unpad_latents(kept: Latents, ranks: Sequence[int]) -> Latents:
+def unpad_latents(cached: Latents, ranks: Sequence[int]) -> Latents:
     """Remove the padding of `pad_latents` from cached latents."""
     begins = Spans.at(0, ranks).begins
     columns = [begin + at for begin, rank in zip(begins, ranks, strict=True) for at in range(rank)]
-    return Latents(kept.codes[..., columns], kept.scale)
+    return Latents(cached.codes[..., columns], cached.scale)
 
 
 class UpProjection(NamedTuple):

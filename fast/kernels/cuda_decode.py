@@ -510,7 +510,10 @@ def attend(config: AttentionConfig, early: bool) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def accumulate(item, sums):
-        """Add a token to the triple (m, s, v): s += w and v += w value, with w = exp(score - m)."""
+        """Add a token to the triple (m, s, v).
+
+        s += w and v += w * value, with w = exp(score - m).
+        """
         weight = exponential(item[0] - sums[0]) if item[0] > float32(LOWEST) else float32(0)
         return sums[0], sums[1] + weight, plus(sums[2], eight_times(item[1], weight))
 
@@ -570,7 +573,10 @@ def attend(config: AttentionConfig, early: bool) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def apply_rope(array, place, column, cosine, sine, weight):
-        """Load eight entries of a query or key; apply its RMSNorm, if any, and RoPE (entry i turns with i + half)."""
+        """Load eight entries of a query or key, and apply QK-norm, if any, and RoPE.
+
+        RoPE rotates entry i with entry i + half.
+        """
         partner = int32(column + half) if column < half else int32(column - half)
         own, other = eight_at(array, int32(place + column)), eight_at(array, int32(place + partner))
         if qk_norm:
@@ -671,6 +677,7 @@ def attend(config: AttentionConfig, early: bool) -> Any:
         key_head, splits = int32(chunk // chunks), int32(cuda.gridDim.x)
         block = int32(int32(row * int32(cuda.gridDim.y)) + chunk)
         position, column = int32(positions[row]), int32(8 * part)
+        # splits in use: as many as leave each `shortest` tokens
         count = max(min(int32((position + shortest - 1) // shortest), splits), int32(1))
         if split >= count:
             if not combine:
@@ -682,6 +689,7 @@ def attend(config: AttentionConfig, early: bool) -> Any:
         begin = int32(split * width)
         end = min(int32(begin + width), position)
         base = int32(int32(int32(row * kv_heads + key_head) * capacity) * size + column)
+        # load the first tokens and the angles before the kernel that writes `projected` ends
         step, at = int32(teams * warps), int32(begin + team)
         ready = load_tokens(tokens, (keys, values, base, at, step, int32(end - 1)))
         angle = int32(position * half + column % half)
@@ -690,6 +698,7 @@ def attend(config: AttentionConfig, early: bool) -> Any:
             wait()
             let_next_start()
 
+        # the queries, and the new token: its team of split 0 attends to it, and one block stores it in the cache
         heads_total = int32(int32(cuda.gridDim.y) * group)
         row_size = int32(int32(heads_total + int32(2 * kv_heads)) * size)
         place = int32(int32(row * row_size) + int32(chunk * int32(group * size)))
@@ -703,6 +712,7 @@ def attend(config: AttentionConfig, early: bool) -> Any:
             store8(keys, int32(base + position * size), key, round_to_half)
             store8(values, int32(base + position * size), value, round_to_half)
 
+        # online softmax over the cached tokens, double buffered in registers
         now = begin
         while now < end:
             words = ready
@@ -715,6 +725,7 @@ def attend(config: AttentionConfig, early: bool) -> Any:
             store_partials(heads, (shared, items, warp, part))
         cuda.syncthreads()
 
+        # combine the warps of the block
         item = thread
         while item < group * size:
             head, entry = int32(item // size), int32(item % size)
@@ -730,7 +741,7 @@ def attend(config: AttentionConfig, early: bool) -> Any:
                 if entry == 0:
                     partial[uint32(at + size)], partial[uint32(at + size + 1)] = top, total
             item = int32(item + threads)
-        if combine and count > 1:
+        if combine and count > 1:  # the last block to arrive combines the splits
             cuda.threadfence()
             cuda.syncthreads()
             if thread == 0:

@@ -189,6 +189,7 @@ def store_latents(cache_dtype: str, early: bool) -> Any:
         if early:
             wait()
             let_next_start()
+        # the scale: the largest magnitude becomes `largest`
         top, item = float32(0), thread
         while item < width:
             top = larger(top, abs(latent(part, place, stride, parts, item, begin_1, count_1, begin_2)))
@@ -300,7 +301,7 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def load_angle(number, rest):
-        """Load a cosine or sine of one of a lane's tokens, for one of its two entries of a key's half."""
+        """Load a cosine or sine of one of a lane's tokens, for one of its two rows."""
         table, place, first, last = rest
         token = min(int32(first + int32(8 * (number >> 2) + ((number >> 1) & 1))), last)
         return table[uint32(int32(token * half) + int32(place + 8 * (number & 1)))]
@@ -464,6 +465,7 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
         held_scores = int32(held_queries + int32(of_block * group) * size)
         held_weights = int32(held + int32(int32(value_chunks + 7) >> 3) * pair_words)
         held_scales = int32(held_weights + int32(of_block * group) * tokens)
+        # angles, signs and scales do not depend on the previous kernel: load them before it ends
         turn, team, own = int32(0), int32(warp // warps_of_head), int32(warp % warps_of_head)
         frequency, mine_first = int32(16 * own + int32(lane >> 2)), int32(first + int32(int32(lane & 3) << 1))
         cosines = load_angles(angle_numbers, (cosine, frequency, mine_first, int32(capacity - 1)))
@@ -488,6 +490,7 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
             let_group_read()
         cuda.syncthreads()
 
+        # up-project keys, head by head, and multiply each with its queries while it is in registers
         pairs = int32(width >> 1)
         while turn < of_keys:  # the same count for all warps, since four of them may multiply together
             of_first, of_second, sums, pair = ready_first, ready_second, no_keys(), int32(0)
@@ -510,7 +513,8 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
             turn, key_row = int32(turn + heads_at_once), following
         cuda.syncthreads()
 
-        across_left, tiles = int32(value_width + SUMMARY), int32(cuda.gridDim.x)
+        # softmax weights of the tile, a warp for each query head
+        stride, tiles = int32(value_width + SUMMARY), int32(cuda.gridDim.x)
         head = warp
         while head < of_queries:
             top, token = float32(LOWEST), lane
@@ -530,11 +534,12 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
                 total, token = float32(total + weight), int32(token + 32)
             total = warp_sum(total)
             if lane == 0:
-                at = int32(int32(int32(row * heads + int32(begin * group + head)) * tiles + tile) * across_left)
+                at = int32(int32(int32(row * heads + int32(begin * group + head)) * tiles + tile) * stride)
                 partials[uint32(at + value_width)], partials[uint32(at + value_width + 1)] = top, total
             head = int32(head + warps)
         cuda.syncthreads()
 
+        # weighted sums of value latents: a thread has eight latents of four query heads
         items, item = int32(value_chunks * int32(int32(of_queries + 3) >> 2)), thread
         seen = min(int32(tokens), int32(position + 1 - first))
         while item < items * parts:
@@ -566,7 +571,7 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
         cuda.syncthreads()
         head = warp
         while head < of_queries:
-            base = int32(int32(int32(row * heads + int32(begin * group + head)) * tiles + tile) * across_left)
+            base = int32(int32(int32(row * heads + int32(begin * group + head)) * tiles + tile) * stride)
             column = lane
             while column < value_width:
                 total, part, at = float32(0), int32(0), int32(int32(head * value_width) + column)
@@ -628,6 +633,7 @@ def up_project_values(dtype: str, size: int, combine: bool, early: bool) -> Any:
         if early:
             wait()
             let_next_start()
+        # weights of the tiles, relative to the largest score
         top, tile = float32(LOWEST), int32(first_tile + thread)
         while tile < end:
             top, tile = (
@@ -647,6 +653,7 @@ def up_project_values(dtype: str, size: int, combine: bool, early: bool) -> Any:
         cuda.syncthreads()  # the first numbers of shared memory have been read
         total = block_sum(total, shared, WARPS)
 
+        # weighted sum of the tiles' latents: `parts` threads for each four of them
         fours = int32(value_width >> 2)
         parts, item = max(int32(1), int32(THREADS // fours)), thread
         while item < parts * fours:
@@ -674,6 +681,7 @@ def up_project_values(dtype: str, size: int, combine: bool, early: bool) -> Any:
             item = int32(item + THREADS)
         cuda.syncthreads()
 
+        # up-projection by U: flip the sign bit of each latent where the sign is -1, and sum
         target = int32(int32(row * int32(cuda.gridDim.x) + head) * size)
         if not combine:
             target = int32(int32(int32(row * int32(cuda.gridDim.x) + head) * splits + split) * (size + SUMMARY))
