@@ -144,12 +144,12 @@ def in_dtype(module: Any, dtype: torch.dtype) -> nn.Module:
 class LayerGroup(Protocol):
     """Run layers that share their input: q, k and v, or gate and up, or one layer alone."""
 
-    def normed(self, stream: ResidualStream, weight: Tensor) -> Tensor:
+    def project(self, stream: ResidualStream, weight: Tensor) -> Tensor:
         """Compute the layers' outputs side by side, (rows, sum of d_out), of the stream's RMSNorm."""
         ...
 
-    def latents(self) -> tuple[Tensor, list[Spans]]:
-        """Return what the first stages (V) computed in the last call of `normed`.
+    def last_latents(self) -> tuple[Tensor, list[Spans]]:
+        """Return what the first stages (V) computed in the last call of `project`.
 
         Returns
         -------
@@ -160,7 +160,7 @@ class LayerGroup(Protocol):
         """
         ...
 
-    def added(self, x: Tensor, stream: ResidualStream, activation: str | None = None) -> None:
+    def add_output(self, x: Tensor, stream: ResidualStream, activation: str | None = None) -> None:
         """Add the only layer's output to the stream.
 
         Parameters
@@ -185,11 +185,11 @@ class ModuleGroup(LayerGroup):
     def __init__(self, modules: Sequence[nn.Module], ops: DecoderOps):
         self.modules, self.ops = modules, ops
 
-    def normed(self, stream: ResidualStream, weight: Tensor) -> Tensor:  # noqa: D102
+    def project(self, stream: ResidualStream, weight: Tensor) -> Tensor:  # noqa: D102
         self.input = x = self.ops.rms_norm(stream, weight)
         return self.modules[0](x) if len(self.modules) == 1 else torch.cat([each(x) for each in self.modules], -1)
 
-    def latents(self) -> tuple[Tensor, list[Spans]]:  # noqa: D102
+    def last_latents(self) -> tuple[Tensor, list[Spans]]:  # noqa: D102
         found, spans, begin = [], [], 0
         for each in self.modules:
             ranks = each.ranks if isinstance(each, PackedLinear) else ()
@@ -199,7 +199,7 @@ class ModuleGroup(LayerGroup):
                 found.append(pad_latents(latents(self.input, each.factors()), ranks))
         return torch.cat(found, -1)[None], spans
 
-    def added(self, x: Tensor, stream: ResidualStream, activation: str | None = None) -> None:  # noqa: D102
+    def add_output(self, x: Tensor, stream: ResidualStream, activation: str | None = None) -> None:  # noqa: D102
         x = x.to(self.ops.dtype)
         self.ops.add(self.modules[0](self.ops.swiglu(x) if activation else x), stream)
 
@@ -237,28 +237,28 @@ class PackedGroup(LayerGroup):
         self.parts = -(-slices // -(-slices // schedule.parts)) if schedule else 0
         self.blocks = output_blocks(self.d_outs[0], schedule) if schedule else 0
 
-    def part(self, rows: int, device: torch.device) -> Tensor:
+    def allocate_partials(self, rows: int, device: torch.device) -> Tensor:
         """Allocate the split-K partials that the first kernel hands to the second."""
         return torch.empty(self.siblings.part_size(rows, self.schedule), device=device)  # type: ignore[arg-type]
 
-    def normed(self, stream: ResidualStream, weight: Tensor) -> Tensor:  # noqa: D102
+    def project(self, stream: ResidualStream, weight: Tensor) -> Tensor:  # noqa: D102
         rows, device = len(stream.x), stream.x.device
         y = torch.empty(rows, sum(self.d_outs), device=device)
         norm = weight, stream.squares, stream.squares.shape[1], self.eps
-        self.between = self.part(rows, device)
-        self.siblings.launch(stream.x, y, self.between, self.schedule, norm=norm, bias=self.bias)
+        self.partials = self.allocate_partials(rows, device)
+        self.siblings.launch(stream.x, y, self.partials, self.schedule, norm=norm, bias=self.bias)
         return y
 
-    def latents(self) -> tuple[Tensor, list[Spans]]:  # noqa: D102
+    def last_latents(self) -> tuple[Tensor, list[Spans]]:  # noqa: D102
         from ..kernels.cuda_schedule import padded
 
         spans, begin = [], 0
         for ranks in self.siblings.sizes.ranks:
             spans.append(Spans.at(begin, ranks, padded))
             begin += sum(map(padded, ranks))
-        return self.between.view(-1, self.rows, begin)[: self.parts], spans
+        return self.partials.view(-1, self.rows, begin)[: self.parts], spans
 
-    def added(self, x: Tensor, stream: ResidualStream, activation: str | None = None) -> None:
+    def add_output(self, x: Tensor, stream: ResidualStream, activation: str | None = None) -> None:
         """Add the only layer's output to the stream in place; x may also be split-KV partials of `attend`."""
         from ..kernels.cuda_gemv import SUMMARY, Shares
 
@@ -268,7 +268,7 @@ class PackedGroup(LayerGroup):
         self.siblings.launch(
             x.float(),  # dense layers before this one give their own dtype
             stream.x,
-            self.part(rows, device),
+            self.allocate_partials(rows, device),
             self.schedule,
             activation=activation,
             squares=squares,
@@ -346,8 +346,8 @@ class FusedEngine:
         ops, model = self.ops, self.model
         stream = ops.embed(tokens, model.embedding)
         for at, (block, (qkv, output, gate_up, down)) in enumerate(zip(model.blocks, self.groups, strict=True)):
-            output.added(self.attend(at, qkv.normed(stream, block.norms[0])), stream)
-            down.added(gate_up.normed(stream, block.norms[1]), stream, "silu")
+            output.add_output(self.attend(at, qkv.project(stream, block.norms[0])), stream)
+            down.add_output(gate_up.project(stream, block.norms[1]), stream, "silu")
         self.positions.add_(1)
         return ops.logits(ops.rms_norm(stream, model.norm), model.head)
 
@@ -467,12 +467,12 @@ class FusedEngine:
         block, groups, sizes = self.model.blocks[at], self.groups[at], self.model.sizes
         x = torch.randn(self.batch, sizes.hidden, device=self.device)
         streams = [ResidualStream(x.clone(), sum_of_squares(x)) for _ in groups]
-        projected, wide = (groups[i].normed(streams[i], norm) for i, norm in zip((0, 2), block.norms, strict=True))
+        projected, wide = (groups[i].project(streams[i], norm) for i, norm in zip((0, 2), block.norms, strict=True))
         mixed = self.attend(at, projected)
         calls = (
-            lambda: groups[0].normed(streams[0], block.norms[0]),
-            lambda: groups[1].added(mixed, streams[1]),
-            lambda: groups[2].normed(streams[2], block.norms[1]),
-            lambda: groups[3].added(wide, streams[3], "silu"),
+            lambda: groups[0].project(streams[0], block.norms[0]),
+            lambda: groups[1].add_output(mixed, streams[1]),
+            lambda: groups[2].project(streams[2], block.norms[1]),
+            lambda: groups[3].add_output(wide, streams[3], "silu"),
         )
         return dict(zip(GROUPS, calls, strict=True)) | {"attention": lambda: self.attend(at, projected)}

@@ -89,7 +89,7 @@ class LatentEngine(FusedEngine):
 
     def attend(self, at: int, projected: Tensor) -> Tensor:
         """Attend in layer `at` with one new token of each sequence; see `FusedEngine.attend`."""
-        part, spans = self.groups[at][0].latents()
+        part, spans = self.groups[at][0].last_latents()
         cached = part, spans[1:], self.cache[at], self.up[at]
         return self.ops.attend_latents(projected, *cached, self.positions, self.angles, self.must_combine(at))
 
