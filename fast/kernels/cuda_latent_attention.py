@@ -293,7 +293,7 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
     warps_of_head, heads_at_once = config.warps_of_head, config.heads_at_once
     mine, sums_of_half = tokens // 4, 4 * across  # tokens, and sums of one half of a key, of a lane
     first_half, second_half = (tile_product(2, across, which, 8 * PAIR_WORDS) for which in range(2))
-    both_halves, no_keys, store_scores = group_product(across), no_sums(2 * sums_of_half), put_scores(across)
+    both_halves, no_keys, score_keys = group_product(across), no_sums(2 * sums_of_half), put_scores(across)
     angle_numbers = tuple(range(2 * mine))
     at_once = min(LOADS_IN_FLIGHT, tokens // warps)
     token_numbers, query_numbers = tuple(range(at_once)), tuple(range(LOADS_IN_FLIGHT))
@@ -508,7 +508,7 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
             while head < last_head:
                 target = int32(held_scores + int32(int32(head * warps_of_head) + own) * tokens)
                 at_query = int32(held_queries + int32(head * size) + frequency)
-                store_scores(shared, uint32(target), sums, cosines, sines, query_entries(shared, at_query), lane)
+                score_keys(shared, uint32(target), sums, cosines, sines, query_entries(shared, at_query), lane)
                 head = int32(head + 1)
             turn, key_row = int32(turn + heads_at_once), following
         cuda.syncthreads()
