@@ -62,7 +62,8 @@ class CudaOps(DecoderOps):
         self.driver, self.schedules = cuda_driver, cuda_schedule
         self.heads, self.dtype, self.eps, self.index = heads, dtype, eps, index
         capability = torch.cuda.get_device_capability(index)
-        self.early, self.grouped = capability >= cuda_driver.EARLY, capability == cuda_schedule.GROUPED
+        self.early = capability >= cuda_driver.EARLY
+        self.grouped = capability == cuda_schedule.GROUPED
         most = 8 if self.early else 2  # query heads of a block for which the registers suffice
         self.group = next(count for count in range(min(heads.group, most), 0, -1) if heads.group % count == 0)
         self.chunks = heads.group // self.group

@@ -19,7 +19,7 @@ value that is read serves few queries, so memory bandwidth limits the kernel. Th
 - Split-KV, also called flash decoding (Dao and others, 2023). One query per head gives too few blocks to fill a GPU,
   so n blocks share a context: each attends to one n-th of the tokens and leaves its triple, a split-KV partial. Either
   the last block to arrive combines them (`combine`), or the next kernel combines them while it reads its input
-  (`cuda_gemv.Shares`), which saves a wait. Inside a block, teams of lanes and warps divide tokens in the same way.
+  (`cuda_gemv.Shares`), which saves a wait. Inside a block, teams of lanes and warps divide the tokens as well.
 - Double buffering: each team loads the keys and values of its next tokens into registers before it computes on the
   current ones. The first loads start before the previous kernel ends (programmatic dependent launch), since they read
   only what earlier steps wrote.
