@@ -92,33 +92,46 @@ def bench_decode_cuda(
     ValueError
         If the shape is unknown, or its model is not Llama-like.
     """
-    sizes = llama_shape(shape)
-    copy_rate = copy_bytes_per_second()
+    sizes, copy_rate = llama_shape(shape), copy_bytes_per_second()
     common, rows = {"shape": shape, "batch": batch, "tokens": tokens}, []
     for target in (*bits, *([None] if peers else [])):
-        cache_types = ["full"] if target is None else kv_caches
-        each = [
-            (context, kv_cache)
-            for context, kv_cache in itertools.product(contexts, cache_types)
-            if fits(sizes, target, paths, context + tokens, batch, kv_cache)
-        ]
-        if not each:
-            continue
-        model = random_model(sizes, target, paths)
-        of_model = common | {"engine": "float16", "bits": 16.0, "paths": None}
-        if target is not None:
-            of_model |= {"engine": "packed", "bits": stored_bits(sizes, target, paths), "paths": paths}
-        for context, kv_cache in each:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            found = timed_engine(model, context, batch, tokens, copy_rate, profile, kv_cache)
-            rows.append(of_model | {"context": context} | found)
-        del model
-        torch.cuda.empty_cache()
+        cases = list(itertools.product(contexts, ["full"] if target is None else kv_caches))
+        rows += bench_engine(sizes, target, paths, cases, batch, tokens, copy_rate, profile)
     for context in contexts if peers else ():
         if fits(sizes, None, paths, context + tokens, batch):
             found = timed_transformers(sizes, context, batch, copy_rate)
-            rows.append(common | {"context": context, "engine": "transformers", "bits": 16.0, "paths": None} | found)
+            rows.append({"context": context, "engine": "transformers", "bits": 16.0, "paths": None} | found)
+    return [common | row for row in rows]
+
+
+def bench_engine(
+    sizes: ModelShape,
+    bits: float | None,
+    paths: int,
+    cases: Sequence[tuple[int, str]],
+    batch: int,
+    tokens: int,
+    copy_rate: float,
+    profile: bool,
+) -> list[dict[str, Any]]:
+    """Time the engine on a random model, for each case (context, type of cache) that fits the GPU.
+
+    The model is dense if bits is None. See `bench_decode_cuda` for other arguments and the rows.
+    """
+    cases = [case for case in cases if fits(sizes, bits, paths, case[0] + tokens, batch, case[1])]
+    if not cases:
+        return []
+    model, rows = random_model(sizes, bits, paths), []
+    engine = {"engine": "float16", "bits": 16.0, "paths": None}
+    if bits is not None:
+        engine = {"engine": "packed", "bits": stored_bits(sizes, bits, paths), "paths": paths}
+    for context, kv_cache in cases:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        found = timed_engine(model, context, batch, tokens, copy_rate, profile, kv_cache)
+        rows.append(engine | {"context": context} | found)
+    del model
+    torch.cuda.empty_cache()
     return rows
 
 
