@@ -39,8 +39,8 @@ def numbers(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("family", list(KINDS))
-def test_any_family_writes_on_the_gpu_what_it_writes_on_a_cpu(family, monkeypatch, caplog):
-    """Prompts of several lengths, graphs, and two larger caches; float32 on both sides."""
+def test_any_family_generates_the_same_text_on_both_devices(family, monkeypatch, caplog):
+    """Test prompts of several lengths, graphs, and two larger caches, in float32 on both devices."""
     monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
     put_in_charge(monkeypatch, StaticEngine)
     model, prompts = packed_model(family), [prompt(length, seed=length) for length in (3, 11)]
@@ -54,19 +54,19 @@ def test_any_family_writes_on_the_gpu_what_it_writes_on_a_cpu(family, monkeypatc
 @pytest.mark.parametrize("position", [0, 1, 63, 200, 1000])
 @pytest.mark.parametrize("heads", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_attention_is_that_of_torch(heads, position, batch, dtype):
-    """Both round keys and values to float16; a weighted mean of values is as exact as scores and values are."""
-    kept = torch.float16
-    ours = CudaOps(heads, kept, 1e-5, batch, CUDA)
+def test_attention_equals_torch(heads, position, batch, dtype):
+    """Both round keys and values to float16, so a weighted mean is as exact as scores and values are."""
+    cached = torch.float16
+    ours = CudaOps(heads, cached, 1e-5, batch, CUDA)
     positions = (position + 7 * torch.arange(batch, device="cuda")) % 1024
     projected = numbers(batch, (heads.heads + 2 * heads.kv_heads) * heads.size, dtype=dtype)
-    cache = [numbers(batch, heads.kv_heads, 1024, heads.size, seed=i, dtype=kept) for i in (1, 2)]
+    cache = [numbers(batch, heads.kv_heads, 1024, heads.size, seed=i, dtype=cached) for i in (1, 2)]
     angles = numbers(2, 1024, heads.size // 2, seed=3).clamp(-1, 1)
     norms = HeadNorms(*(1 + numbers(2, heads.size, seed=4) / 10)) if heads.size == 64 else None
     twin = [each.clone() for each in cache]
     got = ours.attend(projected, *cache, positions, angles, norms)
     again = ours.attend(projected, *cache, positions, angles, norms)  # the arrival counters are zero again
-    want = TorchOps(heads, kept, 1e-5).attend(projected.float(), *twin, positions, angles, norms)
+    want = TorchOps(heads, cached, 1e-5).attend(projected.float(), *twin, positions, angles, norms)
     assert torch.equal(got, again)
     partials = ours.attend(projected, *cache, positions, angles, norms, combine=False)
     combined = combine_partials(partials).flatten(1)
@@ -79,7 +79,7 @@ def test_attention_is_that_of_torch(heads, position, batch, dtype):
 
 
 @pytest.mark.parametrize("size", [576, 4096, 8192])
-def test_streams_norms_and_gates_are_those_of_torch(size):
+def test_residual_stream_norm_and_swiglu_equal_torch(size):
     heads = Heads(1, 1, 64)
     ours, theirs = CudaOps(heads, torch.float16, 1e-5, 3, CUDA), TorchOps(heads, torch.float16, 1e-5)
     embedding = torch.nn.Embedding(100, size, device="cuda", dtype=torch.float16)
@@ -97,7 +97,7 @@ def test_streams_norms_and_gates_are_those_of_torch(size):
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_logits_of_a_table_are_those_of_torch(bits, rows):
+def test_logits_of_a_table_equal_torch(bits, rows):
     head = QuantizedHead(quantize_table(numbers(1003, 576).cpu(), bits)).cuda()
     x = numbers(rows, 576, dtype=torch.float16)
     got = CudaOps(Heads(1, 1, 64), torch.float16, 1e-5, rows, CUDA).logits(x, head)
@@ -128,8 +128,8 @@ def test_fused_logits_are_within_what_float16_gives(family, bits):
 
 @pytest.mark.parametrize("batch", [1, 5, 16])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_replayed_steps_are_those_that_run_one_kernel_at_a_time(batch, temperature, monkeypatch):
-    """From one capacity to the next, sequences of several lengths."""
+def test_replayed_steps_equal_steps_without_a_graph(batch, temperature, monkeypatch):
+    """Grow the cache, with sequences of several lengths."""
     monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 16)
     model = packed_model("Llama", **HEADS64).cuda()
     prompts = [prompt(3 + row % 7, seed=row) for row in range(batch)]
@@ -193,7 +193,7 @@ def test_latents_give_the_logits_of_keys_and_values(kind, batch):
         assert (mine - theirs).float().norm() <= (0.02 if kind == "latent" else 0.1) * theirs.float().norm()
 
 
-def test_replayed_steps_with_latents_are_those_that_run_one_kernel_at_a_time():
+def test_replayed_steps_with_latents_equal_steps_without_a_graph():
     model = random_model(ModelShape("a small one", 512, 640, 2, 8, 4, 64, 100, 4096), 0.9)
     prompts = [prompt(2040, seed=1), prompt(9, seed=2)]
 
@@ -206,7 +206,7 @@ def test_replayed_steps_with_latents_are_those_that_run_one_kernel_at_a_time():
 
 
 def test_ten_times_the_context_on_the_same_memory():
-    """Of a model in the shape of Llama-2-7B's blocks, of which there are two, at 0.1 bits, on 1 GB for the cache."""
+    """Take two blocks of Llama-2-7B's shape at 0.1 bits, and 1 GiB for the cache."""
     shape = MODEL_SHAPES["llama2-7b"]._replace(layers=2, vocabulary=1000)
     model, budget = random_model(shape, 0.1), 1 << 30
     lengths = []
