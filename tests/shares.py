@@ -1,9 +1,11 @@
-"""What the shares of a context that `cuda_decode.attend` leaves come to, for tests."""
+"""Combine the split-KV partials that `cuda_decode.attend` leaves, for tests."""
+
+SUMMARY = 8  # float32 after the values of a partial: largest score, sum of weights, and six unused
 
 
-def put_together(left):
-    """(rows, heads, size) float64 of (rows, heads, shares, size + cuda.SUMMARY), as `cuda.Shares` has them."""
-    size = left.shape[-1] - 8
-    values, top, total = left.double().split([size, 1, 7], -1)
+def combine_partials(partials):
+    """Combine (rows, heads, splits, size + SUMMARY) to (rows, heads, size) float64; see `cuda_gemv.Shares`."""
+    size = partials.shape[-1] - SUMMARY
+    values, top, total = partials.double().split([size, 1, SUMMARY - 1], -1)
     weight = (top - top.amax(2, keepdim=True)).exp()
     return (weight * values).sum(2) / (weight * total[..., :1]).sum(2)

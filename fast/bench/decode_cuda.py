@@ -1,7 +1,7 @@
-"""Benchmark of decoding on a GPU: a packed model beside a float16 one in the same engine, and beside transformers.
+"""Benchmark decoding on a GPU: a packed model, a float16 model in the same engine, and transformers.
 
-Models of published shapes are made of random numbers, packed layers directly from random words, so that a model of any
-size can be timed that the GPU has room for; no dense weight of a packed layer is ever made.
+Models of published shapes get random weights. Packed layers are made of random words, without a dense weight, so any
+model whose packed form fits the GPU can be timed.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from ..bits import WORD_BITS, layer_bits
 from ..decoding.architecture import Architecture
 from ..decoding.engines import engine_of
 from ..decoding.fused_llama import Block, FusedEngine, Model, parts_of
-from ..decoding.graph_decoder import Loop, sent
+from ..decoding.graph_decoder import DecodeLoop, copy_to_host_async
 from ..memory import MODEL_SHAPES, ModelShape, layer_ranks, linear_shapes, model_memory
 from ..models.embeddings import QuantizedEmbedding, QuantizedHead
 from ..models.layers import PackedLinear
@@ -28,8 +28,8 @@ from .linear_cuda import copy_bytes_per_second
 from .tune import replay_seconds
 
 log = logging.getLogger(__name__)
-WARM_TOKENS = 4  # steps before the first that is timed: one runs by itself, one is captured
-EAGER_TOKENS = 32  # that transformers is timed for
+WARM_TOKENS = 4  # steps before the timed ones: the first runs without a graph, the second captures it
+EAGER_TOKENS = 32  # timed steps of transformers
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
@@ -44,73 +44,94 @@ def bench_decode_cuda(
     profile: bool = False,
     kv_caches: Sequence[str] = ("full",),
 ) -> list[dict[str, Any]]:
-    """Time greedy decoding of a random model of a published shape, one token of each sequence after the other.
+    """Time greedy decoding of a random model of a published shape.
 
-    A step is a replay of one CUDA graph, from the last token to the next one; a figure is the median over `tokens` of
-    them, by events between the replays. transformers runs the same shape in float16, eagerly, with its dynamic cache.
+    A step replays one CUDA graph, from one token of each sequence to the next. The result is the median of `tokens`
+    steps, by CUDA events between the replays. transformers runs the same shape in float16, eagerly, with its dynamic
+    cache.
 
     Parameters
     ----------
     shape : str
         A name in MODEL_SHAPES.
     bits : sequence of float
-        Ceilings in stored bits per weight.
+        Most stored bits per weight of the linear layers.
     paths : int
-        Of each packed layer.
+        Paths of each packed layer.
     contexts : sequence of int
-        Tokens of the prompts; ours are not read but pretended (FusedEngine.pretend).
+        Tokens in the cache before the timed steps. The engines' caches are filled with random numbers
+        (`FusedEngine.fill_cache_with_random`).
     batch : int
         Sequences.
     tokens : int
-        That are timed.
+        Timed steps.
     peers : bool
         Also time the same engine with dense float16 layers, and transformers, where they fit the GPU.
     profile : bool
-        Also say where a token's time goes, see `profiled`.
+        Also time each group of kernels, see `profile_step`.
     kv_caches : sequence of str
-        Of the packed models: kinds in memory.KV_CACHES.
+        Types of cache of the packed models, in memory.KV_CACHES.
 
     Returns
     -------
-    One dict for each model, context and kind of cache that the GPU has room for: engine ("packed", "float16" or
-    "transformers"), shape, bits (stored, of the linear layers), paths, context, batch, tokens, kv_cache,
-    kv_bytes_per_token, time_ms (of a step), tokens_per_s (of all sequences), streamed_tokens_per_s (by the clock, with
-    each token read by the host), weights_bytes, step_bytes (that a step must read, with the cache at the middle of the
-    timed steps), fraction_of_copy (step_bytes per second over those of a device-to-device copy, read and written),
-    peak_bytes (that torch had allocated), parts (of a profile).
+    One dict for each model, context and type of cache that fits the GPU:
+
+    - engine: "packed", "float16" or "transformers";
+    - shape, paths, context, batch, tokens, kv_cache: the arguments;
+    - bits: stored bits per weight of the linear layers;
+    - kv_bytes_per_token: bytes of the cache for a token of one sequence;
+    - time_ms: time of a step; tokens_per_s: all sequences together;
+    - streamed_tokens_per_s: by the wall clock, while the host reads each token;
+    - weights_bytes; step_bytes: bytes that a step must read, with the cache at the middle of the timed steps;
+    - fraction_of_copy: step_bytes per second / bandwidth of a device-to-device copy (bytes read and written);
+    - peak_bytes: the most that torch had allocated;
+    - parts: the profile.
 
     Raises
     ------
     ValueError
-        If the shape is unknown, or not that of a Llama-like model.
+        If the shape is unknown, or its model is not Llama-like.
     """
-    sizes = llama_shape(shape)
-    copy_rate = copy_bytes_per_second()
+    sizes, copy_rate = llama_shape(shape), copy_bytes_per_second()
     common, rows = {"shape": shape, "batch": batch, "tokens": tokens}, []
     for target in (*bits, *([None] if peers else [])):
-        kinds = ["full"] if target is None else kv_caches
-        each = [
-            (context, kind)
-            for context, kind in itertools.product(contexts, kinds)
-            if fits(sizes, target, paths, context + tokens, batch, kind)
-        ]
-        if not each:
-            continue
-        model = random_model(sizes, target, paths)
-        of_model = common | {"engine": "float16", "bits": 16.0, "paths": None}
-        if target is not None:
-            of_model |= {"engine": "packed", "bits": stored_bits(sizes, target, paths), "paths": paths}
-        for context, kind in each:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            found = timed_engine(model, context, batch, tokens, copy_rate, profile, kind)
-            rows.append(of_model | {"context": context} | found)
-        del model
-        torch.cuda.empty_cache()
+        cases = list(itertools.product(contexts, ["full"] if target is None else kv_caches))
+        rows += bench_engine(sizes, target, paths, cases, batch, tokens, copy_rate, profile)
     for context in contexts if peers else ():
         if fits(sizes, None, paths, context + tokens, batch):
             found = timed_transformers(sizes, context, batch, copy_rate)
-            rows.append(common | {"context": context, "engine": "transformers", "bits": 16.0, "paths": None} | found)
+            rows.append({"context": context, "engine": "transformers", "bits": 16.0, "paths": None} | found)
+    return [common | row for row in rows]
+
+
+def bench_engine(
+    sizes: ModelShape,
+    bits: float | None,
+    paths: int,
+    cases: Sequence[tuple[int, str]],
+    batch: int,
+    tokens: int,
+    copy_rate: float,
+    profile: bool,
+) -> list[dict[str, Any]]:
+    """Time the engine on a random model, for each case (context, type of cache) that fits the GPU.
+
+    The model is dense if bits is None. See `bench_decode_cuda` for other arguments and the rows.
+    """
+    cases = [case for case in cases if fits(sizes, bits, paths, case[0] + tokens, batch, case[1])]
+    if not cases:
+        return []
+    model, rows = random_model(sizes, bits, paths), []
+    engine = {"engine": "float16", "bits": 16.0, "paths": None}
+    if bits is not None:
+        engine = {"engine": "packed", "bits": stored_bits(sizes, bits, paths), "paths": paths}
+    for context, kv_cache in cases:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        found = timed_engine(model, context, batch, tokens, copy_rate, profile, kv_cache)
+        rows.append(engine | {"context": context} | found)
+    del model
+    torch.cuda.empty_cache()
     return rows
 
 
@@ -122,32 +143,32 @@ def bench_checkpoint_cuda(
     profile: bool = False,
     kv_caches: Sequence[str] = ("full",),
 ) -> list[dict[str, Any]]:
-    """Time greedy decoding of a loaded model on a GPU; as rows of `bench_decode_cuda`."""
+    """Time greedy decoding of a loaded model on a GPU; returns rows like `bench_decode_cuda`."""
     copy_rate, rows = copy_bytes_per_second(), []
     with torch.inference_mode():
         parts = parts_of(model, torch.float16)
-    for context, kind in itertools.product(contexts, kv_caches):
-        found = timed_engine(parts, context, batch, tokens, copy_rate, profile, kind)
+    for context, kv_cache in itertools.product(contexts, kv_caches):
+        found = timed_engine(parts, context, batch, tokens, copy_rate, profile, kv_cache)
         rows.append({"engine": "packed", "context": context, "batch": batch, "tokens": tokens} | found)
     return rows
 
 
 def llama_shape(name: str) -> ModelShape:
-    """A published shape.
+    """Return the published shape of a Llama-like model.
 
     Raises
     ------
     ValueError
-        If it is unknown, or not that of a Llama-like model.
+        If the name is unknown, or the model is not Llama-like.
     """
     known = [each for each, shape in MODEL_SHAPES.items() if shape.gated and not shape.fused]
     if name not in known:
-        raise ValueError(f"the fused engine runs no model of shape {name!r}, only {', '.join(known)}")
+        raise ValueError(f"the fused engine needs a Llama-like shape, got {name!r}: choose one of {', '.join(known)}")
     return MODEL_SHAPES[name]
 
 
 def stored_bits(shape: ModelShape, bits: float, paths: int) -> float:
-    """Bits per weight that the linear layers really store."""
+    """Compute the stored bits per weight of the linear layers."""
     ranks, shapes = layer_ranks(shape, bits, paths, WORD_BITS), linear_shapes(shape)
     return sum(layer_bits(d_out, d_in, ranks[name]) for name, (d_out, d_in) in shapes.items()) / sum(
         map(math.prod, shapes.values())
@@ -155,20 +176,21 @@ def stored_bits(shape: ModelShape, bits: float, paths: int) -> float:
 
 
 def fits(shape: ModelShape, bits: float | None, paths: int, tokens: int, batch: int, kv_cache: str = "full") -> bool:
-    """Whether a model and its cache fit the GPU's free memory; a warning says so if they do not."""
+    """Check whether a model and its cache fit the GPU's free memory; log a warning if they do not."""
     memory = model_memory(shape, bits, paths, context=tokens * batch, kv_cache=kv_cache)
     needed, (free, _) = memory.total, torch.cuda.mem_get_info()
     if needed < 0.95 * free:
         return True
     name = f"{'float16' if bits is None else f'{bits:g} bits'} with {tokens} tokens in its {kv_cache} cache"
-    log.warning("littlebit: %s is left out: it takes %.1f GB, and %.1f GB are free", name, needed / 1e9, free / 1e9)
+    log.warning("littlebit: skipping %s: it needs %.1f GB, and %.1f GB are free", name, needed / 1e9, free / 1e9)
     return False
 
 
 def random_model(shape: ModelShape, bits: float | None, paths: int = 1, device: str = "cuda") -> Model:
-    """A model of random packed words, or for no bits of random dense float16 weights, with numbers of a trained size.
+    """Make a model of random packed words, or of random dense float16 weights if bits is None.
 
-    Dense layers that share their input are one.
+    Weights are scaled so that activations keep the size of a trained model's. Dense layers that share their input are
+    one module.
     """
     generator = torch.Generator(device).manual_seed(0)
     shapes = linear_shapes(shape)
@@ -190,8 +212,8 @@ def random_model(shape: ModelShape, bits: float | None, paths: int = 1, device: 
         for at in range(shape.layers)
     ]
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    kinds = shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.intermediate, shape.layers
-    sizes = Architecture(*kinds, shape.vocabulary, 1e-5, rope, shape.context)
+    numbers = shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.intermediate, shape.layers
+    sizes = Architecture(*numbers, shape.vocabulary, 1e-5, rope, shape.context)
     head = random_linear(shape.vocabulary, shape.hidden, generator)
     rows = head if shape.tied else random_linear(shape.vocabulary, shape.hidden, generator)
     embedding = nn.Embedding(1, 1, device="meta")
@@ -200,7 +222,7 @@ def random_model(shape: ModelShape, bits: float | None, paths: int = 1, device: 
 
 
 def random_linear(d_out: int, d_in: int, generator: torch.Generator, bias: bool = False) -> nn.Linear:
-    """A dense float16 layer whose outputs are about as large as its inputs."""
+    """Make a dense float16 layer whose outputs are about as large as its inputs."""
     layer = nn.Linear(d_in, d_out, bias=bias, device="meta")
     weight = torch.empty(d_out, d_in, dtype=torch.float16, device=generator.device)
     layer.weight = nn.Parameter(weight.normal_(0, d_in**-0.5, generator=generator), requires_grad=False)
@@ -212,7 +234,7 @@ def random_linear(d_out: int, d_in: int, generator: torch.Generator, bias: bool 
 def random_packed(
     d_out: int, d_in: int, ranks: Sequence[int], generator: torch.Generator, bias: bool = False
 ) -> PackedLinear:
-    """A packed layer whose outputs are about as large as its inputs."""
+    """Make a packed layer whose outputs are about as large as its inputs."""
     paths = [random_path(d_out, d_in, rank, generator) for rank in ranks]
     zeros = torch.zeros(d_out, dtype=torch.float16, device=generator.device) if bias else None
     return PackedLinear([path._replace(ell=path.ell * (d_in * sum(ranks)) ** -0.5) for path in paths], zeros)
@@ -227,17 +249,17 @@ def timed_engine(
     profile: bool = False,
     kv_cache: str = "full",
 ) -> dict[str, Any]:
-    """What the engine takes for a step: the figures of `bench_decode_cuda`."""
+    """Time an engine's steps; returns the measured fields of `bench_decode_cuda`."""
     with torch.inference_mode():
         engine = engine_of(model, batch, context + tokens + WARM_TOKENS, model.norm.device, torch.float16, kv_cache)
-        loop = Loop(engine)
+        loop = DecodeLoop(engine)
         begin(engine, loop, context)
         seconds = step_seconds(loop.advance, tokens)
         begin(engine, loop, context)
         streamed = streamed_seconds(loop, tokens)
-        parts = profiled(engine, loop) if profile else None
-    weights, kept = weights_bytes(model), engine.token_bytes * batch * (context + tokens // 2)
-    step_bytes = weights + kept - unread_bytes(model, batch)
+        parts = profile_step(engine, loop) if profile else None
+    weights, cached = weights_bytes(model), engine.token_bytes * batch * (context + tokens // 2)
+    step_bytes = weights + cached - unread_bytes(model, batch)
     return {
         "kv_cache": kv_cache,
         "kv_bytes_per_token": engine.token_bytes,
@@ -252,7 +274,7 @@ def timed_engine(
 
 
 def step_seconds(step: Callable[[], Any], count: int) -> float:
-    """Median seconds between the ends of steps that follow each other on the device."""
+    """Measure the median time in seconds between the ends of consecutive steps on the device."""
     for _ in range(WARM_TOKENS):
         step()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
@@ -264,18 +286,18 @@ def step_seconds(step: Callable[[], Any], count: int) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
 
 
-def begin(engine: FusedEngine, loop: Loop, context: int) -> None:
-    """Let a loop go on after prompts of so many tokens, which are not read: it is the steps that are timed."""
-    engine.pretend(context)
+def begin(engine: FusedEngine, loop: DecodeLoop, context: int) -> None:
+    """Put a loop into the state after prompts of `context` tokens, without a prefill: random numbers fill the cache."""
+    engine.fill_cache_with_random(context)
     loop.length = context
 
 
-def streamed_seconds(loop: Loop, tokens: int) -> float:
-    """Seconds of a step by the clock, when the host reads each token while the next step runs, as `stream` does."""
+def streamed_seconds(loop: DecodeLoop, tokens: int) -> float:
+    """Measure a step's seconds by the wall clock, while the host reads each token as `decode_steps` does."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(tokens):
-        arrived = sent(loop.tokens)
+        arrived = copy_to_host_async(loop.tokens)
         loop.advance()
         arrived()
     torch.cuda.synchronize()
@@ -283,19 +305,19 @@ def streamed_seconds(loop: Loop, tokens: int) -> float:
 
 
 def module_bytes(module: Any) -> int:
-    """Bytes of a layer's tensors."""
+    """Sum the bytes of a layer's tensors."""
     if isinstance(module, QuantizedEmbedding | QuantizedHead):
         return sum(tensor.nbytes for tensor in module.table.buffers())
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def modules_of(block: Block) -> list[nn.Module]:
-    """All layers of a block."""
+    """List all linear layers of a block."""
     return [*block.qkv, block.output, *block.gate_up, block.down]
 
 
 def weights_bytes(model: Model) -> int:
-    """Bytes of all weights: norms in two bytes each, as they are stored; tied tables once."""
+    """Sum the bytes of all weights, with norms in float16 as they are stored, and tied tables once."""
     linear = sum(module_bytes(module) for block in model.blocks for module in modules_of(block))
     tables = {first_tensor(each).data_ptr(): module_bytes(each) for each in (model.embedding, model.head)}
     norms = 2 * model.norm.numel() * (2 * len(model.blocks) + 1)
@@ -303,48 +325,50 @@ def weights_bytes(model: Model) -> int:
 
 
 def first_tensor(module: Any) -> Tensor:
-    """The table of an embedding or head."""
+    """Return the table of an embedding or head."""
     return module.table.codes if isinstance(module, QuantizedEmbedding | QuantizedHead) else module.weight
 
 
 def unread_bytes(model: Model, batch: int) -> int:
-    """Bytes of weights that a step does not read: rows of an embedding of its own."""
+    """Compute the bytes of weights that a step does not read: rows of an embedding that is not tied."""
     if first_tensor(model.embedding).data_ptr() == first_tensor(model.head).data_ptr():
         return 0
     size = module_bytes(model.embedding)
     return size - size // model.sizes.vocabulary * batch
 
 
-def profiled(engine: FusedEngine, loop: Loop) -> list[dict[str, Any]]:
-    """Where a step's time goes: each group of kernels for all layers, as a graph of its own.
+def profile_step(engine: FusedEngine, loop: DecodeLoop) -> list[dict[str, Any]]:
+    """Time each group of a step's kernels, for all layers, as a graph of its own.
 
     Returns
     -------
-    One dict for each group: part, calls, time_us (a call), step_us (all calls of a step). Their sum is not a step's
-    time, in which kernels begin before the last has ended.
+    One dict for each group: part, calls, time_us (a call), step_us (all calls of a step). They add up to more than a
+    step takes, because in a step a kernel starts before the previous one ends.
     """
-    steps, model = engine.steps, engine.model
-    embedded = steps.embed(loop.tokens, model.embedding)
-    hidden = steps.normed(embedded, model.norm)
-    every = [engine.pieces(at) for at in range(len(model.blocks))]
+    ops, model = engine.ops, engine.model
+    embedded = ops.embed(loop.tokens, model.embedding)
+    hidden = ops.rms_norm(embedded, model.norm)
+    blocks = [engine.block_calls(at) for at in range(len(model.blocks))]
     parts: dict[str, list[Callable[[], Any]]] = {
-        "embedding": [lambda: steps.embed(loop.tokens, model.embedding)],
-        **{part: [pieces[part] for pieces in every] for part in every[0]},
-        "last norm": [lambda: steps.normed(embedded, model.norm)],
-        "head": [lambda: steps.logits(hidden, model.head)],
-        "choice": [lambda: loop.tokens.copy_(steps.logits(hidden, model.head).argmax(-1))],
+        "embedding": [lambda: ops.embed(loop.tokens, model.embedding)],
+        **{part: [calls[part] for calls in blocks] for part in blocks[0]},
+        "last norm": [lambda: ops.rms_norm(embedded, model.norm)],
+        "head": [lambda: ops.logits(hidden, model.head)],
+        "choice": [lambda: loop.tokens.copy_(ops.logits(hidden, model.head).argmax(-1))],
     }
     rows = []
     for part, calls in parts.items():
         seconds = replay_seconds(calls)
         row = {"part": part, "calls": len(calls), "time_us": 1e6 * seconds, "step_us": 1e6 * seconds * len(calls)}
         rows.append(row)
-    rows[-1]["time_us"] = rows[-1]["step_us"] = max(0.0, rows[-1]["step_us"] - rows[-2]["step_us"])  # without the head
+    rows[-1]["time_us"] = rows[-1]["step_us"] = max(
+        0.0, rows[-1]["step_us"] - rows[-2]["step_us"]
+    )  # "choice" ran the head too
     return rows
 
 
 def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: float) -> dict[str, Any]:
-    """What transformers takes for a step of a random Llama of the same shape."""
+    """Time transformers on a random Llama of a shape; returns the measured fields of `bench_decode_cuda`."""
     from ..models.build import transformers
     from ..models.hf_names import cache_argument
 
@@ -376,7 +400,7 @@ def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: f
         seconds = step_seconds(step, EAGER_TOKENS)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     embedding = 0 if shape.tied else model.get_input_embeddings().weight.nbytes
-    kept = 4 * shape.layers * shape.kv_heads * shape.head_size * batch * (context + EAGER_TOKENS // 2)
+    cached = 4 * shape.layers * shape.kv_heads * shape.head_size * batch * (context + EAGER_TOKENS // 2)
     return {
         "kv_cache": "full",
         "kv_bytes_per_token": 4 * shape.layers * shape.kv_heads * shape.head_size,
@@ -384,7 +408,7 @@ def timed_transformers(shape: ModelShape, context: int, batch: int, copy_rate: f
         "tokens_per_s": batch / seconds,
         "streamed_tokens_per_s": None,
         "weights_bytes": weights,
-        "step_bytes": weights - embedding + kept,
-        "fraction_of_copy": (weights - embedding + kept) / seconds / copy_rate,
+        "step_bytes": weights - embedding + cached,
+        "fraction_of_copy": (weights - embedding + cached) / seconds / copy_rate,
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }

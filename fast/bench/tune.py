@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .._progress import tqdm
-from ..decoding.fused_llama import GROUPS, FusedEngine, Packed
+from ..decoding.fused_llama import GROUPS, FusedEngine, PackedGroup
 from ..files.atomic import write_text
 from ..kernels.cuda_gemv import ROWS
 from ..kernels.cuda_schedule import (
@@ -39,7 +39,7 @@ FEWEST_BLOCKS = 48  # that a GPU is given, if a layer has work for so many
 MOST_LAYERS = 64  # of a kind, through which a measurement goes
 REPLAYS = 9
 
-Member = tuple[Packed, Callable[[], None]]  # layers, and what runs them
+Member = tuple[PackedGroup, Callable[[], None]]  # layers, and what runs them
 
 
 def tune(engine: FusedEngine, progress: bool = True) -> list[dict[str, Any]]:
@@ -62,9 +62,9 @@ def tune(engine: FusedEngine, progress: bool = True) -> list[dict[str, Any]]:
     kinds: dict[tuple[str, str], list[Member]] = {}
     vectors = vectors_of(engine.batch)
     for at, groups in enumerate(engine.groups):
-        calls = engine.pieces(at)
+        calls = engine.block_calls(at)
         for part, group in zip(GROUPS, groups, strict=True):
-            if isinstance(group, Packed):
+            if isinstance(group, PackedGroup):
                 kinds.setdefault((part, name_of(group.siblings.sizes, vectors)), []).append((group, calls[part]))
     bar = tqdm(kinds.items(), desc="tune", disable=not progress)
     return [{"part": part, "sizes": sizes} | tuned_group(engine.batch, members) for (part, sizes), members in bar]

@@ -281,9 +281,9 @@ def measure_agreement(arguments: argparse.Namespace) -> Measurement:
     from ..bench.timing import cpu_name
     from ..checkpoints.checkpoint import load
     from ..checkpoints.dense import load_tokenizer
-    from ..decoding.parity import agreement
+    from ..decoding.parity import measure_parity
 
-    rows = agreement(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens or 64)
+    rows = measure_parity(load(arguments.model), load_tokenizer(arguments.model), count=arguments.tokens or 64)
     table = [
         {"prompt": row["prompt"].splitlines()[0], "equal tokens": f"{row['same']} / {row['tokens']}"}
         | {"smallest gap": f"{row['gap']:.1e}", "error": f"{row['error']:.1e}"}

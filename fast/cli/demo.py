@@ -198,7 +198,7 @@ def measure_model(source: str | Path) -> dict[str, Any]:
     The speed is 1 / the median time of TIMED_TOKENS tokens in the decoder of `littlebit generate`. `core_share` is the
     processor time of the decoding thread / the time that passed; below 1, other programs kept the thread waiting.
     """
-    from ..bench.decode import token_times
+    from ..bench.decode import prefilled_decoder, token_times
     from ..checkpoints.dense import load_tokenizer
     from ..checkpoints.texts import text_tokens
     from ..evaluation.perplexity import SAMPLE_TEXT, perplexity

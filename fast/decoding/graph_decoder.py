@@ -1,14 +1,14 @@
-"""Generation on a GPU: a step of the model and the choice of the next token, captured in one CUDA graph and replayed.
+"""Generate on a GPU by replaying one CUDA graph, which holds a step of the model and the sampling.
 
-What a step is, an engine says: fused_engine.py for Llama-like models, static_engine.py for all others that transformers
-can run with a cache of fixed size. A graph reads and writes the same memory each time, so tokens, positions and the
-cache stay where they are; when the cache is full, a larger one is made and the next step captured anew.
+engines.py says which engine runs the steps of a model. A graph reads and writes the same memory at each replay, so
+tokens, positions and the cache stay where they are. When the cache is full, a larger one is made, and the next step is
+captured again.
 
-On a CPU everything runs as it is written, without graphs: that is how it is tested.
+On a CPU the steps run without graphs; the tests use that.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,31 +17,35 @@ from torch import Tensor
 from .._checks import check_prompts, embedding_rows, positions_of
 from ..models.generation_settings import Sampling, settings_of
 from ..models.quantize import device_of
-from .engines import Engine, engine_for
+from .engines import Engine, choose_engine
 
 log = logging.getLogger(__name__)
 
 
-#: Tokens that a cache has room for at first, if no prompt is longer.
+#: Capacity of the first cache, in tokens, if no prompt is longer.
 SMALLEST_CAPACITY = 256
 
 
-#: Sequences that are decoded at once, at most.
+#: Most sequences that are decoded at once.
 LARGEST_BATCH = 16
 
 
-def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """The next token of each sequence, (batch,) int64, without waiting for the device.
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Choose the next token of each sequence on the device, without waiting for it.
 
-    The tokens are put in order, the likeliest first, and the one is taken where the sum of the chances that are left by
-    top_k and top_p passes `uniform` times all of it.
+    Inverse transform sampling: tokens are sorted by probability, largest first, top_k and top_p cut off the tail, and
+    the token is taken at which the cumulative probability passes `uniform` times the total.
 
     Parameters
     ----------
     logits : (batch, vocabulary) float tensor
     sampling : Sampling
     uniform : (batch,) float32 tensor
-        Of numbers from 0 up to 1; not read at temperature 0.
+        Random numbers in [0, 1); ignored at temperature 0.
+
+    Returns
+    -------
+    (batch,) int64 tensor.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -49,22 +53,22 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     scores, order = logits.float().topk(count)
     chances = (scores.double() / sampling.temperature).softmax(-1)
     if sampling.top_p is not None:
-        before = chances.cumsum(-1) - chances  # of the tokens that are likelier
+        before = chances.cumsum(-1) - chances  # probability of the likelier tokens
         chances = torch.where(before < sampling.top_p, chances, 0.0)
     reached = chances.cumsum(-1)
     place = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)
     return order.gather(-1, place.clamp(max=count - 1))[:, 0]
 
 
-class Loop:
-    """An engine that goes on by itself: each step takes the tokens that the one before has chosen.
+class DecodeLoop:
+    """Run an engine on its own samples: each step reads the tokens that the step before has chosen.
 
     Parameters
     ----------
     engine : Engine
     sampling : Sampling
     seed : int
-        Of torch's generator on the engine's device.
+        Seed of a torch generator on the engine's device.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling = Sampling(), seed: int = 0):  # noqa: B008
@@ -74,31 +78,31 @@ class Loop:
         self.uniform = torch.zeros(engine.batch, device=engine.device)
         self.length = 0  # tokens of the longest sequence in the cache
         self.captures = engine.device.type == "cuda"
-        self.warm = False  # whether a step has run with the cache as it is
+        self.warm = False  # whether a step has run with this cache, which a capture needs
         self.graph: Any = None
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts, and choose the first tokens."""
+        """Prefill the prompts, and sample the first tokens."""
         logits = self.engine.prefill(prompts)
         self.length = max(map(len, prompts))
-        self.draw()
-        self.tokens.copy_(choose(logits, self.sampling, self.uniform))
+        self.draw_uniform()
+        self.tokens.copy_(sample(logits, self.sampling, self.uniform))
 
-    def draw(self) -> None:
-        """New random numbers for the next choice."""
+    def draw_uniform(self) -> None:
+        """Draw the random numbers of the next sample, outside the graph."""
         if self.sampling.temperature > 0:
             self.uniform.uniform_(generator=self.generator)
 
     def step(self) -> None:
-        """Read the tokens, and put those that come next into their place."""
-        self.tokens.copy_(choose(self.engine.step(self.tokens), self.sampling, self.uniform))
+        """Replace the tokens by the next ones: what a graph captures."""
+        self.tokens.copy_(sample(self.engine.step(self.tokens), self.sampling, self.uniform))
 
     def advance(self) -> None:
-        """A step, as a graph where there can be one: the first with a cache warms up, the second is captured."""
+        """Run a step; with graphs, the first on a cache warms up, and the second is captured and then replayed."""
         if self.length == self.engine.capacity:
-            self.graph, self.warm = None, False  # frees what the graph kept
-            self.engine.grow(self.engine.larger)
-        self.draw()
+            self.graph, self.warm = None, False  # frees the graph's memory
+            self.engine.grow(self.engine.next_capacity)
+        self.draw_uniform()
         if self.captures and self.warm and self.graph is None:
             self.capture()
         if self.graph is None:
@@ -108,7 +112,7 @@ class Loop:
         self.length, self.warm = self.length + 1, True
 
     def capture(self) -> None:
-        """Capture a step; if that cannot be done, say so and go on without."""
+        """Capture a step; if torch cannot, log a warning and go on without graphs."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -133,26 +137,28 @@ def decode_batch(
     seed: int = 0,
     kv_cache: str = "full",
 ) -> Iterator[list[int | None]]:
-    """New tokens after several prompts, all sequences at once; the next step runs while a token is looked at.
+    """Generate new tokens after several prompts, all sequences at once.
+
+    The host reads a token while the device already computes the next one.
 
     Parameters
     ----------
     model : transformers causal language model, on one device
     prompts : sequence of sequences of int
-        1 to 16, of any lengths.
+        1 to LARGEST_BATCH, of any lengths.
     max_new_tokens, temperature, top_k, top_p, seed, kv_cache
-        See `decode.generate`.
+        See `generate.generate`.
 
     Returns
     -------
-    Iterator of lists: the new token of each sequence, which may be the model's last one, and None after that.
+    Iterator with a list for each step: each sequence's new token, and None after its stop token.
 
     Raises
     ------
     NotDecodableError
-        If the model cannot be run with such a cache of fixed size.
+        If no engine can run the model with this type of cache.
     ValueError
-        If there are too many prompts, or tokens are not the model's, or the context exceeds what it knows, or the
+        If there are too many prompts, a token is not in the vocabulary, the context exceeds the model's positions, the
         cache does not fit the GPU, or the model is spread over several devices.
     """
     device_of(model)
@@ -160,27 +166,29 @@ def decode_batch(
     check_prompts(prompts, max_new_tokens, embedding_rows(model), positions_of(model))
     longest = max(map(len, prompts))
     capacity = max(SMALLEST_CAPACITY, 1 << longest.bit_length())
-    engine = engine_for(model, len(prompts), capacity, kv_cache)
-    loop = Loop(engine, Sampling(temperature, top_k, top_p), seed)
-    return stream(loop, prompts, max_new_tokens, settings_of(model).stop)
+    engine = choose_engine(model, len(prompts), capacity, kv_cache)
+    loop = DecodeLoop(engine, Sampling(temperature, top_k, top_p), seed)
+    return decode_steps(loop, prompts, max_new_tokens, settings_of(model).stop)
 
 
 def check_batch(prompts: Sequence[Sequence[int]]) -> None:
     """Raise ValueError unless the prompts can be decoded at once."""
-    if not 1 <= len(prompts) <= LARGEST_BATCH or not all(prompts):
-        raise ValueError(f"give 1 to {LARGEST_BATCH} prompts of at least one token, not {len(prompts)}")
+    if not 1 <= len(prompts) <= LARGEST_BATCH:
+        raise ValueError(f"a batch must hold 1 to {LARGEST_BATCH} prompts, got {len(prompts)}: split it")
+    if not all(prompts):
+        raise ValueError("each prompt must have at least one token, got an empty one: leave it out")
 
 
-def stream(
-    loop: Loop, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int]
+def decode_steps(
+    loop: DecodeLoop, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int]
 ) -> Iterator[list[int | None]]:
-    """What `decode_batch` returns."""
+    """Run a loop until every sequence has yielded a stop token, or max_new_tokens; see `decode_batch`."""
     ended = [False] * len(prompts)
     try:
         with torch.inference_mode():
             loop.start(prompts)
         for left in range(max_new_tokens - 1, -1, -1):
-            arrived = sent(loop.tokens)
+            arrived = copy_to_host_async(loop.tokens)
             if left:
                 with torch.inference_mode():
                     loop.advance()
@@ -196,11 +204,16 @@ def stream(
         ) from error
 
 
-def sent(tokens: Tensor) -> Any:
-    """Begin to send tokens to the host; what is returned waits for them, and for nothing that comes later."""
+def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
+    """Begin to copy tokens to the host.
+
+    Returns
+    -------
+    Function that waits for this copy alone, not for later work on the device, and returns the tokens.
+    """
     if tokens.device.type != "cuda":
-        kept = tokens.tolist()
-        return lambda: kept
+        copied = tokens.tolist()
+        return lambda: copied
     host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
     host.copy_(tokens, non_blocking=True)
     event = torch.cuda.Event()

@@ -1,6 +1,6 @@
-"""Does the compiled decoder say what transformers says? The same greedy text, and logits within a derived bound.
+"""Compare the compiled decoder with transformers: equal greedy texts, and logits within a derived bound.
 
-transformers runs a dense twin of the packed model: the same numbers, multiplied out in float64 and rounded once.
+transformers runs a dense twin of the packed model: the same weights, multiplied out in float64 and rounded once.
 """
 
 import copy
@@ -34,11 +34,11 @@ PROMPTS = (
     "Question: why is the sky blue?\nAnswer:",
     "She opened the old wooden door and",
 )
-NOISE = 2.0**-30  # far above float64's rounding, far below what changes a well-conditioned result
+NOISE = 2.0**-30  # relative noise: far above float64's rounding, and small enough for a linear response
 
 
 def dense_twin(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A copy of a packed model with dense layers, embedding and head of the same values, for transformers to run."""
+    """Copy a packed model with dense layers, embedding and head of equal values, for transformers to run."""
     packed = packed_layers(model)
     skipped = {id(layer): layer for layer in packed.values()}  # shared, not copied: they are replaced
     model = copy.deepcopy(model, skipped)
@@ -61,17 +61,18 @@ def dense_twin(model: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def logit_bound(model: Any, tokens: Sequence[Tensor], draws: int = 3) -> tuple[list[Tensor], list[Tensor]]:
-    """Exact logits of token sequences, and how far those of a float32 computation may lie from them.
+    """Compute exact logits of token sequences, and a bound on the error of a float32 computation.
 
-    |error| <= 2 n eps M: n roundings of an entry, at most the terms of all sums on its way from embedding to logits;
-    M how far the largest logit of a position moves per unit of relative noise in the weights, the largest logit itself
-    included, as measured in float64 with a few draws of noise.
+    |error| <= 2 n eps M. n is the number of roundings on the way from embedding to logits, at most the terms of all
+    sums (`rounding_terms`). M is the larger of a position's largest logit and of its largest change per unit of
+    relative noise in the weights, measured in float64 with a few draws of noise.
 
     Parameters
     ----------
     model : packed transformers model
     tokens : sequence of (length,) int64 tensors
     draws : int
+        Draws of noise.
 
     Returns
     -------
@@ -95,13 +96,13 @@ def logit_bound(model: Any, tokens: Sequence[Tensor], draws: int = 3) -> tuple[l
 
 
 def rounding_terms(model: Any, length: int) -> int:
-    """Terms of all sums that a logit has on its way: each layer's inputs and ranks, the positions, the head."""
+    """Count the terms of all sums behind a logit: each layer's inputs and ranks, the positions, the head."""
     layers = packed_layers(model).values()
     return model.config.hidden_size + sum(layer.d_in + sum(layer.ranks) + length for layer in layers)
 
 
 def transformers_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[int], list[np.ndarray]]:
-    """`count` tokens after a prompt (length,) by transformers with its cache, and the logits that chose each."""
+    """Generate `count` tokens after a prompt (length,) by transformers; return them and each one's logits."""
     tokens, logits = [], []
     past = cache_argument(transformers().DynamicCache(config=model.config), model.forward)
     with torch.inference_mode():
@@ -116,7 +117,7 @@ def transformers_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[in
 
 
 def decoder_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[int], list[np.ndarray]]:
-    """The same by the compiled decoder."""
+    """Generate `count` tokens after a prompt (length,) by the compiled decoder; return them and each one's logits."""
     decoder = Decoder(decodable(model), len(prompt) + count)
     tokens, logits = [], [decoder(prompt.numpy()).copy()]
     for left in range(count - 1, -1, -1):
@@ -126,12 +127,12 @@ def decoder_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[int], l
     return tokens, logits
 
 
-def agreement(
+def measure_parity(
     model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, count: int = 256, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Greedy texts of the compiled decoder and of transformers in float32 with the same weights, compared.
+    """Compare greedy texts and logits of the compiled decoder with transformers in float32 with the same weights.
 
-    Both go on to the last token; where a model ends its text, the text goes on.
+    Both generate `count` tokens, also beyond a stop token.
 
     Parameters
     ----------
@@ -139,15 +140,19 @@ def agreement(
     tokenizer : its tokenizer
     prompts : sequence of str
     count : int
-        New tokens for each.
+        New tokens after each prompt.
     progress : bool
+        Whether to show a progress bar.
 
     Returns
     -------
-    One dict per prompt: prompt, tokens (new), same (how many are equal before the first that differs), gap (of the two
-    likeliest tokens' exact logits: where the texts part, else the smallest), error and transformers_error (largest
-    distance of a logit from its exact value while the texts are the same), bound_share (the larger of the two over
-    the bound of its position).
+    One dict per prompt:
+
+    - prompt, and tokens (`count`);
+    - same: number of equal tokens before the first difference;
+    - gap: difference of the two largest exact logits at the first different token, or the smallest if all are equal;
+    - error, transformers_error: largest error of a logit while the texts are equal;
+    - bound_share: the larger of the two errors / `logit_bound` at its position.
     """
     check_number("count", count, low=1, whole=True)
     starts = [flat_tokens(tokenizer(prompt)["input_ids"], model) for prompt in prompts]
@@ -161,11 +166,11 @@ def agreement(
     texts = [torch.cat([start, torch.tensor(tokens[:-1])]) for start, (tokens, _), _ in pairs]
     exact, bounds = logit_bound(model, texts)
     rows = []
-    for at, (start, mine, theirs) in enumerate(pairs):
-        same = next((k for k, (a, b) in enumerate(zip(mine[0], theirs[0], strict=True)) if a != b), count)
-        seen = min(same + 1, count)  # logits of the same text
+    for at, (start, ours, theirs) in enumerate(pairs):
+        same = next((k for k, (a, b) in enumerate(zip(ours[0], theirs[0], strict=True)) if a != b), count)
+        seen = min(same + 1, count)  # logits that follow equal texts
         true, bound = (each[len(start) - 1 :][:seen].numpy() for each in (exact[at], bounds[at]))
-        errors = [np.abs(np.stack(logits[:seen]) - true).max(-1) for _, logits in (mine, theirs)]
+        errors = [np.abs(np.stack(logits[:seen]) - true).max(-1) for _, logits in (ours, theirs)]
         likeliest = np.sort(true, -1)[:, -2:]
         gaps = likeliest[:, 1] - likeliest[:, 0]
         rows.append(

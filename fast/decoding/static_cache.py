@@ -1,8 +1,8 @@
-"""Any causal language model of transformers as an engine for decode_cuda.py: its forward, a cache of fixed size.
+"""Decode any causal language model of transformers: its own forward, with a cache of fixed size.
 
-transformers' StaticCache keeps the length of windows in Python, which a captured graph cannot change. Here all layers
-have room for all tokens, where the next one goes is a tensor that they share, and windows are left to the masks, which
-transformers makes on the device from that tensor.
+transformers' StaticCache keeps the length of sliding windows in Python, which a captured graph cannot change. Here all
+layers have room for all tokens and share a tensor with the next position. Windows are left to the attention masks,
+which transformers computes on the device from that tensor.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from .architecture import NotDecodableError
 
 
 class FixedLayer(StaticLayer):
-    """Keys and values of one layer.
+    """Hold the keys and values of one layer, (batch, kv_heads, capacity, size).
 
     Parameters
     ----------
     capacity : int
-        Tokens.
+        Tokens that there is room for.
     position : () int64 tensor
-        Where the next one goes; shared.
+        Position of the next token, shared by all layers.
     """
 
     keys: Any
@@ -37,7 +37,7 @@ class FixedLayer(StaticLayer):
         self.position = position
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Put the keys and values of new tokens into their places; returns all."""
+        """Store the keys and values of new tokens; return the whole cache."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         places = self.position + torch.arange(key_states.shape[-2], device=self.position.device)
@@ -46,15 +46,15 @@ class FixedLayer(StaticLayer):
         return self.keys, self.values
 
     def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
-        """Tokens that a mask must cover, and the first one."""
+        """Return how many tokens a mask must cover, and the position of the first."""
         return self.max_cache_len, 0
 
     def get_seq_length(self, *_: Any) -> Any:
-        """Tokens kept: on the device, since it must not be known when a graph is captured."""
+        """Return the number of cached tokens as a tensor, since a graph must not capture its value."""
         return self.position
 
     def grow(self, capacity: int) -> None:
-        """Make room for more tokens."""
+        """Enlarge the cache to a capacity, and keep what it holds."""
         more = capacity - self.max_cache_len
         self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
         self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
@@ -62,9 +62,9 @@ class FixedLayer(StaticLayer):
 
 
 class StaticEngine:
-    """A model, and a cache for a batch of sequences; see decode_cuda.Engine.
+    """Run a transformers model on a batch of sequences, with a cache of fixed size; implements `engines.Engine`.
 
-    Shorter prompts are filled up on the left, and what fills them is masked.
+    Shorter prompts are padded on the left, and the padding is masked.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class StaticEngine:
     Raises
     ------
     NotDecodableError
-        If transformers says that the model takes no cache of fixed size, or it has experts.
+        If transformers does not support a cache of fixed size for the model, or it has experts.
     """
 
     def __init__(self, model: Any, batch: int, capacity: int):
@@ -85,15 +85,15 @@ class StaticEngine:
         self.model, self.batch, self.capacity = model, batch, capacity
         self.device = device_of(model)
         self.position = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.positions = torch.zeros(batch, dtype=torch.int64, device=self.device)  # without what fills them up
+        self.positions = torch.zeros(batch, dtype=torch.int64, device=self.device)  # without the padding
         self.mask = torch.ones(batch, capacity, dtype=torch.bool, device=self.device)
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = Cache(layers=[FixedLayer(capacity, self.position) for _ in range(layers)])
         self.past = cache_argument(self.cache, model.forward)
-        self.takes_places = takes(model.forward, "cache_position")  # else the cache itself is asked for them
+        self.takes_places = takes(model.forward, "cache_position")  # other models ask the cache
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits (batch, vocabulary) after the prompts."""
+        """Compute logits (batch, vocabulary) after the prompts, which fill the empty cache."""
         longest = max(map(len, prompts))
         rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -106,14 +106,22 @@ class StaticEngine:
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, vocabulary) after one more token of each sequence."""
+        """Compute logits (batch, vocabulary) after one more token of each sequence, (batch,) int64."""
         logits = self.forward(tokens[:, None], self.mask, self.positions[:, None])
         self.position.add_(1)
         self.positions.add_(1)
         return logits
 
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Logits of the last tokens."""
+        """Compute logits (batch, vocabulary) after the last of `tokens`, (batch, count) int64.
+
+        Parameters
+        ----------
+        tokens : (batch, count) int64 tensor
+        mask : (batch, length) bool tensor
+            False where padding is.
+        positions : (batch, count) int64 tensor
+        """
         further = dict(self.past)
         if self.takes_places:
             further["cache_position"] = self.position + torch.arange(tokens.shape[1], device=self.device)
@@ -128,12 +136,12 @@ class StaticEngine:
         return found.logits[:, -1]
 
     @property
-    def larger(self) -> int:
+    def next_capacity(self) -> int:
         """The capacity to grow to."""
         return 2 * self.capacity
 
     def grow(self, capacity: int) -> None:
-        """Make room for more tokens."""
+        """Enlarge the cache to a capacity, and keep what it holds."""
         for layer in self.cache.layers:
             layer.grow(capacity)  # type: ignore[attr-defined]
         self.mask = torch.nn.functional.pad(self.mask, (0, capacity - self.capacity), value=True)

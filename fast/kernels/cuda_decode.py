@@ -1,24 +1,44 @@
-"""What else a decoded token needs on NVIDIA GPUs, in Numba CUDA: embedding, norms, attention with its cache, the head.
+"""Compute what a decoded token needs besides its linear layers on NVIDIA GPUs, in Numba CUDA.
 
-    embed    x = table[token]
-    added    x += y
-    normed   y_i = weight_i x_i / sqrt(mean(x^2) + eps)
-    gated    y_i = activation(x_i) x_(n + i)
-    attend   rotates query and key, keeps key and value, and attends to all that is kept
-    logits   head of a table of 8 or 4 bits
+    embed       x = table[token]
+    add         x += y
+    rms_norm    y_i = weight_i x_i / sqrt(mean(x^2) + eps)
+    swiglu      y_i = silu(x_i) x_(n + i)
+    attend      RoPE, append key and value to the cache, attention over the cache
+    logits      y = table x, for a table of 8 or 4 bits
 
-x is the residual stream, float32. Whatever writes it also writes sums of squares, one for each block, from which the
-next kernel has the norm without a pass of its own.
+x is the residual stream, float32. A kernel that writes x also writes one sum of squares per block, so the next RMSNorm
+needs no pass over x of its own.
 
-`attend` is flash decoding (Dao and others, 2023): each team of lanes has a token at a time, keeps the sum of values
-that it has seen so far relative to its largest score (Milakov and Gimelshein, arXiv 1805.02867), and teams and warps
-put their sums together. Blocks that share a context do too, or leave theirs for the kernel that reads them next
-(`cuda.Shares`). How many share it is found from the position, which lies in device memory, so that a captured graph
-serves all positions that the cache has room for. Keys and values that earlier steps kept are fetched before the kernel
-waits for the one before it.
+Attention of one query per head over t cached tokens is y = sum_t softmax(q . k_t / sqrt(size)) v_t. Each key and
+value that is read serves few queries, so memory bandwidth limits the kernel. Three ideas keep it near that limit:
+
+- Online softmax (Milakov and Gimelshein, arXiv 1805.02867). A running triple (m, s, v) holds the largest score so
+  far, the sum of exp(score - m), and the sum of exp(score - m) times the values. A larger score rescales s and v by
+  exp(old m - new m). One pass over the tokens suffices, and no score is stored. Two triples combine by the same rule.
+- Split-KV, also called flash decoding (Dao and others, 2023). One query per head gives too few blocks to fill a GPU,
+  so n blocks share a context: each attends to one n-th of the tokens and leaves its triple, a split-KV partial. Either
+  the last block to arrive combines them (`combine`), or the next kernel combines them while it reads its input
+  (`cuda_gemv.Shares`), which saves a wait. Inside a block, teams of lanes and warps divide the tokens as well.
+- Double buffering: each team loads the keys and values of its next tokens into registers before it computes on the
+  current ones. The first loads start before the previous kernel ends (programmatic dependent launch), since they read
+  only what earlier steps wrote.
+
+The number of splits in use follows from the position, which lies in device memory. So one captured CUDA graph serves
+every position that the cache has room for.
+
+Bytes per token: each step reads the whole cache once, 4 * kv_heads * size bytes for each cached token and layer
+(float16 keys and values), 16 KiB in Llama-2-7B's shape. Measured there on an H100, one layer, full cache
+(book/results/cuda_decode.json for 128 tokens, book/results/cuda_cache.json for the others):
+
+    context                        128      1024     8192     32768
+    time, us                       4.9      11.9     47.8     175.9
+    bandwidth / copy bandwidth     0.35     0.60     1.16     1.26
+
+Short contexts are bound by latency. Long ones exceed a device-to-device copy, which also has to write.
 """
 
-# What Numba makes of cuda.threadIdx and its like is not what their Python stand-ins say.
+# The Python stand-ins of cuda.threadIdx and similar names have other types than Numba gives them.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportRedeclaration=false
 # pyright: reportOptionalSubscript=false
@@ -27,21 +47,21 @@ from typing import Any, NamedTuple
 
 from numba import config, cuda, float32, int32, types, uint32
 
-from .cuda_gemv import ACTIVATIONS, EIGHT, SUMMARY, eight_times, load2, load4, plus, single_eight, times
+from .cuda_gemv import EIGHT, SUMMARY, eight_times, load2, load4, plus, silu, single_eight, times, zeros
 from .cuda_intrinsics import as_float, exponential, halves, larger, let_next_start, permute, reciprocal_root, wait
 from .cuda_plain import ELEMENTS, HALVES, POINTER, ROUND, SIGNATURES, SINGLES, half_at, kernel_factory, warp_sum
 
-WARPS = 4  # of a block of the element-wise kernels, whose threads have eight entries each
-EIGHTS = 32 * WARPS
-LOGIT_ROWS = 4  # of a table, that a warp multiplies at once
-LOWEST = -1e30  # score of what is not there
+WARPS = 4  # warps per block of the element-wise kernels
+THREADS = 32 * WARPS  # each thread computes eight neighbouring columns
+LOGIT_ROWS = 4  # table rows that a warp multiplies at once
+LOWEST = -1e30  # score of a token that does not exist: its weight is 0
 INTEGERS = POINTER(types.int64)
 
 if config.ENABLE_CUDASIM:
 
     @cuda.jit(device=True)
-    def ticket(array, index):
-        """How many were there before, of those that count one up at an element of an array of int32."""
+    def count_arrival(array, index):
+        """Add 1 to an element of an int32 array atomically; return its old value."""
         return cuda.atomic.add(array, int(index), 1)
 
 else:
@@ -51,8 +71,8 @@ else:
     from .cuda_intrinsics import WORD, place_of
 
     @intrinsic
-    def ticket(typingctx, array, index):
-        """How many were there before, of those that count one up at an element of an array of int32."""
+    def count_arrival(typingctx, array, index):
+        """Add 1 to an element of an int32 array atomically; return its old value."""
 
         def codegen(context, builder, signature, args):
             place = builder.ptrtoint(place_of(context, builder, signature.args[0], args), ir.IntType(64))
@@ -63,8 +83,8 @@ else:
         return types.int32(array, types.uint32), codegen
 
 
-def over(function: Any, count: int) -> Any:
-    """A device function: what `function` makes of each of `count` items of a tuple, and of `rest`, as a tuple."""
+def map_tuple(function: Any, count: int) -> Any:
+    """Make a device function (items, rest) -> tuple of function(item, rest), unrolled over `count` items."""
     if count == 1:
 
         @cuda.jit(device=True, forceinline=True)
@@ -72,7 +92,7 @@ def over(function: Any, count: int) -> Any:
             return (function(items[0], rest),)
 
         return only
-    others = over(function, count - 1)
+    others = map_tuple(function, count - 1)
 
     @cuda.jit(device=True, forceinline=True)
     def every(items, rest):
@@ -81,8 +101,8 @@ def over(function: Any, count: int) -> Any:
     return every
 
 
-def folded(function: Any, count: int) -> Any:
-    """A device function: `function` of an item of a tuple and what it made of those before, at first `start`."""
+def reduce_tuple(function: Any, count: int) -> Any:
+    """Make a device function (items, start) that folds items from the left by function(item, result so far)."""
     if count == 1:
 
         @cuda.jit(device=True, forceinline=True)
@@ -90,7 +110,7 @@ def folded(function: Any, count: int) -> Any:
             return function(items[0], start)
 
         return only
-    others = folded(function, count - 1)
+    others = reduce_tuple(function, count - 1)
 
     @cuda.jit(device=True, forceinline=True)
     def every(items, start):
@@ -99,8 +119,11 @@ def folded(function: Any, count: int) -> Any:
     return every
 
 
-def summed(lanes: int) -> Any:
-    """A device function: the sum over so many neighbouring lanes, a power of two, the same in each of them."""
+def warp_reduce_sum(lanes: int) -> Any:
+    """Make a device function that sums a value over groups of `lanes` neighbouring lanes, a power of two.
+
+    Every lane gets the sum of its group (butterfly reduction by shuffles).
+    """
     if lanes == 1:
 
         @cuda.jit(device=True, forceinline=True)
@@ -108,7 +131,7 @@ def summed(lanes: int) -> Any:
             return value
 
         return alone
-    half, distance = summed(lanes // 2), lanes // 2
+    half, distance = warp_reduce_sum(lanes // 2), lanes // 2
 
     @cuda.jit(device=True, forceinline=True)
     def both(value):
@@ -119,14 +142,14 @@ def summed(lanes: int) -> Any:
 
 @cuda.jit(device=True, forceinline=True)
 def dot(a, b):
-    """Product of eight numbers and eight."""
+    """Compute the dot product of two tuples of eight numbers."""
     one = a[0] * b[0] + a[1] * b[1] + (a[2] * b[2] + a[3] * b[3])
     return one + (a[4] * b[4] + a[5] * b[5] + (a[6] * b[6] + a[7] * b[7]))
 
 
 @cuda.jit(device=True, forceinline=True)
-def put_eight(array, at, v, rounded):
-    """Eight numbers into neighbouring elements of an array."""
+def store8(array, at, v, rounded):
+    """Round eight numbers and store them in neighbouring elements of an array."""
     array[uint32(at)], array[uint32(at + 1)] = rounded(v[0]), rounded(v[1])
     array[uint32(at + 2)], array[uint32(at + 3)] = rounded(v[2]), rounded(v[3])
     array[uint32(at + 4)], array[uint32(at + 5)] = rounded(v[4]), rounded(v[5])
@@ -135,7 +158,7 @@ def put_eight(array, at, v, rounded):
 
 @cuda.jit(device=True, forceinline=True)
 def block_sum(value, shared, warps):
-    """Sum over a block, the same in every thread."""
+    """Sum a value over a block; every thread gets the sum. `shared` holds one float32 per warp."""
     value, thread = warp_sum(value), int32(cuda.threadIdx.x)
     if thread & 31 == 0:
         shared[uint32(thread >> 5)] = value
@@ -147,28 +170,26 @@ def block_sum(value, shared, warps):
 
 
 @cuda.jit(device=True, forceinline=True)
-def put_squares(squares, v, shared):
-    """The sum of squares of a block's entries, as one of those of its row."""
+def store_squares(squares, v, shared):
+    """Store the sum of squares of a block's entries in squares[row, block]."""
     total = block_sum(dot(v, v), shared, WARPS)
     if cuda.threadIdx.x == 0:
         squares[uint32(cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x)] = total
 
 
 @cuda.jit(device=True, forceinline=True)
-def my_column():
-    """The first of a thread's eight columns."""
-    return int32(8 * int32(int32(cuda.blockIdx.x * EIGHTS) + int32(cuda.threadIdx.x)))
+def first_column():
+    """Compute the first of a thread's eight columns."""
+    return int32(8 * int32(int32(cuda.blockIdx.x * THREADS) + int32(cuda.threadIdx.x)))
 
 
 @cuda.jit(device=True, forceinline=True)
-def nothing():
-    """Eight zeros."""
-    return float32(0), float32(0), float32(0), float32(0), float32(0), float32(0), float32(0), float32(0)
+def bytes_to_floats(word):
+    """Convert the four signed bytes of a word to float32, without integer conversions.
 
-
-@cuda.jit(device=True, forceinline=True)
-def four_bytes(word):
-    """Four signed bytes as float32: a byte put below the bits of 2^23 is added to it."""
+    The float32 with exponent bits 0x4B and a byte as its lowest mantissa bits is 2^23 + byte. Flipping the sign bit of
+    a signed byte adds 128, so subtracting 2^23 + 128 leaves the signed value.
+    """
     flipped, ones = uint32(word ^ uint32(0x80808080)), uint32(0x4B000000)
     middle = float32(8388736.0)  # 2^23 + 128
     return (
@@ -180,145 +201,148 @@ def four_bytes(word):
 
 
 @cuda.jit(device=True, forceinline=True)
-def bytes_eight(codes, scale, offset, row, column, size, group):
-    """Eight entries of a row of a table of 8 bits."""
+def load8_int8(codes, scale, offset, row, column, size, group):
+    """Load and dequantize eight entries of a row of an 8-bit table."""
     low, high = load2(codes, uint32(row * size + column))
-    both = (*four_bytes(low), *four_bytes(high))
+    both = (*bytes_to_floats(low), *bytes_to_floats(high))
     return eight_times(both, half_at(scale, row * (size // group) + column // group))
 
 
 @cuda.jit(device=True, forceinline=True)
-def nibbles_eight(codes, scale, offset, row, column, size, group):
-    """Eight entries of a row of a table of 4 bits: the low or the high halves of eight of the 16 bytes of a group."""
+def load8_int4(codes, scale, offset, row, column, size, group):
+    """Load and dequantize eight entries of a row of a 4-bit table.
+
+    A group is 32 entries in 16 bytes: entries 0 to 15 are the low nibbles, 16 to 31 the high ones.
+    """
     place, within = row * (size // 2) + (column // 32) * 16, column % 32
     low, high = load2(codes, uint32(place + within % 16))
     shift, mask = uint32(4 if within >= 16 else 0), uint32(0x0F0F0F0F)
     low, high = uint32((low >> shift) & mask), uint32((high >> shift) & mask)
-    both = (*four_bytes(low), *four_bytes(high))
+    both = (*bytes_to_floats(low), *bytes_to_floats(high))
     at = row * (size // group) + column // group
     factor, first = half_at(scale, at), half_at(offset, at)
     both = eight_times(both, factor)
     return plus(both, (first, first, first, first, first, first, first, first))
 
 
-def dense_eight(kind: str) -> Any:
-    """Likewise of a table of float16, bfloat16 or float32."""
-    eight_at = EIGHT[kind]
+def load8_dense(dtype: str) -> Any:
+    """Make a device function that loads eight entries of a row of a float16, bfloat16 or float32 table."""
+    eight_at = EIGHT[dtype]
 
     @cuda.jit(device=True, forceinline=True)
-    def eight(entries, scale, offset, row, column, size, group):
+    def load8(entries, scale, offset, row, column, size, group):
         return eight_at(entries, row * size + column)
 
-    return eight
+    return load8
 
 
 BYTES = POINTER(types.uint8)
-#: How eight entries of a row of a table are read, and of what type its array is, by the table's kind.
+#: Table type -> (device function that loads eight entries of a row, type of the array).
 TABLES = {
-    **{kind: (dense_eight(kind), ELEMENTS[kind]) for kind in EIGHT},
-    "8": (bytes_eight, BYTES),
-    "4": (nibbles_eight, BYTES),
+    **{dtype: (load8_dense(dtype), ELEMENTS[dtype]) for dtype in EIGHT},
+    "8": (load8_int8, BYTES),
+    "4": (load8_int4, BYTES),
 }
 
 
 @kernel_factory
-def embed(kind: str) -> Any:
-    """x[b] = table[tokens[b]], for a table of a kind in TABLES."""
-    eight, entries = TABLES[kind]
+def embed(table: str) -> Any:
+    """Make the kernel x[b] = table[tokens[b]], for a table type in TABLES."""
+    load8, entries = TABLES[table]
 
     @cuda.jit
-    def kernel(tokens, table, scale, offset, x, squares, size, group):
-        """Grid (blocks of eight columns a thread, rows)."""
+    def kernel(tokens, codes, scale, offset, x, squares, size, group):
+        """Grid (columns / (8 THREADS), rows); tables that are not quantized ignore scale, offset and group."""
         shared = cuda.shared.array(WARPS, float32)
-        column, row, v = my_column(), int32(cuda.blockIdx.y), nothing()
+        column, row, v = first_column(), int32(cuda.blockIdx.y), zeros()
         if column < size:
-            v = eight(table, scale, offset, tokens[row], column, size, group)
-            put_eight(x, row * size + column, v, float32)
-        put_squares(squares, v, shared)
+            v = load8(codes, scale, offset, tokens[row], column, size, group)
+            store8(x, row * size + column, v, float32)
+        store_squares(squares, v, shared)
 
     SIGNATURES[kernel] = types.void(INTEGERS, entries, HALVES, HALVES, SINGLES, SINGLES, types.int32, types.int32)
     return kernel
 
 
 @kernel_factory
-def added(kind: str) -> Any:
-    """Add to x: x += y, for y of a kind in EIGHT."""
-    eight_at = EIGHT[kind]
+def add(dtype: str) -> Any:
+    """Make the kernel x += y, for y of a dtype in EIGHT."""
+    eight_at = EIGHT[dtype]
 
     @cuda.jit
     def kernel(y, x, squares, size):
-        """Grid as of `embed`."""
+        """Grid as for `embed`."""
         shared = cuda.shared.array(WARPS, float32)
-        column, row, v = my_column(), int32(cuda.blockIdx.y), nothing()
+        column, row, v = first_column(), int32(cuda.blockIdx.y), zeros()
         if column < size:
             at = int32(row * size + column)
             v = plus(single_eight(x, at), eight_at(y, at))
-            put_eight(x, at, v, float32)
-        put_squares(squares, v, shared)
+            store8(x, at, v, float32)
+        store_squares(squares, v, shared)
 
-    SIGNATURES[kernel] = types.void(ELEMENTS[kind], SINGLES, SINGLES, types.int32)
+    SIGNATURES[kernel] = types.void(ELEMENTS[dtype], SINGLES, SINGLES, types.int32)
     return kernel
 
 
 @kernel_factory
-def normed(kind: str) -> Any:
-    """y_i = weight_i x_i / sqrt(sum(squares) / size + eps), y of a kind in EIGHT."""
-    rounded = ROUND[kind]
+def rms_norm(dtype: str) -> Any:
+    """Make the kernel y_i = weight_i x_i / sqrt(sum(squares) / size + eps), for y of a dtype in EIGHT."""
+    rounded = ROUND[dtype]
 
     @cuda.jit
     def kernel(x, weight, squares, y, size, count, eps):
-        """Grid as of `embed`; `count` squares for each row."""
+        """Grid as for `embed`; each row has `count` partial sums of squares."""
         shared = cuda.shared.array(WARPS, float32)
-        column, row, mine, at = my_column(), int32(cuda.blockIdx.y), float32(0), int32(cuda.threadIdx.x)
+        column, row, mine, at = first_column(), int32(cuda.blockIdx.y), float32(0), int32(cuda.threadIdx.x)
         while at < count:
             mine += squares[uint32(row * count + at)]
-            at = int32(at + EIGHTS)
+            at = int32(at + THREADS)
         factor = reciprocal_root(block_sum(mine, shared, WARPS) / float32(size) + eps)
         if column < size:
             place = int32(row * size + column)
             v = times(eight_times(single_eight(x, place), factor), single_eight(weight, column))
-            put_eight(y, place, v, rounded)
+            store8(y, place, v, rounded)
 
-    arrays = (SINGLES, SINGLES, SINGLES, ELEMENTS[kind])
+    arrays = (SINGLES, SINGLES, SINGLES, ELEMENTS[dtype])
     SIGNATURES[kernel] = types.void(*arrays, types.int32, types.int32, types.float32)
     return kernel
 
 
 @kernel_factory
-def gated(kind: str, activation: str) -> Any:
-    """y_i = activation(x_i) x_(size + i), both of a kind in EIGHT."""
-    eight_at, rounded, curve = EIGHT[kind], ROUND[kind], ACTIVATIONS[activation]
+def swiglu(dtype: str) -> Any:
+    """Make the kernel y_i = silu(x_i) x_(size + i), for x and y of a dtype in EIGHT."""
+    eight_at, rounded = EIGHT[dtype], ROUND[dtype]
 
     @cuda.jit
     def kernel(x, y, size):
-        """Grid as of `embed`."""
-        column, row = my_column(), int32(cuda.blockIdx.y)
+        """Grid as for `embed`."""
+        column, row = first_column(), int32(cuda.blockIdx.y)
         if column < size:
             place = int32(2 * row * size + column)
             a = eight_at(x, place)
-            a = curve(a[0]), curve(a[1]), curve(a[2]), curve(a[3]), curve(a[4]), curve(a[5]), curve(a[6]), curve(a[7])
-            put_eight(y, row * size + column, times(a, eight_at(x, int32(place + size))), rounded)
+            a = silu(a[0]), silu(a[1]), silu(a[2]), silu(a[3]), silu(a[4]), silu(a[5]), silu(a[6]), silu(a[7])
+            store8(y, row * size + column, times(a, eight_at(x, int32(place + size))), rounded)
 
-    SIGNATURES[kernel] = types.void(ELEMENTS[kind], ELEMENTS[kind], types.int32)
+    SIGNATURES[kernel] = types.void(ELEMENTS[dtype], ELEMENTS[dtype], types.int32)
     return kernel
 
 
 @kernel_factory
-def logits(kind: str, table: str, vectors: int) -> Any:
-    """y[b, r] = table[r] . x[b], for x of a kind in EIGHT, a table of 8 or 4 bits, and 1, 2 or 4 vectors at once.
+def logits(dtype: str, table: str, vectors: int) -> Any:
+    """Make the kernel y[b, r] = table[r] . x[b], for x of a dtype in EIGHT and a table of "8" or "4" bits.
 
-    A warp has LOGIT_ROWS rows at once, and a lane eight neighbouring entries of each, so that what is read of x serves
-    several rows and what is read of the table several vectors.
+    A warp computes LOGIT_ROWS rows for 1, 2 or 4 `vectors` of x, and a lane loads eight neighbouring entries of each.
+    So each entry of x that is read serves several rows, and each entry of the table several vectors.
     """
-    eight_at = EIGHT[kind]
-    eight, entries = TABLES[table]
+    eight_at = EIGHT[dtype]
+    load8, entries = TABLES[table]
 
     @cuda.jit(device=True, forceinline=True)
-    def further(item, rest):
-        """A row's number and its sums, with eight more entries."""
+    def multiply(item, rest):
+        """Add eight more products to each of a row's sums."""
         number, sums = item
         codes, scale, offset, first, last, column, size, group, x = rest
-        v = eight(codes, scale, offset, min(int32(first + number), last), column, size, group)
+        v = load8(codes, scale, offset, min(int32(first + number), last), column, size, group)
         a, b, c, d = sums
         a += dot(v, x[0])
         if vectors > 1:
@@ -329,8 +353,8 @@ def logits(kind: str, table: str, vectors: int) -> Any:
         return number, (a, b, c, d)
 
     @cuda.jit(device=True, forceinline=True)
-    def put(item, rest):
-        """Put a row's logits."""
+    def store(item, rest):
+        """Reduce a row's sums over the warp and store its logits."""
         number, sums = item
         y, first, last, vector, rows, count, lane = rest
         row = int32(first + number)
@@ -351,19 +375,19 @@ def logits(kind: str, table: str, vectors: int) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def fresh(number, rest):
-        """A row that has no sums yet."""
+        """Start a row: its number and four sums of zero."""
         return int32(number), (float32(0), float32(0), float32(0), float32(0))
 
     numbers = tuple(range(LOGIT_ROWS))
-    begin, step, leave = over(fresh, LOGIT_ROWS), over(further, LOGIT_ROWS), over(put, LOGIT_ROWS)
+    start_rows, multiply_rows, store_rows = (map_tuple(each, LOGIT_ROWS) for each in (fresh, multiply, store))
 
     @cuda.jit
     def kernel(x, codes, scale, offset, y, rows, count, size, group):
-        """Grid (blocks of WARPS * LOGIT_ROWS rows of the table, vectors / `vectors`)."""
+        """Grid (count / (WARPS * LOGIT_ROWS), rows / vectors): `count` rows of the table, `rows` vectors of x."""
         lane, warp = int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
         first = int32(int32(int32(cuda.blockIdx.x * WARPS) + warp) * LOGIT_ROWS)
         vector, last, column = int32(vectors * cuda.blockIdx.y), int32(count - 1), int32(8 * lane)
-        items = begin(numbers, 0)
+        items = start_rows(numbers, 0)
         while column < size:
             a = eight_at(x, int32(vector * size + column))
             b = c = d = a
@@ -372,183 +396,166 @@ def logits(kind: str, table: str, vectors: int) -> Any:
             if vectors > 2:
                 c = eight_at(x, int32(min(int32(vector + 2), int32(rows - 1)) * size + column))
                 d = eight_at(x, int32(min(int32(vector + 3), int32(rows - 1)) * size + column))
-            items = step(items, (codes, scale, offset, first, last, column, size, group, (a, b, c, d)))
+            items = multiply_rows(items, (codes, scale, offset, first, last, column, size, group, (a, b, c, d)))
             column = int32(column + 256)
-        leave(items, (y, first, last, vector, rows, count, lane))
+        store_rows(items, (y, first, last, vector, rows, count, lane))
 
-    arrays = (ELEMENTS[kind], entries, HALVES, HALVES, SINGLES)
+    arrays = (ELEMENTS[dtype], entries, HALVES, HALVES, SINGLES)
     SIGNATURES[kernel] = types.void(*arrays, *[types.int32] * 4)
     return kernel
 
 
 @cuda.jit(device=True, forceinline=True)
-def half_words(words):
-    """Eight float16 in four words."""
+def halves_to_floats(words):
+    """Convert eight float16 in four words to float32."""
     (a, b), (c, d), (e, f), (g, h) = halves(words[0]), halves(words[1]), halves(words[2]), halves(words[3])
     return a, b, c, d, e, f, g, h
 
 
 @cuda.jit(device=True, forceinline=True)
-def bfloat_words(words):
-    """Eight bfloat16 in four words."""
-    up, upper = uint32(16), uint32(0xFFFF0000)
-    return (
-        as_float(words[0] << up), as_float(words[0] & upper), as_float(words[1] << up), as_float(words[1] & upper),
-        as_float(words[2] << up), as_float(words[2] & upper), as_float(words[3] << up), as_float(words[3] & upper),
-    )  # fmt: skip
-
-
-@cuda.jit(device=True, forceinline=True)
-def half_again(bits):
-    """A float16's bits as float32."""
+def half_to_float(bits):
+    """Convert the bits of a float16 to float32."""
     return halves(uint32(bits))[0]
 
 
-@cuda.jit(device=True, forceinline=True)
-def bfloat_again(bits):
-    """A bfloat16's bits as float32."""
-    return as_float(uint32(bits) << uint32(16))
-
-
-EIGHT_WORDS = {"half": half_words, "bfloat": bfloat_words}
-AGAIN = {"half": half_again, "bfloat": bfloat_again}
-
-
-class Attention(NamedTuple):
-    """What a kernel `attend` is made for.
+class AttentionConfig(NamedTuple):
+    """Parameters that an `attend` kernel is compiled for; the cache is float16.
 
     Attributes
     ----------
-    kind : str
-        Of the projections and of the output: a key of EIGHT.
-    kept : str
-        Of the cache: a key of EIGHT_WORDS.
+    dtype : str
+        Type of projections and output: a key of EIGHT.
     size : int
-        Of a head: 64, 128 or 256.
+        Entries of a head: 64, 128 or 256.
     group : int
-        Heads of a block, which have the same key and value: 1 to 8.
+        Query heads of a block, 1 to 8, which share one key-value head.
     warps : int
-        Of a block.
-    normed : bool
-        Whether query and key get an RMSNorm each before they are rotated (Qwen3).
-    whole : bool
-        Whether blocks that share a context put together what they have seen, the last of them what all have left; else
-        the kernel that comes next does, as `cuda.Shares`.
+        Warps of a block.
+    qk_norm : bool
+        Whether queries and keys pass an RMSNorm before RoPE (Qwen3).
+    combine : bool
+        Whether the last block to arrive combines the split-KV partials of a context. Otherwise the kernel leaves the
+        partials, and the next kernel combines them (`cuda_gemv.Shares`).
     """
 
-    kind: str
-    kept: str
+    dtype: str
     size: int
     group: int
     warps: int
-    normed: bool
-    whole: bool = True
+    qk_norm: bool
+    combine: bool = True
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads of a block."""
         return 32 * self.warps
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: each warp's largest score, sum of weights and weighted values, for each head."""
+        """Shared memory of a block, bytes: (largest score, sum of weights, weighted values) per warp and head."""
         return 4 * self.warps * self.group * (self.size + 2)
 
     @property
     def partial(self) -> int:
-        """Numbers that a block leaves of what it has seen."""
+        """Size of the partials that a block leaves, in float32."""
         return self.group * (self.size + SUMMARY)
 
     def unroll(self, early: bool) -> int:
-        """Tokens that a team of lanes looks at at once, for which registers suffice."""
+        """Choose how many tokens a team of lanes holds in registers at once."""
         return 4 if early and self.group <= 4 else 2
 
-    def at_once(self, early: bool) -> int:
-        """Tokens that a block looks at at once, and fetches before the kernel before it has ended."""
+    def tokens_in_flight(self, early: bool) -> int:
+        """Count the tokens whose keys and values a block loads at once, before the previous kernel ends."""
         return self.unroll(early) * self.warps * 256 // self.size
 
 
 @kernel_factory
-def attend(made: Attention, early: bool) -> Any:
-    """Attention of one new token of each sequence; see the top of this file."""
-    kind, kept, size, group, warps, is_normed, whole = made
-    eight_at, rounded, round_kept = EIGHT[kind], ROUND[kind], ROUND[kept]
-    decoded, again = EIGHT_WORDS[kept], AGAIN[kept]
-    lanes = size // 8  # that share a token
-    unroll = made.unroll(early)
-    teams, half = 32 // lanes, size // 2
-    team_sum = summed(lanes)
-    stretch, stride = size + 2, size + SUMMARY  # numbers of a warp, and of a block, for a head
-    merged_once = 32 * warps
+def attend(config: AttentionConfig, early: bool) -> Any:
+    """Make the kernel for attention of one new token of each sequence; the top of this file explains it."""
+    dtype, size, group, warps, qk_norm, combine = config
+    eight_at, rounded, round_to_half = EIGHT[dtype], ROUND[dtype], ROUND["half"]
+    lanes = size // 8  # lanes of a team, which share one token: eight entries each
+    unroll = config.unroll(early)
+    teams, half = 32 // lanes, size // 2  # teams of a warp
+    team_sum = warp_reduce_sum(lanes)
+    warp_stride, stride = size + 2, size + SUMMARY  # float32 per head of a warp's triple, and of a block's partial
+    threads = 32 * warps
     heads, tokens = tuple(range(group)), tuple(range(unroll))
 
     @cuda.jit(device=True, forceinline=True)
-    def fetched(number, rest):
-        """Key and value of one of the tokens that a team looks at, as they lie; of another where it has none."""
+    def load_key_value(number, rest):
+        """Load the words of a token's key and value, and whether the token exists.
+
+        The address of a token that does not exist is clamped to one that does, so that no load depends on a branch.
+        """
         keys, values, base, token, step, last = rest
         at = uint32(base + max(min(int32(token + int32(number * step)), last), int32(0)) * size)
         return load4(keys, at), load4(values, at), int32(token + int32(number * step)) <= last
 
     @cuda.jit(device=True, forceinline=True)
-    def read(item, rest):
-        """The same as numbers."""
-        return decoded(item[0]), decoded(item[1]), item[2]
+    def to_floats(item, rest):
+        """Convert a loaded key and value to float32."""
+        return halves_to_floats(item[0]), halves_to_floats(item[1]), item[2]
 
     @cuda.jit(device=True, forceinline=True)
-    def scored(item, query):
-        """A token's score and value."""
+    def score_token(item, query):
+        """Compute q . k of a token over its team of lanes; return it with the value."""
         score = team_sum(dot(item[0], query))
         return (score if item[2] else float32(LOWEST)), item[1]
 
     @cuda.jit(device=True, forceinline=True)
-    def higher(item, score):
-        """The larger score."""
+    def running_max(item, score):
+        """Return the larger of an item's score and the largest so far."""
         return larger(item[0], score)
 
     @cuda.jit(device=True, forceinline=True)
-    def weighed(item, sums):
-        """A score, to which all is relative, a sum of weights and one of values, with one more token."""
+    def accumulate(item, sums):
+        """Add a token to the triple (m, s, v).
+
+        s += w and v += w * value, with w = exp(score - m).
+        """
         weight = exponential(item[0] - sums[0]) if item[0] > float32(LOWEST) else float32(0)
         return sums[0], sums[1] + weight, plus(sums[2], eight_times(item[1], weight))
 
     @cuda.jit(device=True, forceinline=True)
-    def lowered(sums, top):
-        """Sums relative to a larger score."""
+    def rescale(sums, top):
+        """Make a triple relative to a larger score `top`."""
         factor = exponential(sums[0] - top)
         return top, sums[1] * factor, eight_times(sums[2], factor)
 
-    def seen(count: int) -> Any:
-        """A device function: a head that has seen so many more tokens."""
-        score, highest, weigh = over(scored, count), folded(higher, count), folded(weighed, count)
+    def attend_to(count: int) -> Any:
+        """Make a device function that updates each head's triple by `count` tokens: online softmax."""
+        score, largest = map_tuple(score_token, count), reduce_tuple(running_max, count)
+        add_all = reduce_tuple(accumulate, count)
 
         @cuda.jit(device=True, forceinline=True)
-        def see(item, ready):
+        def update(item, ready):
             query, sums = item
             scores = score(ready, query)
-            return query, weigh(scores, lowered(sums, highest(scores, sums[0])))
+            return query, add_all(scores, rescale(sums, largest(scores, sums[0])))
 
-        return over(see, group)
+        return map_tuple(update, group)
 
     @cuda.jit(device=True, forceinline=True)
-    def across(value, distance):
-        """That of the lane whose number differs in one bit."""
+    def exchange(value, distance):
+        """Return the value of the lane whose number differs in one bit."""
         return cuda.shfl_xor_sync(0xFFFFFFFF, value, distance)
 
     @cuda.jit(device=True, forceinline=True)
-    def united(item, distance):
-        """A head with what another team of the warp has seen."""
+    def combine_teams(item, distance):
+        """Combine a head's triple with the one of the team `distance` lanes away."""
         query, sums = item
         v = sums[2]
-        other = across(sums[0], distance), across(sums[1], distance), (
-            across(v[0], distance), across(v[1], distance), across(v[2], distance), across(v[3], distance),
-            across(v[4], distance), across(v[5], distance), across(v[6], distance), across(v[7], distance),
+        other = exchange(sums[0], distance), exchange(sums[1], distance), (
+            exchange(v[0], distance), exchange(v[1], distance), exchange(v[2], distance), exchange(v[3], distance),
+            exchange(v[4], distance), exchange(v[5], distance), exchange(v[6], distance), exchange(v[7], distance),
         )  # fmt: skip
         top = larger(sums[0], other[0])
-        sums, other = lowered(sums, top), lowered(other, top)
+        sums, other = rescale(sums, top), rescale(other, top)
         return query, (top, sums[1] + other[1], plus(sums[2], other[2]))
 
-    def all_united(distance: int) -> Any:
-        """A device function: heads with what all teams of the warp have seen."""
+    def combine_warp(distance: int) -> Any:
+        """Make a device function that combines the triples of all teams of a warp, from `distance` lanes on."""
         if distance == 32:
 
             @cuda.jit(device=True, forceinline=True)
@@ -556,7 +563,7 @@ def attend(made: Attention, early: bool) -> Any:
                 return items
 
             return alone
-        rest, once = all_united(2 * distance), over(united, group)
+        rest, once = combine_warp(2 * distance), map_tuple(combine_teams, group)
 
         @cuda.jit(device=True, forceinline=True)
         def further(items):
@@ -565,11 +572,14 @@ def attend(made: Attention, early: bool) -> Any:
         return further
 
     @cuda.jit(device=True, forceinline=True)
-    def turned(array, place, column, cosine, sine, weight):
-        """Eight entries of a query or key, normed and rotated."""
+    def apply_rope(array, place, column, cosine, sine, weight):
+        """Load eight entries of a query or key, and apply QK-norm, if any, and RoPE.
+
+        RoPE rotates entry i with entry i + half.
+        """
         partner = int32(column + half) if column < half else int32(column - half)
         own, other = eight_at(array, int32(place + column)), eight_at(array, int32(place + partner))
-        if is_normed:
+        if qk_norm:
             factor = reciprocal_root(team_sum(dot(own, own)) / float32(size) + weight[1])
             own = times(eight_times(own, factor), single_eight(weight[0], column))
             other = times(eight_times(other, factor), single_eight(weight[0], partner))
@@ -577,25 +587,30 @@ def attend(made: Attention, early: bool) -> Any:
         return plus(times(own, cosine), eight_times(times(other, sine), sign))
 
     @cuda.jit(device=True, forceinline=True)
-    def asked(head, rest):
-        """A head's query, scaled, which has seen nothing yet."""
+    def load_query(head, rest):
+        """Load a head's query, scaled, with an empty triple."""
         array, place, column, cosine, sine, weight, scale = rest
-        query = turned(array, int32(place + int32(head * size)), column, cosine, sine, weight)
-        return eight_times(query, scale), (float32(LOWEST), float32(0), nothing())
+        query = apply_rope(array, int32(place + int32(head * size)), column, cosine, sine, weight)
+        return eight_times(query, scale), (float32(LOWEST), float32(0), zeros())
 
     @cuda.jit(device=True, forceinline=True)
-    def as_kept(v):
-        """Eight numbers as the cache has them."""
+    def round_to_cache(v):
+        """Round eight numbers to float16 and back, as a later step reads them from the cache."""
         return (
-            again(round_kept(v[0])), again(round_kept(v[1])), again(round_kept(v[2])), again(round_kept(v[3])),
-            again(round_kept(v[4])), again(round_kept(v[5])), again(round_kept(v[6])), again(round_kept(v[7])),
+            half_to_float(round_to_half(v[0])), half_to_float(round_to_half(v[1])),
+            half_to_float(round_to_half(v[2])), half_to_float(round_to_half(v[3])),
+            half_to_float(round_to_half(v[4])), half_to_float(round_to_half(v[5])),
+            half_to_float(round_to_half(v[6])), half_to_float(round_to_half(v[7])),
         )  # fmt: skip
 
     @cuda.jit(device=True, forceinline=True)
-    def left(head, rest):
-        """Put what a warp has seen for a head into shared memory; a lane's eight values `lanes` apart."""
+    def store_partial(head, rest):
+        """Store a warp's triple of a head in shared memory.
+
+        A lane's eight values lie `lanes` apart, so that a store has no bank conflicts.
+        """
         shared, items, warp, part = rest
-        place = int32(int32(head * warps + warp) * stretch)
+        place = int32(int32(head * warps + warp) * warp_stride)
         sums = items[head][1]
         v = sums[2]
         for i in range(8):
@@ -605,8 +620,8 @@ def attend(made: Attention, early: bool) -> Any:
         return head
 
     @cuda.jit(device=True, forceinline=True)
-    def gathered(array, place, stride, count, column):
-        """Largest score, sum of weights and a weighted value, over what `count` warps or blocks have seen."""
+    def combine_partials(array, place, stride, count, column):
+        """Combine the partials of `count` warps or blocks: largest score, sum of weights, one entry of the values."""
         top, number, at = float32(LOWEST), int32(0), place
         while number < count:
             top = larger(top, array[uint32(at + size)])
@@ -620,31 +635,39 @@ def attend(made: Attention, early: bool) -> Any:
         return top, total, value
 
     @cuda.jit(device=True, forceinline=True)
-    def leave_nothing(partial, share, splits, thread):
-        """What a block without tokens has seen; `share` is that of its first head."""
+    def store_empty_partial(partial, first, splits, thread):
+        """Store the partials of a block without tokens; `first` is the index of its first head's partial."""
         item = thread
         while item < group * size:
             head, entry = int32(item // size), int32(item % size)
-            at = int32(int32(share + int32(head * splits)) * stride)
+            at = int32(int32(first + int32(head * splits)) * stride)
             partial[uint32(at + entry)] = float32(0)
             if entry == 0:
                 partial[uint32(at + size)], partial[uint32(at + size + 1)] = float32(LOWEST), float32(0)
-            item = int32(item + merged_once)
+            item = int32(item + threads)
 
-    fetch, read_all, ask, leave = over(fetched, unroll), over(read, unroll), over(asked, group), over(left, group)
-    see_many, see_one, unite = seen(unroll), seen(1), all_united(lanes)
+    load_tokens, all_to_floats = map_tuple(load_key_value, unroll), map_tuple(to_floats, unroll)
+    load_queries, store_partials = map_tuple(load_query, group), map_tuple(store_partial, group)
+    attend_many, attend_one, combine_all_teams = attend_to(unroll), attend_to(1), combine_warp(lanes)
 
     @cuda.jit
     def kernel(
-        projected, keys, values, cosine, sine, query_weight, key_weight, positions, y, partial, tickets,
+        projected, keys, values, cosine, sine, query_weight, key_weight, positions, y, partial, arrivals,
         kv_heads, chunks, capacity, shortest, scale, eps,
     ):  # fmt: skip
-        """Grid (blocks that may share a context, chunks of the heads of each key, sequences).
+        """Grid (splits of a context, chunks of query heads, sequences); kv_heads * chunks chunks of `group` heads.
 
-        projected : (sequences, heads + 2 kv_heads, size), query, key and value; keys, values : (sequences, kv_heads,
-        capacity, size), of which positions[sequence] are there; cosine, sine : (positions, size / 2); partial :
-        (sequences, heads, blocks that may share a context, size + SUMMARY). A block takes `shortest` tokens or more, if
-        they are there.
+        projected : (sequences, heads + 2 kv_heads, size)
+            Query, key and value of the new tokens, before RoPE.
+        keys, values : (sequences, kv_heads, capacity, size) float16
+            The first positions[sequence] tokens are filled. The kernel writes the next one.
+        cosine, sine : (capacity, size / 2) float32
+        y : (sequences, heads, size), written if `combine`
+        partial : (sequences, heads, splits, size + SUMMARY) float32
+        arrivals : (sequences * kv_heads * chunks,) int32
+            Arrival counters, 0 before and after.
+        shortest : int
+            Fewest tokens of a split, unless the context is shorter.
         """
         shared = cuda.shared.array(0, float32)
         thread = int32(cuda.threadIdx.x)
@@ -654,68 +677,75 @@ def attend(made: Attention, early: bool) -> Any:
         key_head, splits = int32(chunk // chunks), int32(cuda.gridDim.x)
         block = int32(int32(row * int32(cuda.gridDim.y)) + chunk)
         position, column = int32(positions[row]), int32(8 * part)
+        # splits in use: as many as leave each `shortest` tokens
         count = max(min(int32((position + shortest - 1) // shortest), splits), int32(1))
         if split >= count:
-            if not whole:
+            if not combine:
                 if early:
                     wait()
-                leave_nothing(partial, int32(int32(int32(block * group) * splits) + split), splits, thread)
+                store_empty_partial(partial, int32(int32(int32(block * group) * splits) + split), splits, thread)
             return
         width = int32((position + count - 1) // count)
         begin = int32(split * width)
         end = min(int32(begin + width), position)
         base = int32(int32(int32(row * kv_heads + key_head) * capacity) * size + column)
+        # load the first tokens and the angles before the kernel that writes `projected` ends
         step, at = int32(teams * warps), int32(begin + team)
-        ready = fetch(tokens, (keys, values, base, at, step, int32(end - 1)))
+        ready = load_tokens(tokens, (keys, values, base, at, step, int32(end - 1)))
         angle = int32(position * half + column % half)
         cosines, sines = single_eight(cosine, angle), single_eight(sine, angle)
         if early:
             wait()
             let_next_start()
 
-        count_heads = int32(int32(cuda.gridDim.y) * group)
-        across_row = int32(int32(count_heads + int32(2 * kv_heads)) * size)
-        place = int32(int32(row * across_row) + int32(chunk * int32(group * size)))
-        items = ask(heads, (projected, place, column, cosines, sines, (query_weight, eps), scale))
-        place = int32(int32(row * across_row) + int32(int32(count_heads + key_head) * size))
-        key = as_kept(turned(projected, place, column, cosines, sines, (key_weight, eps)))
-        value = as_kept(eight_at(projected, int32(place + int32(kv_heads * size) + column)))
+        # the queries, and the new token: its team of split 0 attends to it, and one block stores it in the cache
+        heads_total = int32(int32(cuda.gridDim.y) * group)
+        row_size = int32(int32(heads_total + int32(2 * kv_heads)) * size)
+        place = int32(int32(row * row_size) + int32(chunk * int32(group * size)))
+        items = load_queries(heads, (projected, place, column, cosines, sines, (query_weight, eps), scale))
+        place = int32(int32(row * row_size) + int32(int32(heads_total + key_head) * size))
+        key = round_to_cache(apply_rope(projected, place, column, cosines, sines, (key_weight, eps)))
+        value = round_to_cache(eight_at(projected, int32(place + int32(kv_heads * size) + column)))
         mine = split == 0 and team == 0
-        items = see_one(items, ((key, value, mine),))
+        items = attend_one(items, ((key, value, mine),))
         if mine and chunk % chunks == 0:
-            put_eight(keys, int32(base + position * size), key, round_kept)
-            put_eight(values, int32(base + position * size), value, round_kept)
+            store8(keys, int32(base + position * size), key, round_to_half)
+            store8(values, int32(base + position * size), value, round_to_half)
 
+        # online softmax over the cached tokens, double buffered in registers
         now = begin
         while now < end:
             words = ready
             now, at = int32(now + unroll * step), int32(at + unroll * step)
             if now < end:
-                ready = fetch(tokens, (keys, values, base, at, step, int32(end - 1)))
-            items = see_many(items, read_all(words, 0))
-        items = unite(items)
+                ready = load_tokens(tokens, (keys, values, base, at, step, int32(end - 1)))
+            items = attend_many(items, all_to_floats(words, 0))
+        items = combine_all_teams(items)
         if lane < lanes:
-            leave(heads, (shared, items, warp, part))
+            store_partials(heads, (shared, items, warp, part))
         cuda.syncthreads()
 
+        # combine the warps of the block
         item = thread
         while item < group * size:
             head, entry = int32(item // size), int32(item % size)
             stored = int32(int32(entry % 8) * lanes + entry // 8)
-            top, total, sum_ = gathered(shared, int32(head * int32(warps * stretch)), stretch, int32(warps), stored)
-            if whole and count == 1:
+            top, total, sum_ = combine_partials(
+                shared, int32(head * int32(warps * warp_stride)), warp_stride, int32(warps), stored
+            )
+            if combine and count == 1:
                 y[uint32(int32(block * int32(group * size)) + item)] = rounded(sum_ / total)
             else:
                 at = int32(int32(int32(int32(int32(block * group) + head) * splits) + split) * stride)
                 partial[uint32(at + entry)] = sum_
                 if entry == 0:
                     partial[uint32(at + size)], partial[uint32(at + size + 1)] = top, total
-            item = int32(item + merged_once)
-        if whole and count > 1:
+            item = int32(item + threads)
+        if combine and count > 1:  # the last block to arrive combines the splits
             cuda.threadfence()
             cuda.syncthreads()
             if thread == 0:
-                shared[uint32(0)] = float32(ticket(tickets, uint32(block)))
+                shared[uint32(0)] = float32(count_arrival(arrivals, uint32(block)))
             cuda.syncthreads()
             if shared[uint32(0)] == float32(count - 1):
                 cuda.threadfence()
@@ -723,12 +753,12 @@ def attend(made: Attention, early: bool) -> Any:
                 while item < group * size:
                     head, entry = int32(item // size), int32(item % size)
                     at = int32(int32(int32(int32(block * group) + head) * splits) * stride)
-                    top, total, sum_ = gathered(partial, at, int32(stride), count, entry)
+                    top, total, sum_ = combine_partials(partial, at, int32(stride), count, entry)
                     y[uint32(int32(block * int32(group * size)) + item)] = rounded(sum_ / total)
-                    item = int32(item + merged_once)
+                    item = int32(item + threads)
                 if thread == 0:
-                    tickets[uint32(block)] = 0
+                    arrivals[uint32(block)] = 0
 
-    arrays = (ELEMENTS[kind], HALVES, HALVES, *[SINGLES] * 4, INTEGERS, ELEMENTS[kind], SINGLES, POINTER(types.int32))
+    arrays = (ELEMENTS[dtype], HALVES, HALVES, *[SINGLES] * 4, INTEGERS, ELEMENTS[dtype], SINGLES, POINTER(types.int32))
     SIGNATURES[kernel] = types.void(*arrays, *[types.int32] * 4, types.float32, types.float32)
     return kernel

@@ -1,4 +1,4 @@
-"""The benchmark of decoding on a GPU, as far as a CPU can run it: the models that it makes, and what it counts."""
+"""Test on a CPU what the benchmark of decoding on a GPU makes and counts: its models and their bytes."""
 
 import pytest
 import torch
@@ -45,14 +45,14 @@ def test_a_loaded_models_bytes_are_counted():
 
 
 def test_every_context_is_timed_with_every_cache_where_there_is_room(monkeypatch, capsys):
-    """As if there were a GPU, on which an engine takes a second for a token of the context."""
+    """Pretend that there is a GPU, on which a step takes a millisecond per token of context."""
 
     def fits(shape, bits, paths, tokens, batch, kv_cache="full"):
         return bits is not None and (kv_cache == "latent" or tokens < 1000)
 
-    def timed(model, context, batch, tokens, copy_rate, profile, kind):
+    def timed(model, context, batch, tokens, copy_rate, profile, kv_cache):
         counted = {"weights_bytes": 1, "peak_bytes": 1, "fraction_of_copy": 0.5, "tokens_per_s": 1 / context}
-        return counted | {"time_ms": context / 1e3, "kv_cache": kind}
+        return counted | {"time_ms": context / 1e3, "kv_cache": kv_cache}
 
     for name, stand_in in {"fits": fits, "timed_engine": timed, "random_model": lambda *of: None}.items():
         monkeypatch.setattr(bench, name, stand_in)
@@ -69,9 +69,9 @@ def test_every_context_is_timed_with_every_cache_where_there_is_room(monkeypatch
     ]  # fmt: skip
 
 
-def test_shapes_that_no_engine_runs_are_refused():
+def test_llama_shape_refuses_other_shapes():
     for name in ("opt-1.3b", "phi4-14b", "llama9"):
-        with pytest.raises(ValueError, match="only llama-7b, llama2-7b"):
+        with pytest.raises(ValueError, match="choose one of llama-7b, llama2-7b"):
             bench.llama_shape(name)
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, strategies as st
 from littlebit.fast.decoding import generate
 from littlebit.fast.decoding.architecture import STATIC_ROPE, inverse_frequencies, rotary_angles
 from littlebit.fast.decoding.cpu_decoder import Decoder, sample
-from littlebit.fast.decoding.parity import PROMPTS, agreement, dense_twin
+from littlebit.fast.decoding.parity import PROMPTS, dense_twin, measure_parity
 from littlebit.fast.decoding.torch_weights import decodable, through_transformers, why_not
 from littlebit.fast.kernels import cpu, cpu_threads
 from littlebit.fast.models.embeddings import (
@@ -420,7 +420,7 @@ def test_greedy_texts_are_those_of_transformers(tiny_llama):
     model = lb.load_model(tiny_llama)
     lb.quantize_(model, lb.Config(bits=BITS), progress=False)
     model.config.max_position_embeddings = 512
-    rows = agreement(lb.pack_(model), lb.load_tokenizer(tiny_llama), PROMPTS, 256, progress=False)
+    rows = measure_parity(lb.pack_(model), lb.load_tokenizer(tiny_llama), PROMPTS, 256, progress=False)
     assert [row["prompt"] for row in rows] == list(PROMPTS)
     for row in rows:
         assert row["same"] == 256
@@ -441,7 +441,7 @@ def test_agreement_finds_where_texts_part(tiny_llama, monkeypatch):
         return [*tokens[:5], 7, *tokens[6:]], logits
 
     monkeypatch.setattr(module, "decoder_greedy", wrong)
-    (row,) = agreement(lb.pack_(model), tokenizer, PROMPTS[:1], 9, progress=False)
+    (row,) = measure_parity(lb.pack_(model), tokenizer, PROMPTS[:1], 9, progress=False)
     assert row["same"] == 5
     assert row["bound_share"] > 1
 

@@ -1,4 +1,4 @@
-"""The engines of graph_decoder.py on a CPU, without graphs, against transformers; and the choice of tokens."""
+"""Test the engines that graph_decoder.py runs against transformers, on a CPU without graphs, and its sampling."""
 
 import logging
 
@@ -14,7 +14,7 @@ from littlebit.fast.decoding import graph_decoder
 from littlebit.fast.decoding.architecture import NotDecodableError
 from littlebit.fast.decoding.engines import engine_of, fused_engine
 from littlebit.fast.decoding.fused_llama import FUSED_TYPES, FusedEngine
-from littlebit.fast.decoding.graph_decoder import Loop, choose, decode_batch
+from littlebit.fast.decoding.graph_decoder import DecodeLoop, decode_batch, sample
 from littlebit.fast.decoding.parity import logit_bound
 from littlebit.fast.decoding.static_cache import StaticEngine
 from littlebit.fast.models.embeddings import quantize_embeddings_
@@ -30,7 +30,7 @@ KINDS["Phi"] = (hf.PhiConfig, SIZES | PHI, {"q_proj", "k_proj", "v_proj", "dense
 
 
 def packed_model(family, **changes):
-    """A random packed model whose greedy texts do not repeat themselves at once."""
+    """Make a random packed model whose greedy texts do not repeat themselves at once."""
     config, sizes, _ = KINDS[family]
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config(**(sizes | LONG | changes))).eval()
@@ -44,7 +44,7 @@ def packed_model(family, **changes):
 
 @pytest.fixture(scope="module")
 def models():
-    """Makes each family's model once."""
+    """Make each family's model once."""
     made = {}
 
     def model(family):
@@ -56,9 +56,9 @@ def models():
 
 
 def put_in_charge(monkeypatch, engine):
-    """Let an engine run every model."""
+    """Make `choose_engine` take one engine for every model."""
     monkeypatch.setattr(
-        graph_decoder, "engine_for", lambda model, batch, capacity, kv_cache: engine(model, batch, capacity)
+        graph_decoder, "choose_engine", lambda model, batch, capacity, kv_cache: engine(model, batch, capacity)
     )
 
 
@@ -83,7 +83,7 @@ ENGINES = [(StaticEngine, family) for family in KINDS] + [(fused_engine, family)
 
 @pytest.fixture(params=ENGINES, ids=lambda pair: f"{pair[0].__name__}-{pair[1]}")
 def packed(request, models, monkeypatch):
-    """A model of each family that each engine runs, and that engine in charge."""
+    """Return a model of each family that each engine runs, and make that engine run it."""
     make, family = request.param
     put_in_charge(monkeypatch, make)
     monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
@@ -91,7 +91,7 @@ def packed(request, models, monkeypatch):
 
 
 def test_engines_write_what_transformers_writes(packed):
-    """Beyond the windows of eight tokens, and through three larger caches."""
+    """Go beyond the sliding windows of eight tokens, and through three larger caches."""
     tokens = prompt(5)
     assert columns(decode_batch(packed, [tokens], 40)) == [by_transformers(packed, tokens, 40)]
 
@@ -125,10 +125,10 @@ def test_generate_answers_several_prompts_as_if_each_were_alone(batched, loud_ll
     "changes", [{}, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "num_hidden_layers": 3}]
 )
 def test_logits_of_the_fused_engine_are_exact_within_the_bound(changes, bits, monkeypatch):
-    """Two prompts that pass in blocks of four tokens, then steps; every row of logits."""
+    """Prefill two prompts in blocks of four tokens, then run steps; check every row of logits."""
     from littlebit.fast.decoding import fused_llama as module
 
-    monkeypatch.setattr(module, "PREFILL", 4)
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 4)
     model = packed_model("Llama", **changes)
     quantize_embeddings_(model, bits)
     texts = [torch.tensor(prompt(length)) for length in (6, 13)]
@@ -143,7 +143,7 @@ def test_logits_of_the_fused_engine_are_exact_within_the_bound(changes, bits, mo
             assert error <= bound[row][start + at]
 
 
-def test_the_fused_engine_says_what_it_does_not_know(llama, monkeypatch):
+def test_the_fused_engine_names_the_reason_for_refusing_a_model(llama, monkeypatch):
     def reason(change):
         with pytest.MonkeyPatch.context() as patch:
             change(patch)
@@ -160,8 +160,8 @@ def test_the_fused_engine_says_what_it_does_not_know(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("family", list(KINDS))
-def test_a_step_asks_for_no_number_that_the_device_holds(family):
-    """So that it can be captured: tensors without values refuse to tell any."""
+def test_a_step_reads_no_value_from_the_device(family):
+    """A graph can capture it: fake tensors, which hold no values, raise if one is read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config, sizes, _ = KINDS[family]
@@ -172,12 +172,12 @@ def test_a_step_asks_for_no_number_that_the_device_holds(family):
             heads = model.config.num_attention_heads
             states = torch.zeros(2, getattr(model.config, "num_key_value_heads", heads), 1, 16)
             layer.lazy_initialization(states, states)
-        assert choose(engine.step(torch.ones(2, dtype=torch.int64)), Sampling(1.0, 5, 0.9), torch.rand(2)).shape == (2,)
+        assert sample(engine.step(torch.ones(2, dtype=torch.int64)), Sampling(1.0, 5, 0.9), torch.rand(2)).shape == (2,)
 
 
 @given(st.data())
-def test_choose_takes_what_sample_may_take(data):
-    """The token of a uniform number: tokens in order, each as wide as its chance."""
+def test_sample_inverts_the_cumulative_distribution(data):
+    """Sort tokens by probability; each covers an interval of `uniform` as wide as its probability."""
     size = data.draw(st.integers(2, 30))
     logits = torch.tensor(data.draw(st.permutations(range(size))), dtype=torch.float32) / 3
     sampling = Sampling(
@@ -191,27 +191,27 @@ def test_choose_takes_what_sample_may_take(data):
     if sampling.top_p is not None:
         chances = chances[: max(1, int((chances.cumsum(0) - chances < sampling.top_p).sum()))]
     reached = (chances.cumsum(0) / chances.sum()).tolist()
-    (token,) = choose(logits[None], sampling, torch.tensor([uniform])).tolist()
+    (token,) = sample(logits[None], sampling, torch.tensor([uniform])).tolist()
     place = order.tolist().index(token)
     assert place < len(chances)
-    slack = 1e-12  # two ways to round the same sums
+    slack = 1e-12  # the sums are rounded in two ways
     assert (reached[place - 1] if place else 0) - slack <= uniform <= reached[place] + slack
-    assert choose(logits[None], Sampling(), torch.zeros(1)).tolist() == [int(logits.argmax())]
+    assert sample(logits[None], Sampling(), torch.zeros(1)).tolist() == [int(logits.argmax())]
 
 
 @pytest.mark.parametrize(("top_p", "allowed"), [(0.5, 2), (0.25, 1), (0.75, 3), (0.76, 4), (0.24, 1), (1.0, 4)])
-def test_choose_stops_where_the_likelier_tokens_hold_the_probability(top_p, allowed):
-    """Four chances of exactly a quarter: a token is left out once the likelier ones hold top_p, and not only more."""
+def test_sample_stops_where_the_likelier_tokens_reach_top_p(top_p, allowed):
+    """Four probabilities of exactly 1/4: a token is left out once the likelier ones reach top_p, not only exceed it."""
     uniform = torch.arange(64) / 64
-    tokens = choose(torch.zeros(1, 4).expand(64, 4), Sampling(1.0, None, top_p), uniform)
+    tokens = sample(torch.zeros(1, 4).expand(64, 4), Sampling(1.0, None, top_p), uniform)
     assert len(set(tokens.tolist())) == allowed
 
 
-def test_choose_has_the_frequencies_of_the_softmax():
+def test_sample_has_the_frequencies_of_the_softmax():
     """Each count of 4000 draws lies within five standard deviations of its mean."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(choose(logits.expand(4000, 4), Sampling(0.7), uniform), minlength=4)
+    counts = torch.bincount(sample(logits.expand(4000, 4), Sampling(0.7), uniform), minlength=4)
     chances = (logits / 0.7).softmax(0)
     assert ((counts - 4000 * chances).abs() < 5 * (4000 * chances * (1 - chances)).sqrt()).all()
 
@@ -240,11 +240,13 @@ def test_a_sequence_that_has_ended_stays_so(llama, monkeypatch):
     assert [row[1] for row in steps][: length + 2] == two[: length + 2]
 
 
-def test_what_cannot_be_decoded_is_named(llama, monkeypatch):
+def test_decode_batch_refuses_invalid_input(llama, monkeypatch):
     put_in_charge(monkeypatch, StaticEngine)
-    for prompts in ([], [[1]] * 17, [[]]):
-        with pytest.raises(ValueError, match="1 to 16 prompts"):
+    for prompts in ([], [[1]] * 17):
+        with pytest.raises(ValueError, match=f"1 to 16 prompts, got {len(prompts)}: split it"):
             decode_batch(llama, prompts, 4)
+    with pytest.raises(ValueError, match="each prompt must have at least one token"):
+        decode_batch(llama, [[1], []], 4)
     for token in (-1, 128):
         with pytest.raises(ValueError, match="must be from 0 to 127"):
             decode_batch(llama, [[5, token]], 4)
@@ -276,8 +278,8 @@ def test_lack_of_memory_says_what_to_do(llama, monkeypatch):
 
 
 def test_steps_go_on_without_a_graph_where_none_can_be_captured(llama, monkeypatch, caplog):
-    """A GPU's loop on a CPU, where torch cannot capture: it says so once."""
-    loop = Loop(StaticEngine(llama, 1, 64))
+    """Run a GPU's loop on a CPU, where torch cannot capture: it warns once."""
+    loop = DecodeLoop(StaticEngine(llama, 1, 64))
     loop.captures = True
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
 
@@ -300,37 +302,37 @@ def test_steps_go_on_without_a_graph_where_none_can_be_captured(llama, monkeypat
 
 @pytest.mark.parametrize("kind", ["latent", "latent-int8"])
 def test_latents_give_the_logits_of_keys_and_values(kind, monkeypatch):
-    """On a CPU latents are rounded, which is all that the engines differ in; in blocks, steps and larger caches."""
+    """On a CPU the engines differ only by the rounding of latents: in blocks, steps and larger caches."""
     from littlebit.fast.decoding import fused_llama as module, fused_llama_latent
 
-    monkeypatch.setattr(module, "PREFILL", 4)
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 4)
     monkeypatch.setattr(fused_llama_latent, "BLOCK", 8)
     model = packed_model("Llama", attention_bias=False, num_key_value_heads=2)
     sides = [fused_engine(model, 2, 11, kv_cache) for kv_cache in ("full", kind)]
-    assert sides[1].larger == 16
+    assert sides[1].next_capacity == 16
     assert sides[1].token_bytes < sides[0].token_bytes
-    rounding = 2**-11 if kind == "latent" else 2**-8  # of the largest of a token's latents
+    rounding = 2**-11 if kind == "latent" else 2**-8  # relative to a token's largest latent
     with torch.inference_mode():
         one, two = ([each.prefill([prompt(9), prompt(3)])] for each in sides)
         for each, rows in zip(sides, (one, two), strict=True):
             rows += [each.step(torch.tensor([5, 6])) for _ in range(2)]
-            each.grow(each.larger)
+            each.grow(each.next_capacity)
             rows += [each.step(torch.tensor([7, 8])) for _ in range(3)]
     for mine, theirs in zip(two, one, strict=True):
         error = (mine - theirs).norm() / theirs.norm()
         assert 0 < error < 40 * rounding
 
 
-def test_a_latent_cache_writes_what_an_ordinary_one_writes(monkeypatch):
+def test_a_latent_cache_generates_the_text_of_a_full_cache(monkeypatch):
     monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
     model = packed_model("Llama")
     prompts = [prompt(6), prompt(13)]
-    ordinary, latent = (columns(decode_batch(model, prompts, 12, kv_cache=kind)) for kind in ("full", "latent"))
-    assert ordinary == latent
+    full, latent = (columns(decode_batch(model, prompts, 12, kv_cache=kind)) for kind in ("full", "latent"))
+    assert full == latent
 
 
 def test_a_latent_cache_refuses_what_it_cannot_keep(models):
-    with pytest.raises(NotDecodableError, match="a bias or a norm before they are rotated"):
+    with pytest.raises(NotDecodableError, match="a bias or a norm before RoPE"):
         fused_engine(models("Qwen3"), 1, 8, "latent")
     model = packed_model("Llama")
     layer = model.model.layers[0].self_attn
@@ -340,13 +342,13 @@ def test_a_latent_cache_refuses_what_it_cannot_keep(models):
 
 
 @pytest.mark.parametrize("kv_cache", memory.KV_CACHES)
-def test_a_context_that_is_pretended_is_attended_to(kv_cache):
-    """The next token's logits change with what is kept, and only that many tokens are seen."""
+def test_a_random_cache_is_attended_to(kv_cache):
+    """The next token's logits depend on the random numbers, and the position counts them."""
     model = random_model(memory.ModelShape("a small one", 64, 80, 1, 2, 1, 64, 40, 256), 2.0, 1, "cpu")
     engine, found = engine_of(model, 2, 16, torch.device("cpu"), torch.float16, kv_cache), []
     with torch.inference_mode():
         for count in (0, 9, 9):
-            engine.pretend(count)
+            engine.fill_cache_with_random(count)
             found.append(engine.step(torch.tensor([5, 6])))
             assert engine.positions.tolist() == [count + 1] * 2
     assert all(each.isfinite().all() for each in found)

@@ -75,19 +75,19 @@ def steps() -> None:
     model, device, batch = random_model(SHAPE, 1.0), torch.device("cuda", 0), 3
     tokens = torch.arange(batch, device=device)
     engine = FusedEngine(model, batch, 200, device, torch.float16)
-    engine.pretend(150)
+    engine.fill_cache_with_random(150)
     with torch.inference_mode():
         engine.step(tokens)
         for table_bits in (8, 4):
             table = quantize_table(model.head.weight.float().cpu(), table_bits).cuda()
-            stream = engine.steps.embed(tokens, QuantizedEmbedding(table))
-            engine.steps.logits(engine.steps.normed(stream, model.norm), QuantizedHead(table))
-        stream = engine.steps.embed(tokens, model.embedding)
-        engine.steps.normed(stream, model.norm)
+            stream = engine.ops.embed(tokens, QuantizedEmbedding(table))
+            engine.ops.logits(engine.ops.rms_norm(stream, model.norm), QuantizedHead(table))
+        stream = engine.ops.embed(tokens, model.embedding)
+        engine.ops.rms_norm(stream, model.norm)
         projected, cache = numbers(batch, (4 + 2 * 2) * 64).half(), (engine.keys[0], engine.values[0])
-        mixed = engine.steps.attend(projected, *cache, engine.positions, engine.angles, None)
-        engine.steps.added(mixed, stream)
-        engine.steps.gated(numbers(batch, 2 * 320).half(), "silu")
+        mixed = engine.ops.attend(projected, *cache, engine.positions, engine.angles, None)
+        engine.ops.add(mixed, stream)
+        engine.ops.swiglu(numbers(batch, 2 * 320).half())
 
 
 def latents() -> None:

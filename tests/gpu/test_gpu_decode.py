@@ -1,4 +1,4 @@
-"""Decoding on a GPU: `make test-gpu`. Without one these tests are skipped; test_decode_cuda.py runs on a CPU."""
+"""Test decoding on a GPU (`make test-gpu`); skipped without one. test_decode_cuda.py tests the engines on a CPU."""
 
 import logging
 import warnings
@@ -9,18 +9,20 @@ import torch
 from littlebit.fast.bench.decode_cuda import random_model
 from littlebit.fast.checkpoints.fetch import fetch
 from littlebit.fast.decoding import graph_decoder
+from littlebit.fast.decoding.cuda_ops import CudaOps
 from littlebit.fast.decoding.engines import engine_of, fused_engine
-from littlebit.fast.decoding.fused_llama import FusedEngine, Packed
+from littlebit.fast.decoding.fused_llama import FusedEngine, PackedGroup
 from littlebit.fast.decoding.fused_llama_latent import LatentEngine
-from littlebit.fast.decoding.graph_decoder import Loop, decode_batch
-from littlebit.fast.decoding.ops import CudaSteps, HeadNorms, Heads, Stream, TorchSteps
+from littlebit.fast.decoding.graph_decoder import DecodeLoop, decode_batch
+from littlebit.fast.decoding.ops import HeadNorms, Heads, ResidualStream
 from littlebit.fast.decoding.parity import logit_bound
 from littlebit.fast.decoding.static_cache import StaticEngine
+from littlebit.fast.decoding.torch_ops import TorchOps
 from littlebit.fast.kernels import dispatch
 from littlebit.fast.memory import MODEL_SHAPES, ModelShape
 from littlebit.fast.models.embeddings import QuantizedHead, quantize_embeddings_, quantize_table
 from littlebit.fast.models.generation_settings import Sampling
-from shares import put_together
+from shares import combine_partials
 from test_decode_cuda import FUSED, KINDS, by_transformers, columns, packed_model, prompt, put_in_charge
 
 pytestmark = [
@@ -37,8 +39,8 @@ def numbers(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("family", list(KINDS))
-def test_any_family_writes_on_the_gpu_what_it_writes_on_a_cpu(family, monkeypatch, caplog):
-    """Prompts of several lengths, graphs, and two larger caches; float32 on both sides."""
+def test_any_family_generates_the_same_text_on_both_devices(family, monkeypatch, caplog):
+    """Test prompts of several lengths, graphs, and two larger caches, in float32 on both devices."""
     monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
     put_in_charge(monkeypatch, StaticEngine)
     model, prompts = packed_model(family), [prompt(length, seed=length) for length in (3, 11)]
@@ -52,24 +54,24 @@ def test_any_family_writes_on_the_gpu_what_it_writes_on_a_cpu(family, monkeypatc
 @pytest.mark.parametrize("position", [0, 1, 63, 200, 1000])
 @pytest.mark.parametrize("heads", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_attention_is_that_of_torch(heads, position, batch, dtype):
-    """Both round keys and values to float16; a weighted mean of values is as exact as scores and values are."""
-    kept = torch.float16
-    ours = CudaSteps(heads, kept, 1e-5, batch, CUDA)
+def test_attention_equals_torch(heads, position, batch, dtype):
+    """Both round keys and values to float16, so a weighted mean is as exact as scores and values are."""
+    cached = torch.float16
+    ours = CudaOps(heads, cached, 1e-5, batch, CUDA)
     positions = (position + 7 * torch.arange(batch, device="cuda")) % 1024
     projected = numbers(batch, (heads.heads + 2 * heads.kv_heads) * heads.size, dtype=dtype)
-    cache = [numbers(batch, heads.kv_heads, 1024, heads.size, seed=i, dtype=kept) for i in (1, 2)]
+    cache = [numbers(batch, heads.kv_heads, 1024, heads.size, seed=i, dtype=cached) for i in (1, 2)]
     angles = numbers(2, 1024, heads.size // 2, seed=3).clamp(-1, 1)
     norms = HeadNorms(*(1 + numbers(2, heads.size, seed=4) / 10)) if heads.size == 64 else None
     twin = [each.clone() for each in cache]
     got = ours.attend(projected, *cache, positions, angles, norms)
-    again = ours.attend(projected, *cache, positions, angles, norms)  # tickets are zero again
-    want = TorchSteps(heads, kept, 1e-5).attend(projected.float(), *twin, positions, angles, norms)
+    again = ours.attend(projected, *cache, positions, angles, norms)  # the arrival counters are zero again
+    want = TorchOps(heads, cached, 1e-5).attend(projected.float(), *twin, positions, angles, norms)
     assert torch.equal(got, again)
-    left = ours.attend(projected, *cache, positions, angles, norms, whole=False)
-    united = put_together(left).flatten(1)
-    assert left.ndim == 4
-    assert ((united - got).abs() <= (2**-10 if dtype == torch.float16 else 2**-16) * united.abs() + 2**-18).all()
+    partials = ours.attend(projected, *cache, positions, angles, norms, combine=False)
+    combined = combine_partials(partials).flatten(1)
+    assert partials.ndim == 4
+    assert ((combined - got).abs() <= (2**-10 if dtype == torch.float16 else 2**-16) * combined.abs() + 2**-18).all()
     for mine, theirs in zip(cache, twin, strict=True):
         assert ((mine - theirs).abs() <= 2**-10 * theirs.abs() + 2**-20).all()
     assert ((got.float() - want).abs() <= 2**-8).all()  # torch rounds queries and results to float16
@@ -77,29 +79,28 @@ def test_attention_is_that_of_torch(heads, position, batch, dtype):
 
 
 @pytest.mark.parametrize("size", [576, 4096, 8192])
-def test_streams_norms_and_gates_are_those_of_torch(size):
+def test_residual_stream_norm_and_swiglu_equal_torch(size):
     heads = Heads(1, 1, 64)
-    ours, theirs = CudaSteps(heads, torch.float16, 1e-5, 3, CUDA), TorchSteps(heads, torch.float16, 1e-5)
+    ours, theirs = CudaOps(heads, torch.float16, 1e-5, 3, CUDA), TorchOps(heads, torch.float16, 1e-5)
     embedding = torch.nn.Embedding(100, size, device="cuda", dtype=torch.float16)
     tokens, weight = torch.tensor([3, 99, 0], device="cuda"), numbers(size)
-    streams: list[Stream] = [each.embed(tokens, embedding) for each in (ours, theirs)]
+    streams: list[ResidualStream] = [each.embed(tokens, embedding) for each in (ours, theirs)]
     for each, stream in zip((ours, theirs), streams, strict=True):
-        each.added(numbers(3, size, seed=1, dtype=torch.float16), stream)
+        each.add(numbers(3, size, seed=1, dtype=torch.float16), stream)
     assert torch.equal(streams[0].x, streams[1].x)
-    mine, other = (each.normed(s, weight) for each, s in zip((ours, theirs), streams, strict=True))
+    mine, other = (each.rms_norm(s, weight) for each, s in zip((ours, theirs), streams, strict=True))
     assert ((mine - other).abs() <= 2**-9 * other.abs() + 2**-24).all()
     x = numbers(3, 2 * size, dtype=torch.float16)
-    for activation in ("silu", "gelu_tanh"):
-        mine, other = (each.gated(x, activation) for each in (ours, theirs))
-        assert ((mine - other).abs() <= 2**-9 * other.abs() + 2**-20).all()
+    mine, other = (each.swiglu(x) for each in (ours, theirs))
+    assert ((mine - other).abs() <= 2**-9 * other.abs() + 2**-20).all()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_logits_of_a_table_are_those_of_torch(bits, rows):
+def test_logits_of_a_table_equal_torch(bits, rows):
     head = QuantizedHead(quantize_table(numbers(1003, 576).cpu(), bits)).cuda()
     x = numbers(rows, 576, dtype=torch.float16)
-    got = CudaSteps(Heads(1, 1, 64), torch.float16, 1e-5, rows, CUDA).logits(x, head)
+    got = CudaOps(Heads(1, 1, 64), torch.float16, 1e-5, rows, CUDA).logits(x, head)
     want = head(x.double())
     assert (got - want).abs().max() <= 2**-18 * (x.double().abs() @ head.table.rows(slice(None)).double().abs().T).max()
 
@@ -107,7 +108,7 @@ def test_logits_of_a_table_are_those_of_torch(bits, rows):
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("family", FUSED)
 def test_fused_logits_are_within_what_float16_gives(family, bits):
-    """The bound of agreement.py, of float32, at float16's rounding, in which keys, values and the head are."""
+    """Scale the bound of parity.py, for float32, to float16's rounding: keys, values and the head are float16."""
     assert dispatch.cuda_kernels(0)
     model = packed_model(family, **HEADS64)
     quantize_embeddings_(model, bits)
@@ -115,7 +116,7 @@ def test_fused_logits_are_within_what_float16_gives(family, bits):
     (exact,), (bound,) = logit_bound(model, [text])
     engine = fused_engine(model.cuda(), 1, 32)
     assert isinstance(engine, FusedEngine)
-    assert all(isinstance(group, Packed) for groups in engine.groups for group in groups)
+    assert all(isinstance(group, PackedGroup) for groups in engine.groups for group in groups)
     with torch.inference_mode():
         rows = [engine.prefill([text[:12].tolist()])]
         rows += [engine.step(text[12 + at : 13 + at].cuda()) for at in range(12)]
@@ -127,16 +128,16 @@ def test_fused_logits_are_within_what_float16_gives(family, bits):
 
 @pytest.mark.parametrize("batch", [1, 5, 16])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_replayed_steps_are_those_that_run_one_kernel_at_a_time(batch, temperature, monkeypatch):
-    """From one capacity to the next, sequences of several lengths."""
+def test_replayed_steps_equal_steps_without_a_graph(batch, temperature, monkeypatch):
+    """Grow the cache, with sequences of several lengths."""
     monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 16)
     model = packed_model("Llama", **HEADS64).cuda()
     prompts = [prompt(3 + row % 7, seed=row) for row in range(batch)]
 
     def text(captures):
-        loop = Loop(fused_engine(model, batch, 16), Sampling(temperature, 40, 0.95), seed=3)
+        loop = DecodeLoop(fused_engine(model, batch, 16), Sampling(temperature, 40, 0.95), seed=3)
         loop.captures = captures
-        return columns(graph_decoder.stream(loop, prompts, 60, ()))
+        return columns(graph_decoder.decode_steps(loop, prompts, 60, ()))
 
     replayed = text(True)
     assert replayed == text(False)
@@ -154,7 +155,7 @@ def test_a_sequence_does_not_depend_on_those_beside_it():
 
 def test_a_step_waits_for_nothing():
     engine = fused_engine(packed_model("Llama", **HEADS64).cuda(), 2, 64)
-    loop = Loop(engine, Sampling(1.0, 10, 0.9))
+    loop = DecodeLoop(engine, Sampling(1.0, 10, 0.9))
     with torch.inference_mode():
         loop.start([prompt(4), prompt(5)])
         loop.step()
@@ -184,7 +185,7 @@ def test_latents_give_the_logits_of_keys_and_values(kind, batch):
     model = random_model(ModelShape("a small one", 512, 640, 2, 8, 4, 64, 128, 256), 0.9)
     text = [prompt(190 + 60 * row, seed=row) for row in range(batch)]  # some tiles of tokens
     made = model, batch, 400, CUDA, torch.float16
-    engines = [FusedEngine(*made), LatentEngine(*made, kind=kind)]
+    engines = [FusedEngine(*made), LatentEngine(*made, kv_cache=kind)]
     with torch.inference_mode():
         tokens = torch.arange(batch, device="cuda")
         one, two = ([each.prefill(text)] + [each.step(tokens) for _ in range(20)] for each in engines)
@@ -192,20 +193,20 @@ def test_latents_give_the_logits_of_keys_and_values(kind, batch):
         assert (mine - theirs).float().norm() <= (0.02 if kind == "latent" else 0.1) * theirs.float().norm()
 
 
-def test_replayed_steps_with_latents_are_those_that_run_one_kernel_at_a_time():
+def test_replayed_steps_with_latents_equal_steps_without_a_graph():
     model = random_model(ModelShape("a small one", 512, 640, 2, 8, 4, 64, 100, 4096), 0.9)
     prompts = [prompt(2040, seed=1), prompt(9, seed=2)]
 
     def text(captures):
-        loop = Loop(LatentEngine(model, 2, 2048, CUDA, torch.float16))
+        loop = DecodeLoop(LatentEngine(model, 2, 2048, CUDA, torch.float16))
         loop.captures = captures
-        return columns(graph_decoder.stream(loop, [[token % 100 for token in each] for each in prompts], 30, ()))
+        return columns(graph_decoder.decode_steps(loop, [[token % 100 for token in each] for each in prompts], 30, ()))
 
     assert text(True) == text(False)
 
 
 def test_ten_times_the_context_on_the_same_memory():
-    """Of a model in the shape of Llama-2-7B's blocks, of which there are two, at 0.1 bits, on 1 GB for the cache."""
+    """Take two blocks of Llama-2-7B's shape at 0.1 bits, and 1 GiB for the cache."""
     shape = MODEL_SHAPES["llama2-7b"]._replace(layers=2, vocabulary=1000)
     model, budget = random_model(shape, 0.1), 1 << 30
     lengths = []

@@ -1,4 +1,4 @@
-"""The decoder's CUDA kernels in numba-cuda's simulator; test_cuda_decode.py runs them in a process of their own."""
+"""Test the decoder's CUDA kernels in numba-cuda's simulator; test_cuda_decode.py runs this file in a subprocess."""
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
@@ -18,16 +18,18 @@ from hypothesis import given, settings, strategies as st
 from littlebit.fast.bench import tune
 from littlebit.fast.bench.decode_cuda import random_model, random_packed
 from littlebit.fast.decoding.architecture import NotDecodableError
-from littlebit.fast.decoding.fused_llama import GROUPS, FusedEngine, Packed
+from littlebit.fast.decoding.cuda_ops import CudaOps
+from littlebit.fast.decoding.fused_llama import GROUPS, FusedEngine, PackedGroup
 from littlebit.fast.decoding.fused_llama_latent import LatentEngine
-from littlebit.fast.decoding.ops import CudaSteps, Heads, Spans, TorchSteps, stored_latents
+from littlebit.fast.decoding.ops import Heads, Spans, pad_latents
+from littlebit.fast.decoding.torch_ops import TorchOps
 from littlebit.fast.kernels import cuda_driver, cuda_latent_attention, cuda_layer, cuda_schedule, dispatch
-from littlebit.fast.kernels.cuda_decode import EIGHTS, Attention
+from littlebit.fast.kernels.cuda_decode import THREADS, AttentionConfig
 from littlebit.fast.kv_cache import Latents, round_latents
 from littlebit.fast.memory import ModelShape
 from littlebit.fast.models.embeddings import quantize_table
 from numba import cuda
-from shares import put_together
+from shares import combine_partials
 
 EPS = 2.0**-24
 DTYPES = {"half": torch.float16, "bfloat": torch.bfloat16, "single": torch.float32}
@@ -50,7 +52,7 @@ def numbers(*shape, seed=0):
 
 
 def turned(x, positions, theta=100.0):
-    """Rotated queries or keys, (sequences, heads, size), and tables of angles up to the largest position."""
+    """Apply RoPE to (sequences, heads, size) in float64; return the result, and cosines and sines of 64 positions."""
     half = x.shape[-1] // 2
     angles = torch.arange(64.0)[:, None] * theta ** (-torch.arange(half) / half)
     cosine, sine = angles.cos(), angles.sin()
@@ -65,16 +67,16 @@ def norm(x, weight, eps):
 
 @st.composite
 def cases(draw):
-    """Sizes for one launch, few enough for a simulator."""
+    """Draw a launch that is small enough for a simulator."""
     size = draw(st.sampled_from([64, 128]))
     group, chunks, kv_heads = draw(st.sampled_from([(1, 1, 2), (1, 1, 1), (3, 1, 1), (2, 2, 1), (5, 1, 1)]))
-    made = Attention(
-        draw(st.sampled_from(["single", "half", "bfloat"])), draw(st.sampled_from(["half", "bfloat"])), size, group,
-        draw(st.sampled_from([1, 2])), draw(st.booleans()), draw(st.booleans()),
+    config = AttentionConfig(
+        draw(st.sampled_from(["single", "half"])), size, group, draw(st.sampled_from([1, 2])),
+        draw(st.booleans()), draw(st.booleans()),
     )  # fmt: skip
     positions = draw(st.lists(st.integers(0, 40), min_size=1, max_size=2))
     return (
-        made,
+        config,
         chunks,
         kv_heads,
         positions,
@@ -86,18 +88,18 @@ def cases(draw):
 
 @settings(max_examples=16, deadline=None)
 @given(cases())
-def test_attend_is_attention_over_what_is_kept_and_the_new_token(case):
-    """Weights sum to one, so the output's error is that of the scores, and of the values' rounding in the cache."""
-    made, chunks, kv_heads, positions, shortest, splits, early = case
-    kind, kept, size = DTYPES[made.kind], DTYPES[made.kept], made.size
-    rows, heads, capacity, eps = len(positions), kv_heads * chunks * made.group, 48, 1e-5
-    projected = numbers(rows, heads + 2 * kv_heads, size).to(kind)
-    keys, values = (numbers(rows, kv_heads, capacity, size, seed=i).to(kept) for i in (1, 2))
+def test_attend_is_attention_over_the_cache_and_the_new_token(case):
+    """Softmax weights sum to one, so the output's error is bounded by the errors of scores and of cached values."""
+    config, chunks, kv_heads, positions, min_split, splits, early = case
+    dtype, cached, size = DTYPES[config.dtype], torch.float16, config.size
+    rows, heads, capacity, eps = len(positions), kv_heads * chunks * config.group, 48, 1e-5
+    projected = numbers(rows, heads + 2 * kv_heads, size).to(dtype)
+    keys, values = (numbers(rows, kv_heads, capacity, size, seed=i).to(cached) for i in (1, 2))
     weights = 1 + numbers(2, size, seed=3) / 10
     scale = size**-0.5
 
     query, key, value = projected.double().split([heads, kv_heads, kv_heads], 1)
-    if made.normed:
+    if config.qk_norm:
         query, key = norm(query, weights[0].double(), eps), norm(key, weights[1].double(), eps)
     places = torch.tensor(positions)
     query, cosine, sine = turned(query, places)
@@ -105,24 +107,24 @@ def test_attend_is_attention_over_what_is_kept_and_the_new_token(case):
 
     on_gpu = [on_device(tensor) for tensor in (keys, values)]
     blocks = rows * kv_heads * chunks
-    y = cuda.to_device(on_device(torch.full((rows * heads * size,), 7.0, dtype=kind)).copy_to_host())
-    left = cuda.to_device(np.full(blocks * splits * made.partial, np.nan, np.float32))
-    tickets = cuda.to_device(np.zeros(blocks, np.int32))
-    kernels.attend(made, early)[(splits, kv_heads * chunks, rows), made.threads, 0, made.shared_bytes](
+    y = cuda.to_device(on_device(torch.full((rows * heads * size,), 7.0, dtype=dtype)).copy_to_host())
+    partials = cuda.to_device(np.full(blocks * splits * config.partial, np.nan, np.float32))
+    arrivals = cuda.to_device(np.zeros(blocks, np.int32))
+    kernels.attend(config, early)[(splits, kv_heads * chunks, rows), config.threads, 0, config.shared_bytes](
         on_device(projected), *on_gpu, on_device(cosine), on_device(sine), on_device(weights[0]), on_device(weights[1]),
-        on_device(places), y, left, tickets, kv_heads, chunks, capacity, shortest,
+        on_device(places), y, partials, arrivals, kv_heads, chunks, capacity, min_split,
         np.float32(scale), np.float32(eps),
     )  # fmt: skip
-    assert (tickets.copy_to_host() == 0).all()
+    assert (arrivals.copy_to_host() == 0).all()
 
-    new_keys, new_values = (fetched(each, kept, rows, kv_heads, capacity, size) for each in on_gpu)
-    got = fetched(y, kind, rows, heads, size).double()
-    if not made.whole:
-        got = put_together(fetched(left, torch.float32, rows, heads, splits, -1))
+    new_keys, new_values = (fetched(each, cached, rows, kv_heads, capacity, size) for each in on_gpu)
+    got = fetched(y, dtype, rows, heads, size).double()
+    if not config.combine:
+        got = combine_partials(fetched(partials, torch.float32, rows, heads, splits, -1))
     for row, position in enumerate(positions):
         for new, old, fresh in ((new_keys, keys, key), (new_values, values, value)):
             error = (new[row, :, position].double() - fresh[row]).abs()
-            assert (error <= torch.finfo(kept).eps / 2 * fresh[row].abs() + 64 * EPS * fresh[row].abs().max()).all()
+            assert (error <= torch.finfo(cached).eps / 2 * fresh[row].abs() + 64 * EPS * fresh[row].abs().max()).all()
             rest = torch.arange(capacity) != position
             assert torch.equal(new[row, :, rest], old[row, :, rest])
         seen = slice(0, position + 1)
@@ -131,9 +133,9 @@ def test_attend_is_attention_over_what_is_kept_and_the_new_token(case):
         )
         scores = torch.einsum("hd,htd->ht", query[row], every_key) * scale
         want = torch.einsum("ht,htd->hd", scores.softmax(-1), every_value)
-        # scores are off by their size times a few hundred roundings, and a weight's relative error is its score's
+        # a few hundred roundings of a score, and a weight's relative error is the absolute error of its score
         bound = 2 * (scores.abs().amax() + 1) * 2 * (size + position + 64) * EPS * every_value.abs().amax()
-        assert ((got[row] - want).abs() <= bound + torch.finfo(kind).eps * want.abs()).all()
+        assert ((got[row] - want).abs() <= bound + torch.finfo(dtype).eps * want.abs()).all()
 
 
 @pytest.mark.parametrize("kind", ["half", "bfloat", "single", "8", "4"])
@@ -150,7 +152,7 @@ def test_embed_looks_rows_up(kind):
         codes = quantised.codes.flatten().view(torch.uint8).numpy()
         arrays = cuda.to_device(codes.copy()), on_device(quantised.scale), on_device(offset)
     x, squares = cuda.to_device(np.full(2 * size, 9, np.float32)), cuda.to_device(np.full(2, 9, np.float32))
-    kernels.embed(kind)[(1, 2), EIGHTS](on_device(tokens), *arrays, x, squares, size, group)
+    kernels.embed(kind)[(1, 2), THREADS](on_device(tokens), *arrays, x, squares, size, group)
     got = fetched(x, torch.float32, 2, size)
     assert ((got - want[tokens]).abs() <= 2 * EPS * (want[tokens].abs() + want.abs().max())).all()
     exact = got.double().square().sum(-1)
@@ -170,42 +172,40 @@ def test_logits_are_rows_of_a_table_times_x(kind, rows):
     )
     vectors = {1: 1, 2: 2, 3: 4}[rows]
     grid = 2, -(-rows // vectors)
-    kernels.logits("half", kind, vectors)[grid, EIGHTS](on_device(x), *arrays, y, rows, count, size, table.group)
+    kernels.logits("half", kind, vectors)[grid, THREADS](on_device(x), *arrays, y, rows, count, size, table.group)
     entries = table.rows(slice(None)).double()
     want, magnitude = x.double() @ entries.T, x.double().abs() @ entries.abs().T
     assert ((fetched(y, torch.float32, rows, count) - want).abs() <= 2 * (size + 4) * EPS * magnitude).all()
 
 
 @pytest.mark.parametrize("kind", ["half", "single"])
-def test_the_residual_stream_gets_what_is_added_and_its_norm(kind):
+def test_add_and_rms_norm_of_the_residual_stream(kind):
     size, rows, dtype = 1032, 2, DTYPES[kind]
     x, y, weight = numbers(rows, size), numbers(rows, size, seed=1).to(dtype), numbers(size, seed=2)
     stream, squares = on_device(x), cuda.to_device(np.full(2 * rows, 9, np.float32))
-    kernels.added(kind)[(2, rows), EIGHTS](on_device(y), stream, squares, size)
+    kernels.add(kind)[(2, rows), THREADS](on_device(y), stream, squares, size)
     got = fetched(stream, torch.float32, rows, size)
     assert torch.equal(got, x + y.float())
     out = on_device(torch.full((rows * size,), 9.0, dtype=dtype))
-    kernels.normed(kind)[(2, rows), EIGHTS](stream, on_device(weight), squares, out, size, 2, np.float32(1e-5))
+    kernels.rms_norm(kind)[(2, rows), THREADS](stream, on_device(weight), squares, out, size, 2, np.float32(1e-5))
     want = norm(got.double(), weight.double(), 1e-5)
     error = (fetched(out, dtype, rows, size).double() - want).abs()
     limits = torch.finfo(dtype)
     assert (error <= (limits.eps / 2 + 64 * EPS) * want.abs() + limits.eps * limits.tiny).all()
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gated_is_the_activation_of_one_half_times_the_other(activation):
-    curve = {"silu": torch.nn.functional.silu, "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh")}
+def test_swiglu_is_silu_of_one_half_times_the_other():
     x = numbers(2, 2 * 72)
     out = cuda.to_device(np.full(2 * 72, 9, np.float32))
-    kernels.gated("single", activation)[(1, 2), EIGHTS](on_device(x), out, 72)
+    kernels.swiglu("single")[(1, 2), THREADS](on_device(x), out, 72)
     gate, up = x.double().chunk(2, -1)
-    want = curve[activation](gate) * up
+    want = torch.nn.functional.silu(gate) * up
     assert ((fetched(out, torch.float32, 2, 72) - want).abs() <= 32 * EPS * (want.abs() + up.abs())).all()
 
 
 @pytest.fixture
 def simulated(monkeypatch):
-    """Launches go to the simulator, which takes arrays where the driver takes addresses."""
+    """Send launches to the simulator, which takes arrays where the driver takes addresses."""
     views = {torch.int32: np.uint32, torch.int16: np.uint16, torch.float16: np.uint16, torch.int8: np.uint8}
 
     def array(tensor):
@@ -215,7 +215,7 @@ def simulated(monkeypatch):
         return raw.view(kernel_sees) if kernel_sees else raw
 
     def start(stream, early, kernel, grid, threads, size, arguments):
-        known = {}  # an array may be given twice, and is one
+        known = {}  # an array that is given twice must be one array on the device
 
         def seen(each):
             if isinstance(each, tuple):
@@ -231,7 +231,9 @@ def simulated(monkeypatch):
     monkeypatch.setattr(cuda_driver, "array", array)
     monkeypatch.setattr(cuda_driver, "start", start)
     monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 1, 227 << 10))
-    one_warp = cuda_schedule.Blocks(1, 0, 2)  # a simulator runs idle warps too; simulated_cuda.py has other schedules
+    one_warp = cuda_schedule.Blocks(
+        1, 0, 2
+    )  # idle warps cost time in a simulator; simulated_cuda.py tests other schedules
     schedule = cuda_schedule.Schedule(1, one_warp, one_warp)
     monkeypatch.setattr(cuda_schedule, "schedule_for", lambda *sizes: schedule)
     monkeypatch.setattr(cuda_latent_attention, "WARPS", 4)
@@ -243,16 +245,16 @@ def simulated(monkeypatch):
 
 
 @pytest.mark.usefixtures("simulated")
-def test_shares_of_a_context_are_put_together_by_the_output_layer(monkeypatch):
-    """Contexts of which some blocks have no token, next to torch."""
+def test_the_output_layer_combines_split_kv_partials(monkeypatch):
+    """Compare with torch, for contexts that leave some blocks without a token."""
     monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 3, 227 << 10))
-    monkeypatch.setattr(Attention, "unroll", lambda self, early: 1)
-    monkeypatch.setattr(CudaSteps, "made", lambda self, *tensors: Attention("single", "half", 64, 1, 1, False))
+    monkeypatch.setattr(AttentionConfig, "unroll", lambda self, early: 1)
+    monkeypatch.setattr(CudaOps, "attention_config", lambda self, *_: AttentionConfig("single", 64, 1, 1, False))
     model = random_model(ModelShape("a small one", 64, 80, 1, 1, 1, 64, 40, 256), 2.0, 1, "cpu")
     sides = [FusedEngine(model, 2, 16, torch.device("cpu"), torch.float16, kernels) for kernels in (True, False)]
     shapes = []
-    attend = CudaSteps.attend
-    monkeypatch.setattr(CudaSteps, "attend", lambda *all_: shapes.append(attend(*all_)) or shapes[-1])
+    attend = CudaOps.attend
+    monkeypatch.setattr(CudaOps, "attend", lambda *all_: shapes.append(attend(*all_)) or shapes[-1])
     with torch.inference_mode():
         for each in sides:
             each.prefill([list(range(9)), [4, 5]])
@@ -263,12 +265,12 @@ def test_shares_of_a_context_are_put_together_by_the_output_layer(monkeypatch):
 
 
 @pytest.mark.usefixtures("simulated")
-def test_packed_layers_take_what_dense_ones_give():
+def test_packed_layers_take_the_outputs_of_dense_ones():
     model = random_model(ModelShape("a small one", 64, 80, 1, 1, 1, 64, 40, 256), 2.0, 1, "cpu")
     dense = [torch.nn.Linear(64, 64, bias=False, dtype=torch.float16) for _ in range(3)]
     model = model._replace(blocks=[model.blocks[0]._replace(qkv=dense)])
     sides = [FusedEngine(model, 1, 16, torch.device("cpu"), torch.float16, kernels) for kernels in (True, False)]
-    assert [isinstance(group, Packed) for group in sides[0].groups[0]] == [False, True, True, True]
+    assert [isinstance(group, PackedGroup) for group in sides[0].groups[0]] == [False, True, True, True]
     with torch.inference_mode():
         for each in sides:
             each.prefill([[1, 2, 3]])
@@ -281,10 +283,10 @@ def test_packed_layers_take_what_dense_ones_give():
     ("bits", "heads", "paths", "kv_cache"),
     [(2.0, 1, 1, "full"), (None, 2, 1, "full"), (3.0, 2, 2, "latent"), (2.0, 1, 1, "latent-int8")],
 )
-def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, monkeypatch):
-    """Packed layers as siblings, or dense ones and the kernels between them; keys and values, or latents."""
-    monkeypatch.setattr(cuda_latent_attention, "TILES", (8, 8))  # few tokens are there
-    monkeypatch.setattr(CudaSteps, "fewest_tiles", 1)
+def test_a_step_by_kernels_equals_a_step_by_torch(bits, heads, paths, kv_cache, monkeypatch):
+    """Test packed layers in fused groups, dense layers with kernels between them, and all types of cache."""
+    monkeypatch.setattr(cuda_latent_attention, "TILE_TOKENS", (8, 8))  # since the cache holds few tokens
+    monkeypatch.setattr(CudaOps, "min_split_tiles", 1)
     shape = ModelShape("a small one", 64, 80, 1, heads, 1, 64, 40, 256)
     model = random_model(shape, bits, paths, "cpu")
     common = model, 2, 16, torch.device("cpu"), torch.float16
@@ -293,7 +295,7 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, 
     else:
         monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 4 * heads, 227 << 10))
         sides = [LatentEngine(*common, kernels, kv_cache) for kernels in (True, False)]
-    assert all(isinstance(group, Packed) == (bits is not None) for groups in sides[0].groups for group in groups)
+    assert all(isinstance(group, PackedGroup) == (bits is not None) for groups in sides[0].groups for group in groups)
     with torch.inference_mode():
         one, two = ([each.prefill([[1, 2, 3], [4]])] for each in sides)
         for each, rows in zip(sides, (one, two), strict=True):
@@ -319,13 +321,13 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, 
         (256, 1, 1, ((70,), (16, 16)), torch.float16, 8, (41,), True, 4),
     ],
 )
-def test_attention_to_latents_is_that_of_torch(
+def test_attention_to_latents_equals_torch(
     size, heads, kv_heads, ranks, kept, tokens, positions, grouped, shares, monkeypatch
 ):
-    """Contexts of several tiles, the last of which is not full; one path and two, of ranks that fill no word."""
+    """Test contexts of several tiles with a partial last one, and one or two paths of ranks that fill no word."""
     monkeypatch.setattr(cuda_schedule, "GROUPED", torch.cuda.get_device_capability(0) if grouped else None)
-    monkeypatch.setattr(cuda_latent_attention, "TILES", (tokens, tokens))
-    monkeypatch.setattr(CudaSteps, "fewest_tiles", 1)
+    monkeypatch.setattr(cuda_latent_attention, "TILE_TOKENS", (tokens, tokens))
+    monkeypatch.setattr(CudaOps, "min_split_tiles", 1)
     generator, rows, capacity = torch.Generator().manual_seed(0), len(positions), 44
     device = cuda_schedule.Device("any", rows * heads * shares, 227 << 10)
     monkeypatch.setattr(cuda_driver, "described", lambda index: device)
@@ -342,19 +344,19 @@ def test_attention_to_latents_is_that_of_torch(
         spans.append(Spans.at(begin, each, cuda_schedule.padded))
         begin = sum(spans[-1].begins[-1:]) + cuda_schedule.padded(each[-1])
     part = numbers(2, rows, begin, seed=1)
-    for of, each in zip(spans, ranks, strict=True):  # as kernels leave them: zeros where there is no rank
+    for of, each in zip(spans, ranks, strict=True):  # kernels leave zeros in the padding
         for at, count, rank in zip(*of, each, strict=True):
             part[..., at + rank : at + count] = 0
     known = [numbers(rows, capacity, sum(each), seed=2) for each in ranks]
-    cache = [round_latents(stored_latents(latent, each), kept) for latent, each in zip(known, ranks, strict=True)]
+    cache = [round_latents(pad_latents(latent, each), kept) for latent, each in zip(known, ranks, strict=True)]
     found = []
-    for steps in (
-        CudaSteps(Heads(heads, kv_heads, size), torch.float16, 1e-5, rows, torch.device("cpu")),
-        TorchSteps(Heads(heads, kv_heads, size), torch.float16, 1e-5),
+    for ops in (
+        CudaOps(Heads(heads, kv_heads, size), torch.float16, 1e-5, rows, torch.device("cpu")),
+        TorchOps(Heads(heads, kv_heads, size), torch.float16, 1e-5),
     ):
         mine = [Latents(*(tensor.clone() for tensor in each)) for each in cache]
-        expanding = steps.expansions(layers)
-        found.append((steps.attend_latents(projected, part, spans, mine, expanding, places, angles, shares == 1), mine))
+        up = ops.up_projections(layers)
+        found.append((ops.attend_latents(projected, part, spans, mine, up, places, angles, shares == 1), mine))
     (got, ours), (want, theirs) = found
     if shares > 1:
         assert got.shape == (rows, heads, shares, size + cuda_latent_attention.SUMMARY)
@@ -371,25 +373,25 @@ def test_attention_to_latents_is_that_of_torch(
 
 
 @pytest.mark.usefixtures("simulated")
-def test_tiles_of_latents_fit_the_shared_memory_or_it_is_said():
+def test_choose_tile_fits_the_shared_memory_or_raises():
     generator, heads = torch.Generator().manual_seed(0), Heads(8, 8, 64)
-    steps, found = CudaSteps(heads, torch.float16, 1e-5, 1, torch.device("cpu")), []
+    ops, found = CudaOps(heads, torch.float16, 1e-5, 1, torch.device("cpu")), []
     for rank in (160, 1500, 2600, 20000):
         layers = [random_packed(512, 64, (rank,), generator) for _ in range(2)]
         if rank == 20000:
             with pytest.raises(NotDecodableError, match="latents of 20000 and 20000 entries do not fit"):
-                steps.expansions(layers)
+                ops.up_projections(layers)
             continue
-        expanding = steps.expansions(layers)
-        made, of_block = steps.tile("single", "half", 1, 4096, expanding)
-        assert made.shared_bytes(of_block, expanding[0].words.shape[1], rank) <= 227 << 10
-        found.append(made.tokens)
+        up = ops.up_projections(layers)
+        config, of_block = ops.choose_tile("single", "half", 1, 4096, up)
+        assert config.shared_bytes(of_block, up[0].words.shape[1], rank) <= 227 << 10
+        found.append(config.tokens)
     assert found == [64, 32, 16]
 
 
 @pytest.mark.usefixtures("simulated")
 def test_tuning_takes_the_fastest_schedule_of_each_group(monkeypatch):
-    """As if schedules took a time that is known; the first group is run with what was found for it."""
+    """Replace the timer by a known cost of each schedule; run the first group with the schedule found for it."""
     model = random_model(ModelShape("a small one", 256, 80, 2, 1, 1, 64, 40, 256), 2.0, 1, "cpu")
     engine, ran = FusedEngine(model, 1, 16, torch.device("cpu"), torch.float16, True), []
 

@@ -1,4 +1,4 @@
-"""The decoder's CUDA kernels, without a GPU: run in a simulator, and compiled for the GPUs that they are meant for."""
+"""Test the decoder's CUDA kernels without a GPU: run them in a simulator, and compile them for each capability."""
 
 import os
 import subprocess
@@ -7,23 +7,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from littlebit.fast.decoding.ops import ACTIVATIONS
-from littlebit.fast.kernels import cuda_decode as kernels, cuda_driver, cuda_gemv, cuda_latent_attention
-from littlebit.fast.kernels.cuda_decode import Attention
+from littlebit.fast.kernels import cuda_decode as kernels, cuda_driver, cuda_latent_attention
+from littlebit.fast.kernels.cuda_decode import AttentionConfig
 from test_cuda import CAPABILITIES, FRAME_SIZE, compiled
 
-REGISTERS = 0x2F  # attribute of a kernel in a cubin: of a thread
-ALL_REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 0x2F  # a kernel's attribute in a cubin: registers of a thread
+ALL_REGISTERS = 65536  # registers of a multiprocessor
 ATTENTION = (
-    Attention("single", "half", 128, 1, 16, False),
-    Attention("half", "half", 128, 1, 16, False),
-    Attention("single", "half", 128, 1, 16, False, whole=False),
-    Attention("single", "half", 128, 8, 8, False, whole=False),
-    Attention("single", "half", 128, 8, 8, False),
-    Attention("single", "half", 128, 4, 8, True),
-    Attention("single", "bfloat", 64, 3, 8, False),
-    Attention("single", "half", 64, 1, 8, True),
-    Attention("single", "half", 256, 2, 8, False),
+    AttentionConfig("single", 128, 1, 16, False),
+    AttentionConfig("half", 128, 1, 16, False),
+    AttentionConfig("single", 128, 1, 16, False, combine=False),
+    AttentionConfig("single", 128, 8, 8, False, combine=False),
+    AttentionConfig("single", 128, 8, 8, False),
+    AttentionConfig("single", 128, 4, 8, True),
+    AttentionConfig("single", 64, 3, 8, False),
+    AttentionConfig("single", 64, 1, 8, True),
+    AttentionConfig("single", 256, 2, 8, False),
 )
 TILES = (
     cuda_latent_attention.LatentTile("single", "half", 128, 64, True),
@@ -41,41 +40,39 @@ def test_properties_in_the_simulator():
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_kernels_compile_without_spills_and_with_the_registers_that_there_are(capability, monkeypatch):
+def test_kernels_compile_without_spills_and_fit_the_registers(capability, monkeypatch):
     pytest.importorskip("cuda.core")
     monkeypatch.setattr(
         "numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=capability)
     )
     early, newest = capability >= cuda_driver.EARLY, capability == CAPABILITIES[-1]
-    factories = kernels.embed, kernels.added, kernels.normed, kernels.gated, kernels.logits
+    factories = kernels.embed, kernels.add, kernels.rms_norm, kernels.swiglu, kernels.logits
     factories += (
         kernels.attend,
-        cuda_latent_attention.latents,
+        cuda_latent_attention.store_latents,
         cuda_latent_attention.attend_latents,
-        cuda_latent_attention.expand_latents,
+        cuda_latent_attention.up_project_values,
     )
-    for factory in factories:  # device functions keep what they were compiled for
+    for factory in factories:  # device functions stay compiled for the first capability
         factory.cache_clear()
-    plain = [(kernels.embed(kind), kernels.EIGHTS) for kind in (kernels.TABLES if newest else ["half"])]
-    plain += [(factory("half"), kernels.EIGHTS) for factory in (kernels.added, kernels.normed)]
-    plain += [(kernels.gated("half", "silu"), kernels.EIGHTS)]
-    plain += [(kernels.logits("half", *of), kernels.EIGHTS) for of in (("8", 1), ("4", 4))]
-    latent = [cuda_latent_attention.latents(kept, early) for kept in cuda_latent_attention.KEPT]
-    tiles = TILES if newest else [made._replace(tokens=32, grouped=False) for made in TILES]
-    plain += [(cuda_latent_attention.attend_latents(made, early), made.threads) for made in tiles]
+    plain = [(kernels.embed(table), kernels.THREADS) for table in (kernels.TABLES if newest else ["half"])]
+    plain += [(factory("half"), kernels.THREADS) for factory in (kernels.add, kernels.rms_norm)]
+    plain += [(kernels.swiglu("half"), kernels.THREADS)]
+    plain += [(kernels.logits("half", *of), kernels.THREADS) for of in (("8", 1), ("4", 4))]
+    latent = [cuda_latent_attention.store_latents(each, early) for each in cuda_latent_attention.CACHE_FORMATS]
+    tiles = TILES if newest else [config._replace(tokens=32, grouped=False) for config in TILES]
+    plain += [(cuda_latent_attention.attend_latents(config, early), config.threads) for config in tiles]
     latent += [
-        cuda_latent_attention.expand_latents("single", *of, early) for of in ((64, True), (128, False), (256, True))
+        cuda_latent_attention.up_project_values("single", *of, early) for of in ((64, True), (128, False), (256, True))
     ]
     plain += [(kernel, cuda_latent_attention.THREADS) for kernel in latent]
-    for made in ATTENTION if newest else [made._replace(group=min(made.group, 2), warps=8) for made in ATTENTION[::3]]:
-        plain.append((kernels.attend(made, early), made.threads))
+    for config in (
+        ATTENTION if newest else [config._replace(group=min(config.group, 2), warps=8) for config in ATTENTION[::3]]
+    ):
+        plain.append((kernels.attend(config, early), config.threads))
     for kernel, threads in plain:
         text, attributes = compiled(kernel, capability)
         assert attributes[FRAME_SIZE] == 0
         assert attributes[REGISTERS] * threads <= ALL_REGISTERS
     assert (b"griddepcontrol.wait" in text) == early
     assert b"atom.acq_rel.gpu" in text
-
-
-def test_activations_have_the_same_names_in_torch_and_in_the_kernels():
-    assert set(ACTIVATIONS) == set(cuda_gemv.ACTIVATIONS)

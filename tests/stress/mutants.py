@@ -880,7 +880,10 @@ MUTANTS = [
         "tokens beyond the last",
     ),
     Mutant(
-        "fast/kernels/cuda_decode.py", "tickets[uint32(block)] = 0", "tickets[uint32(block)] = 1", "tickets are used up"
+        "fast/kernels/cuda_decode.py",
+        "arrivals[uint32(block)] = 0",
+        "arrivals[uint32(block)] = 1",
+        "arrival counters are not reset",
     ),
     Mutant(
         "fast/kernels/cuda_unpack.py",
@@ -920,14 +923,11 @@ MUTANTS = [
         "scale",
     ),
     Mutant(
-        "fast/kernels/cuda_latent_attention.py",
-        "mean / total if whole else mean",
-        "mean / total",
-        "shares divided twice",
+        "fast/kernels/cuda_latent.py", "mean / total if combine else mean", "mean / total", "partials divided twice"
     ),
     Mutant(
-        "fast/kernels/cuda_latent_attention.py",
-        "first_tile, end = int32(share * each)",
+        "fast/kernels/cuda_latent.py",
+        "first_tile, end = int32(split * each)",
         "first_tile, end = int32(0)",
         "tiles twice",
     ),
