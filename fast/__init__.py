@@ -66,6 +66,7 @@ if TYPE_CHECKING:  # what is exported
         model_memory as model_memory,
     )
     from .models.calibrate import Moments as Moments, calibrate as calibrate, spectral_gains as spectral_gains
+    from .models.generation_settings import GenerationConfig as GenerationConfig
     from .models.hf_names import cache_argument as cache_argument
     from .models.layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
     from .models.quantize import Config as Config, LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_

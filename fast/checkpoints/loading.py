@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..files.untrusted import CheckpointError, readable
 from ..models.embeddings import QuantizedEmbedding, Table, replace_embeddings, tie_embeddings
 from ..models.experts import is_known, projection_names, split_experts
-from ..models.generation_settings import FILE as GENERATION, read_generation
+from ..models.generation_settings import FILE as GENERATION, read_generation_config
 from ..models.layers import PackedLinear
 from ..models.quantize import replace_module, replace_modules, split
 from ..models.selection import is_linear, linear_shape
@@ -37,7 +37,7 @@ def generation_config(path: Path) -> Any:
     """
     from ..models.build import transformers
 
-    said = read_generation(path)
+    said = read_generation_config(path)
     try:
         return transformers().GenerationConfig.from_dict(said)
     except Exception as error:  # transformers raises anything at all on values that make no sense

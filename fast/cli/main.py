@@ -277,6 +277,16 @@ def generate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--temperature", type=not_negative, help=f"0 for greedy decoding; {said}, else 0")
     sub.add_argument("--top-k", type=number(int, low=0), help=f"sample among the likeliest, 0 for all; {said}")
     sub.add_argument("--top-p", type=number(float, above=0, high=1), help=f"and among those that hold it; {said}")
+    sub.add_argument(
+        "--min-p",
+        type=number(float, low=0, high=1),
+        help=f"sample tokens this probable, relative to the likeliest; {said}",
+    )
+    sub.add_argument(
+        "--repetition-penalty",
+        type=number(float, low=0.001, high=1000),
+        help=f"divides positive logits of tokens in the text; {said}",
+    )
     sub.add_argument("--seed", type=seed, default=0)
     sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     sub.add_argument(
@@ -874,6 +884,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
         arguments.chat,
         tokenizer,
         arguments.kv_cache,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
     )
     if arguments.json:
         text = "".join(pieces)

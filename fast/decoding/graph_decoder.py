@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_prompts, embedding_rows, positions_of
-from ..models.generation_settings import Sampling, settings_of
+from ..models.generation_settings import GenerationConfig, generation_defaults
 from ..models.quantize import device_of
 from .engines import Engine, engine_for
 
@@ -30,7 +30,7 @@ SMALLEST_CAPACITY = 256
 LARGEST_BATCH = 16
 
 
-def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+def choose(logits: Tensor, sampling: GenerationConfig, uniform: Tensor) -> Tensor:
     """The next token of each sequence, (batch,) int64, without waiting for the device.
 
     The tokens are put in order, the likeliest first, and the one is taken where the sum of the chances that are left by
@@ -39,11 +39,11 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     Parameters
     ----------
     logits : (batch, vocabulary) float tensor
-    sampling : Sampling
+    sampling : GenerationConfig
     uniform : (batch,) float32 tensor
         Of numbers from 0 up to 1; not read at temperature 0.
     """
-    if sampling.temperature == 0:
+    if not sampling.temperature:
         return logits.argmax(-1)
     count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     scores, order = logits.float().topk(count)
@@ -51,9 +51,28 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     if sampling.top_p is not None:
         before = chances.cumsum(-1) - chances  # of the tokens that are likelier
         chances = torch.where(before < sampling.top_p, chances, 0.0)
+    if sampling.min_p is not None:
+        chances = torch.where(chances >= sampling.min_p * chances[:, :1], chances, 0.0)
     reached = chances.cumsum(-1)
     place = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)
     return order.gather(-1, place.clamp(max=count - 1))[:, 0]
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Apply a repetition penalty to the logits of seen tokens, without waiting for the device: see `sampling`.
+
+    Parameters
+    ----------
+    logits : (batch, vocabulary) float tensor
+    seen : (batch, vocabulary) bool tensor
+    penalty : float
+
+    Returns
+    -------
+    (batch, vocabulary) float32 tensor.
+    """
+    logits = logits.float()
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 class Loop:
@@ -62,16 +81,16 @@ class Loop:
     Parameters
     ----------
     engine : Engine
-    sampling : Sampling
-    seed : int
-        Of torch's generator on the engine's device.
+    sampling : GenerationConfig
+        Its seed is for torch's generator on the engine's device.
     """
 
-    def __init__(self, engine: Engine, sampling: Sampling = Sampling(), seed: int = 0):  # noqa: B008
+    def __init__(self, engine: Engine, sampling: GenerationConfig = GenerationConfig()):  # noqa: B008
         self.engine, self.sampling = engine, sampling
-        self.generator = torch.Generator(engine.device).manual_seed(seed)
+        self.generator = torch.Generator(engine.device).manual_seed(sampling.seed)
         self.tokens = torch.zeros(engine.batch, dtype=torch.int64, device=engine.device)
         self.uniform = torch.zeros(engine.batch, device=engine.device)
+        self.seen: Any = None  # (batch, vocabulary) bool: tokens of prompt and answer, for the repetition penalty
         self.length = 0  # tokens of the longest sequence in the cache
         self.captures = engine.device.type == "cuda"
         self.warm = False  # whether a step has run with the cache as it is
@@ -81,17 +100,35 @@ class Loop:
         """Read the prompts, and choose the first tokens."""
         logits = self.engine.prefill(prompts)
         self.length = max(map(len, prompts))
+        if self.sampling.repetition_penalty not in (None, 1):
+            self.mark_seen(prompts, logits.shape)
         self.draw()
+        self.choose_next(logits)
+
+    def mark_seen(self, prompts: Sequence[Sequence[int]], shape: Sequence[int]) -> None:
+        """Mark the tokens of the prompts as seen; a captured graph keeps the address of the tensor."""
+        if self.seen is None:
+            self.seen = torch.zeros(*shape, dtype=torch.bool, device=self.engine.device)
+        self.seen.zero_()
+        for row, prompt in zip(self.seen, prompts, strict=True):
+            row[list(prompt)] = True
+
+    def choose_next(self, logits: Tensor) -> None:
+        """Choose the next token of each sequence, and mark it as seen."""
+        if self.seen is not None:
+            logits = penalize_repetition(logits, self.seen, self.sampling.repetition_penalty)  # type: ignore[arg-type]
         self.tokens.copy_(choose(logits, self.sampling, self.uniform))
+        if self.seen is not None:
+            self.seen.scatter_(1, self.tokens[:, None], True)
 
     def draw(self) -> None:
         """New random numbers for the next choice."""
-        if self.sampling.temperature > 0:
+        if self.sampling.temperature:
             self.uniform.uniform_(generator=self.generator)
 
     def step(self) -> None:
         """Read the tokens, and put those that come next into their place."""
-        self.tokens.copy_(choose(self.engine.step(self.tokens), self.sampling, self.uniform))
+        self.choose_next(self.engine.step(self.tokens))
 
     def advance(self) -> None:
         """A step, as a graph where there can be one: the first with a cache warms up, the second is captured."""
@@ -123,16 +160,7 @@ class Loop:
             self.graph = graph
 
 
-def decode_batch(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    kv_cache: str = "full",
-) -> Iterator[list[int | None]]:
+def decode_batch(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[int | None]]:
     """New tokens after several prompts, all sequences at once; the next step runs while a token is looked at.
 
     Parameters
@@ -140,8 +168,7 @@ def decode_batch(
     model : transformers causal language model, on one device
     prompts : sequence of sequences of int
         1 to 16, of any lengths.
-    max_new_tokens, temperature, top_k, top_p, seed, kv_cache
-        See `decode.generate`.
+    config : GenerationConfig
 
     Returns
     -------
@@ -157,12 +184,12 @@ def decode_batch(
     """
     device_of(model)
     check_batch(prompts)
-    check_prompts(prompts, max_new_tokens, embedding_rows(model), positions_of(model))
+    check_prompts(prompts, config.max_new_tokens, embedding_rows(model), positions_of(model))
     longest = max(map(len, prompts))
     capacity = max(SMALLEST_CAPACITY, 1 << longest.bit_length())
-    engine = engine_for(model, len(prompts), capacity, kv_cache)
-    loop = Loop(engine, Sampling(temperature, top_k, top_p), seed)
-    return stream(loop, prompts, max_new_tokens, settings_of(model).stop)
+    config = config.with_defaults(generation_defaults(model).config)
+    loop = Loop(engine_for(model, len(prompts), capacity, config.kv_cache), config)
+    return stream(loop, prompts, config.max_new_tokens, config.stop_tokens or ())
 
 
 def check_batch(prompts: Sequence[Sequence[int]]) -> None:

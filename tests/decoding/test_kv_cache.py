@@ -1,4 +1,4 @@
-"""The latent key-value cache: its parts against float64, and whole models against their ordinary cache."""
+"""The latent key-value cache: its parts against float64, and whole models against the full cache."""
 
 import copy
 import json
@@ -350,7 +350,7 @@ def test_latent_cache_serves_other_models(kind):
     lb.quantize_(model, lb.Config(bits=2.5), progress=False)
     lb.pack_(model)
     tokens = some_tokens(1, 12)
-    expected = generate.generate_tokens(model, tokens, 20)
+    expected = generate.generate_tokens(model, tokens, lb.GenerationConfig(20))
     cache = lb.latent_cache(model, torch.float32)
     found = model.generate(tokens, **lb.cache_argument(cache), max_new_tokens=20, do_sample=False)
     assert_same(found[:, 12:], expected)
@@ -389,14 +389,14 @@ def test_latent_cache_refuses_what_it_cannot_keep(one_packed):
     import transformers
 
     model = small_llama()
-    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.k_proj is a Linear, not packed"):
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.k_proj must be packed, but is a Linear"):
         lb.latent_cache(model)
     lb.quantize_(model, lb.Config(bits=4, include=("*.k_proj",)), progress=False)
-    with pytest.raises(ValueError, match=r"k_proj is a LittleBitLinear, not packed"):
+    with pytest.raises(ValueError, match="k_proj must be packed, but is a LittleBitLinear"):
         lb.latent_cache(model)
-    with pytest.raises(ValueError, match=r"v_proj is a Linear, not packed"):
+    with pytest.raises(ValueError, match="v_proj must be packed, but is a Linear"):
         lb.latent_cache(lb.pack_(model))
-    with pytest.raises(ValueError, match="not gpt2"):
+    with pytest.raises(ValueError, match="got gpt2"):
         lb.latent_cache(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1)))
     with pytest.raises(ValueError, match="float32, float16 or int8"):
         lb.latent_cache(one_packed, torch.int16)
@@ -421,11 +421,11 @@ def test_latent_cache_refuses_what_does_not_go_on_from_it(one_packed):
         with pytest.raises(ValueError, match=f"needs {limit + 1} positions, but the model has {limit}"):
             one_packed(some_tokens(1, 1), **lb.cache_argument(cache))
         cache.crop(-9)
-        with pytest.raises(ValueError, match="holds 1 sequences, but 2 go on"):
+        with pytest.raises(ValueError, match="must have the 1 sequences of the latent cache, got 2"):
             one_packed(some_tokens(2, 1), **lb.cache_argument(cache))
         with pytest.raises(ValueError, match="takes latents, not keys and values"):
             small_llama()(some_tokens(1, 2), **lb.cache_argument(lb.latent_cache(one_packed)))
-        with pytest.raises(ValueError, match="understands masks of shape"):
+        with pytest.raises(ValueError, match="mask must have shape"):
             one_packed(
                 some_tokens(1, 2), **lb.cache_argument(cache), attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool)
             )

@@ -393,6 +393,7 @@ class Judge:
         from littlebit.fast.decoding.mapped_weights import map_model
 
         self.map, self.decode, self.not_decodable = map_model, decode, NotDecodableError
+        self.config = lb.GenerationConfig(2, temperature=0, repetition_penalty=1)
         torch.set_num_threads(1)
         logging.disable(logging.CRITICAL)
         self.lb, self.folder, self.tokens = lb, folder, torch.tensor([[1, 5, 9]])
@@ -403,7 +404,7 @@ class Judge:
             self.expected[kind] = state(model)
             model(self.tokens)  # loads the kernels
             with contextlib.suppress(NotDecodableError):
-                self.told[kind] = list(decode(map_model(folder), [1, 5, 9], 2))
+                self.told[kind] = list(decode(map_model(folder), [1, 5, 9], self.config))
 
     def case(self, kind, files, sealed):
         """What became of a case: "refused" or "loaded"; raises what it should not do."""
@@ -417,7 +418,7 @@ class Judge:
                     outcome.append(None)
             _, checked, model, mapped = outcome
             if mapped is not None:  # the compiled decoder runs from the files, and does without what it does not use
-                told = list(self.decode(mapped, [1, 5, 9], 2))
+                told = list(self.decode(mapped, [1, 5, 9], self.config))
                 if not sealed and checked and checked["checksums"] and told != self.told[kind]:
                     raise FindingError("a checkpoint is mapped and is not what was saved")
             if model is None:
