@@ -164,7 +164,7 @@ def pad_token(tokenizer: Any) -> int | None:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """Tokenize a prompt; in a chat its only special tokens are those of the chat template.
+    """Tokenize a prompt; in a chat only the chat template adds special tokens.
 
     Raises
     ------

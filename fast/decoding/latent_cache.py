@@ -98,7 +98,7 @@ def check_latent(model: Any, dtype: torch.dtype) -> None:
 
 def choose_attention(attention: Any, forward: Any, /, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
     """Run attention over latents if an argument is a LatentCache, else the layer's own `forward`."""
-    cache = next((each for each in (*inputs, *named.values()) if hasattr(each, "put_latents")), None)
+    cache = next((each for each in (*inputs, *named.values()) if hasattr(each, "append_latents")), None)
     if cache is None:
         return forward(*inputs, **named)
     return attend_to_latents(attention, cache, *inputs, **named)
@@ -117,11 +117,11 @@ def attend_to_latents(
 ) -> tuple[Tensor, None]:
     """Append the latents of new tokens to a LatentCache, and attend to all tokens in it.
 
-    The arguments after / are those of transformers' attention layers; hidden_states is (batch, tokens, hidden).
+    transformers' attention layers take the arguments after /; hidden_states is (batch, tokens, hidden).
     """
     key, value = attention.k_proj, attention.v_proj
     projected = [latents(hidden_states, each.factors()) for each in (key, value)]
-    keys, values = cache.put_latents(attention.layer_idx, *projected, position_ids)
+    keys, values = cache.append_latents(attention.layer_idx, *projected, position_ids)
     queries = hidden_states.shape[1]
     query = attention.q_proj(hidden_states).float().unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     cosine, sine = cache.angles()  # (batch, tokens, size / 2)

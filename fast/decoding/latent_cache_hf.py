@@ -17,36 +17,36 @@ class GrowingTensor:
     """Hold a tensor (batch, tokens, ...) to which tokens are appended; its memory grows by GROWTH tokens at a time."""
 
     def __init__(self) -> None:
-        self.room: Tensor | None = None
+        self.buffer: Tensor | None = None
         self.length = 0
 
     def append(self, new: Tensor) -> None:
         """Append tokens, (batch, new tokens, ...)."""
         length = self.length + new.shape[1]
-        if self.room is None or self.room.shape[1] < length:
-            room = new.new_empty(new.shape[0], -(-length // GROWTH) * GROWTH, *new.shape[2:])
-            if self.room is not None:
-                room[:, : self.length] = self.filled()
-            self.room = room
-        self.room[:, self.length : length] = new
+        if self.buffer is None or self.buffer.shape[1] < length:
+            larger = new.new_empty(new.shape[0], -(-length // GROWTH) * GROWTH, *new.shape[2:])
+            if self.buffer is not None:
+                larger[:, : self.length] = self.filled()
+            self.buffer = larger
+        self.buffer[:, self.length : length] = new
         self.length = length
 
     def filled(self) -> Tensor:
         """Return a view of all tokens; the next change makes it invalid."""
-        if self.room is None:
+        if self.buffer is None:
             raise ValueError("the latent cache is empty: run the model on a prompt first")
-        return self.room[:, : self.length]
+        return self.buffer[:, : self.length]
 
     def transform(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace the tokens by a function of them."""
-        if self.room is not None:
-            self.room = function(self.filled())
-            self.length = self.room.shape[1]
+        if self.buffer is not None:
+            self.buffer = function(self.filled())
+            self.length = self.buffer.shape[1]
 
     @property
     def nbytes(self) -> int:
         """Count the bytes of the tokens, without the memory for more."""
-        return 0 if self.room is None else self.filled().nbytes
+        return 0 if self.buffer is None else self.filled().nbytes
 
 
 class LatentLayer(DynamicLayer):
@@ -54,11 +54,11 @@ class LatentLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts = [GrowingTensor() for _ in range(4)]
+        self.tensors = [GrowingTensor() for _ in range(4)]
 
     def get_seq_length(self) -> int:
         """Count the stored tokens."""
-        return self.parts[0].length
+        return self.tensors[0].length
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Raise ValueError, because this cache takes latents."""
@@ -90,19 +90,19 @@ class LatentCache(Cache):
     @property
     def tensors(self) -> list[GrowingTensor]:
         """List all tensors that grow with the tokens."""
-        return [self.positions, *(part for layer in self.layers for part in layer.parts)]  # type: ignore[union-attr]
+        return [self.positions, *(part for layer in self.layers for part in layer.tensors)]  # type: ignore[union-attr]
 
     @property
     def nbytes(self) -> int:
         """Count the bytes stored for the tokens: codes, scales and positions."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def put_latents(self, at: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Latents, Latents]:
+    def append_latents(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Latents, Latents]:
         """Append the latents of new tokens to one layer, and return all of that layer.
 
         Parameters
         ----------
-        at : int
+        layer : int
             Number of the layer.
         keys, values : (batch, tokens, R) float tensor
             Latents of k_proj and v_proj; each has its own R.
@@ -117,21 +117,21 @@ class LatentCache(Cache):
         ValueError
             If the context exceeds the model's positions, or the batch size has changed.
         """
-        layer: Any = self.layers[at]
-        length, room = layer.get_seq_length() + keys.shape[1], layer.parts[0].room
+        cache: Any = self.layers[layer]
+        length, buffer = cache.get_seq_length() + keys.shape[1], cache.tensors[0].buffer
         check_positions(length, self.limit, f"a context of {length} tokens")
-        if room is not None and room.shape[0] != len(keys):
+        if buffer is not None and buffer.shape[0] != len(keys):
             raise ValueError(
-                f"the batch must have the {room.shape[0]} sequences of the latent cache, got {len(keys)}: make a new "
+                f"the batch must have the {buffer.shape[0]} sequences of the latent cache, got {len(keys)}: make a new "
                 "one with latent_cache for each batch"
             )
         if self.positions.length < length:  # only the first layer of a step appends them
             self.positions.append(positions.to(torch.int32).expand(len(keys), -1))
             self.cos_sin = None
         new = (*round_latents(keys, self.dtype), *round_latents(values, self.dtype))
-        for part, tensor in zip(layer.parts, new, strict=True):
+        for part, tensor in zip(cache.tensors, new, strict=True):
             part.append(tensor)
-        key_codes, key_scale, value_codes, value_scale = (part.filled() for part in layer.parts)
+        key_codes, key_scale, value_codes, value_scale = (part.filled() for part in cache.tensors)
         return Latents(key_codes, key_scale), Latents(value_codes, value_scale)
 
     def angles(self) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ class LatentCache(Cache):
         """Remove all tokens."""
         self.cos_sin = None
         for tensor in self.tensors:
-            tensor.room, tensor.length = None, 0
+            tensor.buffer, tensor.length = None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last -tokens_to_remove tokens; transformers passes a negative number."""

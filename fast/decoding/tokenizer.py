@@ -134,7 +134,7 @@ def find_prefix_spaces(step: Any) -> set[bool]:
 
 
 def read_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """Read the chat template of a directory; None if there is none.
+    """Read the chat template of a directory, or return None.
 
     Raises
     ------

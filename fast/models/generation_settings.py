@@ -50,7 +50,7 @@ IGNORED |= {"is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedu
 IGNORED |= {"max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind"}
 IGNORED |= {"assistant_ensemble_weight", "low_memory", "transformers_version", "trust_remote_code"}
 
-#: Limits of each setting, as `check_number` takes them. Within those of the penalty, float32 logits cannot overflow.
+#: Limits of each setting, as `check_number` takes them. The penalty's keep float32 logits finite.
 LIMITS: dict[str, dict[str, Any]] = {
     "max_new_tokens": {"low": 1, "whole": True},
     "temperature": {"low": 0},

@@ -1,4 +1,4 @@
-"""The compiled decoder against transformers, sampling, streaming, and quantised embeddings."""
+"""The compiled decoder against transformers, sampling, streaming, and quantized embeddings."""
 
 import copy
 import json
@@ -208,7 +208,7 @@ ROPES = {
 
 @pytest.mark.parametrize("kind", STATIC_ROPE)
 @pytest.mark.parametrize(("size", "theta"), [(32, 1e4), (64, 1e5), (128, 5e5), (48, 100.0)])
-def test_rotary_angles_are_those_of_transformers(kind, size, theta):
+def test_rotary_angles_equal_transformers(kind, size, theta):
     """A power is at most an ulp off, and each of at most eight operations after it rounds once."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -314,7 +314,7 @@ def test_quantize_table_refuses_odd_sizes_and_bits():
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tied", [True, False])
-def test_quantised_embeddings_survive_saving(bits, tied, tmp_path):
+def test_quantized_embeddings_survive_saving(bits, tied, tmp_path):
     model = lb.load_model(make_tiny_llama(tmp_path / "model", tie_word_embeddings=tied))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lb.quantize_(model, lb.Config(bits=BITS), progress=False)
@@ -349,7 +349,7 @@ def test_load_refuses_a_section_that_describes_no_embedding(section, tiny_llama,
         lb.load(path, verify=False)
 
 
-def test_quantised_head_is_its_table_times_x():
+def test_quantized_head_is_its_table_times_x():
     table = quantize_table(torch.randn(5000, 64, generator=torch.Generator().manual_seed(0)), 4)
     assert isinstance(table, Table)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))

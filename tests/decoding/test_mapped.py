@@ -39,7 +39,7 @@ TEMPLATE = (
 )
 
 
-def quantised(folder, out, embedding_bits=16):
+def quantized(folder, out, embedding_bits=16):
     model, tokenizer = lb.load_model(folder), lb.load_tokenizer(folder)
     tokenizer.chat_template = TEMPLATE
     lb.quantize_(model, lb.Config(bits=BITS, exclude=("*.0.mlp.up_proj",)), progress=False)
@@ -54,7 +54,7 @@ def dense(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_llama, tmp_path_factory):
-    return quantised(tiny_llama, tmp_path_factory.mktemp("mapped") / "out", 8)
+    return quantized(tiny_llama, tmp_path_factory.mktemp("mapped") / "out", 8)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def assert_decodes_the_same(mapped, loaded):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_mapped_files_decode_as_the_loaded_model_does(dense, bits, tmp_path):
-    path = quantised(dense, tmp_path / "out", bits)
+    path = quantized(dense, tmp_path / "out", bits)
     assert_decodes_the_same(map_model(path), decodable(lb.load(path)))
 
 

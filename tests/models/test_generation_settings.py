@@ -121,7 +121,7 @@ def test_settings_that_transformers_would_not_write_are_kept(tiny_llama, tmp_pat
 
 
 def test_without_the_file_config_json_decides(tiny_llama, tmp_path):
-    """As in transformers: old checkpoints keep settings of generation among those of the model."""
+    """As in transformers: old checkpoints keep settings of generation in config.json."""
     path = saved(tiny_llama, tmp_path / "out", eos_token_id=[257])
     (path / FILE).unlink()
     config = json.loads((path / "config.json").read_text())
@@ -150,7 +150,7 @@ def test_a_damaged_file_is_named(tiny_llama, tmp_path, content, capsys):
 
 
 def test_generate_samples_as_the_checkpoint_says(loud_llama, tmp_path):
-    """What is left out is the checkpoint's; what is given wins; every engine chooses the same."""
+    """The caller's settings win over the checkpoint's; every decoder chooses the same tokens."""
     path = saved(loud_llama, tmp_path / "out", do_sample=True, temperature=1.4, top_k=30, top_p=0.95)
     greedy = saved(loud_llama, tmp_path / "greedy")
     loaded, mapped, tokens = lb.load(path), map_model(path), [5, 6, 7]
