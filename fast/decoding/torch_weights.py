@@ -47,7 +47,7 @@ def linear(name: str, module: nn.Module) -> Linear:
     if isinstance(module, PackedLinear):
         _, kept = layer_plan(module.factors())
         arrays = [tensor.numpy() for tensor in kept]
-        paths = [arrays[at : at + cpu.RANK] for at in range(0, len(arrays), cpu.RANK)]
+        paths = [arrays[first : first + cpu.RANK] for first in range(0, len(arrays), cpu.RANK)]
         return Linear(module.d_out, module.d_in, paths, None, floats(module.bias))
     if type(module) is not nn.Linear:
         raise NotDecodableError(f"{name} is a {type(module).__name__}")
@@ -93,7 +93,7 @@ def through_transformers(
     config = config.with_defaults(generation_defaults(model).config)
     choice = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
     if config.temperature:
-        choice = {"do_sample": True, "temperature": config.temperature, "min_p": config.min_p or None}
+        choice = {"do_sample": True, "temperature": config.temperature, "min_p": config.min_p or 0.0}
         choice |= {"top_k": config.top_k or 0, "top_p": config.top_p or 1.0}
     dtype = LATENT_TYPES.get(config.kv_cache)
     cache = {} if dtype is None else cache_argument(latent_cache(model, dtype))

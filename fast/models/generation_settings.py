@@ -83,9 +83,11 @@ class GenerationConfig:
     top_k : int, optional
         Sample from the k likeliest tokens; 0 for all.
     top_p : float, optional
-        Sample from the likeliest tokens whose probabilities sum to p (nucleus sampling); in (0, 1], 1 for all.
+        Sample from the fewest likeliest tokens with a total probability of at least p (nucleus sampling, Holtzman et
+        al., arXiv 1904.09751); in (0, 1], 1 for all.
     min_p : float, optional
-        Sample from tokens at least min_p times as probable as the likeliest one; in [0, 1], 0 for all.
+        Sample from tokens at least min_p times as probable as the likeliest one (Nguyen et al., arXiv 2407.01082); in
+        [0, 1], 0 for all.
     repetition_penalty : float, optional
         Divide the positive logits of all tokens in prompt and answer by it, and multiply the negative ones (Keskar et
         al., arXiv 1909.05858); in [0.001, 1000], 1 for no penalty.
