@@ -109,6 +109,7 @@ if TYPE_CHECKING:
     )
     from .models.calibrate import Moments as Moments, calibrate as calibrate, spectral_gains as spectral_gains
     from .models.config import Config as Config
+    from .models.generation_settings import GenerationConfig as GenerationConfig
     from .models.hf_names import cache_argument as cache_argument
     from .models.initializers import register_init as register_init
     from .models.layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._checks import LittleBitWarning, has_sliding_window
 from ..files.atomic import atomic_file, check_file, check_room
 from ..models.embeddings import QuantizedEmbedding, QuantizedHead
-from ..models.generation_settings import GenerationSettings, settings_of
+from ..models.generation_settings import GenerationDefaults, generation_defaults
 from ..models.layers import ConcatLinear, PackedLinear, stored_half
 from ..models.shared import refuse_shared
 from ..models.wrappers import without_adapters
@@ -84,7 +84,7 @@ def write_model(part: Path, model: Any, tokenizer: Any, precision: str) -> None:
     try:
         add_settings(writer, model.config, precision)
         add_vocabulary(writer, vocabulary, tokenizer, model.config.vocab_size)
-        add_generation(writer, tokenizer, settings_of(model))
+        add_generation(writer, tokenizer, generation_defaults(model))
         for name, tensor in dense_tensors(model):
             if architecture == "llama":
                 tensor = interleaved(name, tensor, model.config)
@@ -279,19 +279,17 @@ def add_vocabulary(writer: Any, described: dict[str, Any], tokenizer: Any, size:
         writer.add_chat_template(template)
 
 
-def add_generation(writer: Any, tokenizer: Any, settings: GenerationSettings) -> None:
+def add_generation(writer: Any, tokenizer: Any, settings: GenerationDefaults) -> None:
     """Add the first two stop tokens to a GGUF file, and warn of the settings that GGUF cannot store."""
-    stop = list(settings.stop)
+    stop = list(settings.config.stop_tokens or ())
     if tokenizer.eos_token_id is not None and (tokenizer.eos_token_id in stop or not stop):
         stop = [tokenizer.eos_token_id, *(token for token in stop if token != tokenizer.eos_token_id)]
     for token, name in zip(stop, ("eos", "eot"), strict=False):
         getattr(writer, f"add_{name}_token_id")(token)
     unsaid = [f"the stop tokens {', '.join(map(str, stop[2:]))}"] if stop[2:] else []
-    if settings.sampling.temperature:
-        unsaid.append(
-            "how to sample: " + ", ".join(f"{name} {value}" for name, value in settings.sampling._asdict().items())
-        )
-    unsaid += [f"that generation_config sets {settings.beyond}"] if settings.beyond else []
+    if settings.config.temperature or settings.config.repetition_penalty not in (None, 1):
+        unsaid.append(f"how to choose tokens: {settings.config.described()}")
+    unsaid += [f"that generation_config sets {settings.unsupported}"] if settings.unsupported else []
     if unsaid:
         warnings.warn(
             f"the GGUF file does not say {' and '.join(unsaid)}: pass that to llama.cpp", LittleBitWarning, stacklevel=3

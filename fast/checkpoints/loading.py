@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..files.untrusted import CheckpointError, open_errors
 from ..models.embeddings import EmbeddingTable, QuantizedEmbedding, replace_embeddings, tie_embeddings
 from ..models.experts import is_known, projection_names, split_experts
-from ..models.generation_settings import FILE as GENERATION, read_generation
+from ..models.generation_settings import FILE as GENERATION, read_generation_config
 from ..models.layers import PackedLinear
 from ..models.quantize import replace_module, replace_modules, split
 from ..models.selection import is_linear, linear_shape
@@ -40,7 +40,7 @@ def generation_config(path: Path) -> Any:
     """
     from ..models.build import transformers
 
-    values = read_generation(path)
+    values = read_generation_config(path)
     try:
         return transformers().GenerationConfig.from_dict(values)
     except Exception as error:  # transformers raises anything on invalid values

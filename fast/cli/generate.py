@@ -44,6 +44,17 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         type=number(float, above=0, high=1),
         help=f"sample from the likeliest tokens whose probabilities add up to p (default: {given})",
     )
+    sub.add_argument(
+        "--min-p",
+        type=number(float, low=0, high=1),
+        help=f"sample from tokens at least this probable, relative to the likeliest (default: {given})",
+    )
+    sub.add_argument(
+        "--repetition-penalty",
+        type=number(float, low=0.001, high=1000),
+        help="divide positive logits of tokens in prompt and answer by this, and multiply negative ones (default: "
+        f"{given}, or 1)",
+    )
     sub.add_argument("--seed", type=seed, default=0, help="seed of the sampling")
     sub.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     sub.add_argument(
@@ -75,6 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.chat,
         tokenizer,
         arguments.kv_cache,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
     )
     if arguments.json:
         text = "".join(pieces)

@@ -1,1 +1,1 @@
-"""Text from models: decoders for CPUs and GPUs, tokenizers and caches."""
+"""Generate text: decoders for CPUs and GPUs, tokenizers and key-value caches."""

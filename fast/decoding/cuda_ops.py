@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kv_cache import Latents
-from ..models.embeddings import QuantizedEmbedding, QuantizedHead, EmbeddingTable
+from ..models.embeddings import EmbeddingTable, QuantizedEmbedding, QuantizedHead
 from ..models.layers import PackedLinear
 from .architecture import NotDecodableError
 from .ops import DecoderOps, HeadNorms, Heads, ResidualStream, Spans, UpProjection

@@ -1,17 +1,20 @@
-"""Generation: text in, text out, as it is written.
+"""Generate text from a prompt, at once or as a stream, with the fastest decoder that runs the model.
 
-Llama-like models on a CPU go through compiled code (decode_cpu.py); on a GPU a step is one CUDA graph (decode_cuda.py);
-all else goes through transformers' generate.
+| model | decoder |
+|---|---|
+| Llama-like, on the CPU | compiled code (cpu_decoder.py) |
+| on a GPU | one CUDA graph for each token (graph_decoder.py) |
+| any other | transformers' `generate` |
 """
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 from ...reference._renamed import renamed_value
-from .._checks import check_number, check_prompts, embedding_rows, flat_tokens, positions_of
-from ..memory import KV_CACHES
-from ..models.generation_settings import Sampling, check_sampling, settings_of
+from .._checks import check_prompts, embedding_rows, flat_tokens, positions_of
+from ..models.generation_settings import GenerationConfig
 from .architecture import NotDecodableError
 from .cpu_decoder import Decodable, decode
 
@@ -22,68 +25,52 @@ log = logging.getLogger(__name__)
 
 
 @overload
-def generate(
-    model: Any,
-    prompt: str,
-    max_new_tokens: int = ...,
-    temperature: float | None = ...,
-    top_k: int | None = ...,
-    top_p: float | None = ...,
-    seed: int = ...,
-    chat: bool = ...,
-    tokenizer: Any = ...,
-    kv_cache: str = ...,
-) -> str: ...
+def generate(model: Any, prompt: str, *settings: Any, **keywords: Any) -> str: ...
 @overload
-def generate(
-    model: Any,
-    prompt: Sequence[str],
-    max_new_tokens: int = ...,
-    temperature: float | None = ...,
-    top_k: int | None = ...,
-    top_p: float | None = ...,
-    seed: int = ...,
-    chat: bool = ...,
-    tokenizer: Any = ...,
-    kv_cache: str = ...,
-) -> list[str]: ...
+def generate(model: Any, prompt: Sequence[str], *settings: Any, **keywords: Any) -> list[str]: ...
 def generate(
     model: Any,
     prompt: str | Sequence[str],
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     chat: bool = False,
     tokenizer: Any = None,
-    kv_cache: str = "full",
+    kv_cache: str | None = None,
+    *,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    config: GenerationConfig | None = None,
 ) -> str | list[str]:
-    """Text that a model writes after a prompt, or after each of several.
+    """Generate the text that follows a prompt, or each of several prompts.
+
+    A setting that is None has the value in `config`. If it is None there too, the model's generation_config decides:
+    with `do_sample` it samples with its own values and transformers' defaults, otherwise it decodes greedily.
 
     Parameters
     ----------
     model : transformers causal language model, dense or packed, or a Decodable
-        A model of PEFT's, or with its adapters inside, is run by transformers.
+        transformers runs a model with adapters of PEFT.
     prompt : str or sequence of str
-        On a GPU up to 16 are decoded at once.
-    max_new_tokens : int
-        For each prompt.
-    temperature : float, optional
-        0 for greedy decoding, else sampling at this temperature.
-    top_k, top_p : optional
-        Sample among the k likeliest tokens (0: all), or the likeliest that hold probability p. For each of these three
-        that is None, the model's generation_config decides: its own value, or transformers' default, if its do_sample
-        is true; else decoding is greedy, and nothing is cut off that it does not name.
-    seed : int
-        Of the sampling (NumPy's generator in the compiled decoder, torch's on a GPU and in transformers); global ones
-        stay as they were.
+        A GPU decodes up to 16 prompts at once.
+    max_new_tokens : int, optional
+        Tokens to generate for each prompt; by default 64.
+    temperature, top_k, top_p, min_p, repetition_penalty : optional
+        How each token is chosen: see `GenerationConfig`.
+    seed : int, optional
+        Seed of the sampling, by default 0: of NumPy's generator on a CPU, of torch's on a GPU and in transformers.
+        Global generators keep their state.
     chat : bool
         Put the prompt into the tokenizer's chat template, as the user's turn.
     tokenizer : transformers tokenizer, optional
-        By default that of the directory or name the model was loaded from.
-    kv_cache : str
-        "full", "latent" (float16) or "latent-int8": see `latent_cache`, which takes less memory and more time.
+        By default the one in the directory or repository that the model was loaded from.
+    kv_cache : str, optional
+        "full" (the default), "latent" (float16) or "latent-int8". A latent cache takes less memory and more time: see
+        `latent_cache`.
+    config : GenerationConfig, optional
+        All of these settings in one object, and the stop tokens.
 
     Returns
     -------
@@ -95,40 +82,54 @@ def generate(
         If a prompt has no tokens or is not text, a setting is out of range, a token has no row in the model's
         embedding, or prompt and new tokens need more positions than the model has (max_position_embeddings).
     """
-    kv_cache = renamed_value("kv_cache", kv_cache)
-    settings = max_new_tokens, temperature, top_k, top_p, seed
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given |= {"seed": seed, "kv_cache": renamed_value("kv_cache", kv_cache)}
+    config = merge(config, **given, min_p=min_p, repetition_penalty=repetition_penalty)
     if isinstance(prompt, str):
-        return "".join(stream(model, prompt, *settings, chat, tokenizer, kv_cache))
-    model = bare(model)
-    tokenizer = tokenizer_of(model, tokenizer)
-    tokens = [prompt_tokens(tokenizer, each, chat) for each in prompt]
-    new = batch_tokens(model, tokens, *settings, pad_token(tokenizer), kv_cache)
-    return ["".join(pieces(tokenizer, iter(each))) for each in new]
+        return "".join(stream(model, prompt, chat=chat, tokenizer=tokenizer, config=config))
+    model = unwrap(model)
+    tokenizer = find_tokenizer(model, tokenizer)
+    tokens = [encode_prompt(tokenizer, each, chat) for each in prompt]
+    new = batch_tokens(model, tokens, config, pad_token(tokenizer))
+    return ["".join(text_chunks(tokenizer, iter(each))) for each in new]
 
 
 def stream(
     model: Any,
     prompt: str,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     chat: bool = False,
     tokenizer: Any = None,
-    kv_cache: str = "full",
+    kv_cache: str | None = None,
+    *,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    config: GenerationConfig | None = None,
 ) -> Iterator[str]:
-    """`generate` in pieces, each as soon as it is known: the same arguments, errors and, joined, the same text."""
-    model = bare(model)
-    kv_cache = renamed_value("kv_cache", kv_cache)
-    tokenizer = tokenizer_of(model, tokenizer)
-    tokens, pad = prompt_tokens(tokenizer, prompt, chat), pad_token(tokenizer)
-    new = stream_tokens(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
-    return pieces(tokenizer, new)
+    """Generate text and yield each chunk as soon as it is complete; joined, they are the text of `generate`.
+
+    Parameters and errors are the same as in `generate`.
+    """
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given |= {"seed": seed, "kv_cache": renamed_value("kv_cache", kv_cache)}
+    config = merge(config, **given, min_p=min_p, repetition_penalty=repetition_penalty)
+    model = unwrap(model)
+    tokenizer = find_tokenizer(model, tokenizer)
+    tokens = encode_prompt(tokenizer, prompt, chat)
+    return text_chunks(tokenizer, stream_tokens(model, tokens, config, pad_token(tokenizer)))
 
 
-def bare(model: Any) -> Any:
-    """Take torch.compile and data parallelism off a model, which decode one sequence no faster."""
+def merge(config: GenerationConfig | None, **given: Any) -> GenerationConfig:
+    """Replace settings of a config by those keyword arguments that are not None."""
+    return replace(config or GenerationConfig(), **{name: value for name, value in given.items() if value is not None})
+
+
+def unwrap(model: Any) -> Any:
+    """Remove torch.compile and data parallelism from a model; they decode a single sequence no faster."""
     if isinstance(model, Decodable):
         return model
     from ..models.wrappers import unwrapped
@@ -136,29 +137,34 @@ def bare(model: Any) -> Any:
     return unwrapped(model)
 
 
-def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
-    """Return a tokenizer, by default that of the directory or name the model was loaded from.
+def find_tokenizer(model: Any, tokenizer: Any = None) -> Any:
+    """Return the given tokenizer or, by default, load the one that was saved with the model.
 
     Raises
     ------
     ValueError
-        If the model was not loaded from a place that has one.
+        If there is no tokenizer where the model was loaded from.
     """
     if tokenizer is not None:
         return tokenizer
     from ..checkpoints.dense import load_tokenizer
 
-    place = getattr(model, "name_or_path", "")
-    if not place:
+    source = getattr(model, "name_or_path", "")
+    if not source:
         raise ValueError("the model was not loaded from a directory, so its tokenizer must be passed: tokenizer=...")
     try:
-        return load_tokenizer(place)
+        return load_tokenizer(source)
     except ValueError as error:
         raise ValueError(f"{error}; or pass a tokenizer: tokenizer=...") from error
 
 
-def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """Tokenise a prompt; as the user's turn of a chat, it gets the special tokens of the chat template alone.
+def pad_token(tokenizer: Any) -> int | None:
+    """Return the token that transformers appends to finished sequences."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """Tokenize a prompt; in a chat only the chat template adds special tokens.
 
     Raises
     ------
@@ -172,20 +178,20 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     except UnicodeEncodeError as error:
         raise ValueError(f"the prompt must be text that UTF-8 can hold: {error}") from error
     if chat:
-        prompt = in_chat_template(tokenizer, prompt)
+        prompt = apply_chat_template(tokenizer, prompt)
     tokens = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
     if not tokens:
         raise ValueError("the prompt is empty: give at least one character")
     return tokens
 
 
-def in_chat_template(tokenizer: Any, prompt: str) -> str:
+def apply_chat_template(tokenizer: Any, prompt: str) -> str:
     """Put a prompt into the tokenizer's chat template, as the user's turn.
 
     Raises
     ------
     ValueError
-        If there is no template, or it refuses.
+        If there is no template, or it raises an error.
     """
     from jinja2 import TemplateError
 
@@ -197,14 +203,14 @@ def in_chat_template(tokenizer: Any, prompt: str) -> str:
         raise ValueError(f"the tokenizer's chat template cannot be used: {error}") from error
 
 
-def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
-    """Text of tokens, as soon as it cannot change: a token may hold only a part of a character.
+def text_chunks(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
+    """Decode tokens into chunks of text, each as soon as no later token can change it.
 
-    What is new is the difference of two decodings that begin at the same token, one of those already written, since
-    some tokenizers write a first token without its space.
+    A token may hold only a part of a character; then a chunk has to wait for the next token. A chunk is the difference
+    of two decodings that begin at the same token, because some tokenizers drop the space before the first token.
     """
     known: list[int] = []
-    start = written = 0  # known[start:written] is text that is out already
+    start = written = 0  # the chunks so far hold known[:written]; decoding begins at `start`, the chunk before
 
     def text(stop: int | None) -> str:
         return tokenizer.decode(known[start:stop], skip_special_tokens=True)
@@ -220,57 +226,46 @@ def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
-def generate_tokens(
-    model: Any,
-    tokens: "Tensor",
-    max_new_tokens: int = 64,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    pad: int | None = None,
-    kv_cache: str = "full",
-) -> "Tensor":
-    """Generate (1, at most max_new_tokens) tokens after the prompt `tokens`, (length,) or (1, length); see `generate`.
+def generate_tokens(model: Any, tokens: "Tensor", config: GenerationConfig, pad: int | None = None) -> "Tensor":
+    """Generate the tokens that follow a prompt of tokens.
+
+    Parameters
+    ----------
+    model
+        See `generate`.
+    tokens : (length,) or (1, length) integer tensor
+    config : GenerationConfig
+    pad : int, optional
+        The token that transformers appends to finished sequences.
+
+    Returns
+    -------
+    (1, n) int64 tensor on the model's device, n at most config.max_new_tokens.
 
     Raises
     ------
     ValueError
-        If a setting is out of range, or the tokens have another shape.
+        If the tokens have another shape or no row in the embedding, or the text needs too many positions.
     """
     import torch
 
     prompt = flat_tokens(tokens, model).tolist()
-    new = stream_tokens(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, pad, kv_cache)
-    return torch.tensor([list(new)], dtype=torch.int64, device=next(model.parameters()).device)
+    new = list(stream_tokens(model, prompt, config, pad))
+    return torch.tensor([new], dtype=torch.int64, device=next(model.parameters()).device)
 
 
-def stream_tokens(
-    model: Any,
-    tokens: Sequence[int],
-    max_new_tokens: int = 64,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    pad: int | None = None,
-    kv_cache: str = "full",
-) -> Iterator[int]:
-    """New tokens after the prompt `tokens`, one by one; see `generate`.
+def stream_tokens(model: Any, tokens: Sequence[int], config: GenerationConfig, pad: int | None = None) -> Iterator[int]:
+    """Generate the tokens that follow a prompt of tokens, and yield them one by one.
 
-    Raises
-    ------
-    ValueError
-        If a setting is out of range.
+    Parameters and errors are the same as in `generate_tokens`.
     """
-    check_generation(max_new_tokens, temperature, top_k, top_p, seed, kv_cache)
-    check_prompts([tokens], max_new_tokens, *rows_and_positions(model))
-    temperature, top_k, top_p = chosen_sampling(model, temperature, top_k, top_p)
-    settings = max_new_tokens, temperature, top_k, top_p, seed
+    check_prompts([tokens], config.max_new_tokens, *vocabulary_and_positions(model))
     if isinstance(model, Decodable):
-        if kv_cache != "full":
-            raise ValueError(f"a cache of kind {kv_cache!r} needs a model that `load` made")
-        return decode(model, tokens, *settings)
+        if config.kv_cache != "full":
+            raise ValueError(
+                f"a model mapped into memory decodes with kv_cache='full', not {config.kv_cache!r}: load it with `load`"
+            )
+        return decode(model, tokens, config)
     from .torch_weights import check_settings, decodable, through_transformers
 
     try:
@@ -278,37 +273,22 @@ def stream_tokens(
         if on_gpu(model):
             from .graph_decoder import decode_batch
 
-            steps = decode_batch(model, [tokens], *settings, kv_cache)
-            return (token for (token,) in steps if token is not None)
-        if kv_cache == "full":
-            return decode(decodable(model), tokens, *settings)
+            return (token for (token,) in decode_batch(model, [tokens], config) if token is not None)
+        if config.kv_cache == "full":
+            return decode(decodable(model), tokens, config)
     except NotDecodableError as reason:
         log.warning("littlebit: transformers generates for this model, not its decoder: %s", reason)
-    return iter(through_transformers(model, tokens, *settings, pad, kv_cache))
+    return iter(through_transformers(model, tokens, config, pad))
 
 
 def batch_tokens(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int = 64,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    pad: int | None = None,
-    kv_cache: str = "full",
+    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, pad: int | None = None
 ) -> list[list[int]]:
-    """New tokens after each of several prompts; see `generate`.
+    """Generate the tokens that follow each of several prompts: on a GPU in batches, else one prompt after the other.
 
-    Raises
-    ------
-    ValueError
-        If a setting is out of range.
+    Parameters and errors are the same as in `generate_tokens`.
     """
-    check_generation(max_new_tokens, temperature, top_k, top_p, seed, kv_cache)
-    check_prompts(prompts, max_new_tokens, *rows_and_positions(model))
-    temperature, top_k, top_p = chosen_sampling(model, temperature, top_k, top_p)
-    settings = max_new_tokens, temperature, top_k, top_p, seed
+    check_prompts(prompts, config.max_new_tokens, *vocabulary_and_positions(model))
     if on_gpu(model):
         from .graph_decoder import LARGEST_BATCH, decode_batch
         from .torch_weights import check_settings
@@ -316,48 +296,23 @@ def batch_tokens(
         try:
             check_settings(model)
             new: list[list[int]] = []
-            for at in range(0, len(prompts), LARGEST_BATCH):
-                steps = decode_batch(model, prompts[at : at + LARGEST_BATCH], *settings, kv_cache)
-                rows = zip(*steps, strict=True)
+            for first in range(0, len(prompts), LARGEST_BATCH):
+                rows = zip(*decode_batch(model, prompts[first : first + LARGEST_BATCH], config), strict=True)
                 new += [[token for token in row if token is not None] for row in rows]
         except NotDecodableError:
-            pass  # for each prompt alone, `stream_tokens` says who generates
+            pass  # stream_tokens logs the reason
         else:
             return new
-    return [list(stream_tokens(model, tokens, *settings, pad, kv_cache)) for tokens in prompts]
+    return [list(stream_tokens(model, tokens, config, pad)) for tokens in prompts]
 
 
 def on_gpu(model: Any) -> bool:
-    """Whether a model that was loaded lies on an NVIDIA GPU."""
+    """Decide whether a model is a torch module on an NVIDIA GPU."""
     return not isinstance(model, Decodable) and next(model.parameters()).device.type == "cuda"
 
 
-def rows_and_positions(model: Any) -> tuple[int | None, int | None]:
-    """Count the rows of a model's embedding and the positions that it has; None for what has no limit."""
+def vocabulary_and_positions(model: Any) -> tuple[int | None, int | None]:
+    """Count the rows of a model's embedding and the positions it has; None where there is no limit."""
     if isinstance(model, Decodable):
         return model.sizes.vocabulary, model.sizes.positions
     return embedding_rows(model), positions_of(model)
-
-
-def chosen_sampling(model: Any, temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling:
-    """Take the caller's sampling, and the checkpoint's own for what is None."""
-    generation = model.generation if isinstance(model, Decodable) else settings_of(model)
-    chosen = generation.chosen(temperature, top_k, top_p)
-    check_sampling(*chosen)
-    return chosen
-
-
-def check_generation(
-    max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None, seed: int, kv_cache: str
-) -> None:
-    """Raise ValueError if a setting is out of range."""
-    check_number("max_new_tokens", max_new_tokens, low=1, whole=True)
-    check_sampling(temperature, top_k, top_p)
-    check_number("seed", seed, low=0, below=2**63, whole=True)
-    if kv_cache not in KV_CACHES:
-        raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, not {kv_cache!r}")
-
-
-def pad_token(tokenizer: Any) -> int | None:
-    """The token that fills up finished sequences."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

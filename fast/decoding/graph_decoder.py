@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_prompts, embedding_rows, positions_of
-from ..models.generation_settings import Sampling, settings_of
+from ..models.generation_settings import GenerationConfig, generation_defaults
 from ..models.quantize import device_of
 from .engines import Engine, choose_engine
 
@@ -30,7 +30,7 @@ SMALLEST_CAPACITY = 256
 LARGEST_BATCH = 16
 
 
-def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+def sample(logits: Tensor, sampling: GenerationConfig, uniform: Tensor) -> Tensor:
     """Choose the next token of each sequence on the device, without waiting for it.
 
     Inverse transform sampling: tokens are sorted by probability, largest first, top_k and top_p cut off the tail, and
@@ -39,7 +39,7 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     Parameters
     ----------
     logits : (batch, vocabulary) float tensor
-    sampling : Sampling
+    sampling : GenerationConfig
     uniform : (batch,) float32 tensor
         Random numbers in [0, 1); ignored at temperature 0.
 
@@ -47,7 +47,7 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     -------
     (batch,) int64 tensor.
     """
-    if sampling.temperature == 0:
+    if not sampling.temperature:
         return logits.argmax(-1)
     count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     scores, order = logits.float().topk(count)
@@ -55,9 +55,28 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     if sampling.top_p is not None:
         before = chances.cumsum(-1) - chances  # probability of the likelier tokens
         chances = torch.where(before < sampling.top_p, chances, 0.0)
+    if sampling.min_p is not None:
+        chances = torch.where(chances >= sampling.min_p * chances[:, :1], chances, 0.0)
     reached = chances.cumsum(-1)
     place = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)
     return order.gather(-1, place.clamp(max=count - 1))[:, 0]
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Apply a repetition penalty to the logits of seen tokens, without waiting for the device: see `sampling`.
+
+    Parameters
+    ----------
+    logits : (batch, vocabulary) float tensor
+    seen : (batch, vocabulary) bool tensor
+    penalty : float
+
+    Returns
+    -------
+    (batch, vocabulary) float32 tensor.
+    """
+    logits = logits.float()
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 class DecodeLoop:
@@ -66,16 +85,16 @@ class DecodeLoop:
     Parameters
     ----------
     engine : Engine
-    sampling : Sampling
-    seed : int
-        Seed of a torch generator on the engine's device.
+    sampling : GenerationConfig
+        Its seed is for torch's generator on the engine's device.
     """
 
-    def __init__(self, engine: Engine, sampling: Sampling = Sampling(), seed: int = 0):  # noqa: B008
+    def __init__(self, engine: Engine, sampling: GenerationConfig = GenerationConfig()):  # noqa: B008
         self.engine, self.sampling = engine, sampling
-        self.generator = torch.Generator(engine.device).manual_seed(seed)
+        self.generator = torch.Generator(engine.device).manual_seed(sampling.seed)
         self.tokens = torch.zeros(engine.batch, dtype=torch.int64, device=engine.device)
         self.uniform = torch.zeros(engine.batch, device=engine.device)
+        self.seen: Any = None  # (batch, vocabulary) bool: tokens of prompt and answer, for the repetition penalty
         self.length = 0  # tokens of the longest sequence in the cache
         self.captures = engine.device.type == "cuda"
         self.warm = False  # whether a step has run with this cache, which a capture needs
@@ -85,17 +104,35 @@ class DecodeLoop:
         """Prefill the prompts, and sample the first tokens."""
         logits = self.engine.prefill(prompts)
         self.length = max(map(len, prompts))
+        if self.sampling.repetition_penalty not in (None, 1):
+            self.mark_seen(prompts, logits.shape)
         self.draw_uniform()
+        self.choose_next(logits)
+
+    def mark_seen(self, prompts: Sequence[Sequence[int]], shape: Sequence[int]) -> None:
+        """Mark the tokens of the prompts as seen; a captured graph keeps the address of the tensor."""
+        if self.seen is None:
+            self.seen = torch.zeros(*shape, dtype=torch.bool, device=self.engine.device)
+        self.seen.zero_()
+        for row, prompt in zip(self.seen, prompts, strict=True):
+            row[list(prompt)] = True
+
+    def choose_next(self, logits: Tensor) -> None:
+        """Choose the next token of each sequence, and mark it as seen."""
+        if self.seen is not None:
+            logits = penalize_repetition(logits, self.seen, self.sampling.repetition_penalty)  # type: ignore[arg-type]
         self.tokens.copy_(sample(logits, self.sampling, self.uniform))
+        if self.seen is not None:
+            self.seen.scatter_(1, self.tokens[:, None], True)
 
     def draw_uniform(self) -> None:
         """Draw the random numbers of the next sample, outside the graph."""
-        if self.sampling.temperature > 0:
+        if self.sampling.temperature:
             self.uniform.uniform_(generator=self.generator)
 
     def step(self) -> None:
         """Replace the tokens by the next ones: what a graph captures."""
-        self.tokens.copy_(sample(self.engine.step(self.tokens), self.sampling, self.uniform))
+        self.choose_next(self.engine.step(self.tokens))
 
     def advance(self) -> None:
         """Run a step; with graphs, the first on a cache warms up, and the second is captured and then replayed."""
@@ -127,16 +164,7 @@ class DecodeLoop:
             self.graph = graph
 
 
-def decode_batch(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    kv_cache: str = "full",
-) -> Iterator[list[int | None]]:
+def decode_batch(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[int | None]]:
     """Generate new tokens after several prompts, all sequences at once.
 
     The host reads a token while the device already computes the next one.
@@ -145,9 +173,8 @@ def decode_batch(
     ----------
     model : transformers causal language model, on one device
     prompts : sequence of sequences of int
-        1 to LARGEST_BATCH, of any lengths.
-    max_new_tokens, temperature, top_k, top_p, seed, kv_cache
-        See `generate.generate`.
+        1 to 16, of any lengths.
+    config : GenerationConfig
 
     Returns
     -------
@@ -163,12 +190,12 @@ def decode_batch(
     """
     device_of(model)
     check_batch(prompts)
-    check_prompts(prompts, max_new_tokens, embedding_rows(model), positions_of(model))
+    check_prompts(prompts, config.max_new_tokens, embedding_rows(model), positions_of(model))
     longest = max(map(len, prompts))
     capacity = max(SMALLEST_CAPACITY, 1 << longest.bit_length())
-    engine = choose_engine(model, len(prompts), capacity, kv_cache)
-    loop = DecodeLoop(engine, Sampling(temperature, top_k, top_p), seed)
-    return decode_steps(loop, prompts, max_new_tokens, settings_of(model).stop)
+    config = config.with_defaults(generation_defaults(model).config)
+    loop = DecodeLoop(choose_engine(model, len(prompts), capacity, config.kv_cache), config)
+    return decode_steps(loop, prompts, config.max_new_tokens, config.stop_tokens or ())
 
 
 def check_batch(prompts: Sequence[Sequence[int]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from ..models.experts import has_experts
-from ..models.hf_names import cache_argument, takes
+from ..models.hf_names import cache_argument, has_parameter
 from ..models.quantize import device_of
 from .architecture import NotDecodableError
 
@@ -90,7 +90,7 @@ class StaticEngine:
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = Cache(layers=[FixedLayer(capacity, self.position) for _ in range(layers)])
         self.past = cache_argument(self.cache, model.forward)
-        self.takes_places = takes(model.forward, "cache_position")  # other models ask the cache
+        self.takes_places = has_parameter(model.forward, "cache_position")  # else the cache itself is asked for them
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Compute logits (batch, vocabulary) after the prompts, which fill the empty cache."""

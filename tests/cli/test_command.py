@@ -107,6 +107,7 @@ def test_generate_writes_text(checkpoint, capsys):
     assert main(["generate", str(checkpoint), "--prompt", "abc", "--max-new-tokens", "5"]) == 0
     greedy = capsys.readouterr().out
     options = ["--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", "3", "--json"]
+    options += ["--min-p", "0.05", "--repetition-penalty", "1.2"]
     assert main(["generate", str(checkpoint), "--prompt", "abc", "--max-new-tokens", "5", *options]) == 0
     sampled = json.loads(capsys.readouterr().out)
     assert greedy.strip()

@@ -1,4 +1,4 @@
-"""Many threads and processes at once: the results are those of one after the other, to the bit, and nobody waits."""
+"""Many threads and processes at once give the same results, to the bit, as one after the other, without deadlock."""
 
 import concurrent.futures
 import copy

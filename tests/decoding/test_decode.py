@@ -1,4 +1,4 @@
-"""The compiled decoder against transformers, sampling, streaming, and quantised embeddings."""
+"""The compiled decoder against transformers, sampling, streaming, and quantized embeddings."""
 
 import copy
 import json
@@ -14,10 +14,11 @@ from compare import assert_same, assert_within
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
 from littlebit.fast.decoding import generate
-from littlebit.fast.decoding.architecture import STATIC_ROPE, inverse_frequencies, rotary_angles
-from littlebit.fast.decoding.cpu_decoder import Decoder, sample
+from littlebit.fast.decoding.architecture import STATIC_ROPE, NotDecodableError, inverse_frequencies, rotary_angles
+from littlebit.fast.decoding.cpu_decoder import Decoder
 from littlebit.fast.decoding.parity import PROMPTS, dense_twin, measure_parity
-from littlebit.fast.decoding.torch_weights import decodable, through_transformers, why_not
+from littlebit.fast.decoding.sampling import sample
+from littlebit.fast.decoding.torch_weights import decodable, through_transformers
 from littlebit.fast.kernels import cpu, cpu_threads
 from littlebit.fast.models.embeddings import (
     LARGEST_CODE,
@@ -29,6 +30,7 @@ from littlebit.fast.models.embeddings import (
     quantize_table,
     random_tokens,
 )
+from littlebit.fast.models.generation_settings import GenerationConfig
 from littlebit.fast.models.layers import PackedLinear
 from littlebit.fast.models.quantize import packed_layers
 from strategies import NOISE
@@ -100,8 +102,8 @@ def test_decoder_gives_the_same_on_any_number_of_threads(packed, monkeypatch):
 def test_generate_writes_what_transformers_writes(packed):
     prompts = [torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(length)) for length in (1, 9)]
     for tokens in prompts:
-        new = generate.generate_tokens(packed, tokens, 40)
-        expected = through_transformers(packed, tokens[0].tolist(), 40, 0.0, None, None, 0, 258)
+        new = generate.generate_tokens(packed, tokens, GenerationConfig(40))
+        expected = through_transformers(packed, tokens[0].tolist(), GenerationConfig(40), 258)
         assert new[0].tolist() == expected
 
 
@@ -117,61 +119,64 @@ def test_decoder_refuses_what_it_cannot_hold(packed):
 def test_sample_draws_from_the_likeliest(data):
     size = data.draw(st.integers(2, 30))
     logits = np.array(data.draw(st.permutations(range(size))), np.float32) / 3
-    top_k = data.draw(st.none() | st.integers(1, size))
-    top_p = data.draw(st.none() | st.floats(0.05, 1.0))
-    temperature = data.draw(st.floats(0.2, 2.0))
-    order = np.argsort(-logits)[:top_k]
-    chances = np.exp(logits[order].astype(np.float64) / temperature)
+    config = GenerationConfig(
+        temperature=data.draw(st.floats(0.2, 2.0)),
+        top_k=data.draw(st.none() | st.integers(1, size)),
+        top_p=data.draw(st.none() | st.floats(0.05, 1.0)),
+    )
+    order = np.argsort(-logits)[: config.top_k]
+    chances = np.exp(logits[order].astype(np.float64) / config.temperature)
     chances /= chances.sum()
     allowed = order
-    if top_p is not None:
+    if config.top_p is not None:
         before = np.cumsum(chances) - chances
-        allowed = order[: max(1, int((before < top_p + 1e-5).sum()))]
+        allowed = order[: max(1, int((before < config.top_p + 1e-5).sum()))]
     generator = np.random.default_rng(data.draw(st.integers(0, 100)))
     for _ in range(10):
-        assert sample(logits, temperature, top_k, top_p, generator) in allowed
+        assert sample(logits, config, generator) in allowed
 
 
 @pytest.mark.parametrize(("top_p", "allowed"), [(0.5, 2), (0.25, 1), (0.75, 3), (0.76, 4), (0.24, 1), (1.0, 4)])
 def test_sample_stops_where_the_likelier_tokens_hold_the_probability(top_p, allowed):
     """Four chances of exactly a quarter: a token is left out once the likelier ones hold top_p, and not only more."""
-    generator = np.random.default_rng(0)
-    drawn = {sample(np.zeros(4, np.float32), 1.0, None, top_p, generator) for _ in range(200)}
+    generator, config = np.random.default_rng(0), GenerationConfig(temperature=1.0, top_p=top_p)
+    drawn = {sample(np.zeros(4, np.float32), config, generator) for _ in range(200)}
     assert drawn == set(range(allowed))
 
 
 def test_sample_has_the_frequencies_of_the_softmax():
     """Each count of 4000 draws lies within five standard deviations of its mean."""
     logits, generator = np.array([0.0, 1.0, 2.0, -1.0], np.float32), np.random.default_rng(0)
-    counts = np.bincount([sample(logits, 0.7, None, None, generator) for _ in range(4000)], minlength=4)
+    config = GenerationConfig(temperature=0.7)
+    counts = np.bincount([sample(logits, config, generator) for _ in range(4000)], minlength=4)
     chances = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
     assert (np.abs(counts - 4000 * chances) < 5 * np.sqrt(4000 * chances * (1 - chances))).all()
 
 
-def test_stream_is_generate_in_pieces(tiny_llama):
+def test_stream_yields_the_text_of_generate_in_chunks(tiny_llama):
     model, tokenizer = lb.load_model(tiny_llama), lb.load_tokenizer(tiny_llama)
     for seed in range(3):
         settings = {"max_new_tokens": 50, "temperature": 1.5, "seed": seed, "tokenizer": tokenizer}
-        pieces = list(generate.stream(model, "abc", **settings))
-        assert len(pieces) > 1
+        chunks = list(generate.stream(model, "abc", **settings))
+        assert len(chunks) > 1
         tokens = tokenizer("abc", return_tensors="pt")["input_ids"]
-        new = generate.generate_tokens(model, tokens, 50, 1.5, seed=seed)
-        assert "".join(pieces) == lb.generate(model, "abc", **settings)
-        assert "".join(pieces) == tokenizer.decode(new[0], skip_special_tokens=True)
+        new = generate.generate_tokens(model, tokens, GenerationConfig(50, 1.5, seed=seed))
+        assert "".join(chunks) == lb.generate(model, "abc", **settings)
+        assert "".join(chunks) == tokenizer.decode(new[0], skip_special_tokens=True)
 
 
-def test_pieces_hold_whole_characters(tiny_llama):
+def test_text_chunks_hold_whole_characters(tiny_llama):
     tokenizer = lb.load_tokenizer(tiny_llama)
     tokens = tokenizer("a é 漢 🎈!")["input_ids"]
-    assert list(generate.pieces(tokenizer, iter(tokens))) == list("a é 漢 🎈!")
+    assert list(generate.text_chunks(tokenizer, iter(tokens))) == list("a é 漢 🎈!")
 
 
 def test_generate_stops_at_the_last_token(packed):
     tokens = torch.tensor([[5, 6, 7]])
-    full = generate.generate_tokens(packed, tokens, 30)[0].tolist()
+    full = generate.generate_tokens(packed, tokens, GenerationConfig(30))[0].tolist()
     model = copy.deepcopy(packed)
     model.generation_config.eos_token_id = [full[11]]
-    assert generate.generate_tokens(model, tokens, 30)[0].tolist() == full[: full.index(full[11]) + 1]
+    assert generate.generate_tokens(model, tokens, GenerationConfig(30))[0].tolist() == full[: full.index(full[11]) + 1]
 
 
 def test_generate_falls_back_to_transformers_and_says_so(tiny_llama, tmp_path, caplog):
@@ -185,10 +190,10 @@ def test_generate_falls_back_to_transformers_and_says_so(tiny_llama, tmp_path, c
     assert "model type 'gpt2'" in caplog.text
     caplog.clear()
     model = lb.load_model(tiny_llama)
-    model.generation_config.repetition_penalty = 1.5
+    model.generation_config.no_repeat_ngram_size = 2
     with caplog.at_level(logging.WARNING):
         lb.generate(model, "abc", 5, tokenizer=tokenizer)
-    assert "repetition_penalty" in caplog.text
+    assert "no_repeat_ngram_size" in caplog.text
 
 
 ROPES = {
@@ -203,7 +208,7 @@ ROPES = {
 
 @pytest.mark.parametrize("kind", STATIC_ROPE)
 @pytest.mark.parametrize(("size", "theta"), [(32, 1e4), (64, 1e5), (128, 5e5), (48, 100.0)])
-def test_rotary_angles_are_those_of_transformers(kind, size, theta):
+def test_rotary_angles_equal_transformers(kind, size, theta):
     """A power is at most an ulp off, and each of at most eight operations after it rounds once."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -229,11 +234,12 @@ def test_rotary_angles_are_those_of_transformers(kind, size, theta):
         (lambda model: setattr(model.config, "head_dim", 24), "sixteen"),
     ],
 )
-def test_why_not_finds_what_the_decoder_does_not_know(packed, change, reason):
+def test_decodable_names_what_the_decoder_does_not_support(packed, change, reason):
     model = copy.deepcopy(packed)
-    assert why_not(model) is None
+    assert decodable(model).sizes.layers == len(model.model.layers)
     change(model)
-    assert reason in why_not(model)
+    with pytest.raises(NotDecodableError, match=reason):
+        decodable(model)
 
 
 def test_a_second_start_compiles_nothing(tiny_llama):
@@ -308,7 +314,7 @@ def test_quantize_table_refuses_odd_sizes_and_bits():
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tied", [True, False])
-def test_quantised_embeddings_survive_saving(bits, tied, tmp_path):
+def test_quantized_embeddings_survive_saving(bits, tied, tmp_path):
     model = lb.load_model(make_tiny_llama(tmp_path / "model", tie_word_embeddings=tied))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lb.quantize_(model, lb.Config(bits=BITS), progress=False)
@@ -343,7 +349,7 @@ def test_load_refuses_a_section_that_describes_no_embedding(section, tiny_llama,
         lb.load(path, verify=False)
 
 
-def test_quantised_head_is_its_table_times_x():
+def test_quantized_head_is_its_table_times_x():
     table = quantize_table(torch.randn(5000, 64, generator=torch.Generator().manual_seed(0)), 4)
     assert isinstance(table, EmbeddingTable)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))

@@ -18,7 +18,7 @@ from littlebit.fast.decoding.graph_decoder import DecodeLoop, decode_batch, samp
 from littlebit.fast.decoding.parity import logit_bound
 from littlebit.fast.decoding.static_cache import StaticEngine
 from littlebit.fast.models.embeddings import quantize_embeddings_
-from littlebit.fast.models.generation_settings import Sampling
+from littlebit.fast.models.generation_settings import GenerationConfig
 from test_families import FAMILIES, GROUPED, SIZES
 
 BITS = 3.0
@@ -93,13 +93,13 @@ def packed(request, models, monkeypatch):
 def test_engines_write_what_transformers_writes(packed):
     """Go beyond the sliding windows of eight tokens, and through three larger caches."""
     tokens = prompt(5)
-    assert columns(decode_batch(packed, [tokens], 40)) == [by_transformers(packed, tokens, 40)]
+    assert columns(decode_batch(packed, [tokens], GenerationConfig(40))) == [by_transformers(packed, tokens, 40)]
 
 
 def test_prompts_of_a_batch_do_not_touch_each_other(packed):
     prompts = [prompt(length, seed=length) for length in (3, 11, 20)]
     alone = [by_transformers(packed, tokens, 12) for tokens in prompts]
-    assert columns(decode_batch(packed, prompts, 12)) == alone
+    assert columns(decode_batch(packed, prompts, GenerationConfig(12))) == alone
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -172,7 +172,9 @@ def test_a_step_reads_no_value_from_the_device(family):
             heads = model.config.num_attention_heads
             states = torch.zeros(2, getattr(model.config, "num_key_value_heads", heads), 1, 16)
             layer.lazy_initialization(states, states)
-        assert sample(engine.step(torch.ones(2, dtype=torch.int64)), Sampling(1.0, 5, 0.9), torch.rand(2)).shape == (2,)
+        assert sample(
+            engine.step(torch.ones(2, dtype=torch.int64)), GenerationConfig(64, 1.0, 5, 0.9), torch.rand(2)
+        ).shape == (2,)
 
 
 @given(st.data())
@@ -180,7 +182,8 @@ def test_sample_inverts_the_cumulative_distribution(data):
     """Sort tokens by probability; each covers an interval of `uniform` as wide as its probability."""
     size = data.draw(st.integers(2, 30))
     logits = torch.tensor(data.draw(st.permutations(range(size))), dtype=torch.float32) / 3
-    sampling = Sampling(
+    sampling = GenerationConfig(
+        64,
         data.draw(st.floats(0.2, 2.0)),
         data.draw(st.none() | st.integers(1, 40)),
         data.draw(st.none() | st.floats(0.05, 1)),
@@ -196,14 +199,14 @@ def test_sample_inverts_the_cumulative_distribution(data):
     assert place < len(chances)
     slack = 1e-12  # the sums are rounded in two ways
     assert (reached[place - 1] if place else 0) - slack <= uniform <= reached[place] + slack
-    assert sample(logits[None], Sampling(), torch.zeros(1)).tolist() == [int(logits.argmax())]
+    assert sample(logits[None], GenerationConfig(), torch.zeros(1)).tolist() == [int(logits.argmax())]
 
 
 @pytest.mark.parametrize(("top_p", "allowed"), [(0.5, 2), (0.25, 1), (0.75, 3), (0.76, 4), (0.24, 1), (1.0, 4)])
 def test_sample_stops_where_the_likelier_tokens_reach_top_p(top_p, allowed):
     """Four probabilities of exactly 1/4: a token is left out once the likelier ones reach top_p, not only exceed it."""
     uniform = torch.arange(64) / 64
-    tokens = sample(torch.zeros(1, 4).expand(64, 4), Sampling(1.0, None, top_p), uniform)
+    tokens = sample(torch.zeros(1, 4).expand(64, 4), GenerationConfig(64, 1.0, None, top_p), uniform)
     assert len(set(tokens.tolist())) == allowed
 
 
@@ -211,7 +214,7 @@ def test_sample_has_the_frequencies_of_the_softmax():
     """Each count of 4000 draws lies within five standard deviations of its mean."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(sample(logits.expand(4000, 4), Sampling(0.7), uniform), minlength=4)
+    counts = torch.bincount(sample(logits.expand(4000, 4), GenerationConfig(64, 0.7), uniform), minlength=4)
     chances = (logits / 0.7).softmax(0)
     assert ((counts - 4000 * chances).abs() < 5 * (4000 * chances * (1 - chances)).sqrt()).all()
 
@@ -223,7 +226,7 @@ def llama(models):
 
 def test_a_seed_gives_the_same_text_again(llama):
     def text(seed):
-        return columns(decode_batch(llama, [prompt(4), prompt(9)], 20, 1.5, 40, 0.95, seed))
+        return columns(decode_batch(llama, [prompt(4), prompt(9)], GenerationConfig(20, 1.5, 40, 0.95, seed=seed)))
 
     assert text(1) == text(1)
     assert text(1) != text(2)
@@ -231,10 +234,10 @@ def test_a_seed_gives_the_same_text_again(llama):
 
 def test_a_sequence_that_has_ended_stays_so(llama, monkeypatch):
     prompts = [prompt(6), prompt(8)]
-    one, two = columns(decode_batch(llama, prompts, 20))
+    one, two = columns(decode_batch(llama, prompts, GenerationConfig(20)))
     stop = next(token for token in one if token not in two[: one.index(token) + 3])
     monkeypatch.setattr(llama.generation_config, "eos_token_id", stop)
-    steps = list(decode_batch(llama, prompts, 20))
+    steps = list(decode_batch(llama, prompts, GenerationConfig(20)))
     length = one.index(stop) + 1
     assert [row[0] for row in steps] == one[:length] + [None] * (len(steps) - length)
     assert [row[1] for row in steps][: length + 2] == two[: length + 2]
@@ -242,28 +245,26 @@ def test_a_sequence_that_has_ended_stays_so(llama, monkeypatch):
 
 def test_decode_batch_refuses_invalid_input(llama, monkeypatch):
     put_in_charge(monkeypatch, StaticEngine)
-    for prompts in ([], [[1]] * 17):
-        with pytest.raises(ValueError, match=f"1 to 16 prompts, got {len(prompts)}: split it"):
-            decode_batch(llama, prompts, 4)
-    with pytest.raises(ValueError, match="each prompt must have at least one token"):
-        decode_batch(llama, [[1], []], 4)
+    for prompts in ([], [[1]] * 17, [[]]):
+        with pytest.raises(ValueError, match="1 to 16 prompts"):
+            decode_batch(llama, prompts, GenerationConfig(4))
     for token in (-1, 128):
         with pytest.raises(ValueError, match="must be from 0 to 127"):
-            decode_batch(llama, [[5, token]], 4)
-    assert len(list(decode_batch(llama, [prompt(390)], 11))) == 11
+            decode_batch(llama, [[5, token]], GenerationConfig(4))
+    assert len(list(decode_batch(llama, [prompt(390)], GenerationConfig(11)))) == 11
     with pytest.raises(
         ValueError, match=r"prompt of 390 tokens with 12 new ones needs 401 positions, but the model has 400 "
     ):
-        decode_batch(llama, [prompt(390)], 12)
+        decode_batch(llama, [prompt(390)], GenerationConfig(12))
     monkeypatch.setattr(type(llama), "_can_compile_fullgraph", False)
     with pytest.raises(NotDecodableError, match="LlamaForCausalLM takes no cache of fixed size"):
-        decode_batch(llama, [[1]], 4)
+        decode_batch(llama, [[1]], GenerationConfig(4))
 
 
 def test_a_model_on_several_devices_is_refused(llama):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
     with pytest.raises(ValueError, match="spread over cpu, meta: move it to one device"):
-        decode_batch(model, [[1]], 4)
+        decode_batch(model, [[1]], GenerationConfig(4))
 
 
 def test_lack_of_memory_says_what_to_do(llama, monkeypatch):
@@ -271,7 +272,7 @@ def test_lack_of_memory_says_what_to_do(llama, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
-    steps = decode_batch(llama, [prompt(4)], 10)
+    steps = decode_batch(llama, [prompt(4)], GenerationConfig(10))
     monkeypatch.setattr(FusedEngine, "grow", fail)
     with pytest.raises(ValueError, match="no memory left after 8 tokens of 1 sequences: give fewer"):
         list(steps)
@@ -327,7 +328,9 @@ def test_a_latent_cache_generates_the_text_of_a_full_cache(monkeypatch):
     monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
     model = packed_model("Llama")
     prompts = [prompt(6), prompt(13)]
-    full, latent = (columns(decode_batch(model, prompts, 12, kv_cache=kind)) for kind in ("full", "latent"))
+    full, latent = (
+        columns(decode_batch(model, prompts, GenerationConfig(12, kv_cache=kind))) for kind in ("full", "latent")
+    )
     assert full == latent
 
 
@@ -338,7 +341,7 @@ def test_a_latent_cache_refuses_what_it_cannot_keep(models):
     layer = model.model.layers[0].self_attn
     layer.k_proj = torch.nn.Linear(64, 32, bias=False)
     with pytest.raises(NotDecodableError, match="k_proj and v_proj as packed layers"):
-        decode_batch(model, [[1]], 4, kv_cache="latent")
+        decode_batch(model, [[1]], GenerationConfig(4, kv_cache="latent"))
 
 
 @pytest.mark.parametrize("kv_cache", memory.KV_CACHES)

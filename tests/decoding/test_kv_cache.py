@@ -1,4 +1,4 @@
-"""The latent key-value cache: its parts against float64, and whole models against their ordinary cache."""
+"""The latent key-value cache: its parts against float64, and whole models against the full cache."""
 
 import copy
 import json
@@ -158,7 +158,7 @@ def test_latent_attention_is_attention(case, dtype, block):
 
 
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 40), min_size=1, max_size=2), st.integers(1, 40))
-def test_latents_and_expansion_are_the_layer_in_two_steps(seed, ranks, d_in):
+def test_latents_and_up_projection_are_the_layer_in_two_steps(seed, ranks, d_in):
     rng = np.random.default_rng(seed)
     mine, theirs = both_packed(random_paths(rng, 6, d_in, ranks))
     a, b = split(mine)
@@ -197,7 +197,7 @@ def test_round_latents_uses_all_of_int8():
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_rotate_turns_complex_numbers(seed):
+def test_apply_rope_multiplies_complex_numbers(seed):
     rng = np.random.default_rng(seed)
     x, cosine, sine = (rng.standard_normal((3, size)).astype(np.float32) for size in (8, 4, 4))
     exact = (x[:, :4] + 1j * x[:, 4:].astype(np.float64)) * (cosine + 1j * sine.astype(np.float64))
@@ -244,7 +244,7 @@ def projections(model):
 
 
 def assert_last_logits(logits, model, tokens):
-    """(rows, vocabulary) logits after all tokens are those of the model in float64, but for rounding."""
+    """(rows, vocabulary) logits after all tokens equal the model's in float64, up to rounding."""
     terms = 64 + sum(layer.d_in + sum(layer.ranks) + tokens.shape[1] for layer in packed_layers(model).values())
     for row, found in zip(tokens, logits, strict=True):
         exact, moved = exact_and_condition(model, row)
@@ -281,7 +281,7 @@ def test_generate_writes_the_same_from_latents(packed):
         assert_same(alone[0, 6:], expected[0, 11:])
 
 
-def test_generate_goes_on_from_a_cropped_cache(one_packed):
+def test_generation_continues_from_a_cropped_cache(one_packed):
     tokens, cache = some_tokens(2, 20), lb.latent_cache(one_packed, torch.float32)
     with torch.inference_mode():
         whole = one_packed(tokens, **lb.cache_argument(cache)).logits
@@ -310,10 +310,10 @@ def test_latent_cache_holds_what_it_says(one_packed, dtype):
     widths = [sum(layer.ranks) for layer in projections(one_packed)]
     width = {"float32": 4, "float16": 2, "int8": 1}[dtype]
     assert cache.nbytes == ref.kv_cache_bytes(2 * length, widths, width, 4) + 4 * 2 * length
-    codes = cache.layers[1].parts[0]
+    codes = cache.layers[1].tensors[0]
     assert codes.filled().shape == (2, length, widths[2])
-    assert codes.room.dtype == DTYPES[dtype]
-    assert codes.room.shape[1] == GROWTH
+    assert codes.buffer.dtype == DTYPES[dtype]
+    assert codes.buffer.shape[1] == GROWTH
 
 
 def test_latent_cache_grows_beyond_its_room(one_packed, monkeypatch):
@@ -350,13 +350,13 @@ def test_latent_cache_serves_other_models(kind):
     lb.quantize_(model, lb.Config(bits=2.5), progress=False)
     lb.pack_(model)
     tokens = some_tokens(1, 12)
-    expected = generate.generate_tokens(model, tokens, 20)
+    expected = generate.generate_tokens(model, tokens, lb.GenerationConfig(20))
     cache = lb.latent_cache(model, torch.float32)
     found = model.generate(tokens, **lb.cache_argument(cache), max_new_tokens=20, do_sample=False)
     assert_same(found[:, 12:], expected)
 
 
-def test_generate_takes_the_kind_of_cache(one_packed, tiny_llama, tmp_path, capsys, monkeypatch):
+def test_generate_takes_the_type_of_cache(one_packed, tiny_llama, tmp_path, capsys, monkeypatch):
     made = []
     monkeypatch.setattr(torch_weights, "latent_cache", lambda *given: made.append(lb.latent_cache(*given)) or made[-1])
     tokenizer = lb.load_tokenizer(tiny_llama)
@@ -369,7 +369,7 @@ def test_generate_takes_the_kind_of_cache(one_packed, tiny_llama, tmp_path, caps
         )
         expected = tokenizer.decode(new[0, tokens.shape[1] :], skip_special_tokens=True)
         assert lb.generate(one_packed, "abc", kv_cache=kind, **settings) == expected
-        assert made[-1].layers[0].parts[0].filled().dtype == dtype
+        assert made[-1].layers[0].tensors[0].filled().dtype == dtype
     with pytest.raises(ValueError, match="full, latent, latent-int8, not 'int8'"):
         lb.generate(one_packed, "abc", kv_cache="int8", **settings)
     lb.save(copy.deepcopy(one_packed), tmp_path / "out", tokenizer)
@@ -389,14 +389,14 @@ def test_latent_cache_refuses_what_it_cannot_keep(one_packed):
     import transformers
 
     model = small_llama()
-    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.k_proj is a Linear, not packed"):
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.self_attn\.k_proj must be packed, but is a Linear"):
         lb.latent_cache(model)
     lb.quantize_(model, lb.Config(bits=4, include=("*.k_proj",)), progress=False)
-    with pytest.raises(ValueError, match=r"k_proj is a LittleBitLinear, not packed"):
+    with pytest.raises(ValueError, match="k_proj must be packed, but is a LittleBitLinear"):
         lb.latent_cache(model)
-    with pytest.raises(ValueError, match=r"v_proj is a Linear, not packed"):
+    with pytest.raises(ValueError, match="v_proj must be packed, but is a Linear"):
         lb.latent_cache(lb.pack_(model))
-    with pytest.raises(ValueError, match="not gpt2"):
+    with pytest.raises(ValueError, match="got gpt2"):
         lb.latent_cache(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1)))
     with pytest.raises(ValueError, match="float32, float16 or int8"):
         lb.latent_cache(one_packed, torch.int16)
@@ -414,18 +414,18 @@ def test_latent_cache_refuses_what_it_cannot_keep(one_packed):
         lb.latent_cache(spread)
 
 
-def test_latent_cache_refuses_what_does_not_go_on_from_it(one_packed):
+def test_latent_cache_refuses_tokens_that_do_not_fit_it(one_packed):
     cache, limit = lb.latent_cache(one_packed), one_packed.config.max_position_embeddings
     with torch.inference_mode():
         one_packed(some_tokens(1, limit), **lb.cache_argument(cache))
         with pytest.raises(ValueError, match=f"needs {limit + 1} positions, but the model has {limit}"):
             one_packed(some_tokens(1, 1), **lb.cache_argument(cache))
         cache.crop(-9)
-        with pytest.raises(ValueError, match="holds 1 sequences, but 2 go on"):
+        with pytest.raises(ValueError, match="must have the 1 sequences of the latent cache, got 2"):
             one_packed(some_tokens(2, 1), **lb.cache_argument(cache))
         with pytest.raises(ValueError, match="takes latents, not keys and values"):
             small_llama()(some_tokens(1, 2), **lb.cache_argument(lb.latent_cache(one_packed)))
-        with pytest.raises(ValueError, match="understands masks of shape"):
+        with pytest.raises(ValueError, match="mask must have shape"):
             one_packed(
                 some_tokens(1, 2), **lb.cache_argument(cache), attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool)
             )
@@ -433,7 +433,7 @@ def test_latent_cache_refuses_what_does_not_go_on_from_it(one_packed):
             lb.latent_cache(one_packed).angles()
 
 
-def test_kinds_of_latent_cache_are_those_whose_memory_is_counted():
+def test_latent_types_are_the_caches_whose_memory_is_counted():
     assert {kind: dtype.itemsize for kind, dtype in LATENT_TYPES.items()} == LATENT_BYTES
     assert ("full", *LATENT_TYPES) == KV_CACHES
 

@@ -18,13 +18,13 @@ from hypothesis import given, strategies as st
 from littlebit.fast.bench.decode import packed_times
 from littlebit.fast.checkpoints.format import is_checkpoint
 from littlebit.fast.cli.main import main
-from littlebit.fast.decoding import generate
 from littlebit.fast.decoding.architecture import NotDecodableError
-from littlebit.fast.decoding.cpu_decoder import Decoder
-from littlebit.fast.decoding.mapped_weights import map_model, widened
+from littlebit.fast.decoding.cpu_decoder import Decoder, decode
+from littlebit.fast.decoding.mapped_weights import map_model, widen_words
 from littlebit.fast.decoding.tokenizer import Tokenizer
 from littlebit.fast.decoding.torch_weights import decodable
 from littlebit.fast.models.embeddings import quantize_embeddings_
+from littlebit.fast.models.generation_settings import GenerationConfig
 from littlebit.fast.packing import pack_signs
 from safetensors.torch import load_file
 from test_decode import CHANGES
@@ -39,7 +39,7 @@ TEMPLATE = (
 )
 
 
-def quantised(folder, out, embedding_bits=16):
+def quantized(folder, out, embedding_bits=16):
     model, tokenizer = lb.load_model(folder), lb.load_tokenizer(folder)
     tokenizer.chat_template = TEMPLATE
     lb.quantize_(model, lb.Config(bits=BITS, exclude=("*.0.mlp.up_proj",)), progress=False)
@@ -54,7 +54,7 @@ def dense(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_llama, tmp_path_factory):
-    return quantised(tiny_llama, tmp_path_factory.mktemp("mapped") / "out", 8)
+    return quantized(tiny_llama, tmp_path_factory.mktemp("mapped") / "out", 8)
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +73,20 @@ def copied(checkpoint, tmp_path):
 def assert_decodes_the_same(mapped, loaded):
     tokens = np.arange(41) * 7 % 256
     assert mapped.sizes == loaded.sizes
-    assert mapped.stop == loaded.stop
+    assert mapped.generation == loaded.generation
     assert_same(Decoder(mapped, 64)(tokens), Decoder(loaded, 64)(tokens))
-    for settings in ({}, {"temperature": 1.2, "top_k": 50, "top_p": 0.95, "seed": 3}, {"temperature": 0.7}):
-        assert list(generate.decode(mapped, [5, 6, 7], 30, **settings)) == list(
-            generate.decode(loaded, [5, 6, 7], 30, **settings)
-        )
+    for settings in (
+        {},
+        {"temperature": 1.2, "top_k": 50, "top_p": 0.95, "seed": 3},
+        {"temperature": 0.7, "repetition_penalty": 1.3, "min_p": 0.05},
+    ):
+        config = GenerationConfig(30, **settings)
+        assert list(decode(mapped, [5, 6, 7], config)) == list(decode(loaded, [5, 6, 7], config))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_mapped_files_decode_as_the_loaded_model_does(dense, bits, tmp_path):
-    path = quantised(dense, tmp_path / "out", bits)
+    path = quantized(dense, tmp_path / "out", bits)
     assert_decodes_the_same(map_model(path), decodable(lb.load(path)))
 
 
@@ -134,6 +137,8 @@ def test_generate_writes_the_same_mapped_and_loaded(checkpoint, capsys):
         ([], {}),
         (["--chat"], {"chat": True}),
         (["--temperature", "1.1", "--top-k", "40", "--seed", "7"], {"temperature": 1.1, "top_k": 40, "seed": 7}),
+        (["--repetition-penalty", "1.5"], {"repetition_penalty": 1.5}),
+        (["--temperature", "1.1", "--min-p", "0.1"], {"temperature": 1.1, "min_p": 0.1}),
         (["--kv-cache", "latent"], {"kv_cache": "latent"}),
     ]:
         assert main(["generate", str(checkpoint), "--prompt", PROMPT, "--max-new-tokens", "40", *words]) == 0
@@ -245,11 +250,11 @@ def test_tensors_that_are_not_aligned_are_copied(tiny_llama, tmp_path):
 
 
 @given(st.integers(1, 70), st.integers(0, 2**32 - 1))
-def test_widened_words_are_those_of_a_longer_row(count, seed):
+def test_widen_words_gives_those_of_a_longer_row(count, seed):
     signs = torch.from_numpy(np.random.default_rng(seed).standard_normal((3, count)))
     longer = torch.cat([signs, torch.ones(3, 32)], -1)
     words = -(-count // 32)
-    assert_same(widened(pack_signs(signs).numpy()), pack_signs(longer).numpy().view(np.uint32)[:, :words])
+    assert_same(widen_words(pack_signs(signs).numpy()), pack_signs(longer).numpy().view(np.uint32)[:, :words])
 
 
 def vocabulary():

@@ -21,7 +21,7 @@ from littlebit.fast.decoding.torch_ops import TorchOps
 from littlebit.fast.kernels import dispatch
 from littlebit.fast.memory import MODEL_SHAPES, ModelShape
 from littlebit.fast.models.embeddings import QuantizedHead, quantize_embeddings_, quantize_table
-from littlebit.fast.models.generation_settings import Sampling
+from littlebit.fast.models.generation_settings import GenerationConfig
 from shares import combine_partials
 from test_decode_cuda import FUSED, KINDS, by_transformers, columns, packed_model, prompt, put_in_charge
 
@@ -46,7 +46,7 @@ def test_any_family_generates_the_same_text_on_both_devices(family, monkeypatch,
     model, prompts = packed_model(family), [prompt(length, seed=length) for length in (3, 11)]
     expected = [by_transformers(model, tokens, 30) for tokens in prompts]
     with caplog.at_level(logging.WARNING):
-        assert columns(decode_batch(model.cuda(), prompts, 30)) == expected
+        assert columns(decode_batch(model.cuda(), prompts, GenerationConfig(30))) == expected
     assert "no graph can be captured" not in caplog.text
 
 
@@ -135,7 +135,9 @@ def test_replayed_steps_equal_steps_without_a_graph(batch, temperature, monkeypa
     prompts = [prompt(3 + row % 7, seed=row) for row in range(batch)]
 
     def text(captures):
-        loop = DecodeLoop(fused_engine(model, batch, 16), Sampling(temperature, 40, 0.95), seed=3)
+        loop = DecodeLoop(
+            fused_engine(model, batch, 16), GenerationConfig(64, temperature, 40, 0.95, 0.01, 1.2, seed=3)
+        )
         loop.captures = captures
         return columns(graph_decoder.decode_steps(loop, prompts, 60, ()))
 
@@ -147,15 +149,15 @@ def test_replayed_steps_equal_steps_without_a_graph(batch, temperature, monkeypa
 def test_a_sequence_does_not_depend_on_those_beside_it():
     model = packed_model("Llama", **HEADS64).cuda()
     prompts = [prompt(length, seed=length) for length in (5, 30, 300)]
-    together = columns(decode_batch(model, prompts, 40))
+    together = columns(decode_batch(model, prompts, GenerationConfig(40)))
     for tokens, new in zip(prompts, together, strict=True):
-        (alone,) = columns(decode_batch(model, [tokens], 40))
+        (alone,) = columns(decode_batch(model, [tokens], GenerationConfig(40)))
         assert sum(a == b for a, b in zip(alone, new, strict=True)) >= 20  # equal until two logits nearly are
 
 
 def test_a_step_waits_for_nothing():
     engine = fused_engine(packed_model("Llama", **HEADS64).cuda(), 2, 64)
-    loop = DecodeLoop(engine, Sampling(1.0, 10, 0.9))
+    loop = DecodeLoop(engine, GenerationConfig(64, 1.0, 10, 0.9, 0.01, 1.2))
     with torch.inference_mode():
         loop.start([prompt(4), prompt(5)])
         loop.step()

@@ -93,11 +93,11 @@ def test_the_full_cache_keeps_its_old_name():
 def test_generate_and_stream_take_the_old_name_of_the_full_cache(monkeypatch):
     seen = []
     for name, stub in {
-        "prompt_tokens": lambda *_: [1],
+        "encode_prompt": lambda *_: [1],
         "pad_token": lambda _: None,
-        "pieces": lambda *_: iter(("text",)),
-        "stream_tokens": lambda *arguments: seen.append(arguments[-1]),
-        "batch_tokens": lambda *arguments: seen.append(arguments[-1]) or [[2]],
+        "text_chunks": lambda *_: iter(("text",)),
+        "stream_tokens": lambda model, tokens, config, pad: seen.append(config.kv_cache),
+        "batch_tokens": lambda model, prompts, config, pad: seen.append(config.kv_cache) or [[2]],
     }.items():
         monkeypatch.setattr(generate, name, stub)
     for call, prompt in ((lb.generate, "a"), (lb.generate, ["a"]), (generate.stream, "a")):

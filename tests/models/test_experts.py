@@ -192,7 +192,7 @@ def test_generate_goes_through_transformers(packed, caplog):
 
     model = lb.load(packed)
     with caplog.at_level("DEBUG", logger="littlebit"):
-        new = list(stream_tokens(model, TOKENS[0].tolist(), 3, 0.0, None, None, 0, 0))
+        new = list(stream_tokens(model, TOKENS[0].tolist(), lb.GenerationConfig(3), 0))
     want = model.generate(TOKENS, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(TOKENS))
     assert new == want[0, 20:].tolist()
     assert "mixtral" in caplog.text

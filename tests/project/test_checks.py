@@ -182,17 +182,18 @@ def test_generate_refuses_the_same_in_every_engine(gpt2, tiny_llama):
     for model, limit in ((map_model(tiny_llama), 256), (loaded, 256), (gpt2, POSITIONS)):
         for prompt, new in (([1] * limit, 2), ([1], limit + 1)):
             with pytest.raises(ValueError, match=f"needs {limit + 1} positions, but the model has {limit}"):
-                generate.stream_tokens(model, prompt, new)
+                generate.stream_tokens(model, prompt, lb.GenerationConfig(new))
             with pytest.raises(ValueError, match=f"needs {limit + 1} positions"):
-                generate.batch_tokens(model, [[1], prompt], new)
+                generate.batch_tokens(model, [[1], prompt], lb.GenerationConfig(new))
         for wrong in (260, -1):
             with pytest.raises(ValueError, match=f"must be from 0 to 259, the last row of the embedding, got {wrong}"):
-                generate.stream_tokens(model, [1, wrong], 3)
+                generate.stream_tokens(model, [1, wrong], lb.GenerationConfig(3))
     with pytest.raises(ValueError, match="needs 257 positions"):
-        decode_batch(loaded, [[1] * 256], 2)
-    assert len(list(generate.stream_tokens(gpt2, [1] * (POSITIONS - 2), 3, pad=0))) <= 3
+        decode_batch(loaded, [[1] * 256], lb.GenerationConfig(2))
+    assert len(list(generate.stream_tokens(gpt2, [1] * (POSITIONS - 2), lb.GenerationConfig(3), 0))) <= 3
     settings = [("max_new_tokens", 0), ("max_new_tokens", 2.0), ("temperature", math.nan), ("temperature", -0.5)]
     settings += [("top_p", 0), ("top_p", 1.5), ("top_k", -1), ("seed", -1), ("seed", 0.5), ("temperature", math.inf)]
+    settings += [("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0), ("repetition_penalty", math.inf)]
     for name, value in settings:
         with pytest.raises(ValueError, match=f"{name} must be a (finite|whole) number"):
             lb.generate(loaded, "abc", tokenizer=tokenizer, **{name: value})
@@ -200,9 +201,12 @@ def test_generate_refuses_the_same_in_every_engine(gpt2, tiny_llama):
         with pytest.raises(ValueError, match=message):
             next(generate.stream(loaded, prompt, tokenizer=tokenizer))
     with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
-        generate.generate_tokens(loaded, torch.ones(2, 2, dtype=torch.int64))
+        generate.generate_tokens(loaded, torch.ones(2, 2, dtype=torch.int64), lb.GenerationConfig())
     tokens = torch.tensor([5, 6, 7])
-    assert_same(generate.generate_tokens(loaded, tokens, 3), generate.generate_tokens(loaded, tokens[None], 3))
+    config = lb.GenerationConfig(3)
+    assert_same(
+        generate.generate_tokens(loaded, tokens, config), generate.generate_tokens(loaded, tokens[None], config)
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,8 @@ def test_training_refuses_numbers_that_make_no_sense():
 
 COMMANDS = {
     "eval x": "--window 1 --window 0 --max-windows 0 --blimp-items 0 --threads -1 --threads 0",
-    "generate x --prompt a": "--max-new-tokens -1 --temperature nan --top-p 0 --top-k -1 --seed -1",
+    "generate x --prompt a": "--max-new-tokens -1 --temperature nan --top-p 0 --top-k -1 --seed -1 "
+    "--min-p 2 --repetition-penalty 0",
     "quantize x y": "--bits nan --bits -1 --bits inf --seed -1 --kv-rank-factor 0 --seed 1e3 --calibration-tokens 1",
     "train x y": "--tokens 0 --batch 0 --lr-latents nan --lr-scales -1 --lr-others inf --sequence 0 --save-minutes nan "
     "--warmup 1 --clip -1 --final nan --hidden inf --block-tokens -1 --micro-batch 0 --log-steps 0 --weights nan "

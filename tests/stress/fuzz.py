@@ -400,6 +400,7 @@ class Judge:
         from littlebit.fast.decoding.mapped_weights import map_model
 
         self.map, self.decode, self.not_decodable = map_model, decode, NotDecodableError
+        self.config = lb.GenerationConfig(2, temperature=0, repetition_penalty=1)
         torch.set_num_threads(1)
         self.lb, self.folder, self.tokens = lb, folder, torch.tensor([[1, 5, 9]])
         self.expected, self.texts = {}, {}
@@ -409,7 +410,7 @@ class Judge:
             self.expected[kind] = state(model)
             model(self.tokens)  # loads the kernels
             with contextlib.suppress(NotDecodableError):
-                self.texts[kind] = list(decode(map_model(folder), [1, 5, 9], 2))
+                self.texts[kind] = list(decode(map_model(folder), [1, 5, 9], self.config))
 
     def case(self, kind, files, sealed):
         """Return "refused" or "loaded" for a case; raise an error for any other outcome."""
@@ -423,7 +424,7 @@ class Judge:
                     outcome.append(None)
             _, checked, model, mapped = outcome
             if mapped is not None:  # The torch-free decoder reads only the files that it needs.
-                text = list(self.decode(mapped, [1, 5, 9], 2))
+                text = list(self.decode(mapped, [1, 5, 9], self.config))
                 if not sealed and checked and checked["checksums"] and text != self.texts[kind]:
                     raise FindingError("the decoder maps a checkpoint that differs from what was saved")
             if model is None:
