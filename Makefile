@@ -113,7 +113,7 @@ figures: $(VENV)/.ok  ## Draw the book's figures and write its tables from book/
 	$(PY) book/figures/make.py
 
 results: $(VENV)/.ok  ## Measure again what a CPU can of book/results (half an hour on a machine that does nothing else)
-	$(PY) book/remake.py
+	$(PY) book/experiments/remake.py
 
 # The trained model, and so the one that it was made from, is fetched before two notebooks ask for it at once.
 notebooks: $(VENV)/.ok  ## Execute the notebooks, and keep their outputs for the book

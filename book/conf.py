@@ -9,7 +9,7 @@ from sphinx.ext.autodoc.mock import mock
 from sphinx.util.nodes import make_refnode
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "figures")]
+sys.path[:0] = [str(HERE / folder) for folder in ("_ext", "experiments", "figures")]
 
 import api  # noqa: E402 (the path comes first)
 import make  # noqa: E402
@@ -33,7 +33,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["results", "_figures/*.md"]
+exclude_patterns = ["_figures/*.md", "examples", "experiments", "results"]
 mathjax_path = "mathjax/tex-chtml.js"
 myst_enable_extensions = ["amsmath", "attrs_block", "dollarmath"]
 myst_heading_anchors = 3

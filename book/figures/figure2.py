@@ -16,7 +16,7 @@ SOURCES = ("explore",)
 
 
 def pictured(text: str, corner: int, limit: float) -> np.ndarray:
-    """The corner of a matrix from the bytes that book/explore.py wrote."""
+    """The corner of a matrix from the bytes that book/experiments/explore.py wrote."""
     codes = np.frombuffer(base64.b64decode(text), np.uint8).astype(float)
     return ((codes - 127) / 127 * limit).reshape(corner, corner)
 

@@ -15,7 +15,7 @@ from types import ModuleType
 
 FIGURES = Path(__file__).parent
 BOOK = FIGURES.parent
-sys.path[:0] = [str(FIGURES), str(BOOK)]
+sys.path[:0] = [str(BOOK / folder) for folder in ("figures", "_ext", "experiments")]
 
 import style  # noqa: E402 (the path comes first)
 from sources import origin  # noqa: E402
@@ -66,7 +66,7 @@ def readme_with_results(text: str) -> str:
 
 def inputs() -> list[Path]:
     """What figures, tables and numbers of the book are made from."""
-    modules = [BOOK / f"{name}.py" for name in ("pages", "sources", "stale", "tables")]
+    modules = [*(BOOK / "_ext").glob("*.py"), BOOK / "experiments" / "stale.py"]
     return sorted([*FIGURES.glob("*.py"), *(BOOK / "results").glob("*.json"), *modules, BOOK / "published.json"])
 
 

@@ -16,7 +16,7 @@ from littlebit.fast import Config, TrainConfig
 from sphinx.util.inventory import InventoryFile
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "book"))
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 import check  # noqa: E402 (the path comes first)
 
@@ -123,7 +123,7 @@ def test_training_ladder_repeats_what_was_measured():
         own = {key: value for key, value in row.items() if key in known}
         return {"bits": 0.55} | own | {"weights": [*own["weights"], 0][:3]}  # a text that is not drawn from
 
-    ladder = {row["name"]: row for row in json.loads((ROOT / "book/training_ladder.json").read_text())}
+    ladder = {row["name"]: row for row in json.loads((ROOT / "book/experiments/training_ladder.json").read_text())}
     assert all(set(row) <= known | {"name"} for row in ladder.values())
     results = json.loads((ROOT / "book/results/training_smollm2.json").read_text())["rows"]
     measured = [row for row in results if row["stage"] == "second ladder"]

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BOOK = ROOT / "book"
-sys.path[:0] = [str(BOOK), str(BOOK / "figures")]
+sys.path[:0] = [str(BOOK / folder) for folder in ("_ext", "experiments", "figures")]
 
 import make  # noqa: E402 (the path comes first)
 import pages  # noqa: E402
@@ -167,7 +167,7 @@ def test_results_are_made_again_by_commands_that_exist():
         ("NVIDIA H100", "littlebit bench linear --save book/results/x.json", "NVIDIA H100"),
         ("a CPU", "a loop of quantize_", "description"),
         ("a CPU", "littlebit bench decode --model DIR --save book/results/x.json", "needs DIR"),
-        ("a CPU", "python book/embeddings.py book/results/x.json --text missing.txt", "needs missing.txt"),
+        ("a CPU", "python book/experiments/embeddings.py book/results/x.json --text missing.txt", "needs missing.txt"),
     ],
 )
 def test_results_that_a_cpu_cannot_make_are_left(device, command, reason):

@@ -3,13 +3,13 @@ r"""Training SmolLM2-135M-Instruct below one bit: how fast, and which recipe.
 Each experiment is a set of changes to the defaults; a row of results is written as soon as it is measured. The
 figures of book/results/training_smollm2.json came from this script, one GPU for each process:
 
-    python book/training.py speed  --out speed.json
-    python book/training.py write  --out teacher.npy --texts wikitext2-train.txt books.txt
-    python book/training.py ladder --out ladder.json --texts wikitext2-train.txt books.txt teacher.npy --test test.txt \
-        --experiments book/training_ladder.json
-    python book/training.py ladder --out ladder.json --texts SIX --test test.txt \
-        --experiments book/training_ladder_texts.json
-    python book/training.py ship   --out smollm2-0.55bit.json --bits 0.55 --seconds 470 --texts SIX --test test.txt \
+    python book/experiments/training.py speed  --out speed.json
+    python book/experiments/training.py write  --out teacher.npy --texts wikitext2-train.txt books.txt
+    python book/experiments/training.py ladder --out ladder.json --texts wikitext2-train.txt books.txt teacher.npy --test test.txt \
+        --experiments book/experiments/training_ladder.json
+    python book/experiments/training.py ladder --out ladder.json --texts SIX --test test.txt \
+        --experiments book/experiments/training_ladder_texts.json
+    python book/experiments/training.py ship   --out smollm2-0.55bit.json --bits 0.55 --seconds 470 --texts SIX --test test.txt \
         --blimp blimp.zip --settings SETTINGS
 
 SIX are WikiText-2 train, encyclopedia in its form, encyclopedia, books, explanations and dialogue in the chat template

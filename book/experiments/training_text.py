@@ -4,8 +4,8 @@ WikiText-2's training tokens become the text that perplexity is usually measured
 and the placeholders of unknown words are taken out. With --chat, dialogues become what a chat with SmolLM2 looks like
 to the model, in its own chat template:
 
-    python book/training_text.py wikitext2-train.txt.xz wikitext2-train.txt
-    python book/training_text.py --chat dialogue-train.txt.xz chat.txt
+    python book/experiments/training_text.py wikitext2-train.txt.xz wikitext2-train.txt
+    python book/experiments/training_text.py --chat dialogue-train.txt.xz chat.txt
 
 A dialogue is a document, ended by two blank lines: rows that begin with "User: " and "Assistant: ", or a question, a
 blank line and the answer.

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "figures")]
+BOOK = Path(__file__).parents[1]
+sys.path[:0] = [str(BOOK / folder) for folder in ("_ext", "experiments", "figures")]
 
 import jinja2  # noqa: E402 (the path comes first)
 import make  # noqa: E402
@@ -14,7 +14,7 @@ import reliability  # noqa: E402
 import sources  # noqa: E402
 import tables  # noqa: E402
 
-NOTEBOOKS = HERE.parent / "notebooks"
+NOTEBOOKS = BOOK.parent / "notebooks"
 
 
 def table(name: str, *arguments: Any) -> str:

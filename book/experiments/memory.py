@@ -1,6 +1,6 @@
 """Tables 3 and 4 of the paper, computed from the models' shapes, and what they lack: smaller embeddings and heads.
 
-    python book/memory.py book/results/memory.json
+    python book/experiments/memory.py book/results/memory.json
 
 Every row has what the paper published for it, if it did, beside what is counted here. `weights_like_paper_GB` adds what
 the paper's float16 figure has beyond two bytes a parameter (13, 28 and 87 MB), which the paper does not explain.
@@ -94,7 +94,9 @@ def main() -> None:
         if bits is not None
         for kind in LATENT_BYTES
     ]
-    save_results(arguments.out, rows, "python book/memory.py book/results/memory.json", "none: arithmetic alone")
+    save_results(
+        arguments.out, rows, "python book/experiments/memory.py book/results/memory.json", "none: arithmetic alone"
+    )
 
 
 if __name__ == "__main__":

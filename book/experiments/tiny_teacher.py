@@ -3,7 +3,7 @@
 A Llama of 0.9 million parameters that reads and writes bytes, trained from scratch on public-domain books (about two
 minutes on a GPU):
 
-    python book/tiny_teacher.py --out fast/data/tiny books.txt
+    python book/experiments/tiny_teacher.py --out fast/data/tiny books.txt
 """
 
 import argparse

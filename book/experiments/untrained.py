@@ -1,6 +1,6 @@
 """How far initialisation alone goes: relative error and perplexity of SmolLM2, untrained, over initialisers and bits.
 
-    python book/untrained.py OUT.json [--device cuda] [--windows 8]
+    python book/experiments/untrained.py OUT.json [--device cuda] [--windows 8]
 
 Every row quantises all linear layers, without training, and measures perplexity on the shipped evaluation text, from
 factors in float32.
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name()
-    command = f"python book/untrained.py OUT.json --device {arguments.device} --windows {arguments.windows}"
+    command = f"python book/experiments/untrained.py OUT.json --device {arguments.device} --windows {arguments.windows}"
     rows = []
     for settings in ROWS:
         rows.append(measure(arguments.model, settings, arguments.device, arguments.windows))

@@ -1,6 +1,6 @@
 """What the interactive page and Figure 2 show: one weight of SmolLM2 at several bits per weight, and models' memory.
 
-    python book/explore.py book/results/explore.json
+    python book/experiments/explore.py book/results/explore.json
 
 The matrix is the query projection of the first block. "pictures" are its first rows and columns, a byte an entry in
 base64: 127 + round(127 w / limit), clipped; errors are those of the whole matrix. Memory is counted by
@@ -77,7 +77,7 @@ def main() -> None:
     rows += [reconstruction(layer, bits, init, limit) for init in INITS for bits in BITS]
     rows += [reconstruction(layer, bits, "dual-svid", limit, paths=2) for bits in FIGURE_BITS]
     rows += [memory(model, bits) for model in MODELS for bits in (*BITS, None)]
-    save_results(arguments.out, rows, f"python book/explore.py {arguments.out}", cpu_name())
+    save_results(arguments.out, rows, f"python book/experiments/explore.py {arguments.out}", cpu_name())
 
 
 if __name__ == "__main__":

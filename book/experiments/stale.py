@@ -1,6 +1,6 @@
 """List the results that are older than the code that they measure.
 
-    python book/stale.py [cuda_decode ...]
+    python book/experiments/stale.py [cuda_decode ...]
 
 A results file records under `code` a digest of each module of littlebit.fast that was loaded when it was measured.
 Comments, docstrings and layout do not count, and a module that was only renamed still has its digest. A list, not a
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from littlebit.fast.files.digests import code_digest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "book" / "results"
 
 CPU = ("kernels.cpu", "kernels.lanes", "kernels.plan")

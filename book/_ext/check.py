@@ -1,6 +1,6 @@
 """Open the built book in a browser and report what is wrong: needs Chromium and `pip install playwright`.
 
-    python book/check.py build/book [--screenshots FOLDER]
+    python book/_ext/check.py build/book [--screenshots FOLDER]
 
 Every page is opened at the width of a desk, and chapters also at that of a phone, with light and dark colours. Reported
 are errors on the console, files that do not load, pictures and equations that cannot be seen, and pages wider than the

@@ -1,6 +1,6 @@
 """How close each initialiser comes to the weights, at several budgets: two blocks of SmolLM2, one path and two.
 
-    python book/initialisation.py book/results/initialisation_smollm2.json
+    python book/experiments/initialisation.py book/results/initialisation_smollm2.json
 
 Every row factorises the linear layers of the blocks under one budget, without training. A few minutes on one core.
 """
@@ -40,7 +40,9 @@ def main() -> None:
                 row["errors"] = {name: layer.error for name, layer in found.items()}
                 rows.append(row | {"processor_s": time.process_time() - start})
                 print(row, flush=True)
-                save_results(arguments.out, rows, f"python book/initialisation.py {arguments.out}", cpu_name())
+                save_results(
+                    arguments.out, rows, f"python book/experiments/initialisation.py {arguments.out}", cpu_name()
+                )
 
 
 if __name__ == "__main__":

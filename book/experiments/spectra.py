@@ -1,6 +1,6 @@
 """How low-rank the weights of a language model are: singular values of every linear layer of SmolLM2's blocks.
 
-    python book/spectra.py book/results/spectra_smollm2.json
+    python book/experiments/spectra.py book/results/spectra_smollm2.json
 
 A row for each kind of layer: the share of ||W||_F^2 that the largest singular values hold, for so many parts of the
 full rank, mean over the layers, and the same of a matrix of equal shape with independent normal entries.
@@ -48,7 +48,7 @@ def main() -> None:
                 "normal_energy": energies(torch.randn(d_out, d_in, generator=generator)).tolist(),
             }
         )
-    save_results(arguments.out, rows, f"python book/spectra.py {arguments.out}", cpu_name())
+    save_results(arguments.out, rows, f"python book/experiments/spectra.py {arguments.out}", cpu_name())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import stale
 
-HERE = Path(__file__).parent
-RESULTS, PUBLISHED = HERE / "results", HERE / "published.json"
+BOOK = Path(__file__).parents[1]
+RESULTS, PUBLISHED = BOOK / "results", BOOK / "published.json"
 
 
 @cache
