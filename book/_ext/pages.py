@@ -1,4 +1,4 @@
-"""What the pages of the book may say between double braces."""
+"""Define what the pages of the book may say between double braces."""
 
 import json
 import sys
@@ -18,18 +18,18 @@ NOTEBOOKS = BOOK.parent / "notebooks"
 
 
 def table(name: str, *arguments: Any) -> str:
-    """A table of tables.py."""
+    """Write a table of tables.py as Markdown."""
     return getattr(tables, name)(*arguments).markdown()
 
 
 def notebook(number: int, title: str) -> str:
-    """A link to the notebook of a number, whatever the rest of its name."""
+    """Link to the notebook with this number."""
     found = sorted(NOTEBOOKS.glob(f"{number:02}*.ipynb"))
     return f"{{doc}}`{title} <notebooks/{found[0].stem}>`" if found else title
 
 
 def explored() -> str:
-    """What the interactive page shows, as JSON: pictures, memory, and the perplexities that were measured."""
+    """Collect the data of the interactive page as JSON: pictures, memory, and measured perplexities."""
     shipped = sources.rows("training_smollm2", stage="shipped")
     points = [{"bits": each["bits"], "perplexity": each["perplexity_packed"]} for each in shipped]
     record = {
@@ -59,7 +59,7 @@ NAMES = {
 
 
 def filled_in(text: str) -> str:
-    """A page with everything between double braces put in.
+    """Fill in everything between double braces on a page.
 
     Raises
     ------

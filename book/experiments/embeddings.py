@@ -1,4 +1,4 @@
-"""What small embeddings cost in perplexity: SmolLM2, dense and at 0.55 bits, embedding and head in 16, 8 and 4 bits.
+"""Measure the perplexity that 8- and 4-bit embeddings cost SmolLM2, dense and at 0.55 bits.
 
     python book/experiments/embeddings.py OUT.json [--text more.txt] [--windows 8]
 

@@ -1,4 +1,4 @@
-"""How close each initialiser comes to the weights, at several budgets: two blocks of SmolLM2, one path and two.
+"""Measure each initialiser's weight error at several budgets: two blocks of SmolLM2, one path and two.
 
     python book/experiments/initialisation.py book/results/initialisation_smollm2.json
 

@@ -1,4 +1,4 @@
-"""The ladder of CPU kernels: the same packed layer by each of them, on one thread.
+"""Time the ladder of CPU kernels on the same packed layer, on one thread.
 
     python book/experiments/ladder.py book/results/cpu_ladder.json
 
@@ -25,7 +25,7 @@ ROUNDS = 5
 
 
 def rows_of(d_out: int, d_in: int, bits: float) -> list[dict]:
-    """A row for each kernel."""
+    """Time each kernel on one layer."""
     rank = rank_for_bits(d_out, d_in, bits, PATHS)
     stored = layer_bits(d_out, d_in, (rank,) * PATHS)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tables 3 and 4 of the paper, computed from the models' shapes, and what they lack: smaller embeddings and heads.
+"""Compute Tables 3 and 4 of the paper from the models' shapes, and extend them to smaller embeddings and heads.
 
     python book/experiments/memory.py book/results/memory.json
 
@@ -31,7 +31,7 @@ CONTEXT = 4096
 
 
 def weights_row(name: str, bits: float | None, embedding_bits: int) -> dict[str, Any]:
-    """A row of Table 3, or of its extension."""
+    """Count one row of Table 3, or of its extension."""
     shape = MODEL_SHAPES[name]
     ours = model_memory(shape, bits, embedding_bits=embedding_bits)
     published = PUBLISHED_GB.get((name, bits)) if embedding_bits == 16 else None
@@ -52,7 +52,7 @@ def weights_row(name: str, bits: float | None, embedding_bits: int) -> dict[str,
 
 
 def cache_row(name: str, bits: float, kind: str) -> dict[str, Any]:
-    """A row of Table 4, or of its extension: bytes of a cache, and those of the ordinary one over them."""
+    """Count one row of Table 4, or of its extension: bytes of a latent cache, and how much larger the full cache is."""
     shape = MODEL_SHAPES[name]
     ordinary, latent = (model_memory(shape, bits, context=CONTEXT, kv_cache=each) for each in ("full", kind))
     published = PUBLISHED_REDUCTION.get((name, bits)) if kind == "latent" else None

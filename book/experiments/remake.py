@@ -1,4 +1,4 @@
-"""Measure again what a CPU can: run the command that stands in each file of results/.
+"""Measure again what a CPU can, by running the command in each results file.
 
     python book/experiments/remake.py [cpu_linear memory ...]
 
@@ -20,7 +20,7 @@ PROGRAMS = {"python": [sys.executable], "littlebit": [sys.executable, "-m", "lit
 
 
 def reason_to_leave(record: dict, words: list[str]) -> str | None:
-    """Why a file is not measured again, or None."""
+    """Say why a file cannot be measured again here, or return None."""
     if "NVIDIA" in record["device"]:
         return f"measured on {record['device']}"
     if words[0] not in PROGRAMS or not any(word.startswith("book/results/") for word in words):

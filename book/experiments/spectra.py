@@ -1,4 +1,4 @@
-"""How low-rank the weights of a language model are: singular values of every linear layer of SmolLM2's blocks.
+"""Measure how low-rank weights are: singular values of every linear layer of SmolLM2's blocks.
 
     python book/experiments/spectra.py book/results/spectra_smollm2.json
 
@@ -19,7 +19,7 @@ FRACTIONS = [at / 32 for at in range(33)]  # of the full rank
 
 
 def energies(weight: torch.Tensor) -> torch.Tensor:
-    """Share of the squared norm in the largest singular values, at each of FRACTIONS."""
+    """Compute the share of the squared norm in the largest singular values, at each of FRACTIONS."""
     squares = torch.linalg.svdvals(weight.double()).square()
     total = torch.cat([torch.zeros(1), squares.cumsum(0).cpu()]) / squares.sum()
     return total[[round(fraction * len(squares)) for fraction in FRACTIONS]]

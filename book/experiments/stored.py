@@ -1,4 +1,4 @@
-"""What the shipped checkpoints store, counted from their files: layers, and what describes them.
+"""Count what the shipped checkpoints store, layers and descriptions, from their files.
 
     python book/experiments/stored.py book/results/stored_smollm2.json
 

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def row(line: str) -> str:
-    """A row of the corpus: a blank, the words, a blank and a newline; nothing for an empty one."""
+    """Format a row of the corpus: a blank, the words, a blank and a newline; an empty row stays empty."""
     words = re.sub(r" *<unk>", "", line.strip()).strip()
     return f" {words} \n" if words else ""
 

@@ -1,4 +1,4 @@
-"""How far initialisation alone goes: relative error and perplexity of SmolLM2, untrained, over initialisers and bits.
+"""Measure the relative error and perplexity of SmolLM2 after initialisation alone, by initialiser and bits.
 
     python book/experiments/untrained.py OUT.json [--device cuda] [--windows 8]
 
@@ -35,7 +35,7 @@ ROWS = [
 
 
 def measure(source: str, settings: dict, device: str, windows: int) -> dict:
-    """One row: quantise, then perplexity."""
+    """Quantise with these settings, then measure perplexity."""
     tokenizer, model = lb.load_tokenizer(source), lb.load_model(source, device)
     calibration = text_tokens(tokenizer, TRAINING_TEXT)[:CALIBRATION_TOKENS]
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Figure 3: perplexity on WikiText-2 against bits per weight."""
+"""Draw Figure 3: perplexity on WikiText-2 against bits per weight."""
 
 import style
 from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ SERIES = (  # model, method, label, marker, line
 
 
 def published(model: str, method: str) -> list[tuple[float, float]]:
-    """(bits, perplexity) of each published figure up to 1 bit, by bits."""
+    """List (bits, perplexity) of each published figure up to 1 bit, by bits."""
     tables = ("LittleBit T1", "NanoQuant T2")
     found = {
         each["bpw"]: each["value"]
@@ -33,12 +33,12 @@ def published(model: str, method: str) -> list[tuple[float, float]]:
 
 
 def ours() -> list[dict]:
-    """The shipped checkpoints, by bits."""
+    """Select the shipped checkpoints, by bits."""
     return sorted(rows("training_smollm2", stage="shipped"), key=lambda each: each["bits"])
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     pairs = ", ".join(f"{each['perplexity_packed']:.1f} at {each['bits']:g} bits" for each in ours())
     littlebit = ", ".join(f"{value:g} at {bits:g}" for bits, value in published("Llama-2-7B", "LittleBit"))
     return (
@@ -48,7 +48,7 @@ def alt() -> str:
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     figure = Figure(figsize=(style.WIDTH, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     colours = (theme.published, theme.published, theme.fourth, theme.third)

@@ -1,4 +1,4 @@
-"""Figure 4: what a key-value cache keeps for each token, in full and as latents, to scale."""
+"""Draw Figure 4: the bytes that a key-value cache keeps for each token, in full and as latents."""
 
 import style
 from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ CASES = (
 
 
 def caches() -> list[tuple[str, str, float, float | None]]:
-    """Model and bits, kind, bytes a token, and how many times smaller than the ordinary cache."""
+    """List model and bits, cache type, bytes a token, and how many times smaller than the full cache."""
     found = []
     seen = set()
     for name, model, bits in CASES:
@@ -32,7 +32,7 @@ def caches() -> list[tuple[str, str, float, float | None]]:
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     parts = [
         f"{model}, {kind}: {size:,.0f} bytes" + (f", {reduction:.1f} times less" if reduction else "")
         for model, kind, size, reduction in caches()
@@ -41,7 +41,7 @@ def alt() -> str:
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     figure = Figure(figsize=(style.WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     found = caches()

@@ -1,4 +1,4 @@
-"""Table 3: memory of whole models."""
+"""Make Table 3: memory of whole models."""
 
 from sources import Table, fixed, rows
 
@@ -18,7 +18,7 @@ BITS = (16, 0.3, 0.1)
 
 
 def line(model: str, bits: float) -> list[str]:
-    """One row."""
+    """Make one row."""
     found = {each["embedding_bits"]: each for each in rows("memory", table="weights", shape=model, bits=bits)}
     sizes = [fixed(found[width]["weights_GB"], 3) for width in (16, 8, 4)]
     ratio = found[16].get("ratio_to_published")
@@ -26,7 +26,7 @@ def line(model: str, bits: float) -> list[str]:
 
 
 def table() -> Table:
-    """The table."""
+    """Make the table."""
     head = ["model", "bits", "published", "counted here", "8-bit embeddings", "4-bit embeddings", "counted / published"]
     note = (
         "The published figures are from the paper's Table 3. Its float16 sizes are a little above two bytes a "

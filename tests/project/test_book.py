@@ -27,7 +27,7 @@ needs_browser = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    """Folder of the built pages."""
+    """Build the pages into a folder."""
     folder = tmp_path_factory.mktemp("book")
     options = ["-q", "-W", "--keep-going", "-j", "2", "-d", folder / "cache"]
     options += ["-D", "nb_execution_mode=off"]  # `make notebooks` executes them
@@ -39,7 +39,7 @@ def book(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(book):
-    """What stands in each of them."""
+    """Parse each built page."""
     return {path.resolve(): Page(path) for path in book.rglob("*.html")}
 
 
