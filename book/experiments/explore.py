@@ -3,7 +3,7 @@
     python book/experiments/explore.py book/results/explore.json
 
 The matrix is the query projection of the first block. "pictures" are its first rows and columns, a byte an entry in
-base64: 127 + round(127 w / limit), clipped; errors are those of the whole matrix. Memory is counted by
+base64: 127 + round(127 w / limit), clipped. Errors refer to the whole matrix. Memory is counted by
 reference/memory.py. A minute on one core.
 """
 

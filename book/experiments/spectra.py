@@ -2,8 +2,8 @@
 
     python book/experiments/spectra.py book/results/spectra_smollm2.json
 
-A row for each kind of layer: the share of ||W||_F^2 that the largest singular values hold, for so many parts of the
-full rank, mean over the layers, and the same of a matrix of equal shape with independent normal entries.
+A row for each type of layer: the share of ||W||_F^2 in the largest singular values, at several fractions of the full
+rank, averaged over the layers, and the same for a matrix of equal shape with independent normal entries.
 """
 
 import argparse

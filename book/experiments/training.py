@@ -13,7 +13,7 @@ figures of book/results/training_smollm2.json came from this script, one GPU for
         --texts SIX --test test.txt --blimp blimp.zip --settings SETTINGS
 
 SIX are WikiText-2 train, encyclopedia in its form, encyclopedia, books, explanations and dialogue in the chat template
-(see training_text.py); SETTINGS are those of the row in the results, as JSON. Texts are UTF-8 files, or .npy files of
+(see training_text.py); SETTINGS is the row of the results as JSON. Texts are UTF-8 files, or .npy files of
 tokens made from them. The test text is only evaluated on.
 """
 

@@ -115,7 +115,7 @@ def table_of_results() -> str:
     published = publication("memory_GB", "Llama-2-70B", "LittleBit", 0.1)
     cut = publication("kv_cache_reduction_x", "Llama-2-7B", "LittleBit", 0.1)
     llama70 = row("memory", table="weights", shape="llama2-70b", bits=0.1, embedding_bits=16)["weights_GB"]
-    cache, ordinary = (row("cuda_cache", kv_cache=kind, context=8192) for kind in ("latent", "full"))
+    cache, full = (row("cuda_cache", kv_cache=kind, context=8192) for kind in ("latent", "full"))
     decoding = min(rows("cuda_decode", engine="packed"), key=lambda each: each["bits"])
     embedding = row("cpu_decode", engine="littlebit", threads=1)["embedding_bits"]
     dense, eager = (row("cuda_decode", engine=engine) for engine in ("float16", "transformers"))
@@ -123,33 +123,34 @@ def table_of_results() -> str:
         (
             "WikiText-2 perplexity of SmolLM2-135M at 1.0, 0.55, 0.3, 0.1 bits, 16-bit embedding and head",
             ", ".join(fixed(perplexity(bits)) for bits in (1.0, 0.55, 0.3, 0.1)),
-            f"original: {fixed(teacher)}; {wikitext_share()} of the training text is WikiText-2's train split or in "
-            "its style",
+            f"original, a 4-bit file: {fixed(teacher)}; {wikitext_share()} of the training text is WikiText-2's train "
+            "split or in its style",
             "training_smollm2",
         ),
         (
-            f"{LAYER['d_out']} x {LAYER['d_in']} layer at {cpu['bits']:.1f} bits, one CPU core",
+            f"{LAYER['d_out']} x {LAYER['d_in']} layer at {cpu['bits']:.1f} bits, batch 1, one CPU core",
             f"{cpu['time_us'] / 1000:.2f} ms",
             layer_beside(),
             "cpu_linear",
         ),
         (
-            f"the same at {gpu['bits']:.1f} bits, one H100",
+            f"the same layer at {gpu['bits']:.1f} bits, batch 1, one H100",
             f"{gpu['time_us']:.1f} µs",
-            f"gemlite, 1 bit: {gpu['gemlite_us']:.0f} µs ({gpu['gemlite_us'] / gpu['time_us']:.1f}x), "
+            f"gemlite with 1 bit a weight: {gpu['gemlite_us']:.0f} µs ({gpu['gemlite_us'] / gpu['time_us']:.1f}x), "
             f"cuBLAS float16: {gpu['dense_us']:.0f} µs ({gpu['speedup']:.1f}x)",
             "cuda_linear",
         ),
         (
             f"decoding SmolLM2-135M, 0.55 bits, {embedding}-bit embedding and head, one CPU core",
             f"{speed('littlebit'):.0f} tokens/s",
-            f"llama.cpp Q4_1: {speed('llama.cpp'):.0f}, transformers float32: {speed('transformers'):.0f}",
+            f"llama.cpp, 4 bits (Q4_1): {speed('llama.cpp'):.0f}; transformers, float32: {speed('transformers'):.0f}",
             "cpu_decode",
         ),
         (
-            f"decoding in Llama-2-7B's shape, {decoding['bits']:.1f} bits, one H100",
+            f"decoding in Llama-2-7B's shape, random weights, {decoding['bits']:.1f} bits, 16-bit embedding and head, "
+            "one H100",
             f"{decoding['tokens_per_s']:.0f} tokens/s",
-            f"both in float16: the same decoder {dense['tokens_per_s']:.0f}, transformers {eager['tokens_per_s']:.0f}",
+            f"in float16: the same decoder {dense['tokens_per_s']:.0f}, transformers {eager['tokens_per_s']:.0f}",
             "cuda_decode",
         ),
         (
@@ -159,10 +160,10 @@ def table_of_results() -> str:
             "memory",
         ),
         (
-            "key-value cache of latents, Llama-2-7B at 0.1 bits",
-            f"{ordinary['kv_bytes_per_token'] / cache['kv_bytes_per_token']:.1f}x smaller",
-            f"the paper: {cut['value'] if cut else ''}x; at 8k tokens, one H100, {cache['tokens_per_s']:.0f} tokens/s"
-            f" in place of {ordinary['tokens_per_s']:.0f}",
+            "latent key-value cache, Llama-2-7B at 0.1 bits",
+            f"{full['kv_bytes_per_token'] / cache['kv_bytes_per_token']:.1f}x smaller",
+            f"the paper: {cut['value'] if cut else ''}x; at 8k tokens on one H100 it decodes "
+            f"{cache['tokens_per_s']:.0f} tokens/s, the full cache {full['tokens_per_s']:.0f}",
             "cuda_cache",
         ),
     ]
@@ -170,5 +171,5 @@ def table_of_results() -> str:
         f"| {what} | **{ours}** | {beside} | [{file}.json](book/results/{file}.json) |"
         for what, ours, beside, file in lines
     ]
-    head = ["| what | here | beside it | values, command, machine, commit |", "|---|---|---|---|"]
+    head = ["| measured | littlebit | beside it | source |", "|---|---|---|---|"]
     return "\n".join([*head, *body]) + "\n"
