@@ -405,7 +405,7 @@ def cache() -> Table:
             smaller = [number(round(first["bytes_per_token"])), fixed(first["reduction"])]
             lines.append([f"{name}, {bits:g} bits, {kind}", *smaller, *(fixed(one["speed"], 2) for one in each)])
     head = ["model and cache", "bytes a token", "times smaller", "speed at 1k tokens", "at 8k", "at 32k"]
-    note = "Speed: of torch's attention on float32 keys and values, divided into ours; below 1 is slower."
+    note = "Speed = time of torch's attention on float32 keys and values / time of the latent cache. Below 1 is slower."
     return Table(head, lines, ["cpu_cache_llama2", "cpu_cache_llama3"], note)
 
 
@@ -416,12 +416,12 @@ def cuda_cache() -> Table:
     """Compare decoding on a GPU with the latent and with the full cache."""
     lines = []
     for each in rows("cuda_cache"):
-        context, ordinary = each["context"], row("cuda_cache", context=each["context"], kv_cache="full")
+        context, full = each["context"], row("cuda_cache", context=each["context"], kv_cache="full")
         (attention,) = (part["time_us"] for part in each["parts"] if part["part"] == "attention")
         cells = [CACHES[each["kv_cache"]], number(each["kv_bytes_per_token"])]
-        cells += [fixed(ordinary["kv_bytes_per_token"] / each["kv_bytes_per_token"])]
+        cells += [fixed(full["kv_bytes_per_token"] / each["kv_bytes_per_token"])]
         cells += [fixed(each["kv_bytes_per_token"] * context / 1e9, 2), fixed(each["time_ms"], 2)]
-        cells += [number(each["tokens_per_s"]), fixed(each["tokens_per_s"] / ordinary["tokens_per_s"], 2)]
+        cells += [number(each["tokens_per_s"]), fixed(each["tokens_per_s"] / full["tokens_per_s"], 2)]
         lines.append([number(context), *cells, fixed(attention)])
     head = ["tokens in it", "the cache has", "bytes a token", "times smaller", "GB", "ms a token", "tokens a second"]
     return Table([*head, "speed", "attention of a layer, µs"], lines, ["cuda_cache"])

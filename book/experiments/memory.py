@@ -54,7 +54,7 @@ def weights_row(name: str, bits: float | None, embedding_bits: int) -> dict[str,
 def cache_row(name: str, bits: float, kind: str) -> dict[str, Any]:
     """Count one row of Table 4, or of its extension: bytes of a latent cache, and how much larger the full cache is."""
     shape = MODEL_SHAPES[name]
-    ordinary, latent = (model_memory(shape, bits, context=CONTEXT, kv_cache=each) for each in ("full", kind))
+    full, latent = (model_memory(shape, bits, context=CONTEXT, kv_cache=each) for each in ("full", kind))
     published = PUBLISHED_REDUCTION.get((name, bits)) if kind == "latent" else None
     widths = latent_widths(latent.ranks)
     return {
@@ -66,11 +66,11 @@ def cache_row(name: str, bits: float, kind: str) -> dict[str, Any]:
         "published_reduction": published,
         "published_source": f"{SOURCE}, Table 4" if published else None,
         "mean_rank": statistics.mean(widths),
-        "reduction_without_scales": ordinary.kv_cache / (CONTEXT * sum(widths) * LATENT_BYTES[kind]),
-        "reduction": ordinary.kv_cache / latent.kv_cache,
+        "reduction_without_scales": full.kv_cache / (CONTEXT * sum(widths) * LATENT_BYTES[kind]),
+        "reduction": full.kv_cache / latent.kv_cache,
         "bytes_per_token": latent.kv_cache // CONTEXT,
-        "ordinary_bytes_per_token": ordinary.kv_cache // CONTEXT,
-        "ordinary_GB": ordinary.kv_cache / 1e9,
+        "ordinary_bytes_per_token": full.kv_cache // CONTEXT,
+        "ordinary_GB": full.kv_cache / 1e9,
         "latent_GB": latent.kv_cache / 1e9,
         "activations_GB": latent.activations / 1e9,
     }

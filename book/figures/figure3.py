@@ -5,10 +5,11 @@ from matplotlib.figure import Figure
 from sources import publications, row, rows
 
 CAPTION = (
-    "**Figure 3.** Left, *published*: LittleBit and STBLLM as the paper has them, at nominal bits, and "
-    "NanoQuant's figures, Llama-2 at 7 and 13 billion parameters. Right, *measured here*: SmolLM2-135M-Instruct, "
-    "the shipped checkpoints and the same training stopped early. Different models: only the shapes of the curves "
-    "compare."
+    "**Figure 3. As bits fall, LittleBit's perplexity rises slowly, and STBLLM's explodes below half a bit.** "
+    "Left, *published*: LittleBit and STBLLM as the paper has them, STBLLM at nominal bits (its files hold more), "
+    "and NanoQuant's figures, Llama-2 at 7 and 13 billion parameters; for 13 billion there are two points. Right, "
+    "*measured here*: SmolLM2-135M-Instruct, the shipped checkpoints and the same training stopped early. "
+    "Different models: only the shapes of the curves compare."
 )
 SOURCES = ("published", "training_smollm2")
 SERIES = (  # model, method, label, marker, line
@@ -80,6 +81,7 @@ def draw(theme: style.Theme) -> Figure:
     for axes, title in ((left, "published, Llama-2"), (right, "measured here, SmolLM2-135M")):
         style.bits_axis(axes)
         axes.set_title(title)
+    left.set_xlabel("bits per weight (STBLLM: nominal)")
     left.legend(loc="center left", bbox_to_anchor=(0, 0.55), fontsize=7.5)
     right.legend(loc="upper right")
     style.log_axis(left, (5, 10, 20, 50, 100, 500, 2000))

@@ -39,7 +39,7 @@ def table() -> Table:
         "published",
         "float16 latents",
         "int8 latents",
-        "bytes a token, ordinary",
+        "bytes a token, full",
         "float16 latents, bytes",
     ]
     note = "The published factor is from the paper's Table 4, rank 192."
