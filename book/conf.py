@@ -45,6 +45,7 @@ nb_execution_timeout = 600  # seconds for a cell
 nb_output_stderr = "remove"  # progress bars
 nb_merge_streams = True  # lines that were printed one after the other stay together
 
+suppress_warnings = ["ref.python"]  # `weight` in a docstring may be the attribute of several classes
 smartquotes = False  # U' is a matrix
 default_role = "py:obj"  # in docstrings, `name` is a link where there is something of that name
 add_module_names = False
