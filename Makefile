@@ -116,7 +116,7 @@ figures: $(VENV)/.ok  ## Draw the book's and the README's figures and tables fro
 	$(PY) book/figures/make.py
 
 results: $(VENV)/.ok  ## Repeat the CPU measurements of book/results (half an hour; leave the machine idle)
-	$(PY) book/remake.py
+	$(PY) book/experiments/remake.py
 
 # Fetch the models first, so that two notebooks do not fetch them at the same time.
 notebooks: $(VENV)/.ok  ## Run the notebooks, and keep their outputs for the book

@@ -1,4 +1,4 @@
-"""How Sphinx builds the book: `make book`, without a network."""
+"""Configure Sphinx for `make book`, which needs no network."""
 
 import importlib
 import re
@@ -9,7 +9,7 @@ from sphinx.ext.autodoc.mock import mock
 from sphinx.util.nodes import make_refnode
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "figures")]
+sys.path[:0] = [str(HERE / folder) for folder in ("_ext", "experiments", "figures")]
 
 import api  # noqa: E402 (the path comes first)
 import make  # noqa: E402
@@ -33,7 +33,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["results", "_figures/*.md"]
+exclude_patterns = ["_figures/*.md", "examples", "experiments", "results"]
 mathjax_path = "mathjax/tex-chtml.js"
 myst_enable_extensions = ["amsmath", "attrs_block", "dollarmath"]
 myst_heading_anchors = 3
@@ -45,6 +45,7 @@ nb_execution_timeout = 600  # seconds for a cell
 nb_output_stderr = "remove"  # progress bars
 nb_merge_streams = True  # lines that were printed one after the other stay together
 
+suppress_warnings = ["ref.python"]  # `weight` in a docstring may be the attribute of several classes
 smartquotes = False  # U' is a matrix
 default_role = "py:obj"  # in docstrings, `name` is a link where there is something of that name
 add_module_names = False
@@ -58,7 +59,7 @@ python_display_short_literal_types = True
 
 
 def uncompile():
-    """Put the Python function in the place of each kernel: autodoc takes a compiled one for a constant."""
+    """Replace each compiled kernel by its Python function: autodoc takes a compiled one for a constant."""
     with mock(autodoc_mock_imports):
         for name in api.modules("fast"):
             module = importlib.import_module(f"littlebit.fast.{name}")
@@ -68,12 +69,12 @@ def uncompile():
 
 
 def process_docstring(app, what, name, obj, options, lines):
-    """Turn a docstring into what Sphinx reads; that of a module stands in its page already."""
+    """Convert a docstring to reStructuredText; a module's docstring is on its page already."""
     lines[:] = [] if what == "module" else api.restructured(lines)
 
 
 def fill_in(app, docname, source):
-    """Put numbers, tables and figures into the book's own pages; docstrings and notebooks have none to put in."""
+    """Fill numbers, tables and figures into the book's own pages, but not into docstrings and notebooks."""
     if Path(app.env.doc2path(docname)).suffix == ".md" and not docname.startswith(("api/", "notebooks/")):
         source[0] = pages.filled_in(source[0])
         for path in make.inputs():  # a page is read again when they change
@@ -81,12 +82,12 @@ def fill_in(app, docname, source):
 
 
 def skip_member(app, what, name, obj, skip, options):
-    """Leave the fields of named tuples out: the docstring of the tuple describes them."""
+    """Skip the fields of named tuples: the docstring of the tuple describes them."""
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def resolve_in_package(app, env, node, contnode):
-    """Find `svd.truncated_svd` and `littlebit.fast.svd` from any module: names are looked up in the package, too."""
+    """Resolve names such as `svd.truncated_svd` from any module, by looking them up in the whole package."""
     if node.get("refdomain") != "py" or "py:module" not in node:
         return None
     target = node["reftarget"].removesuffix("()")
@@ -101,7 +102,7 @@ def resolve_in_package(app, env, node, contnode):
 
 
 def setup(app):
-    """Write the pages of the API, draw the figures, make the kernels readable, and connect what is above."""
+    """Write the API pages, draw the figures, uncompile the kernels, and connect the functions above."""
     api.write_pages(HERE / "api")
     make.write_changed()
     uncompile()

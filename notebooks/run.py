@@ -25,13 +25,13 @@ FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def answers(notebook: nbformat.NotebookNode) -> list[str]:
-    """The Python code in the folded answers."""
+    """Extract the Python code from the folded answers."""
     prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     return [code for text in prose for answer in ANSWER.findall(text) for code in FENCE.findall(answer)]
 
 
 def execute(path: Path) -> CacheBundleIn:
-    """The notebook with its outputs, and the seconds that they took; then its answers are run as further cells.
+    """Execute a notebook, time it, and run its answers as further cells.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def execute(path: Path) -> CacheBundleIn:
 
 
 def main() -> None:
-    """Execute as many at once as there are processors, each on one."""
+    """Execute as many notebooks at once as there are processors, each on one core."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="*", default=[""], help="such as 03: only the notebooks that begin with it")
     chosen = parser.parse_args().numbers

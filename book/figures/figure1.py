@@ -1,4 +1,4 @@
-"""Figure 1: a dense layer and the LittleBit layer that takes its place, drawn to scale for a layer of SmolLM2."""
+"""Draw Figure 1: a dense layer and the LittleBit layer that replaces it, to scale for a layer of SmolLM2."""
 
 import style
 from littlebit.reference.bits import SCALE_BITS, padded
@@ -16,14 +16,14 @@ SOURCES = ("explore",)
 
 
 def layer() -> tuple[int, int, list[int], int]:
-    """(d_out, d_in), ranks of the two paths, and the bits that all of it stores."""
+    """Look up d_out, d_in, the ranks of the two paths, and the bits stored in total."""
     original, found = row("explore", what="original"), row("explore", what="figure 2", bits=0.55)
     d_out, d_in = original["d_out"], original["d_in"]
     return d_out, d_in, found["ranks"], round(found["stored_bits"] * d_out * d_in)
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     d_out, d_in, ranks, stored = layer()
     return (
         f"A {d_out} by {d_in} matrix of 16-bit weights, {d_out * d_in * 2:,} bytes, beside two LittleBit paths of rank "
@@ -33,13 +33,13 @@ def alt() -> str:
 
 
 def box(axes: Axes, theme: style.Theme, corner: tuple[float, float], size: tuple[float, float], signs: bool) -> None:
-    """A matrix of signs, or a vector of scales."""
+    """Draw a matrix of signs, or a vector of scales."""
     colour = theme.ours if signs else theme.third
     axes.add_patch(Rectangle(corner, *size, facecolor=colour, alpha=0.55 if signs else 0.95, edgecolor=colour, lw=0.8))
 
 
 def path(axes: Axes, theme: style.Theme, x: float, y: float, sizes: tuple[int, int, int], name: str) -> None:
-    """One path, from left to right h, U, ell, V, g; names stand below the parts."""
+    """Draw one path, from left to right h, U, ell, V, g, with names below."""
     d_out, d_in, rank = sizes
     thin, gap = 26, 22
     at = x
@@ -64,7 +64,7 @@ def path(axes: Axes, theme: style.Theme, x: float, y: float, sizes: tuple[int, i
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     d_out, d_in, ranks, stored = layer()
     figure = Figure(figsize=(style.WIDTH, 3.9), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Figure 2: a weight, its primary path, its residual path and their sum, at three budgets."""
+"""Draw Figure 2: a weight, its primary path, its residual path and their sum, at three budgets."""
 
 import base64
 
@@ -8,21 +8,21 @@ from matplotlib.figure import Figure
 from sources import row, rows
 
 CAPTION = (
-    "**Figure 2, measured here.** Rows and columns 1 to 64 of the query projection of SmolLM2's first block, "
-    "after Dual-SVID and before any training, each matrix with its relative error. The paper's Figure 2 shows a "
-    "layer of a Llama model in the same way and gives no numbers."
+    "**Figure 2, measured here.** Rows and columns 1 to 64 of the query projection of SmolLM2's first block, the "
+    "most compressible of its 210 layers, after Dual-SVID and before any training, each with its relative error. "
+    "The paper's Figure 2 shows a layer of a Llama model in the same way and gives no numbers."
 )
 SOURCES = ("explore",)
 
 
 def pictured(text: str, corner: int, limit: float) -> np.ndarray:
-    """The corner of a matrix from the bytes that book/explore.py wrote."""
+    """Decode the corner of a matrix from the bytes that book/experiments/explore.py wrote."""
     codes = np.frombuffer(base64.b64decode(text), np.uint8).astype(float)
     return ((codes - 127) / 127 * limit).reshape(corner, corner)
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     parts = [
         f"at {found['bits']:g} bits the primary path has a relative error of {found['primary_error']:.2f} and the sum "
         f"of {found['error']:.2f}"
@@ -32,7 +32,7 @@ def alt() -> str:
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     original = row("explore", what="original")
     corner, limit = original["corner"], original["limit"]
     found = rows("explore", what="figure 2")

@@ -1,14 +1,15 @@
-"""Figure 3: perplexity on WikiText-2 against bits per weight."""
+"""Draw Figure 3: perplexity on WikiText-2 against bits per weight."""
 
 import style
 from matplotlib.figure import Figure
 from sources import publications, row, rows
 
 CAPTION = (
-    "**Figure 3.** Left, *published*: LittleBit and STBLLM as the paper has them, at nominal bits, and "
-    "NanoQuant's figures, Llama-2 at 7 and 13 billion parameters. Right, *measured here*: SmolLM2-135M-Instruct, "
-    "the shipped checkpoints and the same training stopped early. Different models: only the shapes of the curves "
-    "compare."
+    "**Figure 3. As bits fall, LittleBit's perplexity rises slowly, and STBLLM's explodes below half a bit.** "
+    "Left, *published*: LittleBit and STBLLM as the paper has them, STBLLM at nominal bits (its files hold more), "
+    "and NanoQuant's figures, Llama-2 at 7 and 13 billion parameters; for 13 billion there are two points. Right, "
+    "*measured here*: SmolLM2-135M-Instruct, the shipped checkpoints and the same training stopped early. "
+    "Different models: only the shapes of the curves compare."
 )
 SOURCES = ("published", "training_smollm2")
 SERIES = (  # model, method, label, marker, line
@@ -20,7 +21,7 @@ SERIES = (  # model, method, label, marker, line
 
 
 def published(model: str, method: str) -> list[tuple[float, float]]:
-    """(bits, perplexity) of each published figure up to 1 bit, by bits."""
+    """List (bits, perplexity) of each published figure up to 1 bit, by bits."""
     tables = ("LittleBit T1", "NanoQuant T2")
     found = {
         each["bpw"]: each["value"]
@@ -33,12 +34,12 @@ def published(model: str, method: str) -> list[tuple[float, float]]:
 
 
 def ours() -> list[dict]:
-    """The shipped checkpoints, by bits."""
+    """Select the shipped checkpoints, by bits."""
     return sorted(rows("training_smollm2", stage="shipped"), key=lambda each: each["bits"])
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     pairs = ", ".join(f"{each['perplexity_packed']:.1f} at {each['bits']:g} bits" for each in ours())
     littlebit = ", ".join(f"{value:g} at {bits:g}" for bits, value in published("Llama-2-7B", "LittleBit"))
     return (
@@ -48,7 +49,7 @@ def alt() -> str:
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     figure = Figure(figsize=(style.WIDTH, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     colours = (theme.published, theme.published, theme.fourth, theme.third)
@@ -80,6 +81,7 @@ def draw(theme: style.Theme) -> Figure:
     for axes, title in ((left, "published, Llama-2"), (right, "measured here, SmolLM2-135M")):
         style.bits_axis(axes)
         axes.set_title(title)
+    left.set_xlabel("bits per weight (STBLLM: nominal)")
     left.legend(loc="center left", bbox_to_anchor=(0, 0.55), fontsize=7.5)
     right.legend(loc="upper right")
     style.log_axis(left, (5, 10, 20, 50, 100, 500, 2000))

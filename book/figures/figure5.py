@@ -1,4 +1,4 @@
-"""Figure 5: how much faster than float16 (or bfloat16) a packed layer is, at batch 1."""
+"""Draw Figure 5: a packed layer's speed-up over float16 (or bfloat16) at batch 1."""
 
 import style
 from matplotlib.figure import Figure
@@ -17,13 +17,13 @@ PAPER = ("kernel_speedup_vs_FP16_x", "Llama-2-70B MLP 8192x28672", "LittleBit 1-
 
 
 def speeds(name: str, shape: tuple[int, int], **where: object) -> list[tuple[float, float]]:
-    """(stored bits, speed-up) of a shape, by bits."""
+    """List (stored bits, speed-up) of a shape, by bits."""
     found = rows(name, d_out=shape[0], d_in=shape[1], **where)
     return sorted((each["bits"], each["speedup"]) for each in found if "speedup" in each and each.get("batch", 1) == 1)
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     gpu, cpu = speeds("cuda_linear", SHAPES[-1]), speeds("cpu_linear", SHAPES[-1])
     paper = publication(*PAPER)
     device = results("cuda_linear")["device"]
@@ -36,7 +36,7 @@ def alt() -> str:
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     figure = Figure(figsize=(style.WIDTH, 4.1), layout="constrained")
     left, right = figure.subplots(1, 2)
     colours = (theme.ours, theme.third, theme.fourth)

@@ -1,4 +1,4 @@
-"""How training goes: the student's loss against the tokens it has read, at four budgets."""
+"""Draw the student's loss against the tokens it has read, at four budgets."""
 
 import style
 from matplotlib.figure import Figure
@@ -14,14 +14,14 @@ SOURCES = ("training_smollm2",)
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     found = sorted(rows("training_smollm2", stage="shipped"), key=lambda each: each["bits"])
     parts = ", ".join(f"{each['bits']:g} bits {each['log']['loss'][-1]:.2f}" for each in found)
     return f"Four falling curves of loss in nats against millions of tokens. At the end: {parts}."
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     figure = Figure(figsize=(style.WIDTH, 3.0), layout="constrained")
     axes = figure.subplots()
     found = sorted(rows("training_smollm2", stage="shipped"), key=lambda each: each["bits"])

@@ -1,4 +1,4 @@
-"""How low-rank the weights are: the share of the squared norm that the largest singular values hold."""
+"""Draw how low-rank the weights are: the share of the squared norm in the largest singular values."""
 
 import style
 from matplotlib.figure import Figure
@@ -14,20 +14,20 @@ SHOWN = ("q_proj", "k_proj", "o_proj", "v_proj", "gate_proj", "up_proj", "down_p
 
 
 def at_quarter(found: dict) -> tuple[float, float]:
-    """The share at a quarter of the full rank, of the weights and of normal entries."""
+    """Find the share of energy at a quarter of the full rank, of the weights and of normal entries."""
     at = found["fractions"].index(0.25)
     return found["energy"][at], found["normal_energy"][at]
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     kinds = {each["kind"]: at_quarter(each) for each in rows("spectra_smollm2")}
     parts = [f"{kind} {energy:.2f} (noise {noise:.2f})" for kind, (energy, noise) in kinds.items()]
     return f"Small charts of energy against rank, one a kind of layer. At a quarter of the rank: {', '.join(parts)}."
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     figure = Figure(figsize=(style.WIDTH, 3.1), layout="constrained")
     grid = figure.subplots(2, 4, sharex=True, sharey=True).flat
     kinds = {each["kind"]: each for each in rows("spectra_smollm2")}

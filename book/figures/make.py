@@ -15,7 +15,7 @@ from types import ModuleType
 
 FIGURES = Path(__file__).parent
 BOOK = FIGURES.parent
-sys.path[:0] = [str(FIGURES), str(BOOK)]
+sys.path[:0] = [str(BOOK / folder) for folder in ("figures", "_ext", "experiments")]
 
 import style  # noqa: E402 (the path comes first)
 from sources import origin  # noqa: E402
@@ -28,12 +28,12 @@ BEGIN, END = "<!-- made by `make figures` -->\n", "<!-- end -->\n"
 
 
 def names() -> list[str]:
-    """Figures and tables that have a script."""
+    """List the figures and tables that have a script."""
     return sorted(path.stem for path in FIGURES.glob("*.py") if path.stem not in ("make", "style", README_PICTURE))
 
 
 def script(name: str) -> ModuleType:
-    """The script of a figure or table."""
+    """Import the script of a figure or table."""
     return importlib.import_module(name)
 
 
@@ -52,7 +52,7 @@ def write(name: str) -> None:
 
 
 def readme_with_results(text: str) -> str:
-    """The README with the table of results, and the words for its picture, as results/ has them now."""
+    """Put the present results into the README: the table, and the words for its picture."""
     head, rest = text.split(BEGIN)
     module = script(README_PICTURE)
     picture = (
@@ -65,13 +65,13 @@ def readme_with_results(text: str) -> str:
 
 
 def inputs() -> list[Path]:
-    """What figures, tables and numbers of the book are made from."""
-    modules = [BOOK / f"{name}.py" for name in ("pages", "sources", "stale", "tables")]
+    """List the files that figures, tables and numbers of the book are made from."""
+    modules = [*(BOOK / "_ext").glob("*.py"), BOOK / "experiments" / "stale.py"]
     return sorted([*FIGURES.glob("*.py"), *(BOOK / "results").glob("*.json"), *modules, BOOK / "published.json"])
 
 
 def digest() -> str:
-    """The inputs as one number."""
+    """Hash all inputs."""
     whole = hashlib.sha256()
     for path in inputs():
         whole.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -79,7 +79,7 @@ def digest() -> str:
 
 
 def write_changed() -> None:
-    """Make everything, if anything it is made from has changed."""
+    """Make everything anew if an input has changed."""
     now = digest()
     if STAMP.exists() and STAMP.read_text() == now:
         return
@@ -89,7 +89,7 @@ def write_changed() -> None:
 
 
 def shown(name: str) -> str:
-    """A figure or table as a page has it: a picture for either theme, with its words, or the table; and the caption."""
+    """Show a figure (a picture for either theme, with its words) or a table on a page, with its caption."""
     module = script(name)
     if hasattr(module, "table"):
         return f"{module.CAPTION}\n\n{module.table().markdown()}"

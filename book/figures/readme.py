@@ -1,4 +1,4 @@
-"""The README's picture and its table of results."""
+"""Draw the README's picture and write its table of results."""
 
 import style
 from matplotlib.axes import Axes
@@ -10,19 +10,19 @@ LAYER = {"d_out": 28672, "d_in": 8192}  # of Llama-2-70B
 
 
 def smallest(file: str) -> dict:
-    """The row of the large layer with the fewest bits."""
+    """Select the row of the large layer with the fewest bits."""
     return min((each for each in rows(file, **LAYER) if each.get("batch", 1) == 1), key=lambda each: each["bits"])
 
 
 def layer_bars() -> dict[str, float]:
-    """Milliseconds of torch's layers and of the packed one, from the most bits to the fewest."""
+    """List the milliseconds of torch's layers and of the packed one, from the most bits to the fewest."""
     layer = smallest("cpu_linear")
     others = {f"torch {title}": layer[key] / 1000 for key, title in PEERS.items() if layer.get(key)}
     return {"torch bfloat16": layer["dense_us"] / 1000, **others, "packed": layer["time_us"] / 1000}
 
 
 def layer_beside() -> str:
-    """Torch's layers with their times and how many times faster the packed one is, the fairest first."""
+    """List torch's layers with their times and the packed layer's speed-up, the fairest first."""
     bars = layer_bars()
     packed = bars.pop("packed")
     found = sorted(bars.items(), key=lambda item: item[1])
@@ -30,22 +30,22 @@ def layer_beside() -> str:
 
 
 def weights(bits: float, embedding_bits: int) -> float:
-    """GB of Llama-2-7B's weights."""
+    """Look up the GB of Llama-2-7B's weights."""
     return row("memory", table="weights", shape="llama2-7b", bits=bits, embedding_bits=embedding_bits)["weights_GB"]
 
 
 def speed(engine: str) -> float:
-    """Tokens a second of one thread."""
+    """Look up an engine's tokens a second on one thread."""
     return row("cpu_decode", engine=engine, threads=1)["tokens_per_s"]
 
 
 def perplexity(bits: float) -> float:
-    """Of the checkpoint that is shipped."""
+    """Look up the perplexity of a shipped checkpoint."""
     return row("training_smollm2", stage="shipped", bits=bits)["perplexity_packed"]
 
 
 def panels() -> dict[str, dict[str, tuple[float, str]]]:
-    """Bars of each panel: length, and what is written at the end; ours come last."""
+    """List the bars of each panel: length, and the text at the end. This project's come last."""
     layer, times = smallest("cpu_linear"), layer_bars()
     packed = times.pop("packed")
     size = f"{layer['d_out']} x {layer['d_in']}"
@@ -76,7 +76,7 @@ def panels() -> dict[str, dict[str, tuple[float, str]]]:
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     parts = (
         f"{title}: {', '.join(f'{name} {end}' for name, (_, end) in bars.items())}" for title, bars in panels().items()
     )
@@ -84,7 +84,7 @@ def alt() -> str:
 
 
 def draw_panel(axes: Axes, title: str, bars: dict[str, tuple[float, str]], theme: style.Theme) -> None:
-    """Horizontal bars; what is not ours is grey."""
+    """Draw horizontal bars, with peers in grey."""
     others = ("float16", "torch ", "transformers", "llama.cpp", "original")
     longest = max(length for length, _ in bars.values())
     for at, (name, (length, end)) in enumerate(bars.items()):
@@ -101,7 +101,7 @@ def draw_panel(axes: Axes, title: str, bars: dict[str, tuple[float, str]], theme
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     figure = Figure(figsize=(8.6, 3.3), layout="constrained")
     for axes, (title, bars) in zip(figure.subplots(2, 2).flat, panels().items(), strict=True):
         draw_panel(axes, title, bars, theme)
@@ -109,13 +109,13 @@ def draw(theme: style.Theme) -> Figure:
 
 
 def table_of_results() -> str:
-    """The README's table: what, ours, what it stands beside, and where it is from."""
+    """Write the README's table: what, this project's number, its peers, and the source."""
     cpu, gpu = smallest("cpu_linear"), smallest("cuda_linear")
     teacher = row("training_smollm2", name="teacher")["perplexity"]
     published = publication("memory_GB", "Llama-2-70B", "LittleBit", 0.1)
     cut = publication("kv_cache_reduction_x", "Llama-2-7B", "LittleBit", 0.1)
     llama70 = row("memory", table="weights", shape="llama2-70b", bits=0.1, embedding_bits=16)["weights_GB"]
-    cache, ordinary = (row("cuda_cache", kv_cache=kind, context=8192) for kind in ("latent", "full"))
+    cache, full = (row("cuda_cache", kv_cache=kind, context=8192) for kind in ("latent", "full"))
     decoding = min(rows("cuda_decode", engine="packed"), key=lambda each: each["bits"])
     embedding = row("cpu_decode", engine="littlebit", threads=1)["embedding_bits"]
     dense, eager = (row("cuda_decode", engine=engine) for engine in ("float16", "transformers"))
@@ -123,33 +123,34 @@ def table_of_results() -> str:
         (
             "WikiText-2 perplexity of SmolLM2-135M at 1.0, 0.55, 0.3, 0.1 bits, 16-bit embedding and head",
             ", ".join(fixed(perplexity(bits)) for bits in (1.0, 0.55, 0.3, 0.1)),
-            f"original: {fixed(teacher)}; {wikitext_share()} of the training text is WikiText-2's train split or in "
-            "its style",
+            f"original, a 4-bit file: {fixed(teacher)}; {wikitext_share()} of the training text is WikiText-2's train "
+            "split or in its style",
             "training_smollm2",
         ),
         (
-            f"{LAYER['d_out']} x {LAYER['d_in']} layer at {cpu['bits']:.1f} bits, one CPU core",
+            f"{LAYER['d_out']} x {LAYER['d_in']} layer at {cpu['bits']:.1f} bits, batch 1, one CPU core",
             f"{cpu['time_us'] / 1000:.2f} ms",
             layer_beside(),
             "cpu_linear",
         ),
         (
-            f"the same at {gpu['bits']:.1f} bits, one H100",
+            f"the same layer at {gpu['bits']:.1f} bits, batch 1, one H100",
             f"{gpu['time_us']:.1f} µs",
-            f"gemlite, 1 bit: {gpu['gemlite_us']:.0f} µs ({gpu['gemlite_us'] / gpu['time_us']:.1f}x), "
+            f"gemlite with 1 bit a weight: {gpu['gemlite_us']:.0f} µs ({gpu['gemlite_us'] / gpu['time_us']:.1f}x), "
             f"cuBLAS float16: {gpu['dense_us']:.0f} µs ({gpu['speedup']:.1f}x)",
             "cuda_linear",
         ),
         (
             f"decoding SmolLM2-135M, 0.55 bits, {embedding}-bit embedding and head, one CPU core",
             f"{speed('littlebit'):.0f} tokens/s",
-            f"llama.cpp Q4_1: {speed('llama.cpp'):.0f}, transformers float32: {speed('transformers'):.0f}",
+            f"llama.cpp, 4 bits (Q4_1): {speed('llama.cpp'):.0f}; transformers, float32: {speed('transformers'):.0f}",
             "cpu_decode",
         ),
         (
-            f"decoding in Llama-2-7B's shape, {decoding['bits']:.1f} bits, one H100",
+            f"decoding in Llama-2-7B's shape, random weights, {decoding['bits']:.1f} bits, 16-bit embedding and head, "
+            "one H100",
             f"{decoding['tokens_per_s']:.0f} tokens/s",
-            f"both in float16: the same decoder {dense['tokens_per_s']:.0f}, transformers {eager['tokens_per_s']:.0f}",
+            f"in float16: the same decoder {dense['tokens_per_s']:.0f}, transformers {eager['tokens_per_s']:.0f}",
             "cuda_decode",
         ),
         (
@@ -159,10 +160,10 @@ def table_of_results() -> str:
             "memory",
         ),
         (
-            "key-value cache of latents, Llama-2-7B at 0.1 bits",
-            f"{ordinary['kv_bytes_per_token'] / cache['kv_bytes_per_token']:.1f}x smaller",
-            f"the paper: {cut['value'] if cut else ''}x; at 8k tokens, one H100, {cache['tokens_per_s']:.0f} tokens/s"
-            f" in place of {ordinary['tokens_per_s']:.0f}",
+            "latent key-value cache, Llama-2-7B at 0.1 bits",
+            f"{full['kv_bytes_per_token'] / cache['kv_bytes_per_token']:.1f}x smaller",
+            f"the paper: {cut['value'] if cut else ''}x; at 8k tokens on one H100 it decodes "
+            f"{cache['tokens_per_s']:.0f} tokens/s, the full cache {full['tokens_per_s']:.0f}",
             "cuda_cache",
         ),
     ]
@@ -170,5 +171,5 @@ def table_of_results() -> str:
         f"| {what} | **{ours}** | {beside} | [{file}.json](book/results/{file}.json) |"
         for what, ours, beside, file in lines
     ]
-    head = ["| what | here | beside it | values, command, machine, commit |", "|---|---|---|---|"]
+    head = ["| measured | littlebit | beside it | source |", "|---|---|---|---|"]
     return "\n".join([*head, *body]) + "\n"

@@ -1,4 +1,4 @@
-"""How far the kernels are from what the machine can do: operations on the CPU, bytes on the GPU."""
+"""Draw how far the kernels are from the machine's limits: operations on the CPU, bytes on the GPU."""
 
 import style
 from matplotlib.figure import Figure
@@ -14,17 +14,17 @@ SOURCES = ("cpu_linear", "cuda_linear")
 
 
 def gpu_rows() -> list[dict]:
-    """The GPU's rows at batch 1."""
+    """Select the GPU's rows at batch 1."""
     return [each for each in rows("cuda_linear") if each.get("batch", 1) == 1]
 
 
 def copy_speed(found: dict) -> float:
-    """Bytes a second of a device-to-device copy, as the row was measured beside it."""
+    """Compute the bytes a second of the device-to-device copy that was measured beside a row."""
     return found["bytes"] / (found["time_us"] * 1e-6) / found["fraction_of_copy"]
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     best = max(rows("cpu_linear"), key=lambda each: each["sign_adds_per_s"])
     near = max(gpu_rows(), key=lambda each: each["fraction_of_copy"])
     return (
@@ -35,7 +35,7 @@ def alt() -> str:
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     figure = Figure(figsize=(style.WIDTH, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     cpu, gpu = rows("cpu_linear"), gpu_rows()

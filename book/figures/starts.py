@@ -1,4 +1,4 @@
-"""How close initialisers come to the weights, at several budgets, with one path and with two."""
+"""Draw the weight error of each initialiser at several budgets, with one path and with two."""
 
 import style
 from matplotlib.figure import Figure
@@ -14,19 +14,19 @@ NAMES = {"dual-svid": "Dual-SVID (the paper)", "itq": "Joint-ITQ", "admm": "ADMM
 
 
 def errors(init: str, paths: int) -> list[tuple[float, float]]:
-    """(bits, error) by bits."""
+    """List (bits, error) by bits."""
     return sorted((each["bits"], each["error"]) for each in rows("initialisation_smollm2", init=init, paths=paths))
 
 
 def alt() -> str:
-    """What the picture shows, in words."""
+    """Describe the picture in words."""
     last = {init: dict(errors(init, 1))[0.55] for init in NAMES}
     parts = ", ".join(f"{NAMES[init]} {error:.2f}" for init, error in last.items())
     return f"Two charts of relative error falling with bits per weight. With one path at 0.55 bits: {parts}."
 
 
 def draw(theme: style.Theme) -> Figure:
-    """The picture."""
+    """Draw the picture."""
     figure = Figure(figsize=(style.WIDTH, 3.1), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     looks = zip(NAMES, ("o", "s", "D"), (theme.fourth, theme.third, theme.ours), strict=True)

@@ -1,4 +1,4 @@
-"""What all figures share: size, colours that colour-blind readers can tell apart, and two themes.
+"""Define what all figures share: size, colours that colour-blind readers can tell apart, and two themes.
 
 Figures are drawn once for light and once for dark pages, as SVG, at the width of a column of text. Blue and filled is
 always what was measured here, orange and hollow or hatched what others published.
@@ -16,7 +16,7 @@ DPI = 150  # of matrices, which are pictures inside the SVG
 
 
 class Theme(NamedTuple):
-    """Colours of a page, and of series on it: from Okabe and Ito's palette, lighter ones on dark pages."""
+    """Colours of a page and of its series, from Okabe and Ito's palette, lighter on dark pages."""
 
     name: str
     text: str
@@ -35,7 +35,7 @@ THEMES = (LIGHT, DARK)
 
 @contextmanager
 def themed(theme: Theme) -> Iterator[None]:
-    """Matplotlib's settings for a theme; what is drawn depends on nothing but the data."""
+    """Set Matplotlib up for a theme, so that a drawing depends on nothing but the data."""
     settings = {
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
@@ -69,7 +69,7 @@ def themed(theme: Theme) -> Iterator[None]:
 
 
 def bits_axis(axes: Axes, ticks: tuple[float, ...] = (0.1, 0.3, 0.55, 1.0)) -> None:
-    """A logarithmic axis of bits per weight with the budgets that matter."""
+    """Make the horizontal axis logarithmic in bits per weight, with the usual budgets as ticks."""
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -77,7 +77,7 @@ def bits_axis(axes: Axes, ticks: tuple[float, ...] = (0.1, 0.3, 0.55, 1.0)) -> N
 
 
 def log_axis(axes: Axes, ticks: tuple[float, ...]) -> None:
-    """A logarithmic vertical axis whose ticks are plain numbers."""
+    """Make the vertical axis logarithmic, with plain numbers as ticks."""
     axes.set_yscale("log")
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.yaxis.minorticks_off()

@@ -1,4 +1,4 @@
-"""Table 1: perplexity on WikiText-2."""
+"""Make Table 1: perplexity on WikiText-2."""
 
 from sources import Table, as_published, fixed, publication, row, rows
 
@@ -20,14 +20,14 @@ SECOND_HAND = "†"
 
 
 def marked(found: dict | None) -> str:
-    """A published value, marked if it was read in a second source."""
+    """Format a published value, marked if it was read in a second source."""
     if found is None:
         return ""
     return as_published(found["value"]) + (SECOND_HAND if found["status"] == "second-hand" else "")
 
 
 def line(bits: float) -> list[str]:
-    """One row."""
+    """Make one row."""
     cells = [f"{bits:g}"]
     for _, model, method, table in PUBLISHED:
         named, where = DENSE[model] if bits == 16 else (method, table)
@@ -39,7 +39,7 @@ def line(bits: float) -> list[str]:
 
 
 def table() -> Table:
-    """The table."""
+    """Make the table."""
     head = ["bits", *(f"published: {name}" for name, *_ in PUBLISHED), "measured here: SmolLM2-135M"]
     note = (
         f"{SECOND_HAND} quoted from a second source, not read in the paper itself. Row 16 is the dense model; ours is "

@@ -1,4 +1,4 @@
-"""Table 2: zero-shot accuracy."""
+"""Make Table 2: zero-shot accuracy."""
 
 from sources import Table, as_published, fixed, publication, results, rows
 
@@ -12,7 +12,7 @@ BITS = (16, 1.0, 0.55, 0.3, 0.1)
 
 
 def line(bits: float) -> list[str]:
-    """One row."""
+    """Make one row."""
     cells = [f"{bits:g}"]
     for method in ("LittleBit", "STBLLM (nominal bits)"):
         found = publication("zero_shot_avg7", "Llama-2-7B", method, bits)
@@ -24,7 +24,7 @@ def line(bits: float) -> list[str]:
 
 
 def table() -> Table:
-    """The table."""
+    """Make the table."""
     head = ["bits", "published: Llama-2-7B, LittleBit", "published: Llama-2-7B, STBLLM (nominal bits)"]
     head.append("measured here: SmolLM2-135M, BLiMP")
     pairs = results("training_smollm2")["blimp"]["pairs"]

@@ -1,4 +1,4 @@
-"""Table 4: the key-value cache."""
+"""Make Table 4: the key-value cache."""
 
 from sources import Table, fixed, number, rows
 
@@ -17,7 +17,7 @@ BITS = (0.1, 0.3, 0.55)
 
 
 def line(model: str, bits: float) -> list[str]:
-    """One row."""
+    """Make one row."""
     found = {each["kind"]: each for each in rows("memory", table="kv_cache", shape=model, bits=bits)}
     latent, small = found["latent"], found["latent-int8"]
     return [
@@ -32,14 +32,14 @@ def line(model: str, bits: float) -> list[str]:
 
 
 def table() -> Table:
-    """The table."""
+    """Make the table."""
     head = [
         "model",
         "bits",
         "published",
         "float16 latents",
         "int8 latents",
-        "bytes a token, ordinary",
+        "bytes a token, full",
         "float16 latents, bytes",
     ]
     note = "The published factor is from the paper's Table 4, rank 192."

@@ -1,4 +1,4 @@
-"""Table 5: decoding, tokens a second."""
+"""Make Table 5: decoding, tokens a second."""
 
 from sources import Table, as_published, fixed, number, publication, rows
 from tables import CUDA_ENGINES
@@ -17,13 +17,13 @@ ENGINES = {
 
 
 def ours(engine: str, threads: int) -> float:
-    """Tokens a second that were measured."""
+    """Look up measured tokens a second."""
     (found,) = rows("cpu_decode", engine=engine, threads=threads)
     return found["tokens_per_s"]
 
 
 def table() -> Table:
-    """The table."""
+    """Make the table."""
     lines = []
     dense = publication("decode_tok_s", "Llama-2-7B", "FP16")
     for method, bits in (("LittleBit", 0.1), ("FP16", 16)):

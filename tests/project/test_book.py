@@ -17,7 +17,7 @@ from littlebit.fast.training.config import with_new_names
 from sphinx.util.inventory import InventoryFile
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "book"))
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 import check  # noqa: E402 (the path comes first)
 
@@ -28,7 +28,7 @@ needs_browser = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    """Folder of the built pages."""
+    """Build the pages into a folder."""
     folder = tmp_path_factory.mktemp("book")
     options = ["-q", "-W", "--keep-going", "-j", "2", "-d", folder / "cache"]
     options += ["-D", "nb_execution_mode=off"]  # `make notebooks` executes them
@@ -40,7 +40,7 @@ def book(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(book):
-    """What stands in each of them."""
+    """Parse each built page."""
     return {path.resolve(): Page(path) for path in book.rglob("*.html")}
 
 
@@ -124,7 +124,7 @@ def test_training_ladder_repeats_what_was_measured():
         own = {key: value for key, value in with_new_names(row).items() if key in known}
         return {"bits": 0.55} | own | {"weights": [*own["weights"], 0][:3]}  # a text that is not drawn from
 
-    ladder = {row["name"]: row for row in json.loads((ROOT / "book/training_ladder.json").read_text())}
+    ladder = {row["name"]: row for row in json.loads((ROOT / "book/experiments/training_ladder.json").read_text())}
     assert all(set(with_new_names(row)) <= known | {"name"} for row in ladder.values())
     results = json.loads((ROOT / "book/results/training_smollm2.json").read_text())["rows"]
     measured = [row for row in results if row["stage"] == "second ladder"]

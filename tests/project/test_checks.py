@@ -39,7 +39,7 @@ POSITIONS = 24
 
 @pytest.fixture(scope="module")
 def gpt2():
-    """A model with a table of positions, and an embedding of 260 rows."""
+    """Build a model with a table of positions and an embedding of 260 rows."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)

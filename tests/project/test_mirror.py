@@ -108,7 +108,7 @@ def test_parameters_and_defaults_are_the_same(module, name):
 
 
 def plain(text):
-    """A docstring's line without what may differ: batch axes and the array type."""
+    """Strip what may differ between docstrings: batch axes and the array type."""
     text = re.sub(r"\(\.\.\., ", "(", text)
     text = re.sub(r" of \(\.\.\.\)| or \(\.\.\.[^)]*\)", "", text)
     text = re.sub(r"\((\w+),\)", r"(\1)", text)

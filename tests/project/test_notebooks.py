@@ -30,7 +30,7 @@ def sources(notebook, kind):
 
 
 def tree(notebook):
-    """The code of all cells, without magic commands."""
+    """Parse the code of all cells, without magic commands."""
     return ast.parse("\n".join(MAGIC.sub("", source) for source in sources(notebook, "code")))
 
 
@@ -120,7 +120,7 @@ def is_stored(node):
 
 
 def write(folder, code, answer="1"):
-    """A notebook of one cell and one answer."""
+    """Write a notebook of one cell and one answer."""
     prose = f"<details>\n<summary>Answer</summary>\n\n```python\n{answer}\n```\n\n</details>"
     cells = [nbformat.v4.new_code_cell(code, id="a"), nbformat.v4.new_markdown_cell(prose, id="b")]
     path = folder / "nb.ipynb"

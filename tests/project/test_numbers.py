@@ -5,14 +5,13 @@ import importlib
 import json
 import re
 import sys
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 BOOK = ROOT / "book"
-sys.path[:0] = [str(BOOK), str(BOOK / "figures")]
+sys.path[:0] = [str(BOOK / folder) for folder in ("_ext", "experiments", "figures")]
 
 import make  # noqa: E402 (the path comes first)
 import pages  # noqa: E402
@@ -126,8 +125,15 @@ def test_results_say_how_they_were_measured():
 @pytest.mark.parametrize("name", stale.MEASURES)
 def test_results_record_the_code_that_they_measure(name):
     """What changed is listed, and is no failure; but it must be known for each file."""
-    code = json.loads((BOOK / "results" / f"{name}.json").read_text())["code"]
-    assert any(fnmatchcase(module, pattern) for module in code for pattern in stale.MEASURES[name])
+    assert stale.measured_code(name)
+
+
+def test_results_name_modules_that_exist():
+    patterns = {pattern for patterns in stale.MEASURES.values() for pattern in patterns}
+    modules = {
+        ".".join(path.relative_to(ROOT / "fast").with_suffix("").parts) for path in (ROOT / "fast").rglob("*.py")
+    }
+    assert patterns | set(stale.MOVED.values()) <= modules
 
 
 def test_stale_results_are_listed_and_said_below_tables(tmp_path, monkeypatch):
@@ -167,7 +173,7 @@ def test_results_are_made_again_by_commands_that_exist():
         ("NVIDIA H100", "littlebit bench linear --save book/results/x.json", "NVIDIA H100"),
         ("a CPU", "a loop of quantize_", "description"),
         ("a CPU", "littlebit bench decode --model DIR --save book/results/x.json", "needs DIR"),
-        ("a CPU", "python book/embeddings.py book/results/x.json --text missing.txt", "needs missing.txt"),
+        ("a CPU", "python book/experiments/embeddings.py book/results/x.json --text missing.txt", "needs missing.txt"),
     ],
 )
 def test_results_that_a_cpu_cannot_make_are_left(device, command, reason):
@@ -192,7 +198,7 @@ def scaled(value, factor):
 
 
 def made(name):
-    """A table of the book, or of the paper."""
+    """Make a table of the book, or of the paper."""
     return getattr(tables, name)() if name in TABLES else FIGURES[name].table()
 
 

@@ -1,4 +1,4 @@
-"""Tables of the book's pages, made from results/*.json and published.json: `{{ table("shipped") }}`."""
+"""Make the tables of the book's pages from results/*.json and published.json: `{{ table("shipped") }}`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -82,12 +82,12 @@ TINY = {
 
 
 def thousands(value: float) -> str:
-    """A speed, rounded to thousands."""
+    """Round a speed to thousands."""
     return f"{round(value, -3):,.0f}"
 
 
 def first_ladder() -> Table:
-    """One change at a time, after few tokens."""
+    """Show one change at a time, after few tokens."""
     lines = []
     for name, title in FIRST_LADDER.items():
         found = row(SMOLLM2, stage="first ladder", name=name)
@@ -96,7 +96,7 @@ def first_ladder() -> Table:
 
 
 def second_ladder() -> Table:
-    """One change at a time, from what the first ladder found."""
+    """Show one change at a time, from what the first ladder found."""
     keys = ("perplexity", "held_out_512", "held_out_2048")
     lines = []
     for name, title in SECOND_LADDER.items():
@@ -107,7 +107,7 @@ def second_ladder() -> Table:
 
 
 def third_ladder() -> Table:
-    """One change at a time, on varied text: perplexity over the original's."""
+    """Show one change at a time, on varied text: perplexity over the original's."""
     lines = []
     for bits, names in THIRD_LADDER.items():
         for name, title in names.items():
@@ -118,7 +118,7 @@ def third_ladder() -> Table:
 
 
 def held_out() -> Table:
-    """The checkpoints that saw varied text, on text that they did not see: perplexity over the original's."""
+    """Show held-out perplexity over the original's for the checkpoints that were trained on varied text."""
     found = [each for each in checkpoints("shipped") if "ratios" in each]
     lines = [[title, *(fixed(each["ratios"][text], 2) for each in found)] for text, title in RATIOS.items()]
     lines.append(["WikiText-2 test", *(fixed(each["ratios"]["wikitext2-test"], 2) for each in found)])
@@ -129,18 +129,18 @@ def held_out() -> Table:
 
 
 def tiny() -> Table:
-    """The same for the tiny model."""
+    """Show the ladder of the tiny model."""
     lines = [[title, fixed(row("training_tiny", name=name)["perplexity_128"], 2)] for name, title in TINY.items()]
     return Table(["what", "perplexity of a byte"], lines, ["training_tiny"])
 
 
 def checkpoints(stage: str) -> list[dict[str, Any]]:
-    """Trained checkpoints of a stage, from the most bits to the fewest."""
+    """List the trained checkpoints of a stage, from the most bits to the fewest."""
     return sorted(rows(SMOLLM2, stage=stage), key=lambda each: -each["bits"])
 
 
 def shipped() -> Table:
-    """The checkpoints that come with the package."""
+    """Show the checkpoints that come with the package."""
     teacher = row(SMOLLM2, name="teacher")
     blimp = results(SMOLLM2)["blimp"]["teacher"]
     whole = [fixed(teacher["perplexity"]), fixed(teacher["validation"]), "", fixed(blimp, 3)]
@@ -168,7 +168,7 @@ def wikitext_share() -> str:
 
 
 def before() -> Table:
-    """What sequences of 512 tokens gave, beside 1024."""
+    """Compare training on sequences of 512 and of 1024 tokens."""
     lines = []
     kept = [each for each in checkpoints("shipped") if each["sequence"] == 1024 and "long_sequence" not in each]
     second = sorted([*checkpoints("earlier checkpoint, 1024 tokens"), *kept], key=lambda each: -each["bits"])
@@ -180,7 +180,7 @@ def before() -> Table:
 
 
 def early() -> Table:
-    """After four million tokens, as trained before and now."""
+    """Compare the earlier and the present recipe after four million tokens."""
     lines = []
     for new in sorted(rows(SMOLLM2, name="pilot, latents 0.008"), key=lambda each: -each["bits"]):
         old = row(SMOLLM2, stage="earlier pilot, 512 tokens", name="pilot 0.008", bits=new["bits"])
@@ -189,7 +189,7 @@ def early() -> Table:
 
 
 def speed() -> Table:
-    """Tokens a second of training."""
+    """Show training speed in tokens a second."""
     lines = []
     for each in rows("training_speed"):
         sequences = f"{each['tokens_a_step'] // each['sequence']} of {each['sequence']}"
@@ -201,14 +201,14 @@ def speed() -> Table:
 
 
 def processes() -> Table:
-    """The same training in one process and in several."""
+    """Compare the same training in one process and in several."""
     losses = results(SMOLLM2)["several_processes"]["losses"]
     lines = [[str(steps[0][0]), *(fixed(loss, 3) for _, loss in steps)] for steps in zip(*losses.values(), strict=True)]
     return Table(["step", "one process", "two (DDP)", "two, masters divided (FSDP2)"], lines, [SMOLLM2])
 
 
 def authors() -> Table:
-    """The authors' recipe, and the sketches that came before this project's trainer."""
+    """Show the authors' recipe, and the sketches that came before this project's trainer."""
     lines = [
         [each["name"], f"{each['stored_bits']:g}", number(each["perplexity"]), thousands(each["tokens_per_s"])]
         for each in rows("baselines", what="training")
@@ -217,7 +217,7 @@ def authors() -> Table:
 
 
 def starts() -> Table:
-    """Relative error of the weights by initialiser."""
+    """Show the relative error of the weights by initialiser."""
     lines = []
     for bits in sorted({each["bits"] for each in rows("initialisation_smollm2")}):
         cells = [f"{bits:g}"]
@@ -232,7 +232,7 @@ def starts() -> Table:
 
 
 def shape_of(found: dict[str, Any]) -> str:
-    """A layer's sizes."""
+    """Format a layer's sizes."""
     return f"{found['d_out']} x {found['d_in']}"
 
 
@@ -240,7 +240,7 @@ PEERS = {"int8_us": "int8 dynamic", "int4_us": "int4 weight-only"}  # torch's ow
 
 
 def cpu_linear() -> Table:
-    """The packed layer on a CPU, beside torch's layers."""
+    """Compare the packed layer with torch's layers on a CPU."""
     lines = []
     peers = {key: title for key, title in PEERS.items() if any(each.get(key) for each in rows("cpu_linear"))}
     for each in rows("cpu_linear"):
@@ -256,7 +256,7 @@ def cpu_linear() -> Table:
 
 
 def cpu_linear_threads() -> Table:
-    """The packed layer on two threads beside one."""
+    """Compare the packed layer on two threads with one."""
     lines = []
     for each in rows("cpu_linear_threads"):
         times = [fixed(each[name] / 1000, 2) for name in ("one_thread_us", "time_us")]
@@ -276,7 +276,7 @@ KERNELS = {
 
 
 def cpu_ladder() -> Table:
-    """The CPU kernels, from the simplest to the one that runs."""
+    """Show the CPU kernels, from the simplest to the one in use."""
     found = rows("cpu_ladder")
     layers = list(dict.fromkeys((shape_of(each), each["bits"]) for each in found))
     lines = []
@@ -291,7 +291,7 @@ def cpu_ladder() -> Table:
 
 
 def cuda_linear() -> Table:
-    """The packed layer on a GPU, beside a peer's kernel."""
+    """Compare the packed layer on a GPU with cuBLAS and with kernels of peers."""
     lines = []
     found = [each for each in rows("cuda_linear") if each.get("batch", 1) == 1]
     for each in sorted(found, key=lambda each: (each["d_out"] * each["d_in"], each["d_out"], each["bits"])):
@@ -311,7 +311,7 @@ def cuda_linear() -> Table:
 
 
 def cuda_batches() -> Table:
-    """How many times faster than cuBLAS the packed layer is, by batch."""
+    """Show the packed layer's speed-up over cuBLAS, by batch size."""
     found = rows("cuda_batches")
     batches = sorted({each["batch"] for each in found})
     layers = sorted({(each["d_out"] * each["d_in"], each["d_out"], each["rank"], shape_of(each)) for each in found})
@@ -332,7 +332,7 @@ CPU_ENGINES = {
 
 
 def cpu_decode() -> Table:
-    """Decoding, by engine and threads."""
+    """Compare decoding on a CPU, by engine and threads."""
     lines = []
     for each in rows("cpu_decode"):
         cells = [str(each["threads"]), fixed(each["time_ms"]), number(each["tokens_per_s"])]
@@ -354,7 +354,7 @@ CUDA_ENGINES = {
 
 
 def cuda_decode() -> Table:
-    """Decoding on a GPU, by model and engine."""
+    """Compare decoding on a GPU, by model and engine."""
     lines = []
     for file, model in CUDA_MODELS.items():
         for each in rows(file):
@@ -368,7 +368,7 @@ def cuda_decode() -> Table:
 
 
 def cuda_parts() -> Table:
-    """Where the time of a token goes on a GPU, in Llama-2-7B's shape."""
+    """Show where the time of a token goes on a GPU, in Llama-2-7B's shape."""
     found = [each for each in rows("cuda_decode") if "parts" in each]
     names = [part["part"] for part in found[0]["parts"]]
     steps = [{part["part"]: part["step_us"] for part in each["parts"]} for each in found]
@@ -379,7 +379,7 @@ def cuda_parts() -> Table:
 
 
 def embeddings() -> Table:
-    """What small embeddings cost."""
+    """Show the perplexity that 8- and 4-bit embeddings cost."""
     texts = {"roosevelt_1901.txt": "the package's own text", "wikitext2-test.txt": "WikiText-2 test"}
     lines = []
     for model in ("smollm2", "smollm2-0.55bit"):
@@ -393,7 +393,7 @@ def embeddings() -> Table:
 
 
 def cache() -> Table:
-    """Time and bytes of the latent cache."""
+    """Show the latent cache's time and bytes on a CPU."""
     lines = []
     for file, name in (("cpu_cache_llama2", "Llama-2-7B"), ("cpu_cache_llama3", "Llama-3-8B")):
         found = rows(file)
@@ -405,7 +405,7 @@ def cache() -> Table:
             smaller = [number(round(first["bytes_per_token"])), fixed(first["reduction"])]
             lines.append([f"{name}, {bits:g} bits, {kind}", *smaller, *(fixed(one["speed"], 2) for one in each)])
     head = ["model and cache", "bytes a token", "times smaller", "speed at 1k tokens", "at 8k", "at 32k"]
-    note = "Speed: of torch's attention on float32 keys and values, divided into ours; below 1 is slower."
+    note = "Speed = time of torch's attention on float32 keys and values / time of the latent cache. Below 1 is slower."
     return Table(head, lines, ["cpu_cache_llama2", "cpu_cache_llama3"], note)
 
 
@@ -413,22 +413,22 @@ CACHES = {"full": "keys and values", "latent": "latents, float16", "latent-int8"
 
 
 def cuda_cache() -> Table:
-    """Decoding on a GPU with a latent cache, beside an ordinary one."""
+    """Compare decoding on a GPU with the latent and with the full cache."""
     lines = []
     for each in rows("cuda_cache"):
-        context, ordinary = each["context"], row("cuda_cache", context=each["context"], kv_cache="full")
+        context, full = each["context"], row("cuda_cache", context=each["context"], kv_cache="full")
         (attention,) = (part["time_us"] for part in each["parts"] if part["part"] == "attention")
         cells = [CACHES[each["kv_cache"]], number(each["kv_bytes_per_token"])]
-        cells += [fixed(ordinary["kv_bytes_per_token"] / each["kv_bytes_per_token"])]
+        cells += [fixed(full["kv_bytes_per_token"] / each["kv_bytes_per_token"])]
         cells += [fixed(each["kv_bytes_per_token"] * context / 1e9, 2), fixed(each["time_ms"], 2)]
-        cells += [number(each["tokens_per_s"]), fixed(each["tokens_per_s"] / ordinary["tokens_per_s"], 2)]
+        cells += [number(each["tokens_per_s"]), fixed(each["tokens_per_s"] / full["tokens_per_s"], 2)]
         lines.append([number(context), *cells, fixed(attention)])
     head = ["tokens in it", "the cache has", "bytes a token", "times smaller", "GB", "ms a token", "tokens a second"]
     return Table([*head, "speed", "attention of a layer, µs"], lines, ["cuda_cache"])
 
 
 def peers(model: str = "Llama-2-7B") -> Table:
-    """Published perplexities at the bits that methods really store."""
+    """List published perplexities at the bits that methods really store."""
     found: dict[tuple[str, float], tuple[float, dict]] = {}
     for each in publications():
         if each["model"] == model and each["metric"] == "wikitext2_ppl" and each["table"].startswith("NanoQuant"):
@@ -452,7 +452,7 @@ def peers(model: str = "Llama-2-7B") -> Table:
 
 
 def littlebit_at(bits: float = 0.1) -> Table:
-    """The paper's perplexities at one budget, model by model."""
+    """List the paper's perplexities at one budget, model by model."""
     lines: list[Sequence[str]] = []
     for each in publications():
         if (each["method"], each.get("bpw"), each["table"]) == ("LittleBit", bits, "LittleBit T1"):
@@ -461,7 +461,7 @@ def littlebit_at(bits: float = 0.1) -> Table:
 
 
 def inits_published() -> Table:
-    """Initialisers in NanoQuant's pipeline."""
+    """Compare initialisers in NanoQuant's pipeline."""
     lines = []
     for each in publications():
         if each["table"] == "NanoQuant T5" and each["metric"] == "wikitext2_ppl":

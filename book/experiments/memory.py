@@ -1,6 +1,6 @@
-"""Tables 3 and 4 of the paper, computed from the models' shapes, and what they lack: smaller embeddings and heads.
+"""Compute Tables 3 and 4 of the paper from the models' shapes, and extend them to smaller embeddings and heads.
 
-    python book/memory.py book/results/memory.json
+    python book/experiments/memory.py book/results/memory.json
 
 Every row has what the paper published for it, if it did, beside what is counted here. `weights_like_paper_GB` adds what
 the paper's float16 figure has beyond two bytes a parameter (13, 28 and 87 MB), which the paper does not explain.
@@ -31,7 +31,7 @@ CONTEXT = 4096
 
 
 def weights_row(name: str, bits: float | None, embedding_bits: int) -> dict[str, Any]:
-    """A row of Table 3, or of its extension."""
+    """Count one row of Table 3, or of its extension."""
     shape = MODEL_SHAPES[name]
     ours = model_memory(shape, bits, embedding_bits=embedding_bits)
     published = PUBLISHED_GB.get((name, bits)) if embedding_bits == 16 else None
@@ -52,9 +52,9 @@ def weights_row(name: str, bits: float | None, embedding_bits: int) -> dict[str,
 
 
 def cache_row(name: str, bits: float, kind: str) -> dict[str, Any]:
-    """A row of Table 4, or of its extension: bytes of a cache, and those of the ordinary one over them."""
+    """Count one row of Table 4, or of its extension: bytes of a latent cache, and how much larger the full cache is."""
     shape = MODEL_SHAPES[name]
-    ordinary, latent = (model_memory(shape, bits, context=CONTEXT, kv_cache=each) for each in ("full", kind))
+    full, latent = (model_memory(shape, bits, context=CONTEXT, kv_cache=each) for each in ("full", kind))
     published = PUBLISHED_REDUCTION.get((name, bits)) if kind == "latent" else None
     widths = latent_widths(latent.ranks)
     return {
@@ -66,11 +66,11 @@ def cache_row(name: str, bits: float, kind: str) -> dict[str, Any]:
         "published_reduction": published,
         "published_source": f"{SOURCE}, Table 4" if published else None,
         "mean_rank": statistics.mean(widths),
-        "reduction_without_scales": ordinary.kv_cache / (CONTEXT * sum(widths) * LATENT_BYTES[kind]),
-        "reduction": ordinary.kv_cache / latent.kv_cache,
+        "reduction_without_scales": full.kv_cache / (CONTEXT * sum(widths) * LATENT_BYTES[kind]),
+        "reduction": full.kv_cache / latent.kv_cache,
         "bytes_per_token": latent.kv_cache // CONTEXT,
-        "ordinary_bytes_per_token": ordinary.kv_cache // CONTEXT,
-        "ordinary_GB": ordinary.kv_cache / 1e9,
+        "ordinary_bytes_per_token": full.kv_cache // CONTEXT,
+        "ordinary_GB": full.kv_cache / 1e9,
         "latent_GB": latent.kv_cache / 1e9,
         "activations_GB": latent.activations / 1e9,
     }
@@ -94,7 +94,9 @@ def main() -> None:
         if bits is not None
         for kind in LATENT_BYTES
     ]
-    save_results(arguments.out, rows, "python book/memory.py book/results/memory.json", "none: arithmetic alone")
+    save_results(
+        arguments.out, rows, "python book/experiments/memory.py book/results/memory.json", "none: arithmetic alone"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Compare initializers: the error of the weights of two blocks of SmolLM2 at several budgets, with one path and two.
 
-    python book/initialisation.py book/results/initialisation_smollm2.json
-    python book/initialisation.py my.json --inits admm my_module:my_init --bits 0.55
+    python book/experiments/initialisation.py book/results/initialisation_smollm2.json
+    python book/experiments/initialisation.py my.json --inits admm my_module:my_init --bits 0.55
 
 Every row factorizes the linear layers of the blocks under one budget, without training. That takes a few minutes on one
 core. An initializer is a registered name, or a function (weight, rank) -> Factors that is named as module:function.
@@ -50,7 +50,7 @@ def main() -> None:
     if unknown := [init for init in arguments.inits if init not in INITS and ":" not in init]:
         parser.error(f"--inits must be among {', '.join(INITS)}, or module:function, got {unknown[0]!r}")
     model, rows = lb.load_model(arguments.model), []
-    command = shlex.join(["python", "book/initialisation.py", *sys.argv[1:]])
+    command = shlex.join(["python", "book/experiments/initialisation.py", *sys.argv[1:]])
     for bits in arguments.bits:
         for init in arguments.inits:
             for paths in (1, 2):

@@ -1,6 +1,6 @@
 """Open the built book in a browser and report what is wrong: needs Chromium and `pip install playwright`.
 
-    python book/check.py build/book [--screenshots FOLDER]
+    python book/_ext/check.py build/book [--screenshots FOLDER]
 
 Every page is opened at the width of a desk, and chapters also at that of a phone, with light and dark colours. Reported
 are errors on the console, files that do not load, pictures and equations that cannot be seen, and pages wider than the
@@ -48,13 +48,13 @@ STATE = """() => ({
 
 
 def browser_path() -> str | None:
-    """Where Chromium is, if it is."""
+    """Find Chromium on the search path."""
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """Chromium without a window."""
+    """Open Chromium without a window."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -66,7 +66,7 @@ def browser() -> Iterator[Any]:
 
 
 def visited(opened: Any, paths: list[Path], view: str, found: list[str]) -> Iterator[tuple[Path, Any]]:
-    """Each page in a view, in turn; errors that it reports are added to `found` as they come."""
+    """Visit each page in a view, and add the errors that the browser reports to `found`."""
     width, height, colours = VIEWS[view]
     page = opened.new_page(viewport={"width": width, "height": height}, color_scheme=colours)
 
@@ -87,7 +87,7 @@ def visited(opened: Any, paths: list[Path], view: str, found: list[str]) -> Iter
 
 
 def problems(folder: Path, screenshots: Path | None = None) -> list[str]:
-    """What is wrong with the built pages; none if nothing is."""
+    """List what is wrong with the built pages."""
     found: list[str] = []
     everything = sorted(folder.rglob("*.html"))
     with browser() as opened:
@@ -105,7 +105,7 @@ def problems(folder: Path, screenshots: Path | None = None) -> list[str]:
 
 
 def unmoved(page: Any) -> list[str]:
-    """What of the interactive page does not follow its slider, moved by the keyboard, and its buttons."""
+    """List the parts of the interactive page that do not follow its slider (moved by the keyboard) and its buttons."""
     before = page.evaluate(STATE)
     page.focus("#explore-bits")
     page.keyboard.press("ArrowLeft")
@@ -121,7 +121,7 @@ def unmoved(page: Any) -> list[str]:
 
 
 def unfound(page: Any) -> list[str]:
-    """Whether the search finds no page for a word that many have."""
+    """Check that the search finds a page for a common word."""
     from playwright.sync_api import TimeoutError as NothingCame
 
     page.goto(f"{page.url}?q=residual")

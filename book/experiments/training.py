@@ -1,19 +1,19 @@
-r"""Training SmolLM2-135M-Instruct below one bit: how fast, and which recipe.
+r"""Train SmolLM2-135M-Instruct below one bit: measure speed, compare recipes, make the shipped checkpoints.
 
 Each experiment is a set of changes to the defaults; a row of results is written as soon as it is measured. The
 figures of book/results/training_smollm2.json came from this script, one GPU for each process:
 
-    python book/training.py speed  --out speed.json
-    python book/training.py write  --out teacher.npy --texts wikitext2-train.txt books.txt
-    python book/training.py ladder --out ladder.json --texts wikitext2-train.txt books.txt teacher.npy --test test.txt \
-        --experiments book/training_ladder.json
-    python book/training.py ladder --out ladder.json --texts SIX --test test.txt \
-        --experiments book/training_ladder_texts.json
-    python book/training.py ship   --out smollm2-0.55bit.json --bits 0.55 --seconds 470 --texts SIX --test test.txt \
-        --blimp blimp.zip --settings SETTINGS
+    python book/experiments/training.py speed  --out speed.json
+    python book/experiments/training.py write  --out teacher.npy --texts wikitext2-train.txt books.txt
+    python book/experiments/training.py ladder --out ladder.json --test test.txt \
+        --texts wikitext2-train.txt books.txt teacher.npy --experiments book/experiments/training_ladder.json
+    python book/experiments/training.py ladder --out ladder.json --texts SIX --test test.txt \
+        --experiments book/experiments/training_ladder_texts.json
+    python book/experiments/training.py ship   --out smollm2-0.55bit.json --bits 0.55 --seconds 470 \
+        --texts SIX --test test.txt --blimp blimp.zip --settings SETTINGS
 
 SIX are WikiText-2 train, encyclopedia in its form, encyclopedia, books, explanations and dialogue in the chat template
-(see training_text.py); SETTINGS are those of the row in the results, as JSON. Texts are UTF-8 files, or .npy files of
+(see training_text.py); SETTINGS is the row of the results as JSON. Texts are UTF-8 files, or .npy files of
 tokens made from them. The test text is only evaluated on.
 """
 
@@ -55,7 +55,7 @@ SPEEDS = (  # sequences in a step, tokens in a sequence, weight of the hidden-st
 
 
 class Data(NamedTuple):
-    """What the students learn from, and what they are measured on."""
+    """Texts that the students learn from, and texts that they are measured on."""
 
     tokenizer: Any
     texts: list[torch.Tensor]  # the first without its end
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def speed(arguments: argparse.Namespace) -> None:
-    """Tokens per second at several sizes of a step: random weights of SmolLM2-135M's shapes, and random tokens."""
+    """Measure tokens per second at several batch sizes, with random weights of SmolLM2-135M's shapes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def speed(arguments: argparse.Namespace) -> None:
 
 
 def write(arguments: argparse.Namespace) -> None:
-    """Let the teacher go on from short pieces of the texts: a million tokens, as a .npy file."""
+    """Let the teacher continue short pieces of the texts: a million tokens, as a .npy file."""
     tokenizer = load_tokenizer(TEACHER)
     texts = [training_tokens(tokenizer, path)[:-HELD_OUT] for path in arguments.texts]
     teacher: Any = load_model(TEACHER, arguments.device, torch.bfloat16)
@@ -188,7 +188,7 @@ def experiment(
     rows: list[dict[str, Any]],
     out: Path,
 ) -> torch.nn.Module:
-    """Initialise, train, round to what is stored, measure, and add a row to the results; the trained student."""
+    """Initialise, train, round to what is stored, measure, and add a row to the results. Return the student."""
     row: dict[str, Any] = dict(changes)
     settings = {"bits": 0.55, "paths": 1, "init": "admm"} | changes
     config, options = (pick(kind, settings) for kind in (Config, TrainConfig))
@@ -223,7 +223,7 @@ def experiment(
 
 
 def calibration(texts: list[torch.Tensor], weights: list[float] | None) -> torch.Tensor:
-    """The beginnings of the texts, in proportion to their weights, or else to their lengths."""
+    """Take the beginnings of the texts, in proportion to their weights or, without weights, to their lengths."""
     weights = weights or [len(text) for text in texts]
     shares = zip(texts, weights, strict=True)
     return torch.cat([text[: int(CALIBRATION_TOKENS * share / sum(weights))] for text, share in shares])
@@ -236,7 +236,7 @@ def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def pick(kind: type, settings: dict[str, Any]) -> Any:
-    """A dataclass filled with those of the settings that it has."""
+    """Fill a dataclass with the settings that it has fields for."""
     settings = with_new_names(settings)  # The JSON files keep the names that they were measured under.
     return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
 
@@ -250,7 +250,7 @@ def round_scales(model: torch.nn.Module) -> None:
 
 
 def read(arguments: argparse.Namespace) -> Data:
-    """The texts that the command line names, as tokens."""
+    """Read the texts that the command line names, as tokens."""
     tokenizer = load_tokenizer(TEACHER)
     texts = [training_tokens(tokenizer, path) for path in arguments.texts]
     return Data(

@@ -1,6 +1,6 @@
-"""What the shipped checkpoints store, counted from their files: layers, and what describes them.
+"""Count what the shipped checkpoints store, layers and descriptions, from their files.
 
-    python book/stored.py book/results/stored_smollm2.json
+    python book/experiments/stored.py book/results/stored_smollm2.json
 
 A minute on any machine; the first time the model that they were made from is fetched.
 """
@@ -24,7 +24,9 @@ def main() -> None:
     for name in bundled_names():
         stored = lb.info(lb.fetch(name))
         rows.append({"name": name} | {key: stored[key] for key in (*KEYS, "file_bytes", "embedding_bits", "format")})
-    save_results(arguments.out, rows, "python book/stored.py book/results/stored_smollm2.json", "none: files alone")
+    save_results(
+        arguments.out, rows, "python book/experiments/stored.py book/results/stored_smollm2.json", "none: files alone"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What small embeddings cost in perplexity: SmolLM2, dense and at 0.55 bits, embedding and head in 16, 8 and 4 bits.
+"""Measure the perplexity that 8- and 4-bit embeddings cost SmolLM2, dense and at 0.55 bits.
 
-    python book/embeddings.py OUT.json [--text more.txt] [--windows 8]
+    python book/experiments/embeddings.py OUT.json [--text more.txt] [--windows 8]
 
 Nothing but embedding and head changes from row to row. 4 bits are calibrated on the shipped training text; perplexity
 is measured on the shipped evaluation text and on --text.
@@ -50,7 +50,7 @@ def main() -> None:
                 row[text] = {"perplexity": found.perplexity, "scored": found.scored, "cost": cost}
             rows.append(row)
             print(json.dumps(row), flush=True)
-    command = f"python book/embeddings.py {arguments.out} --windows {arguments.windows}"
+    command = f"python book/experiments/embeddings.py {arguments.out} --windows {arguments.windows}"
     command += "".join(f" --text {path.name}" for path in arguments.text)
     save_results(arguments.out, rows, command, cpu_name())
 

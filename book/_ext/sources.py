@@ -1,7 +1,7 @@
-"""Where the numbers of the book come from: results/*.json, which were measured, and published.json, which is cited.
+"""Look up the numbers of the book: measured ones in results/*.json, cited ones in published.json.
 
-No page has a number that was measured typed into it. It says `{{ measured("cpu_linear", "speedup", d_out=28672) }}` or
-`{{ table("cpu_linear") }}`, and pages.py puts the number there, with its source.
+No measured number is typed into a page. A page says `{{ measured("cpu_linear", "speedup", d_out=28672) }}` or
+`{{ table("cpu_linear") }}`, and pages.py fills in the number and its source.
 """
 
 import html
@@ -14,28 +14,28 @@ from typing import Any, NamedTuple
 
 import stale
 
-HERE = Path(__file__).parent
-RESULTS, PUBLISHED = HERE / "results", HERE / "published.json"
+BOOK = Path(__file__).parents[1]
+RESULTS, PUBLISHED = BOOK / "results", BOOK / "published.json"
 
 
 @cache
 def results(name: str) -> dict[str, Any]:
-    """A file of results/, without its ending: rows, and how they were measured."""
+    """Read a results file, named without its ending: rows, and how they were measured."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def rows(file: str, /, **where: Any) -> list[dict[str, Any]]:
-    """Rows of a file of results/ that have these values."""
+    """Select the rows of a results file that have these values."""
     return [row for row in results(file)["rows"] if all(row.get(key) == value for key, value in where.items())]
 
 
 def row(file: str, /, **where: Any) -> dict[str, Any]:
-    """The one row that has these values.
+    """Select the one row that has these values.
 
     Raises
     ------
     LookupError
-        If there is none, or more than one.
+        If no row or more than one has them.
     """
     found = rows(file, **where)
     if len(found) != 1:
@@ -45,14 +45,14 @@ def row(file: str, /, **where: Any) -> dict[str, Any]:
 
 @cache
 def publications() -> list[dict[str, Any]]:
-    """What others published: model, method, bits per weight, metric, value, table, source and status."""
+    """Read what others published: model, method, bits per weight, metric, value, table, source and status."""
     return json.loads(PUBLISHED.read_text())
 
 
 def publication(
     metric: str, model: str, method: str, bits: float | None = None, table: str = ""
 ) -> dict[str, Any] | None:
-    """The published figure with these names, the first where tables repeat it, or None: nothing is made up."""
+    """Find the published figure with these names: the first where tables repeat it, None where it is missing."""
     for each in publications():
         names = (each["metric"], each["model"], each["method"]) == (metric, model, method)
         if names and (bits is None or each.get("bpw") == bits) and each["table"].startswith(table):
@@ -61,7 +61,7 @@ def publication(
 
 
 def number(value: float | None, digits: int | None = 3) -> str:
-    """A number to so many significant digits, with commas; integers as they are; nothing for None."""
+    """Format a number to `digits` significant digits, with commas; integers in full, None as an empty string."""
     if value is None:
         return ""
     if isinstance(value, int) or digits is None:
@@ -74,34 +74,34 @@ def number(value: float | None, digits: int | None = 3) -> str:
 
 
 def fixed(value: float | None, decimals: int = 1) -> str:
-    """A number with so many decimals, with commas; nothing for None."""
+    """Format a number with a fixed number of decimals, with commas; None as an empty string."""
     return "" if value is None else f"{value:,.{decimals}f}"
 
 
 def as_published(value: float) -> str:
-    """A published number, with commas and the digits that it has."""
+    """Format a published number with commas and all its digits."""
     return f"{value:,.9g}"
 
 
 def said(text: str, source: str) -> str:
-    """A number on a page; a pointer that rests on it shows where it comes from."""
+    """Mark up a number on a page, so that hovering over it shows its source."""
     return f'<span class="sourced" title="{html.escape(source, quote=True)}">{text}</span>'
 
 
 def measured(file: str, key: str, digits: int | None = 3, scale: float = 1, /, **where: Any) -> str:
-    """A number that was measured, as a page shows it: of the one row of a file with these values, times scale."""
+    """Show a measured number: column `key` of the one row with these values, times `scale`."""
     value = row(file, **where)[key]
     source = f"measured: results/{file}.json, {results(file)['device']}"
     return said(number(value if scale == 1 else value * scale, digits), source)
 
 
 def cited(metric: str, model: str, method: str, bits: float | None = None, table: str = "") -> str:
-    """A number that others published, as a page shows it.
+    """Show a number that others published.
 
     Raises
     ------
     LookupError
-        If published.json does not have it.
+        If published.json does not hold it.
     """
     found = publication(metric, model, method, bits, table)
     if found is None:
@@ -110,7 +110,7 @@ def cited(metric: str, model: str, method: str, bits: float | None = None, table
 
 
 def computed(value: float, source: str, digits: int | None = 3) -> str:
-    """A number that follows from others by arithmetic, as a page shows it."""
+    """Show a number that follows from others by arithmetic."""
     return said(number(value, digits), f"computed from {source}")
 
 
@@ -134,7 +134,7 @@ class Table(NamedTuple):
     note: str = ""
 
     def markdown(self) -> str:
-        """The table, and a line that says where its numbers come from."""
+        """Write the table as Markdown, and a line that says where its numbers come from."""
         width = len(self.head)
         if any(len(cells) != width for cells in self.rows):
             raise ValueError(f"a row does not have one cell for each of {list(self.head)}")
@@ -154,13 +154,13 @@ class Table(NamedTuple):
 
 
 def is_numeric(cell: str) -> bool:
-    """Whether a cell is empty or begins with a digit, so that its column is set to the right."""
+    """Check that a cell is empty or begins with a digit, so that its column is aligned to the right."""
     bare = cell.strip("* ")
     return not bare or bare[0].isdigit()
 
 
 def origin(names: Iterable[str]) -> str:
-    """Link to the files that numbers come from, with the machine, and with the code that changed since (stale.py)."""
+    """Link the files that numbers come from, with the machine and the code that changed since (stale.py)."""
     parts = []
     for name in names:
         if name == "published":

@@ -4,8 +4,8 @@ WikiText-2's training tokens become the text that perplexity is usually measured
 and the placeholders of unknown words are taken out. With --chat, dialogues become what a chat with SmolLM2 looks like
 to the model, in its own chat template:
 
-    python book/training_text.py wikitext2-train.txt.xz wikitext2-train.txt
-    python book/training_text.py --chat dialogue-train.txt.xz chat.txt
+    python book/experiments/training_text.py wikitext2-train.txt.xz wikitext2-train.txt
+    python book/experiments/training_text.py --chat dialogue-train.txt.xz chat.txt
 
 A dialogue is a document, ended by two blank lines: rows that begin with "User: " and "Assistant: ", or a question, a
 blank line and the answer.
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def row(line: str) -> str:
-    """A row of the corpus: a blank, the words, a blank and a newline; nothing for an empty one."""
+    """Format a row of the corpus: a blank, the words, a blank and a newline; an empty row stays empty."""
     words = re.sub(r" *<unk>", "", line.strip()).strip()
     return f" {words} \n" if words else ""
 

@@ -1,6 +1,6 @@
-"""The ladder of CPU kernels: the same packed layer by each of them, on one thread.
+"""Time the ladder of CPU kernels on the same packed layer, on one thread.
 
-    python book/ladder.py book/results/cpu_ladder.json
+    python book/experiments/ladder.py book/results/cpu_ladder.json
 
 Times are processor times, so that a machine that others use too disturbs them little; the kernels take turns, and
 weights rotate through more memory than the second-level cache. A minute or two on one core.
@@ -25,7 +25,7 @@ ROUNDS = 5
 
 
 def rows_of(d_out: int, d_in: int, bits: float) -> list[dict]:
-    """A row for each kernel."""
+    """Time each kernel on one layer."""
     rank = rank_for_bits(d_out, d_in, bits, PATHS)
     stored = layer_bits(d_out, d_in, (rank,) * PATHS)
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = [row for shape in SHAPES for bits in BITS for row in rows_of(*shape, bits)]
-    save_results(arguments.out, rows, f"python book/ladder.py {arguments.out}", cpu_name())
+    save_results(arguments.out, rows, f"python book/experiments/ladder.py {arguments.out}", cpu_name())
 
 
 if __name__ == "__main__":

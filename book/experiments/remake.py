@@ -1,6 +1,6 @@
-"""Measure again what a CPU can: run the command that stands in each file of results/.
+"""Measure again what a CPU can, by running the command in each results file.
 
-    python book/remake.py [cpu_linear memory ...]
+    python book/experiments/remake.py [cpu_linear memory ...]
 
 Files that were measured on a GPU, whose command is a description, or needs a file or a program that is not part of the
 repository, are left as they are, and the reason is printed. All together take about half an hour; run them
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import stale
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "book" / "results"
 PROGRAMS = {"python": [sys.executable], "littlebit": [sys.executable, "-m", "littlebit.fast"]}
 
 
 def reason_to_leave(record: dict, words: list[str]) -> str | None:
-    """Why a file is not measured again, or None."""
+    """Say why a file cannot be measured again here, or return None."""
     if "NVIDIA" in record["device"]:
         return f"measured on {record['device']}"
     if words[0] not in PROGRAMS or not any(word.startswith("book/results/") for word in words):

@@ -1,7 +1,7 @@
 """Measure initialization alone: relative error and perplexity of SmolLM2, untrained, over initializers and bits.
 
-    python book/untrained.py OUT.json [--device cuda] [--windows 8]
-    python book/untrained.py OUT.json --inits admm my_module:my_init --bits 0.55 1.0
+    python book/experiments/untrained.py OUT.json [--device cuda] [--windows 8]
+    python book/experiments/untrained.py OUT.json --inits admm my_module:my_init --bits 0.55 1.0
 
 Every row quantizes all linear layers, without training, and measures perplexity on the bundled evaluation text, with
 factors in float32. An initializer is a registered name, or a function (weight, rank) -> Factors that is named as
@@ -71,7 +71,7 @@ def main() -> None:
         for paths in (1, 2)
     ]
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name()
-    command = shlex.join(["python", "book/untrained.py", "OUT.json", *sys.argv[2:]])
+    command = shlex.join(["python", "book/experiments/untrained.py", "OUT.json", *sys.argv[2:]])
     rows = []
     for settings in chosen or ROWS:
         rows.append(measure(arguments.model, settings, arguments.device, arguments.windows))

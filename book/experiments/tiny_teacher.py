@@ -3,7 +3,7 @@
 A Llama of 0.9 million parameters that reads and writes bytes, trained from scratch on public-domain books (about two
 minutes on a GPU):
 
-    python book/tiny_teacher.py --out fast/data/tiny books.txt
+    python book/experiments/tiny_teacher.py --out fast/data/tiny books.txt
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def config() -> LlamaConfig:
-    """The model's sizes."""
+    """Choose the model's sizes."""
     return LlamaConfig(
         vocab_size=260,
         hidden_size=128,
@@ -58,14 +58,14 @@ def config() -> LlamaConfig:
 
 
 def byte_letters() -> list[str]:
-    """The letter by which byte-level tokenizers write each byte."""
+    """List the letters by which byte-level tokenizers write each byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + rest.index(byte)) for byte in range(256)]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte."""
+    """Build a tokenizer with one token for each byte."""
     vocabulary = {letter: at for at, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     special = {"<s>": BEGIN, "</s>": END, "<pad>": PAD, "<unk>": 259}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary | special, merges=[], unk_token="<unk>"))
@@ -79,7 +79,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train(model: LlamaForCausalLM, data: torch.Tensor, steps: int) -> None:
-    """AdamW with a linear warm-up and a linear fall, on random pieces of the text."""
+    """Train with AdamW on random pieces of the text, with a linear warm-up and decay."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )

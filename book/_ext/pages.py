@@ -1,12 +1,12 @@
-"""What the pages of the book may say between double braces."""
+"""Define what the pages of the book may say between double braces."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "figures")]
+BOOK = Path(__file__).parents[1]
+sys.path[:0] = [str(BOOK / folder) for folder in ("_ext", "experiments", "figures")]
 
 import jinja2  # noqa: E402 (the path comes first)
 import make  # noqa: E402
@@ -14,22 +14,22 @@ import reliability  # noqa: E402
 import sources  # noqa: E402
 import tables  # noqa: E402
 
-NOTEBOOKS = HERE.parent / "notebooks"
+NOTEBOOKS = BOOK.parent / "notebooks"
 
 
 def table(name: str, *arguments: Any) -> str:
-    """A table of tables.py."""
+    """Write a table of tables.py as Markdown."""
     return getattr(tables, name)(*arguments).markdown()
 
 
 def notebook(number: int, title: str) -> str:
-    """A link to the notebook of a number, whatever the rest of its name."""
+    """Link to the notebook with this number."""
     found = sorted(NOTEBOOKS.glob(f"{number:02}*.ipynb"))
     return f"{{doc}}`{title} <notebooks/{found[0].stem}>`" if found else title
 
 
 def explored() -> str:
-    """What the interactive page shows, as JSON: pictures, memory, and the perplexities that were measured."""
+    """Collect the data of the interactive page as JSON: pictures, memory, and measured perplexities."""
     shipped = sources.rows("training_smollm2", stage="shipped")
     points = [{"bits": each["bits"], "perplexity": each["perplexity_packed"]} for each in shipped]
     record = {
@@ -59,7 +59,7 @@ NAMES = {
 
 
 def filled_in(text: str) -> str:
-    """A page with everything between double braces put in.
+    """Fill in everything between double braces on a page.
 
     Raises
     ------

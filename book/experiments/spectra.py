@@ -1,9 +1,9 @@
-"""How low-rank the weights of a language model are: singular values of every linear layer of SmolLM2's blocks.
+"""Measure how low-rank weights are: singular values of every linear layer of SmolLM2's blocks.
 
-    python book/spectra.py book/results/spectra_smollm2.json
+    python book/experiments/spectra.py book/results/spectra_smollm2.json
 
-A row for each kind of layer: the share of ||W||_F^2 that the largest singular values hold, for so many parts of the
-full rank, mean over the layers, and the same of a matrix of equal shape with independent normal entries.
+A row for each type of layer: the share of ||W||_F^2 in the largest singular values, at several fractions of the full
+rank, averaged over the layers, and the same for a matrix of equal shape with independent normal entries.
 """
 
 import argparse
@@ -19,7 +19,7 @@ FRACTIONS = [at / 32 for at in range(33)]  # of the full rank
 
 
 def energies(weight: torch.Tensor) -> torch.Tensor:
-    """Share of the squared norm in the largest singular values, at each of FRACTIONS."""
+    """Compute the share of the squared norm in the largest singular values, at each of FRACTIONS."""
     squares = torch.linalg.svdvals(weight.double()).square()
     total = torch.cat([torch.zeros(1), squares.cumsum(0).cpu()]) / squares.sum()
     return total[[round(fraction * len(squares)) for fraction in FRACTIONS]]
@@ -48,7 +48,7 @@ def main() -> None:
                 "normal_energy": energies(torch.randn(d_out, d_in, generator=generator)).tolist(),
             }
         )
-    save_results(arguments.out, rows, f"python book/spectra.py {arguments.out}", cpu_name())
+    save_results(arguments.out, rows, f"python book/experiments/spectra.py {arguments.out}", cpu_name())
 
 
 if __name__ == "__main__":

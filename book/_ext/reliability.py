@@ -1,4 +1,4 @@
-"""What the page on reliability says of the last full runs: `{{ reliability("fuzz") }}` in reliability.md."""
+"""Write the tables of reliability.md: `{{ reliability("fuzz") }}` and its relatives."""
 
 from sources import Table, number, rows
 
@@ -12,12 +12,12 @@ OUTCOMES = {
 
 
 def found(run: str) -> list[dict]:
-    """What the last full run of a command found, without what was fixed."""
+    """Select what the last full run of a command found, without what was fixed."""
     return [row for row in rows(FILE, run=run) if "fixed" not in row]
 
 
 def runs() -> Table:
-    """When each command ran in full, and on what."""
+    """List when each command last ran in full, and at which commit."""
     last = {run: found(run)[0] for run in ("fuzz", "faults", "soak")}
     return Table(
         ["run", "date", "commit"], [[f"`make {run}`", row["date"], row["commit"]] for run, row in last.items()], [FILE]
@@ -25,7 +25,7 @@ def runs() -> Table:
 
 
 def fuzz() -> Table:
-    """Cases by how they were drawn and what became of them."""
+    """Count cases by how they were drawn and by outcome."""
     counts = {row["drawn"]: [row["cases"], *(row.get(key, 0) for key in OUTCOMES)] for row in found("fuzz")}
     counts["together"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     lines = [[drawn, *map(number, count)] for drawn, count in counts.items()]
@@ -33,17 +33,17 @@ def fuzz() -> Table:
 
 
 def faults() -> Table:
-    """How often what happened to a command."""
+    """Count the faults that commands were put through."""
     counts = {row["fault"]: row["times"] for row in found("faults")}
     counts["together"] = sum(counts.values())
     return Table(["what happened", "times"], [[what, number(count)] for what, count in counts.items()], [FILE])
 
 
 def reliability(part: str) -> str:
-    """One of the tables above."""
+    """Write one of the tables above as Markdown."""
     return {"runs": runs, "fuzz": fuzz, "faults": faults}[part]().markdown()
 
 
 def repaired(run: str) -> str:
-    """A list of what a command found and was then fixed."""
+    """List what a command found and was then fixed."""
     return "\n".join(f"- {row['fixed']}" for row in rows(FILE, run=run) if "fixed" in row)

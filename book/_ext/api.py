@@ -1,4 +1,7 @@
-"""The pages of the API: one for each module, written anew by every build, so that a new module needs no edit here."""
+"""Write the API pages, one for each module, from the docstrings and the folders of the packages.
+
+Every build writes them anew, so that a new module or folder needs no edit here.
+"""
 
 import ast
 import re
@@ -6,9 +9,9 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
-# The order in which the paper is read; modules that are not named here follow by name.
+# The paper's order of reading; modules of the method that are not named here follow by name.
 ORDER = [
     "svd",
     "signs",
@@ -18,80 +21,32 @@ ORDER = [
     "alignment",
     "admm",
     "bits",
+    "memory",
     "packing",
     "linear",
+    "kv_cache",
     "arrays",
     "distill",
     "train",
 ]
-# Where a module that only fast/ has belongs; one that is not named here is one of "More".
-GROUPS = {
-    "Whole models": [
-        "model",
-        "selection",
-        "shared",
-        "wrappers",
-        "layers",
-        "experts",
-        "embeddings",
-        "calibrate",
-        "evaluate",
-        "zero_shot",
-    ],
-    "Training": ["student", "trainer", "muon", "resume"],
-    "Files": [
-        "checkpoint",
-        "headers",
-        "digests",
-        "writing",
-        "cache",
-        "official",
-        "gguf",
-        "gguf_reader",
-        "fetch",
-        "hub",
-        "shipped",
-    ],
-    "Running": [
-        "decode",
-        "decode_cpu",
-        "decode_mapped",
-        "decode_loaded",
-        "decode_cuda",
-        "fused_engine",
-        "latent_engine",
-        "static_engine",
-        "tokenizer",
-        "latent_cache",
-        "cache_argument",
-        "hf_cache",
-        "kernels",
-    ],
-    "With torch, transformers and PEFT": ["operators", "hf", "quantizer", "plugin", "lora"],
-    "Measuring": [
-        "agreement",
-        "bench_linear",
-        "bench_peers",
-        "bench_cuda",
-        "tune_cuda",
-        "bench_cache",
-        "bench_decode",
-        "bench_decode_cuda",
-    ],
-    "The command": ["lazy", "demo", "estimate", "report", "progress", "completion"],
-}
+INTRODUCTION = """# API
+
+These pages are made from the docstrings. `littlebit.reference` is the method in NumPy. `littlebit.fast` is the same in
+torch, with the same names and parameters, and each page of the method shows both. The folders of `fast/` hold what only
+a fast implementation needs. Everything exported can be imported from the package itself:
+`from littlebit.fast import quantize_`.
+"""
 
 
 def modules(package: str) -> list[str]:
-    """Dotted names of a package's modules below the package."""
+    """List the dotted names of a package's public modules, without the `__init__` of folders."""
     folder = ROOT / package
     paths = [path.relative_to(folder).with_suffix("") for path in sorted(folder.rglob("*.py"))]
-    names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
-    return [name for name in names if not name.split(".")[-1].startswith("_")]
+    return [".".join(path.parts) for path in paths if not path.name.startswith("_")]
 
 
 def docstring(module: str) -> str:
-    """Docstring of a module, which is Markdown; arXiv numbers become links."""
+    """Read a module's docstring, which is Markdown, and link arXiv numbers."""
     path = ROOT / module.replace(".", "/")
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
@@ -99,12 +54,12 @@ def docstring(module: str) -> str:
 
 
 def members(module: str) -> str:
-    """What autodoc makes of a module."""
+    """Write the directive by which autodoc lists a module's members."""
     return f"```{{eval-rst}}\n.. automodule:: littlebit.{module}\n   :members:\n```\n"
 
 
 def page(name: str, mirrored: bool) -> str:
-    """A module's page: what it is, then its functions, for mirrored modules those of the reference first."""
+    """Write a module's page: its docstring, then its functions, the reference's first where both packages have them."""
     if not mirrored:
         return f"# {name}\n\n`littlebit.fast.{name}`. {docstring(f'fast.{name}')}\n\n{members(f'fast.{name}')}"
     said, again = (docstring(f"{package}.{name}") for package in ("reference", "fast"))
@@ -115,27 +70,24 @@ def page(name: str, mirrored: bool) -> str:
     )
 
 
-def contents(caption: str, names: Sequence[str]) -> str:
-    """A heading and the list of pages below it."""
+def section_of_index(heading: str, introduction: str, names: Sequence[str]) -> str:
+    """Write a heading, an introduction and the list of pages below it."""
     pages = "\n".join(names)
-    return f"## {caption}\n\n```{{toctree}}\n:maxdepth: 1\n\n{pages}\n```\n"
+    return f"## {heading}\n\n{introduction}\n\n```{{toctree}}\n:maxdepth: 1\n\n{pages}\n```\n"
 
 
 def write_pages(folder: Path) -> None:
-    """Write every page that has changed, and remove those of modules that are gone."""
+    """Write every page that has changed, and remove the pages of modules that are gone."""
     reference, fast = modules("reference"), modules("fast")
-    ordered = [name for name in ORDER if name in reference] + [name for name in reference if name not in ORDER]
+    method = [name for name in ORDER if name in reference] + [name for name in reference if name not in ORDER]
     rest = [name for name in fast if name not in reference]
-    groups = {
-        caption: [name for top in tops for name in rest if name.split(".")[0] == top]
-        for caption, tops in GROUPS.items()
-    }
-    groups["More"] = [name for name in rest if not any(name in group for group in groups.values())]
-    written = {f"{name}.md": page(name, mirrored=name in reference) for name in ordered + rest}
-    written["index.md"] = "\n".join(
-        [INTRODUCTION, contents("The method, twice", ordered)]
-        + [contents(caption, names) for caption, names in groups.items() if names]
-    )
+    folders = sorted({name.split(".")[0] for name in rest})
+    index = [INTRODUCTION, section_of_index("The method, twice", docstring("reference"), method)]
+    for top in folders:
+        names = [name for name in rest if name.split(".")[0] == top]
+        index.append(section_of_index(f"fast/{top}", docstring(f"fast.{top}"), names))
+    written = {f"{name}.md": page(name, mirrored=name in reference) for name in method + rest}
+    written["index.md"] = "\n".join(index)
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         if path.name not in written:
@@ -146,16 +98,8 @@ def write_pages(folder: Path) -> None:
             path.write_text(text)
 
 
-INTRODUCTION = """# API
-
-The pages below are made from the docstrings. `littlebit.reference` says in NumPy what the method is, and
-`littlebit.fast` says it again in torch, with the same names and parameters; a page shows both. What is exported can be
-imported from the package itself: `from littlebit.fast import quantize_`.
-"""
-
-
 def restructured(lines: Sequence[str]) -> list[str]:
-    """A docstring, which is plain text, as reStructuredText.
+    """Convert a docstring from plain text to reStructuredText.
 
     Above the first heading an indented block, or a paragraph that does not end like a sentence, is an equation and is
     shown as it stands. Sections become fields; their types are words and shapes, "(m, n) float array", to be shown
@@ -174,7 +118,7 @@ def restructured(lines: Sequence[str]) -> list[str]:
 
 
 def section(heading: str, lines: list[str]) -> list[str]:
-    """A section of a docstring: examples as they stand, the others as a field of definitions or, if short, of prose."""
+    """Convert a section of a docstring: examples unchanged, others to a field of definitions or of short prose."""
     if heading == "Examples":
         return ["", ".. rubric:: Examples", "", *lines, ""]
     if heading == "Returns" and " : " not in lines[0]:
@@ -193,7 +137,7 @@ def section(heading: str, lines: list[str]) -> list[str]:
 
 
 def escaped(line: str) -> str:
-    """A line whose bars, stars and final underscores are only that; arXiv numbers become links."""
+    """Escape bars, stars and final underscores in a line, and link arXiv numbers."""
     pieces = re.split(r"(`[^`]*`)", line)
     pieces[::2] = [re.sub(r"([\\|*]|_\b(?!\w))", r"\\\1", piece) for piece in pieces[::2]]
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"`arXiv \1 <https://arxiv.org/abs/\1>`__", "".join(pieces))

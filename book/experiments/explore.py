@@ -1,9 +1,9 @@
-"""What the interactive page and Figure 2 show: one weight of SmolLM2 at several bits per weight, and models' memory.
+"""Compute the interactive page and Figure 2: one weight of SmolLM2 at several bits, and the memory of models.
 
-    python book/explore.py book/results/explore.json
+    python book/experiments/explore.py book/results/explore.json
 
 The matrix is the query projection of the first block. "pictures" are its first rows and columns, a byte an entry in
-base64: 127 + round(127 w / limit), clipped; errors are those of the whole matrix. Memory is counted by
+base64: 127 + round(127 w / limit), clipped. Errors refer to the whole matrix. Memory is counted by
 reference/memory.py. A minute on one core.
 """
 
@@ -27,7 +27,7 @@ MODELS = ("llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b")
 
 
 def picture(matrix: torch.Tensor, limit: float) -> str:
-    """The corner of a matrix as text."""
+    """Encode the corner of a matrix as text."""
     codes = 127 + (127 * matrix[:CORNER, :CORNER] / limit).round().clamp(-127, 127)
     return base64.b64encode(codes.byte().numpy().tobytes()).decode()
 
@@ -35,7 +35,7 @@ def picture(matrix: torch.Tensor, limit: float) -> str:
 def reconstruction(
     layer: torch.nn.Module, bits: float, init: str, limit: float, paths: int | None = None
 ) -> dict[str, Any]:
-    """One row: the layer factorised within a budget, with a residual path where it pays, or as many paths as asked."""
+    """Factorise the layer within a budget, by default with a residual path where it pays."""
     weight = layer.weight.detach()
     holder = torch.nn.Sequential(copy.deepcopy(layer))
     (found,) = lb.quantize_(holder, lb.Config(bits=bits, init=init, paths=paths), progress=False).values()
@@ -56,7 +56,7 @@ def reconstruction(
 
 
 def memory(model: str, bits: float | None) -> dict[str, Any]:
-    """One row: GB of a model's weights with embedding and head in 16, 8 and 4 bits."""
+    """Count the GB of a model's weights with embedding and head in 16, 8 and 4 bits."""
     sizes = {width: model_memory(MODEL_SHAPES[model], bits, embedding_bits=width) for width in (16, 8, 4)}
     weights = {str(width): size.weights / 1e9 for width, size in sizes.items()}
     return {"what": "memory", "model": model, "bits": bits or 16, "linear_GB": sizes[16].linear / 1e9} | {
@@ -77,7 +77,7 @@ def main() -> None:
     rows += [reconstruction(layer, bits, init, limit) for init in INITS for bits in BITS]
     rows += [reconstruction(layer, bits, "dual-svid", limit, paths=2) for bits in FIGURE_BITS]
     rows += [memory(model, bits) for model in MODELS for bits in (*BITS, None)]
-    save_results(arguments.out, rows, f"python book/explore.py {arguments.out}", cpu_name())
+    save_results(arguments.out, rows, f"python book/experiments/explore.py {arguments.out}", cpu_name())
 
 
 if __name__ == "__main__":
