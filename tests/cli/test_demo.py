@@ -15,7 +15,7 @@ def row(share):
 
 
 def test_the_model_writes_before_anything_is_measured_or_torch_is_asked_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "place", lambda name: tmp_path)  # it is there
+    monkeypatch.setattr(demo, "bundled_folder", lambda name: tmp_path)  # it is there
     monkeypatch.setattr(demo, "TRAINED", demo.TINY)
     said = []
 
@@ -32,7 +32,7 @@ def test_the_model_writes_before_anything_is_measured_or_torch_is_asked_for(tmp_
 
 
 def test_a_model_that_cannot_be_fetched_is_said_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "place", lambda name: tmp_path / "missing")
+    monkeypatch.setattr(demo, "bundled_folder", lambda name: tmp_path / "missing")
     monkeypatch.setattr(demo, "TRAINED", "no such model")
     monkeypatch.setattr(demo, "first_token", lambda: None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
