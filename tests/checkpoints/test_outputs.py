@@ -272,7 +272,7 @@ def test_cache_finds_what_is_there_where_nothing_can_be_written(places, monkeypa
     """As in a container that contains the models and has a read-only root."""
     entry = cache.cache_path("a")
     entry.mkdir(parents=True)
-    monkeypatch.setattr(cache, "first_writable", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    monkeypatch.setattr(cache, "first_writable_folder", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
     assert cache.cache_path("a") == entry
     with pytest.raises(OSError, match="read-only"):
         cache.cache_path("b")

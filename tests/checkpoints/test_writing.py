@@ -86,12 +86,12 @@ def test_build_once_takes_what_another_made_and_shows_other_errors(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_everything_is_brought_to_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+def test_everything_is_flushed_to_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
     """The calls are recorded: fsync of every file and folder, the rename, fsync of the parent."""
     done = []
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda *places: (done.append("renamed"), rename(*places)))
-    monkeypatch.setattr(atomic, "synchronise", lambda path: done.append(Path(path).name))
+    monkeypatch.setattr(atomic, "fsync_path", lambda path: done.append(Path(path).name))
     with atomic_directory(tmp_path / "out") as part:
         (part / "inner").mkdir()
         (part / "inner" / "file").write_text("")

@@ -15,7 +15,7 @@ def row(share):
 
 
 def test_model_writes_before_anything_is_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "place", lambda name: tmp_path)  # The model is already there.
+    monkeypatch.setattr(demo, "bundled_folder", lambda name: tmp_path)  # The model is already there.
     monkeypatch.setattr(demo, "TRAINED", demo.TINY)
     printed = []
 
@@ -32,7 +32,7 @@ def test_model_writes_before_anything_is_measured(tmp_path, monkeypatch, capsys)
 
 
 def test_a_model_that_cannot_be_fetched_is_one_line_of_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "place", lambda name: tmp_path / "missing")
+    monkeypatch.setattr(demo, "bundled_folder", lambda name: tmp_path / "missing")
     monkeypatch.setattr(demo, "TRAINED", "no such model")
     monkeypatch.setattr(demo, "compile_kernels", lambda: None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2

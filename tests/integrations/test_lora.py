@@ -187,7 +187,7 @@ def test_dense_layers_beside_packed_ones_keep_peft_s_own_adapters(checkpoint):
 @pytest.mark.parametrize("package", ["transformers.quantizers.auto", "peft.tuners.lora.model"])
 def test_libraries_that_are_too_old_can_still_be_imported(package):
     code = "import littlebit.fast.integrations.plugin as plugin\n"
-    code += f"plugin.REGISTERS['{package}'] = '.no_such_name'\nimport {package}\n"
+    code += f"plugin.REGISTRARS['{package}'] = '.no_such_name'\nimport {package}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"cannot plug into this version of {package.split('.')[0]} (No module named" in done.stderr
