@@ -169,7 +169,7 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     Raises
     ------
     ValueError
-        If there are no tokens, the prompt cannot be written as UTF-8, or the chat template cannot be used.
+        If the prompt has no tokens or cannot be written as UTF-8, or the chat template cannot be used.
     """
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt must be a str, got {type(prompt).__name__}: give tokens to generate_tokens instead")
