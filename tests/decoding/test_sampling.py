@@ -120,7 +120,7 @@ def columns(steps):
 def test_every_decoder_penalizes_repetitions_as_transformers_does(model, make, monkeypatch):
     """Each prompt of a batch as if it were alone, through larger caches."""
     monkeypatch.setattr(graph_decoder, "SMALLEST_CAPACITY", 8)
-    monkeypatch.setattr(graph_decoder, "engine_for", lambda model, batch, capacity, _: make(model, batch, capacity))
+    monkeypatch.setattr(graph_decoder, "choose_engine", lambda model, batch, capacity, _: make(model, batch, capacity))
     config = GenerationConfig(40, repetition_penalty=1.3)
     expected = [by_transformers(model, tokens, repetition_penalty=1.3) for tokens in PROMPTS]
     assert expected != [by_transformers(model, tokens) for tokens in PROMPTS]
