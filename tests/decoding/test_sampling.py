@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from littlebit.fast.decoding import generate, graph_decoder
 from littlebit.fast.decoding.cpu_decoder import decode
 from littlebit.fast.decoding.engines import fused_engine
-from littlebit.fast.decoding.graph_decoder import Loop, choose, decode_batch
+from littlebit.fast.decoding.graph_decoder import DecodeLoop, decode_batch, sample
 from littlebit.fast.decoding.mapped_weights import map_model
 from littlebit.fast.decoding.sampling import candidates, choose_token, penalize_repetition
 from littlebit.fast.decoding.static_cache import StaticEngine
@@ -80,7 +80,7 @@ def test_choose_inverts_the_distribution_of_transformers(seed, config, uniform):
     logits = random_logits(seed)
     expected = probabilities_of_transformers(logits, config)
     order = np.argsort(-logits[0].numpy())
-    (token,) = choose(logits, config, torch.tensor([uniform])).tolist()
+    (token,) = sample(logits, config, torch.tensor([uniform])).tolist()
     upper = expected[order].cumsum()[order.tolist().index(token)]
     slack = 1e-12  # two ways to round the same sums
     assert expected[token] > 0
@@ -182,7 +182,7 @@ def test_a_graph_can_capture_the_choice(model):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = GenerationConfig(64, 1.0, 5, 0.9, 0.1, 1.2)
-    loop = Loop(StaticEngine(model, 2, 16), config)
+    loop = DecodeLoop(StaticEngine(model, 2, 16), config)
     loop.mark_seen([[1, 2], [3]], (2, VOCABULARY))
     mode = FakeTensorMode()
     for name in ("tokens", "uniform", "seen"):
