@@ -328,7 +328,8 @@ class CudaSteps:
         self.driver, self.schedules = cuda_driver, cuda_schedule
         self.heads, self.dtype, self.eps, self.index = heads, dtype, eps, index
         capability = torch.cuda.get_device_capability(index)
-        self.early, self.grouped = capability >= cuda_driver.EARLY, capability == cuda_schedule.GROUPED
+        self.early = capability >= cuda_driver.PDL_CAPABILITY
+        self.grouped = capability == cuda_schedule.WGMMA_CAPABILITY
         group, most = heads.heads // heads.kv_heads, 8 if self.early else 2  # that the registers suffice for
         self.group = next(count for count in range(min(group, most), 0, -1) if group % count == 0)
         self.chunks = group // self.group
@@ -346,7 +347,7 @@ class CudaSteps:
 
     def kind(self, tensor: Tensor) -> str:
         """What the kernels call a tensor's dtype."""
-        return self.schedules.KINDS[tensor.dtype]
+        return self.schedules.DTYPE_NAMES[tensor.dtype]
 
     def grid(self, x: Tensor, size: int) -> tuple[int, int, int]:
         """Of a kernel with eight of `size` columns for each thread."""
@@ -416,7 +417,7 @@ class CudaSteps:
         """As that of TorchSteps."""
         rows, kv_heads, capacity, size = keys.shape
         made = self.made(projected, keys, norms)
-        blocks, at_once = 2 * self.driver.described(self.index).multiprocessors, made.at_once(self.early)
+        blocks, at_once = 2 * self.driver.device_properties(self.index).multiprocessors, made.at_once(self.early)
         enough, shortest = -(-blocks // self.blocks), self.shortest
         whole = whole or min(blocks // self.blocks, capacity // (self.few_looks * at_once)) > self.most_shares
         if not whole:
@@ -496,7 +497,7 @@ class CudaSteps:
         if whole:
             y, shares = projected.new_empty(rows, heads.heads * heads.size), 1
         else:
-            few = self.driver.described(self.index).multiprocessors // (rows * heads.heads)
+            few = self.driver.device_properties(self.index).multiprocessors // (rows * heads.heads)
             shares = max(1, min(few, tiles // self.fewest_tiles, self.most_shares))
             y = torch.empty(rows, heads.heads, shares, heads.size + self.kernels.SUMMARY, device=projected.device)
         width = values.words.shape[1]
@@ -523,7 +524,7 @@ class CudaSteps:
             If there is room for none.
         """
         kernels, (keys, values), heads = self.latent, expansions, self.heads
-        device, width, value_width = self.driver.described(self.index), keys.words.shape[1], sum(values.counts)
+        device, width, value_width = self.driver.device_properties(self.index), keys.words.shape[1], sum(values.counts)
         for tokens in kernels.TILES if self.early else kernels.TILES[1:]:  # the registers suffice for
             made, times = kernels.LatentTile(kind, kept, heads.size, tokens, self.grouped), {}
             for turns in (1, 2, 4, 8, 16, 32):

@@ -27,9 +27,36 @@ from typing import Any, NamedTuple
 
 from numba import config, cuda, float32, int32, types, uint32
 
-from .cuda_gemv import ACTIVATIONS, EIGHT, SUMMARY, eight_times, load2, load4, plus, single_eight, times
-from .cuda_intrinsics import as_float, exponential, halves, larger, let_next_start, permute, reciprocal_root, wait
-from .cuda_plain import ELEMENTS, HALVES, POINTER, ROUND, SIGNATURES, SINGLES, half_at, kernel_factory, warp_sum
+from .cuda_elements import (
+    ACTIVATIONS,
+    ELEMENTS,
+    HALVES,
+    LOAD8,
+    POINTER,
+    ROUND,
+    SIGNATURES,
+    SINGLES,
+    add8,
+    half_at,
+    kernel_factory,
+    load2,
+    load4,
+    mul8,
+    scale8,
+    single_load8,
+    warp_sum,
+)
+from .cuda_gemv import SUMMARY
+from .cuda_intrinsics import (
+    as_float,
+    byte_permute,
+    exponential,
+    griddep_launch_dependents,
+    griddep_wait,
+    halves,
+    larger,
+    reciprocal_root,
+)
 
 WARPS = 4  # of a block of the element-wise kernels, whose threads have eight entries each
 EIGHTS = 32 * WARPS
@@ -48,14 +75,14 @@ else:
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
-    from .cuda_intrinsics import WORD, place_of
+    from .cuda_intrinsics import WORD, element_pointer
 
     @intrinsic
     def ticket(typingctx, array, index):
         """How many were there before, of those that count one up at an element of an array of int32."""
 
         def codegen(context, builder, signature, args):
-            place = builder.ptrtoint(place_of(context, builder, signature.args[0], args), ir.IntType(64))
+            place = builder.ptrtoint(element_pointer(context, builder, signature.args[0], args), ir.IntType(64))
             text = "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;"
             kind = ir.FunctionType(WORD, [ir.IntType(64)])
             return builder.call(ir.InlineAsm(kind, text, "=r,l,~{memory}", side_effect=True), [place])
@@ -172,10 +199,10 @@ def four_bytes(word):
     flipped, ones = uint32(word ^ uint32(0x80808080)), uint32(0x4B000000)
     middle = float32(8388736.0)  # 2^23 + 128
     return (
-        as_float(permute(flipped, ones, uint32(0x7440))) - middle,
-        as_float(permute(flipped, ones, uint32(0x7441))) - middle,
-        as_float(permute(flipped, ones, uint32(0x7442))) - middle,
-        as_float(permute(flipped, ones, uint32(0x7443))) - middle,
+        as_float(byte_permute(flipped, ones, uint32(0x7440))) - middle,
+        as_float(byte_permute(flipped, ones, uint32(0x7441))) - middle,
+        as_float(byte_permute(flipped, ones, uint32(0x7442))) - middle,
+        as_float(byte_permute(flipped, ones, uint32(0x7443))) - middle,
     )
 
 
@@ -184,7 +211,7 @@ def bytes_eight(codes, scale, offset, row, column, size, group):
     """Eight entries of a row of a table of 8 bits."""
     low, high = load2(codes, uint32(row * size + column))
     both = (*four_bytes(low), *four_bytes(high))
-    return eight_times(both, half_at(scale, row * (size // group) + column // group))
+    return scale8(both, half_at(scale, row * (size // group) + column // group))
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -197,13 +224,13 @@ def nibbles_eight(codes, scale, offset, row, column, size, group):
     both = (*four_bytes(low), *four_bytes(high))
     at = row * (size // group) + column // group
     factor, first = half_at(scale, at), half_at(offset, at)
-    both = eight_times(both, factor)
-    return plus(both, (first, first, first, first, first, first, first, first))
+    both = scale8(both, factor)
+    return add8(both, (first, first, first, first, first, first, first, first))
 
 
 def dense_eight(kind: str) -> Any:
     """Likewise of a table of float16, bfloat16 or float32."""
-    eight_at = EIGHT[kind]
+    eight_at = LOAD8[kind]
 
     @cuda.jit(device=True, forceinline=True)
     def eight(entries, scale, offset, row, column, size, group):
@@ -215,7 +242,7 @@ def dense_eight(kind: str) -> Any:
 BYTES = POINTER(types.uint8)
 #: How eight entries of a row of a table are read, and of what type its array is, by the table's kind.
 TABLES = {
-    **{kind: (dense_eight(kind), ELEMENTS[kind]) for kind in EIGHT},
+    **{kind: (dense_eight(kind), ELEMENTS[kind]) for kind in LOAD8},
     "8": (bytes_eight, BYTES),
     "4": (nibbles_eight, BYTES),
 }
@@ -242,8 +269,8 @@ def embed(kind: str) -> Any:
 
 @kernel_factory
 def added(kind: str) -> Any:
-    """Add to x: x += y, for y of a kind in EIGHT."""
-    eight_at = EIGHT[kind]
+    """Add to x: x += y, for y of a kind in LOAD8."""
+    eight_at = LOAD8[kind]
 
     @cuda.jit
     def kernel(y, x, squares, size):
@@ -252,7 +279,7 @@ def added(kind: str) -> Any:
         column, row, v = my_column(), int32(cuda.blockIdx.y), nothing()
         if column < size:
             at = int32(row * size + column)
-            v = plus(single_eight(x, at), eight_at(y, at))
+            v = add8(single_load8(x, at), eight_at(y, at))
             put_eight(x, at, v, float32)
         put_squares(squares, v, shared)
 
@@ -262,7 +289,7 @@ def added(kind: str) -> Any:
 
 @kernel_factory
 def normed(kind: str) -> Any:
-    """y_i = weight_i x_i / sqrt(sum(squares) / size + eps), y of a kind in EIGHT."""
+    """y_i = weight_i x_i / sqrt(sum(squares) / size + eps), y of a kind in LOAD8."""
     rounded = ROUND[kind]
 
     @cuda.jit
@@ -276,7 +303,7 @@ def normed(kind: str) -> Any:
         factor = reciprocal_root(block_sum(mine, shared, WARPS) / float32(size) + eps)
         if column < size:
             place = int32(row * size + column)
-            v = times(eight_times(single_eight(x, place), factor), single_eight(weight, column))
+            v = mul8(scale8(single_load8(x, place), factor), single_load8(weight, column))
             put_eight(y, place, v, rounded)
 
     arrays = (SINGLES, SINGLES, SINGLES, ELEMENTS[kind])
@@ -286,8 +313,8 @@ def normed(kind: str) -> Any:
 
 @kernel_factory
 def gated(kind: str, activation: str) -> Any:
-    """y_i = activation(x_i) x_(size + i), both of a kind in EIGHT."""
-    eight_at, rounded, curve = EIGHT[kind], ROUND[kind], ACTIVATIONS[activation]
+    """y_i = activation(x_i) x_(size + i), both of a kind in LOAD8."""
+    eight_at, rounded, curve = LOAD8[kind], ROUND[kind], ACTIVATIONS[activation]
 
     @cuda.jit
     def kernel(x, y, size):
@@ -297,7 +324,7 @@ def gated(kind: str, activation: str) -> Any:
             place = int32(2 * row * size + column)
             a = eight_at(x, place)
             a = curve(a[0]), curve(a[1]), curve(a[2]), curve(a[3]), curve(a[4]), curve(a[5]), curve(a[6]), curve(a[7])
-            put_eight(y, row * size + column, times(a, eight_at(x, int32(place + size))), rounded)
+            put_eight(y, row * size + column, mul8(a, eight_at(x, int32(place + size))), rounded)
 
     SIGNATURES[kernel] = types.void(ELEMENTS[kind], ELEMENTS[kind], types.int32)
     return kernel
@@ -305,12 +332,12 @@ def gated(kind: str, activation: str) -> Any:
 
 @kernel_factory
 def logits(kind: str, table: str, vectors: int) -> Any:
-    """y[b, r] = table[r] . x[b], for x of a kind in EIGHT, a table of 8 or 4 bits, and 1, 2 or 4 vectors at once.
+    """y[b, r] = table[r] . x[b], for x of a kind in LOAD8, a table of 8 or 4 bits, and 1, 2 or 4 vectors at once.
 
     A warp has LOGIT_ROWS rows at once, and a lane eight neighbouring entries of each, so that what is read of x serves
     several rows and what is read of the table several vectors.
     """
-    eight_at = EIGHT[kind]
+    eight_at = LOAD8[kind]
     eight, entries = TABLES[table]
 
     @cuda.jit(device=True, forceinline=True)
@@ -420,7 +447,7 @@ class Attention(NamedTuple):
     Attributes
     ----------
     kind : str
-        Of the projections and of the output: a key of EIGHT.
+        Of the projections and of the output: a key of LOAD8.
     kept : str
         Of the cache: a key of EIGHT_WORDS.
     size : int
@@ -472,7 +499,7 @@ class Attention(NamedTuple):
 def attend(made: Attention, early: bool) -> Any:
     """Attention of one new token of each sequence; see the top of this file."""
     kind, kept, size, group, warps, is_normed, whole = made
-    eight_at, rounded, round_kept = EIGHT[kind], ROUND[kind], ROUND[kept]
+    eight_at, rounded, round_kept = LOAD8[kind], ROUND[kind], ROUND[kept]
     decoded, again = EIGHT_WORDS[kept], AGAIN[kept]
     lanes = size // 8  # that share a token
     unroll = made.unroll(early)
@@ -509,13 +536,13 @@ def attend(made: Attention, early: bool) -> Any:
     def weighed(item, sums):
         """A score, to which all is relative, a sum of weights and one of values, with one more token."""
         weight = exponential(item[0] - sums[0]) if item[0] > float32(LOWEST) else float32(0)
-        return sums[0], sums[1] + weight, plus(sums[2], eight_times(item[1], weight))
+        return sums[0], sums[1] + weight, add8(sums[2], scale8(item[1], weight))
 
     @cuda.jit(device=True, forceinline=True)
     def lowered(sums, top):
         """Sums relative to a larger score."""
         factor = exponential(sums[0] - top)
-        return top, sums[1] * factor, eight_times(sums[2], factor)
+        return top, sums[1] * factor, scale8(sums[2], factor)
 
     def seen(count: int) -> Any:
         """A device function: a head that has seen so many more tokens."""
@@ -545,7 +572,7 @@ def attend(made: Attention, early: bool) -> Any:
         )  # fmt: skip
         top = larger(sums[0], other[0])
         sums, other = lowered(sums, top), lowered(other, top)
-        return query, (top, sums[1] + other[1], plus(sums[2], other[2]))
+        return query, (top, sums[1] + other[1], add8(sums[2], other[2]))
 
     def all_united(distance: int) -> Any:
         """A device function: heads with what all teams of the warp have seen."""
@@ -571,17 +598,17 @@ def attend(made: Attention, early: bool) -> Any:
         own, other = eight_at(array, int32(place + column)), eight_at(array, int32(place + partner))
         if is_normed:
             factor = reciprocal_root(team_sum(dot(own, own)) / float32(size) + weight[1])
-            own = times(eight_times(own, factor), single_eight(weight[0], column))
-            other = times(eight_times(other, factor), single_eight(weight[0], partner))
+            own = mul8(scale8(own, factor), single_load8(weight[0], column))
+            other = mul8(scale8(other, factor), single_load8(weight[0], partner))
         sign = float32(-1) if column < half else float32(1)
-        return plus(times(own, cosine), eight_times(times(other, sine), sign))
+        return add8(mul8(own, cosine), scale8(mul8(other, sine), sign))
 
     @cuda.jit(device=True, forceinline=True)
     def asked(head, rest):
         """A head's query, scaled, which has seen nothing yet."""
         array, place, column, cosine, sine, weight, scale = rest
         query = turned(array, int32(place + int32(head * size)), column, cosine, sine, weight)
-        return eight_times(query, scale), (float32(LOWEST), float32(0), nothing())
+        return scale8(query, scale), (float32(LOWEST), float32(0), nothing())
 
     @cuda.jit(device=True, forceinline=True)
     def as_kept(v):
@@ -658,7 +685,7 @@ def attend(made: Attention, early: bool) -> Any:
         if split >= count:
             if not whole:
                 if early:
-                    wait()
+                    griddep_wait()
                 leave_nothing(partial, int32(int32(int32(block * group) * splits) + split), splits, thread)
             return
         width = int32((position + count - 1) // count)
@@ -668,10 +695,10 @@ def attend(made: Attention, early: bool) -> Any:
         step, at = int32(teams * warps), int32(begin + team)
         ready = fetch(tokens, (keys, values, base, at, step, int32(end - 1)))
         angle = int32(position * half + column % half)
-        cosines, sines = single_eight(cosine, angle), single_eight(sine, angle)
+        cosines, sines = single_load8(cosine, angle), single_load8(sine, angle)
         if early:
-            wait()
-            let_next_start()
+            griddep_wait()
+            griddep_launch_dependents()
 
         count_heads = int32(int32(cuda.gridDim.y) * group)
         across_row = int32(int32(count_heads + int32(2 * kv_heads)) * size)

@@ -24,11 +24,40 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, int32, types, uint8, uint32
 
 from .cuda_decode import BYTES, INTEGERS, LOWEST, block_sum, four_bytes, half_words, nothing, over, put_eight, summed
+from .cuda_elements import (
+    AT,
+    ELEMENTS,
+    HALVES,
+    ROUND,
+    SIGNATURES,
+    SINGLES,
+    WORDS,
+    add4,
+    add8,
+    half_at,
+    kernel_factory,
+    load2,
+    load4,
+    scale4,
+    scale8,
+    warp_sum,
+)
 from .cuda_gemm import two_halves
-from .cuda_gemv import SUMMARY, eight_times, load2, load4, plus, plus_four, scaled
-from .cuda_intrinsics import as_bits, as_float, copied, copy4, exponential, larger, let_next_start, round_to_half, wait
-from .cuda_mma import copy1, group_product, let_group_read, no_sums, put_scores, store4, tile_product
-from .cuda_plain import AT, ELEMENTS, HALVES, ROUND, SIGNATURES, SINGLES, WORDS, half_at, kernel_factory, warp_sum
+from .cuda_gemv import SUMMARY
+from .cuda_intrinsics import (
+    as_bits,
+    as_float,
+    cp_async_4,
+    cp_async_16,
+    cp_async_wait_all,
+    exponential,
+    griddep_launch_dependents,
+    griddep_wait,
+    larger,
+    round_to_half,
+    store4,
+)
+from .cuda_mma import fence_async_proxy, store_scores, warp_mma, warpgroup_mma, zero_accumulators
 
 WARPS = 16  # of a block, but for tiles
 THREADS = 32 * WARPS
@@ -68,7 +97,7 @@ def round_to_byte(value):
 @cuda.jit(device=True, forceinline=True)
 def copy_halves(signal, target, codes, eighth):
     """Begin to copy eight latents to shared memory."""
-    copy4(signal, uint32(target), codes, uint32(4 * eighth))
+    cp_async_16(signal, uint32(target), codes, uint32(4 * eighth))
     return uint32(0), uint32(0)
 
 
@@ -143,8 +172,8 @@ def latents(kept: str, early: bool) -> Any:
         place, stride, width = int32(row * columns), int32(rows * columns), int32(count_1 + counts_2[which])
         target = int32(int32(row * capacity) + int32(positions[row]))
         if early:
-            wait()
-            let_next_start()
+            griddep_wait()
+            griddep_launch_dependents()
         top, item = float32(0), thread
         while item < width:
             top = larger(top, abs(latent(part, place, stride, parts, item, begin_1, count_1, begin_2)))
@@ -239,8 +268,8 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
     half, warps, threads, across, pair_words = size // 2, made.warps, made.threads, tokens // 8, tokens * PAIR_WORDS
     warps_of_head, heads_at_once = made.warps_of_head, made.heads_at_once
     mine, sums_of_half = tokens // 4, 4 * across  # of a lane
-    first_half, second_half = (tile_product(2, across, which, 8 * PAIR_WORDS) for which in range(2))
-    both_halves, no_keys, put = group_product(across), no_sums(2 * sums_of_half), put_scores(across)
+    first_half, second_half = (warp_mma(2, across, which, 8 * PAIR_WORDS) for which in range(2))
+    both_halves, no_keys, put = warpgroup_mma(across), zero_accumulators(2 * sums_of_half), store_scores(across)
     angle_numbers = tuple(range(2 * mine))
     at_once = min(AT_ONCE, tokens // warps)
     token_numbers, query_numbers = tuple(range(at_once)), tuple(range(AT_ONCE))
@@ -410,20 +439,20 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
         ready = signs_of(words, key_row, width, int32(0))
         ready_first, ready_second = scales_of(row_scales[0], key_row), scales_of(row_scales[1], key_row)
         if early:
-            wait()
-            let_next_start()
+            griddep_wait()
+            griddep_launch_dependents()
         keys, values, first_chunks = codes[0], codes[1], int32(first_words << 2)
         put_latents(signal, int32(0), keys, base, last, chunks, first_chunks, count_1, count_2, warp, lane)
         put_latents(signal, held, values, base, last, value_chunks, value_chunks, value_width, int32(0), warp, lane)
         if thread < tokens:
             at = uint32(base + min(thread, last))
-            copy1(shared, uint32(held_scales + thread), scales[0], at)
-            copy1(shared, uint32(held_scales + tokens + thread), scales[1], at)
+            cp_async_4(shared, uint32(held_scales + thread), scales[0], at)
+            cp_async_4(shared, uint32(held_scales + tokens + thread), scales[1], at)
         place = int32(int32(row * int32(heads + 2 * kv_heads) + int32(begin * group)) * size)
         put_queries(shared, held_queries, projected, cosine, sine, position, place, of_queries, factor, thread)
-        copied()
+        cp_async_wait_all()
         if grouped:
-            let_group_read()
+            fence_async_proxy()
         cuda.syncthreads()
 
         pairs = int32(width >> 1)
@@ -483,11 +512,14 @@ def attend_latents(made: LatentTile, early: bool) -> Any:
             two, three, last_one = min(int32(four + 1), final), min(int32(four + 2), final), min(int32(four + 3), final)
             block, within = int32(held + int32(chunk >> 3) * pair_words), int32(chunk & 7)
             while token < seen:
-                v, at = half_words(load4(signal, uint32(place_of(block, token, within)))), int32(held_weights + token)
-                a = plus(a, eight_times(v, shared[uint32(at + int32(four * tokens))]))
-                b = plus(b, eight_times(v, shared[uint32(at + int32(two * tokens))]))
-                c = plus(c, eight_times(v, shared[uint32(at + int32(three * tokens))]))
-                d = plus(d, eight_times(v, shared[uint32(at + int32(last_one * tokens))]))
+                v, at = (
+                    half_words(load4(signal, uint32(place_of(block, token, within)))),
+                    int32(held_weights + token),
+                )
+                a = add8(a, scale8(v, shared[uint32(at + int32(four * tokens))]))
+                b = add8(b, scale8(v, shared[uint32(at + int32(two * tokens))]))
+                c = add8(c, scale8(v, shared[uint32(at + int32(three * tokens))]))
+                d = add8(d, scale8(v, shared[uint32(at + int32(last_one * tokens))]))
                 token = int32(token + parts)
             at = int32(int32(int32(part * of_queries) * value_width) + int32(chunk << 3))
             put_eight(shared, int32(at + int32(four * value_width)), a, float32)
@@ -560,8 +592,8 @@ def expand_latents(kind: str, size: int, whole: bool, early: bool) -> Any:
         held_factors = int32(held_mean + int32(width << 5))
         held_parts = int32(held_factors + int32(int32(int32(tiles + 3) >> 2) << 2))
         if early:
-            wait()
-            let_next_start()
+            griddep_wait()
+            griddep_launch_dependents()
         top, tile = float32(LOWEST), int32(first_tile + thread)
         while tile < end:
             top, tile = larger(top, left[uint32(base + int32(tile * stride) + value_width)]), int32(tile + THREADS)
@@ -588,7 +620,7 @@ def expand_latents(kind: str, size: int, whole: bool, early: bool) -> Any:
                 for i in range(TILES_AT_ONCE):
                     number = int32(tile + int32(i * parts))
                     factor = shared[uint32(held_factors + int32(min(number, int32(end - 1)) - first_tile))]
-                    sums = plus_four(sums, scaled(read[i], factor if number < end else float32(0)))
+                    sums = add4(sums, scale4(read[i], factor if number < end else float32(0)))
                 tile = int32(tile + int32(TILES_AT_ONCE * parts))
             target = int32(held_parts + int32(part * value_width) + four)
             store4(signal, uint32(target), as_bits(sums[0]), as_bits(sums[1]), as_bits(sums[2]), as_bits(sums[3]))

@@ -52,7 +52,7 @@ def packed_linear_on_gpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     paths = batched(tensors)
     if kernels is None or len(paths) > MOST_PATHS:
         return unpacked_linear(x, paths).to(x.dtype if x.dtype in HALVES else torch.float32)
-    return kernels.Plan(tensors)(x)
+    return kernels.CudaPackedLayer(tensors)(x)
 
 
 @cache
@@ -107,6 +107,6 @@ def plan_for(x: Tensor, tensors: Sequence[Tensor], plan: Plan | None) -> Plan | 
     check_call(x, paths)
     if x.is_cuda:
         kernels = cuda_kernels(x.device.index)
-        return kernels.Plan(tensors) if kernels and len(paths) <= MOST_PATHS else None
+        return kernels.CudaPackedLayer(tensors) if kernels and len(paths) <= MOST_PATHS else None
     plan = Plan(tensors)
     return plan if plan.fits(tensors) else None

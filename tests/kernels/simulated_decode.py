@@ -230,10 +230,10 @@ def simulated(monkeypatch):
 
     monkeypatch.setattr(cuda_driver, "array", array)
     monkeypatch.setattr(cuda_driver, "start", start)
-    monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 1, 227 << 10))
-    one_warp = cuda_schedule.Blocks(1, 0, 2)  # a simulator runs idle warps too; simulated_cuda.py has other schedules
-    schedule = cuda_schedule.Schedule(1, one_warp, one_warp)
-    monkeypatch.setattr(cuda_schedule, "schedule_for", lambda *sizes: schedule)
+    monkeypatch.setattr(cuda_driver, "device_properties", lambda index: cuda_schedule.Device("any", 1, 227 << 10))
+    one_warp = cuda_schedule.Tiling(1, 0, 2)  # a simulator runs idle warps too; simulated_cuda.py has other schedules
+    schedule = cuda_schedule.LaunchConfig(1, one_warp, one_warp)
+    monkeypatch.setattr(cuda_schedule, "launch_config", lambda *sizes: schedule)
     monkeypatch.setattr(cuda_latent_attention, "WARPS", 4)
     monkeypatch.setattr(cuda_latent_attention, "THREADS", 128)
     monkeypatch.setattr(dispatch, "cuda_kernels", lambda index: cuda_layer)
@@ -245,7 +245,7 @@ def simulated(monkeypatch):
 @pytest.mark.usefixtures("simulated")
 def test_shares_of_a_context_are_put_together_by_the_output_layer(monkeypatch):
     """Contexts of which some blocks have no token, next to torch."""
-    monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 3, 227 << 10))
+    monkeypatch.setattr(cuda_driver, "device_properties", lambda index: cuda_schedule.Device("any", 3, 227 << 10))
     monkeypatch.setattr(Attention, "unroll", lambda self, early: 1)
     monkeypatch.setattr(CudaSteps, "made", lambda self, *tensors: Attention("single", "half", 64, 1, 1, False))
     model = random_model(ModelShape("a small one", 64, 80, 1, 1, 1, 64, 40, 256), 2.0, 1, "cpu")
@@ -291,7 +291,9 @@ def test_a_whole_step_by_kernels_is_that_of_torch(bits, heads, paths, kv_cache, 
     if kv_cache == "full":
         sides = [FusedEngine(*common, kernels) for kernels in (True, False)]
     else:
-        monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 4 * heads, 227 << 10))
+        monkeypatch.setattr(
+            cuda_driver, "device_properties", lambda index: cuda_schedule.Device("any", 4 * heads, 227 << 10)
+        )
         sides = [LatentEngine(*common, kernels, kv_cache) for kernels in (True, False)]
     assert all(isinstance(group, Packed) == (bits is not None) for groups in sides[0].groups for group in groups)
     with torch.inference_mode():
@@ -323,12 +325,12 @@ def test_attention_to_latents_is_that_of_torch(
     size, heads, kv_heads, ranks, kept, tokens, positions, grouped, shares, monkeypatch
 ):
     """Contexts of several tiles, the last of which is not full; one path and two, of ranks that fill no word."""
-    monkeypatch.setattr(cuda_schedule, "GROUPED", torch.cuda.get_device_capability(0) if grouped else None)
+    monkeypatch.setattr(cuda_schedule, "WGMMA_CAPABILITY", torch.cuda.get_device_capability(0) if grouped else None)
     monkeypatch.setattr(cuda_latent_attention, "TILES", (tokens, tokens))
     monkeypatch.setattr(CudaSteps, "fewest_tiles", 1)
     generator, rows, capacity = torch.Generator().manual_seed(0), len(positions), 44
     device = cuda_schedule.Device("any", rows * heads * shares, 227 << 10)
-    monkeypatch.setattr(cuda_driver, "described", lambda index: device)
+    monkeypatch.setattr(cuda_driver, "device_properties", lambda index: device)
     biases = False, shares == 1
     layers = [
         random_packed(kv_heads * size, 64, each, generator, bias) for each, bias in zip(ranks, biases, strict=True)
@@ -339,8 +341,8 @@ def test_attention_to_latents_is_that_of_torch(
     projected, places = numbers(rows, (heads + 2 * kv_heads) * size), torch.tensor(positions)
     spans, begin = [], 3
     for each in ranks:
-        spans.append(Spans.at(begin, each, cuda_schedule.padded))
-        begin = sum(spans[-1].begins[-1:]) + cuda_schedule.padded(each[-1])
+        spans.append(Spans.at(begin, each, cuda_schedule.padded_rank))
+        begin = sum(spans[-1].begins[-1:]) + cuda_schedule.padded_rank(each[-1])
     part = numbers(2, rows, begin, seed=1)
     for of, each in zip(spans, ranks, strict=True):  # as kernels leave them: zeros where there is no rank
         for at, count, rank in zip(*of, each, strict=True):
@@ -411,4 +413,4 @@ def test_tuning_takes_the_fastest_schedule_of_each_group(monkeypatch):
         assert cost(row["schedule"]) == 0
         assert row["after_us"] < row["before_us"]
         assert all(groups[at].schedule == row["schedule"] for groups in engine.groups)
-        assert row["sizes"] == str(engine.groups[0][at].siblings.sizes)
+        assert row["sizes"] == str(engine.groups[0][at].siblings.shape)
