@@ -60,8 +60,8 @@ def bench_linear_cuda(
       speedup, dense_us / time_us;
     - schedule (LaunchConfig or GemmConfig);
     - error and dense_error (root mean square of y - y64, divided by that of y64);
-    - bytes (weights and vectors) and fraction_of_copy (bytes per second, divided by those of a device-to-device copy,
-      which reads and writes).
+    - bytes (weights and vectors) and fraction_of_copy (bytes per second, divided by the bytes per second that a
+      device-to-device copy reads and writes).
     """
     copy_rate = copy_bytes_per_second()
     cases = tqdm(list(itertools.product(shapes, bits, batches)), desc="bench linear", disable=not progress)

@@ -164,7 +164,7 @@ def keep(rows: Sequence[dict[str, Any]], device: str, path: Path | None = None) 
     Raises
     ------
     ValueError
-        If the existing file is not such a table.
+        If the existing file does not hold valid configurations.
     OSError
         If it cannot be written.
     """
@@ -187,7 +187,7 @@ def as_text(tables: dict[str, dict[str, list[Any]]]) -> str:
 
 
 def replay_seconds(calls: Sequence[Callable[[], Any]], replays: int = REPLAYS) -> float:
-    """Measure the seconds of a call, in a CUDA graph that runs all calls one after the other; median over replays."""
+    """Measure the mean seconds of calls in a CUDA graph that runs them one after the other; median over replays."""
     calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

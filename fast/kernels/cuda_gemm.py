@@ -151,14 +151,20 @@ class GemmTile(NamedTuple):
 
 @cuda.jit(device=True, forceinline=True)
 def unit_bits(largest):
-    """Return the bits of the power of two that a vector is divided by, from those of its largest magnitude, or NaN."""
+    """Return the bits of the power of two that a vector is divided by, or of NaN.
+
+    `largest` is the bits of the vector's largest magnitude.
+    """
     exponent = max(largest >> uint32(23), uint32(15))
     return uint32((exponent - uint32(14)) << uint32(23)) if exponent < uint32(255) else uint32(0x7FC00000)
 
 
 @cuda.jit(device=True, forceinline=True)
 def column_of(place):
-    """Return the first of the two columns in the word at `place`, a multiple of eight; the other is 16 further."""
+    """Return the first of the two columns in the word at `place`, a multiple of eight.
+
+    The second column is 16 further.
+    """
     return int32(int32(int32(place >> 4) << 5) + int32(place & 15))
 
 
@@ -342,7 +348,7 @@ def gemm(
         x, units, gs, signs, scales, widths, counts, steps, bases, first_blocks, offsets, limits, out,
         vectors, room, stride, out_columns, split_steps,
     ):  # fmt: skip
-        """Launch with a grid of (blocks of all outputs, vectors / those of a tile, shares of K).
+        """Launch with a grid of (blocks of all outputs, vectors / vectors of a tile, shares of K).
 
         Tuples with an entry for each matrix of signs: signs, scales of rows, words of a row (widths), steps, and where
         the vectors begin that it is multiplied with (bases). Tuples with an entry for each output: rows (counts), rows

@@ -108,16 +108,19 @@ PLANES_WORDS = 200  # words of shared memory for a K tile: 24 bit planes, the un
 
 @cuda.jit(device=True, forceinline=True)
 def to_fixed_point(value, inverse):
-    """Return q + 2^22 in the lowest 23 bits, for the integer q nearest to value * inverse; an exponent above them.
+    """Return q + 2^22 in the lowest 23 bits, for the integer q nearest to value * inverse.
 
-    A float32 from 2^23 to 2^24 is an integer, and its lowest bits are those of the integer.
+    A float32 from 2^23 to 2^24 is an integer, and the lowest bits of both are equal. An exponent stands above them.
     """
     return as_bits(value * inverse + float32(12582912.0))  # 1.5 * 2^23
 
 
 @cuda.jit(device=True, forceinline=True)
 def transpose_bits(x, y):
-    """Transpose 8 by 8 bits: x has bytes 0 to 3, y has bytes 4 to 7 (Warren, Hacker's Delight, 7-3)."""
+    """Transpose a matrix of 8 by 8 bits (Warren, Hacker's Delight, 7-3).
+
+    x has its bytes 0 to 3, y its bytes 4 to 7.
+    """
     s = (x ^ (x >> uint32(7))) & uint32(0x00AA00AA)
     t = (y ^ (y >> uint32(7))) & uint32(0x00AA00AA)
     x, y = x ^ s ^ (s << uint32(7)), y ^ t ^ (t << uint32(7))
@@ -130,10 +133,10 @@ def transpose_bits(x, y):
 
 @cuda.jit(device=True, forceinline=True)
 def transpose_bytes(lane, a, b, c):
-    """Transpose bytes among four lanes, three times: from a byte of each of eight planes to whole words of two planes.
+    """Transpose bytes among four lanes: from a byte of each of eight planes to whole words of two planes.
 
-    A lane has a byte of one word of each plane: in a, bytes of x for planes 0 to 3 and of y for planes 4 to 7; b and c
-    have the next sixteen planes in the same way. After two exchanges lane i has the words of planes 2 i and 2 i + 1.
+    a, b and c are pairs of words with a byte for each of planes 0 to 7, 8 to 15 and 16 to 23. After two exchanges
+    lane i has the words of planes 2 i and 2 i + 1 of each eight.
     """
     odd, high = lane & 1 != 0, lane & 2 != 0
     keep, give = (uint32(0x7632), uint32(0x5410)) if odd else (uint32(0x5410), uint32(0x7632))
@@ -159,9 +162,9 @@ def transpose_bytes(lane, a, b, c):
 
 @cuda.jit(device=True, forceinline=True)
 def store_bit_planes(words, place, lane, v):
-    """Store the bit planes, the unit and the sum of a warp's K tile in shared memory; each lane has eight entries, v.
+    """Store the bit planes, the unit and the sum of a warp's K tile in shared memory.
 
-    The unit is NaN if an entry is infinite or NaN, and so are all sums with it.
+    v are the lane's eight entries. The unit is NaN if an entry is infinite or NaN, and so are all sums with it.
     """
     exponent = uint32(max(warp_max(as_bits(absmax8(v))) >> uint32(23), uint32(21)))
     inverse = as_float(uint32((uint32(274) - exponent) << uint32(23)))  # 2^20 over the power of two in the largest
@@ -204,14 +207,17 @@ def store_bit_planes(words, place, lane, v):
 
 @cuda.jit(device=True, forceinline=True)
 def load_fragment(words, at, stride):
-    """Load the lane's words of rows g and g + 8 of a fragment, as `and_popc_mma` takes them; `at` is in row g."""
+    """Load the lane's words of rows g and g + 8 of a fragment; `at` is the first one of row g."""
     below = int32(at + int32(8 * stride))
     return words[uint32(at)], words[uint32(below)], words[uint32(at + 4)], words[uint32(below + 4)]
 
 
 @cuda.jit(device=True, forceinline=True)
 def masked_sum(words, place, lane, signs):
-    """Sum q_j over the ones of a row of bits: row g of the fragment in even lanes, g + 8 in odd ones."""
+    """Sum q_j where a row of bits has ones, over a K tile.
+
+    The row is g of the fragment in even lanes, and g + 8 in odd ones.
+    """
     at, of = int32(place + int32(lane << 1)), int32(lane & 3)
     b0, b1 = load2(words, uint32(at))
     c = and_popc_mma(signs[0], signs[1], signs[2], signs[3], b0, b1)
@@ -231,7 +237,7 @@ def masked_sum(words, place, lane, signs):
 
 @cuda.jit(device=True, forceinline=True)
 def signed_sum(words, place, lane, signs):
-    """Sum s_j v_j over a K tile: for row g of the fragment in even lanes, g + 8 in odd ones."""
+    """Sum s_j v_j over a K tile, for the row of `masked_sum`."""
     masked = masked_sum(words, place, lane, signs)
     unit, total = load2(words, uint32(place + 192))
     return float32(int32(int32(total) - int32(masked << 1))) * as_float(unit)
@@ -559,7 +565,7 @@ def latent(
 def output(
     dtype: str, wide: bool, vectors: int, split_k: int, pdl: bool, layers: int = 1, epilogue: str = "plain"
 ) -> Any:
-    """Make the second kernel: y = sum over paths of h * (U_sign t), after adding up the split-K partial sums of t.
+    """Make the second kernel: y = sum over paths of h * (U_sign t), t summed over its split-K partial sums.
 
     Parameters
     ----------
@@ -623,10 +629,11 @@ def output(
         t, signs, scales, ranks, offsets, d_outs, first_blocks, starts, bias, y, squares,
         rows, columns, y_columns, row_tiles, k_warps, log_row_warps,
     ):  # fmt: skip
-        """Launch with a grid of (blocks of all layers, 1, rows / `vectors`); warps share the K tiles of both paths.
+        """Launch with a grid of (blocks of all layers, 1, rows / `vectors`).
 
-        signs, scales, ranks and offsets (columns of t) have an entry for each path; d_outs, first_blocks and starts
-        (columns of y, of which there are `y_columns`) one for each layer. The rest is as in `latent`.
+        Warps share the K tiles of both paths. Tuples with an entry for each path: signs, scales, ranks, and first columns
+        in t (offsets). Tuples with an entry for each layer: d_outs, first blocks, and first columns in y (starts), which
+        has `y_columns` columns. The rest is as in `latent`.
         """
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = int32(thread & 31), int32(thread >> 5), int32(threads >> 5)

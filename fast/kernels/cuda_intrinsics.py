@@ -286,7 +286,10 @@ def cp_async_16(array, index, source, place):
 
 @llvm(copy_signature, build_cp_async("cp.async.cg.shared.global [$0], [$1], 16, $2;"))
 def cp_async_16_zero_fill(array, index, source, place, size):
-    """Begin to copy `size` bytes (16 or 0) to shared memory, and fill up 16 with zeros; both sides must be aligned."""
+    """Begin to copy `size` bytes (16 or 0) to shared memory, and zeros up to 16.
+
+    Both sides must be aligned to 16 bytes.
+    """
     assert index % 4 == 0, "misaligned copy"
     assert size == 0 or place % (16 // source.dtype.itemsize) == 0, "misaligned copy"
     here = range(int(place), int(place) + int(size) // source.dtype.itemsize)

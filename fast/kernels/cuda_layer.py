@@ -231,7 +231,7 @@ def launch_output(
 
 
 def output_blocks(d_out: int, config: LaunchConfig) -> int:
-    """Count the blocks of a layer's second kernel, each of which stores a sum of squares for each row of x."""
+    """Count the sums of squares for each row of x: one for each block of a layer's second kernel."""
     return -(-d_out // config.output.rows)
 
 
@@ -352,7 +352,9 @@ def groups_of_eight(count: int) -> int:
 
 
 def launch_unpack(dtype: str, paths: Sequence[Any], out: Any, multiprocessors: int, pdl: bool, start: Any) -> None:
-    """Launch the kernel that unpacks a layer's paths to A and B, one after the other, rows padded to eight entries.
+    """Launch the kernel that unpacks a layer's paths to A and, after it, B.
+
+    Rows are padded to a multiple of eight entries.
 
     Parameters
     ----------

@@ -54,7 +54,7 @@ def build_and_popc_mma(context: Any, builder: Any, signature: Any, args: Any) ->
 
 @llvm(lambda *words: types.UniTuple(int32, 4)(*[uint32] * 6), build_and_popc_mma)
 def and_popc_mma(a0, a1, a2, a3, b0, b1):
-    """Count the ones that 16 rows of 256 bits have in common with 8 columns of 256 bits: popcount(a AND b).
+    """Count the ones that 16 rows of 256 bits have in common with 8 columns: popcount(a AND b).
 
     A lane gives its words of the rows (a0 to a3) and of the columns (b0, b1), and gets four of the (16, 8) int32.
     """
@@ -175,7 +175,9 @@ def signed_pair(word: int, scales: Any, row: int, at: int, paired: bool) -> np.n
 
 @cache
 def warp_mma(down: int, across: int, half: int, stride: int, paired: bool = False) -> Any:
-    """Make a device function that adds products of 32 signs of each row with 32 entries of each vector to the sums.
+    """Make a device function that multiplies 32 signs of each row with 32 entries of each vector (mma).
+
+    The products are added to the accumulators.
 
     The device function takes
 
@@ -264,7 +266,7 @@ def mma_signature(sums: Any, words: Any, scales: Any, array: Any, index: Any, la
 
 @cache
 def warpgroup_mma(across: int, paired: bool = False) -> Any:
-    """Make a device function that adds products of 64 signs of 64 rows with vectors to the sums of four warps (wgmma).
+    """Make a device function that multiplies 64 signs of 64 rows with vectors, by four warps together (wgmma).
 
     It takes the arguments of `warp_mma`, with two words of signs for each of the lane's two rows, and the element of
     shared memory where the first vector begins. A vector takes 32 words, in chunks of four that are swizzled: chunk c

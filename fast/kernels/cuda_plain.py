@@ -41,7 +41,10 @@ def plain_latent(dtype: str) -> Any:
 
     @cuda.jit
     def kernel(x, g, v_words, ell, t, rank, d_in, total_rank, offset):
-        """Launch with a grid of (rank / warps of a block, rows of x); a row of t has `total_rank` entries."""
+        """Launch with a grid of (rank / warps of a block, rows of x).
+
+        A row of t has `total_rank` entries, and this path's begin at `offset`.
+        """
         lane, row_of_x = int32(cuda.threadIdx.x & 31), int32(cuda.blockIdx.y)
         row = int32(cuda.blockIdx.x * int32(cuda.blockDim.x >> 5) + int32(cuda.threadIdx.x >> 5))
         words_per_row = int32(int32(d_in + 31) >> 5)
@@ -61,12 +64,12 @@ def plain_latent(dtype: str) -> Any:
 
 @kernel_factory
 def plain_output(dtype: str) -> Any:
-    """Make the second kernel, for y of a dtype in ELEMENTS: y[b, o] over one or two paths, one warp for each o."""
+    """Make the second kernel, for y of a dtype in ELEMENTS: y[b, o], one warp for each o."""
     rounded = ROUND[dtype]
 
     @cuda.jit(device=True, forceinline=True)
     def signed_sum(t, begin, u_words, row, rank, lane):
-        """Sum a path's latents, which begin at `begin`, with the signs of a row of U; every lane gets the total."""
+        """Sum a path's latents, from `begin` on, with the signs of a row of U."""
         total, column, words_per_row = float32(0), lane, int32(int32(rank + 31) >> 5)
         while column < rank:
             value = t[uint32(begin + column)]
@@ -76,7 +79,10 @@ def plain_output(dtype: str) -> Any:
 
     @cuda.jit
     def kernel(t, u_1, u_2, h_1, h_2, y, rank_1, rank_2, d_out):
-        """Launch with a grid of (d_out / warps of a block, rows of x); `rank_2` is 0 for a layer of one path."""
+        """Launch with a grid of (d_out / warps of a block, rows of x).
+
+        `rank_2` is 0 for a layer of one path.
+        """
         lane, row_of_x = int32(cuda.threadIdx.x & 31), int32(cuda.blockIdx.y)
         row = int32(cuda.blockIdx.x * int32(cuda.blockDim.x >> 5) + int32(cuda.threadIdx.x >> 5))
         if row < d_out:

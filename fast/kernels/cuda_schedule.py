@@ -64,9 +64,10 @@ class Tiling(NamedTuple):
         return 32 * self.k_warps << self.log_row_warps
 
     def shared_bytes(self, vectors: int, k_tiles: int, strides: Sequence[int]) -> int:
-        """Count a block's bytes of shared memory: bit planes, a sum for each K warp and row, and words of signs.
+        """Count a block's bytes of shared memory.
 
-        `strides` are words of a row, for each matrix of signs.
+        It holds bit planes, a sum for each K warp, row and vector, and words of signs. `strides` are the words between
+        rows, one for each matrix of signs.
         """
         words = sum(-(-self.rows * stride // 4) * 4 + FRAGMENT_ROWS for stride in strides)
         return 4 * (vectors * (PLANES_WORDS * k_tiles + self.k_warps * self.rows) + words)
@@ -173,7 +174,7 @@ def output_shared_bytes(tiling: Tiling, vectors: int, shape: LayerShape) -> int:
 
 
 def launch_config(shape: LayerShape, rows: int, device: Device) -> LaunchConfig | None:
-    """Choose how to launch the GEMV for `rows` rows of x: as measured on this GPU, or as estimated from the shape.
+    """Choose how to launch the GEMV for `rows` rows of x, by measurements on this GPU or by the shape.
 
     Returns
     -------
@@ -259,7 +260,7 @@ def read_configs(path: Path) -> dict[str, dict[str, list[Any]]]:
     Raises
     ------
     ValueError
-        If the file is not such a table.
+        If the file does not hold valid configurations.
     """
     try:
         tables = json.loads(path.read_text(encoding="utf-8"))

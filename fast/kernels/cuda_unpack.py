@@ -10,7 +10,7 @@ at 0.1 bits is then 5 to 7 times as fast as cuBLAS's dense one, and at 0.55 bits
 (book/results/cuda_batches.json, H100).
 
 Bytes moved: the signs are read once, and 2 * R * (d_in + d_out) bytes are written and read again, R the sum of ranks.
-Stores are coalesced: a lane writes 16 bytes, eight entries of a row, next to those of its neighbour.
+Stores are coalesced: a lane writes 16 bytes, eight entries of a row, and its neighbour the next eight.
 
 One launch writes both matrices. Products of float16 scales may exceed float16, so e is the least integer from 0 that
 brings all h ell below 2^15. Powers of two are exact, so y needs no further factor. In bfloat16 the products fit, and e
@@ -117,10 +117,10 @@ def unpack(dtype: str, paths: int, pdl: bool) -> Any:
     def kernel(words, scales, hs, heights, rows, columns, widths, starts, strides, first_tiles, out, tiles):
         """Launch with any grid: warps take the tiles in turn, each of TILE_ROWS rows and 8 * TILE_COLUMNS8 columns.
 
-        A piece is the part of A or B of one path; those of A come first. Tuples have an entry for each piece: words of
-        signs, of shape (rows, columns); scales of columns; rows to write, with zeros beyond the signs (heights); groups
-        of eight columns to write (widths); where in `out` it begins (starts) and its next row does (strides), in groups
-        of eight; and its first tile (first_tiles). `hs` has an entry for each path.
+        A piece is the part of A or B of one path; the pieces of A come first. Tuples have an entry for each piece:
+        words of signs, of shape (rows, columns); scales of columns; rows to write, with zeros beyond the signs
+        (heights); groups of eight columns to write (widths); where the piece begins in `out` (starts), and the distance
+        of its rows (strides), in groups of eight; and its first tile (first_tiles). `hs` has an entry for each path.
         """
         lane, warp, warps = int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5), int32(cuda.blockDim.x >> 5)
         tile = int32(int32(cuda.blockIdx.x * warps) + warp)

@@ -48,7 +48,7 @@ def exact(x, paths):
 
 
 def assert_exact(y, x, paths, tolerance=EXACT):
-    """Assert that y is exact but for a rounding to its dtype and the GEMV's error, relative to the outputs' size."""
+    """Assert that y is exact but for a rounding to its dtype and the GEMV's error."""
     want = exact(x, paths)
     rounding = torch.finfo(y.dtype).eps / 2 * want.abs()
     size = want.norm() / want.numel() ** 0.5 if want.numel() else 0
@@ -324,7 +324,7 @@ def test_graphs_replay_on_several_streams_at_once():
         assert all(torch.equal(y, expected) for (_, y), expected in zip(graphs, want, strict=True))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_every_device_computes_the_same_whatever_is_the_current_one():
     packed, x = lb.PackedLinear(layer(2048, 1024, [200])), inputs(3, 1024)
     want = copy.deepcopy(packed).cuda()(x).cpu()

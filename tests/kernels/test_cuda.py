@@ -124,7 +124,7 @@ def compiled(kernel, capability):
 
 
 def attributes_of(cubin):
-    """Read the attributes of the only kernel in a cubin: the entries of section .nv.info with a kernel and a number."""
+    """Read the attributes of the only kernel in a cubin, from its section .nv.info."""
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(number)]
