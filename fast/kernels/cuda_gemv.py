@@ -473,10 +473,8 @@ def latent(
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = int32(thread & 31), int32(thread >> 5), int32(threads >> 5)
         k_warp, row_warp = int32(warp >> log_row_warps), int32(warp & int32(int32(1 << log_row_warps) - 1))
-        step, block_rows = (
-            int32(FRAGMENT_ROWS << log_row_warps),
-            int32(int32(FRAGMENT_ROWS * row_tiles) << log_row_warps),
-        )
+        step = int32(FRAGMENT_ROWS << log_row_warps)
+        block_rows = int32(int32(FRAGMENT_ROWS * row_tiles) << log_row_warps)
         block, path = int32(cuda.blockIdx.x), int32(0)
         for following_path in range(1, paths):
             path = int32(following_path) if block >= first_blocks[following_path] else path
@@ -537,12 +535,8 @@ def latent(
                 store_sums(shared, int32(sums_at + int32(k_warp * sums_count) + vectors * row), sums, vectors)
             elif lane & 2 == 0:
                 store(t, target, columns, int32(block_row + row), rank, limit, int32(rows - first), sums)
-            scale, row, row_tile, at = (
-                following,
-                int32(row + step),
-                int32(row_tile + 1),
-                int32(at + int32(step * stride)),
-            )
+            scale, row = following, int32(row + step)
+            row_tile, at = int32(row_tile + 1), int32(at + int32(step * stride))
         if k_warps > 1:
             cuda.syncthreads()
             item = thread
@@ -631,17 +625,15 @@ def output(
     ):  # fmt: skip
         """Launch with a grid of (blocks of all layers, 1, rows / `vectors`).
 
-        Warps share the K tiles of both paths. Tuples with an entry for each path: signs, scales, ranks, and first columns
-        in t (offsets). Tuples with an entry for each layer: d_outs, first blocks, and first columns in y (starts), which
-        has `y_columns` columns. The rest is as in `latent`.
+        Warps share the K tiles of both paths. Tuples with an entry for each path: signs, scales, ranks, and first
+        columns in t (offsets). Tuples with an entry for each layer: d_outs, first blocks, and first columns in y
+        (starts), which has `y_columns` columns. The rest is as in `latent`.
         """
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = int32(thread & 31), int32(thread >> 5), int32(threads >> 5)
         k_warp, row_warp = int32(warp >> log_row_warps), int32(warp & int32(int32(1 << log_row_warps) - 1))
-        step, block_rows = (
-            int32(FRAGMENT_ROWS << log_row_warps),
-            int32(int32(FRAGMENT_ROWS * row_tiles) << log_row_warps),
-        )
+        step = int32(FRAGMENT_ROWS << log_row_warps)
+        block_rows = int32(int32(FRAGMENT_ROWS * row_tiles) << log_row_warps)
         block, layer = int32(cuda.blockIdx.x), int32(0)
         for following_layer in range(1, layers):
             layer = int32(following_layer) if block >= first_blocks[following_layer] else layer
