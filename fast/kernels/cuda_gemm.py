@@ -348,13 +348,13 @@ def gemm(
         x, units, gs, signs, scales, widths, counts, steps, bases, first_blocks, offsets, limits, out,
         vectors, room, stride, out_columns, split_steps,
     ):  # fmt: skip
-        """Launch with a grid of (blocks of all outputs, vectors / vectors of a tile, shares of K).
+        """Launch with a grid of (blocks of all outputs, vectors / vectors of a tile, K slices).
 
         Tuples with an entry for each matrix of signs: signs, scales of rows, words of a row (widths), steps, and where
         the vectors begin that it is multiplied with (bases). Tuples with an entry for each output: rows (counts), rows
         to write, with zeros beyond the former (limits), the first block (first_blocks), the first column in `out`
         (offsets), and g if `direct`. A vector takes `stride` elements of x, which has room for `room` vectors of each
-        output unless `direct`, and `out_columns` elements of `out`. A share of K has `split_steps` steps.
+        output unless `direct`, and `out_columns` elements of `out`. A K slice has `split_steps` steps.
         """
         thread = int32(cuda.threadIdx.x)
         lane, warp, block, which = int32(thread & 31), int32(thread >> 5), int32(cuda.blockIdx.x), int32(0)

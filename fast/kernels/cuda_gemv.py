@@ -1,6 +1,6 @@
 """Multiply packed signs with a few vectors by a bit-serial GEMV on tensor cores: two launches for a layer.
 
-    latent   t[s, b, r] = ell_r sum over the s-th share of d_in of V_sign[r, i] g_i x[b, i]
+    latent   t[s, b, r] = ell_r sum over the s-th K slice of V_sign[r, i] g_i x[b, i]
     output   y[b, o] = sum over paths of h_o sum_r U_sign[o, r] sum_s t[s, b, r]
 
 Versions, simple to fast (time for 28672 x 8192 at 0.55 bits, 16.2 MB, one vector; then bytes per second as a share of a
@@ -33,9 +33,9 @@ the 2^22 away again:
 One instruction (cuda_mma.and_popc_mma) does this for 16 rows of signs and 8 columns, so three do it for a K tile and a
 vector. Sums of integers are exact; an entry is off by at most 2^-22 of the largest in its tile.
 
-Split-K. The rank is small, so rows alone would not fill the GPU. `latent` therefore divides d_in among blocks, and
-`output` adds up their partial sums in its prologue; warps of a block also divide the K tiles among themselves. All sums
-have a fixed order, so results are the same each time.
+Split-K. The rank is small, so rows alone would not fill the GPU. `latent` therefore divides d_in into K slices, each
+for other blocks, and `output` adds up their partial sums in its prologue. Warps of a block also divide the K tiles
+among themselves. All sums have a fixed order, so results are the same each time.
 
 Shared memory holds the words of signs (by cp.async, which needs no registers on the way) and the bit planes. Rows of
 words are four words longer than needed where their number is a multiple of four, so that a fragment's loads touch all
@@ -313,7 +313,7 @@ SUMMARY = 8  # floats after a split's values: its largest score, its sum of weig
 
 
 class SplitKvPartials(NamedTuple):
-    """An input that is attention with split KV: blocks of `cuda_decode.attend` have each seen a share of the context.
+    """An input that is attention with split KV: each block of `cuda_decode.attend` has seen a part of the context.
 
     For each vector, head and split the input holds `head_dim` values, weighted by exp(score - largest score of the
     split), and SUMMARY floats. `latent` combines the splits in its prologue, as flash decoding does.
@@ -321,7 +321,7 @@ class SplitKvPartials(NamedTuple):
     Attributes
     ----------
     splits : int
-        Shares of a context; an empty one has a largest score so low that its weight is zero.
+        Parts of a context. An empty part has a largest score so low that its weight is zero.
     head_dim : int
         A multiple of eight.
     """
@@ -464,10 +464,10 @@ def latent(
         x, gs, signs, ells, ranks, first_blocks, offsets, t, weight, squares,
         d_in, rows, columns, k_tiles, row_tiles, k_warps, log_row_warps, squares_count, eps,
     ):  # fmt: skip
-        """Launch with a grid of (blocks of all paths, shares of d_in, rows / `vectors`).
+        """Launch with a grid of (blocks of all paths, K slices, rows / `vectors`).
 
         Tuples have an entry for each path: its first block (first_blocks), and where it begins in the `columns` columns
-        of t (offsets). `k_tiles` is the number of K tiles in a share of d_in. `row_tiles`, `k_warps` and
+        of t (offsets). `k_tiles` is the number of K tiles in a K slice. `row_tiles`, `k_warps` and
         `log_row_warps` are the fields of cuda_schedule.Tiling.
         """
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
@@ -568,7 +568,7 @@ def output(
     wide, vectors, pdl
         See `latent`; `wide` is about rows of U.
     split_k : int
-        Partial sums that `latent` left: shares of d_in.
+        Partial sums that `latent` left, one for each K slice.
     layers : int
         One layer, or fused projections. Each has two paths here; a missing one has rank 0.
     epilogue : str

@@ -137,7 +137,7 @@ def launch_gemv(
     Raises
     ------
     ValueError
-        If d_in cannot be divided into config.split_k shares.
+        If d_in cannot be divided into config.split_k K slices.
     """
     shape = shape_of(layers)
     k_tiles, split_k = k_tiles_of(shape.d_in), config.split_k
@@ -155,11 +155,11 @@ def shape_of(layers: Sequence[Sequence[Any]]) -> LayerShape:
     return LayerShape(len(layers[0][0].g), tuple(len(layer[0].h) for layer in layers), ranks)
 
 
-def shares_of(d_in: int, split_k: int) -> tuple[int, int]:
-    """Return the K tiles of a share of d_in, and the number of shares that have any."""
+def k_slices(d_in: int, split_k: int) -> tuple[int, int]:
+    """Return the K tiles of a K slice of d_in, and the number of K slices that have any."""
     k_tiles = k_tiles_of(d_in)
-    of_share = -(-k_tiles // split_k)
-    return of_share, -(-k_tiles // of_share)
+    of_slice = -(-k_tiles // split_k)
+    return of_slice, -(-k_tiles // of_slice)
 
 
 def launch_latent(
@@ -177,19 +177,19 @@ def launch_latent(
     """Launch the first GEMV kernel; see `launch_gemv`."""
     paths = [path for layer in layers for path in layer]
     d_in, ranks, vectors = len(paths[0].g), [len(path.ell) for path in paths], vectors_of(rows)
-    of_share, shares = shares_of(d_in, config.split_k)
+    of_slice, slices = k_slices(d_in, config.split_k)
     tiling = config.latent
     first_blocks, total = exclusive_sums([-(-padded_rank(rank) // tiling.rows) for rank in ranks])
     offsets, columns = exclusive_sums(map(padded_rank, ranks))
     start(
         latent(dtype, d_in % 128 == 0, d_in % 8 == 0, vectors, pdl, len(paths), prologue),
-        (total, shares, -(-rows // vectors)),
+        (total, slices, -(-rows // vectors)),
         tiling.threads,
         latent_shared_bytes(tiling, vectors, d_in, config.split_k),
         (
             x, *fields_of(paths, "g", "v_words", "ell"), tuple(ranks), first_blocks, offsets, t,
             *((norm.weight, norm.squares) if norm else (t, t)),
-            d_in, rows, columns, of_share, tiling.row_tiles, tiling.k_warps, tiling.log_row_warps,
+            d_in, rows, columns, of_slice, tiling.row_tiles, tiling.k_warps, tiling.log_row_warps,
             *((norm.count, norm.eps) if norm else (0, 0.0)),
         ),
     )  # fmt: skip
@@ -218,7 +218,7 @@ def launch_output(
     of_pairs = [next(every) if at < len(layer) else (0, 0) for layer in layers for at in (0, 1)]
     epilogue = "add" if squares is not None else "bias" if bias is not None else "plain"
     start(
-        output(dtype, shape.wide, vectors, shares_of(shape.d_in, config.split_k)[1], pdl, len(layers), epilogue),
+        output(dtype, shape.wide, vectors, k_slices(shape.d_in, config.split_k)[1], pdl, len(layers), epilogue),
         (total, 1, -(-rows // vectors)),
         tiling.threads,
         output_shared_bytes(tiling, vectors, shape),

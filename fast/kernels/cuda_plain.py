@@ -1,7 +1,7 @@
 """Multiply packed signs with vectors by a naive CUDA GEMV: one warp for each row, one sign at a time.
 
-Read this file first. A path of rank r is W = diag(h) U_sign diag(ell) V_sign^T diag(g) (Equation 4 of the paper), so
-the layer is two matrix-vector products (GEMV) with signs, and a kernel for each:
+Read this file first. A path of rank r is W = diag(h) U_sign diag(ell) V_sign^T diag(g) (LittleBit, arXiv 2506.13771).
+So the layer is two matrix-vector products (GEMV) with signs, and there is a kernel for each:
 
     plain_latent   t[b, r] = ell_r sum_i V_sign[r, i] g_i x[b, i]            for each path
     plain_output   y[b, o] = sum over paths of h_o sum_r U_sign[o, r] t[b, r]
@@ -10,13 +10,14 @@ A sign is one bit: 0 for +1 and 1 for -1, least significant bit first, 32 to a w
 The 32 lanes of a warp read 32 neighbouring entries of x (one coalesced transaction) and one common word of signs, of
 which each lane looks at its own bit. Shuffles add up the lanes' sums.
 
-Bytes moved per output: (d_in + 31) // 32 * 4 of signs in the first kernel, and as many for the rank in the second. The
-vector stays in cache. At 28672 x 8192 and 0.55 bits that is 16.2 MB in all, which the two kernels read at 6 % of the
-speed of a copy (book/results/cuda_linear.json, H100): they are bound by instructions, for each sign costs a load, a
-shift, an AND and a select. The next version, cuda_gemv.py, hands whole words of signs to the tensor cores.
+Bytes moved per output: d_in / 8 of signs for an entry of t, rank / 8 for an entry of y. The vectors stay in cache. A
+layer of 28672 x 8192 at 0.55 bits has 16.2 MB, which the two kernels read in 108 us, at 6 % of the speed of a copy
+(computed from book/results/cuda_linear.json, H100). Instructions are the limit: each sign costs a load, a shift, an AND
+and a select. The next version, cuda_gemv.py, hands whole words of signs to the tensor cores.
 """
 
-# Numba gives cuda.threadIdx and integer types other meanings than their Python stand-ins.
+# int32() keeps index arithmetic in 32-bit registers; Numba would widen it to 64 bits. Numba gives cuda.threadIdx and
+# integer types other meanings than their Python stand-ins.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false
 

@@ -27,7 +27,7 @@ MAX_GEMV_ROWS = 4  # rows of x in 16 bits up to which the GEMV is faster than th
 # Rows of x in float32 up to which the GEMV is faster than unpacking; the GEMM would lose float32's precision
 MAX_EXACT_ROWS = 32
 WGMMA_CAPABILITY = (9, 0)  # the only compute capability with wgmma
-MAX_SPLIT_K = 8  # shares of d_in in the GEMM
+MAX_SPLIT_K = 8  # most K slices of the GEMM
 # Microseconds on an H100 for a call: the launches; and for each sign, each sign times a row of x, and each entry of x
 # or y. Fitted to both ways' times for six layers at 0.1 to 0.55 bits and 32 to 1024 rows. The way that these numbers
 # choose takes at most 7 % longer than the faster one.
@@ -79,7 +79,7 @@ class LaunchConfig(NamedTuple):
     Attributes
     ----------
     split_k : int
-        Shares of d_in, each for a block of its own: at most the K tiles of d_in, and 1 unless 128 divides d_in.
+        K slices of d_in, each for other blocks: at most the K tiles of d_in, and 1 unless 128 divides d_in.
     latent, output : Tiling
     """
 
@@ -321,7 +321,7 @@ class GemmConfig(NamedTuple):
     Attributes
     ----------
     split_k : int
-        Shares of d_in.
+        K slices of d_in.
     latent, output : GemmTile
     """
 
@@ -347,7 +347,7 @@ def tiles_for(rows: int, wgmma: bool) -> list[GemmTile]:
 
 
 def gemm_config(shape: LayerShape, rows: int, multiprocessors: int, wgmma: bool) -> GemmConfig:
-    """Choose the largest tiles and the fewest shares of d_in that give each multiprocessor a block."""
+    """Choose the largest tiles and the fewest K slices that give each multiprocessor a block."""
     tiles = tiles_for(rows, wgmma)
 
     def blocks(tile: GemmTile, counts: Iterable[int]) -> int:
