@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 from numba import config, cuda, float32, int32, types, uint32
 
 from .cuda_elements import (
-    ACTIVATIONS,
     ELEMENTS,
     HALVES,
     LOAD8,
@@ -43,6 +42,7 @@ from .cuda_elements import (
     load4,
     mul8,
     scale8,
+    silu,
     single_load8,
     warp_sum,
 )
@@ -314,7 +314,7 @@ def normed(kind: str) -> Any:
 @kernel_factory
 def gated(kind: str, activation: str) -> Any:
     """y_i = activation(x_i) x_(size + i), both of a kind in LOAD8."""
-    eight_at, rounded, curve = LOAD8[kind], ROUND[kind], ACTIVATIONS[activation]
+    eight_at, rounded, curve = LOAD8[kind], ROUND[kind], {"silu": silu}[activation]
 
     @cuda.jit
     def kernel(x, y, size):

@@ -74,7 +74,6 @@ def silu(value):
 
 AT = {"half": half_at, "bfloat": bfloat_at, "single": single_at}
 ROUND = {"half": round_to_half, "bfloat": round_to_bfloat, "single": identity}
-ACTIVATIONS = {"silu": silu}
 
 
 @cuda.jit(device=True, forceinline=True)

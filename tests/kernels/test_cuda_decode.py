@@ -7,8 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from littlebit.fast.decoding.ops import ACTIVATIONS
-from littlebit.fast.kernels import cuda_decode as kernels, cuda_driver, cuda_elements, cuda_latent_attention
+from littlebit.fast.kernels import cuda_decode as kernels, cuda_driver, cuda_latent_attention
 from littlebit.fast.kernels.cuda_decode import Attention
 from test_cuda import CAPABILITIES, FRAME_SIZE, compiled
 
@@ -75,7 +74,3 @@ def test_kernels_compile_without_spills_and_with_the_registers_that_there_are(ca
         assert attributes[REGISTERS] * threads <= ALL_REGISTERS
     assert (b"griddepcontrol.wait" in text) == early
     assert b"atom.acq_rel.gpu" in text
-
-
-def test_every_activation_of_the_kernels_has_the_same_name_in_torch():
-    assert set(cuda_elements.ACTIVATIONS) <= set(ACTIVATIONS)
