@@ -296,7 +296,7 @@ def parse_config(stored: Any) -> LaunchConfig:
 
 
 class GemmWorkspace(NamedTuple):
-    """Device memory that `cuda_layer.launch_gemm` overwrites.
+    """Device memory that `cuda_launch.launch_gemm` overwrites.
 
     Attributes
     ----------

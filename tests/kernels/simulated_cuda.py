@@ -8,14 +8,15 @@ import os
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 
 import cuda_simulator  # noqa: F401 (before any kernel)
-import littlebit.fast.kernels.cuda_layer as kernels
+import littlebit.fast.kernels.cuda_launch as kernels
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from littlebit.fast.bench.linear import exact_path, random_path
 from littlebit.fast.kernels.cuda_gemm import GemmTile
-from littlebit.fast.kernels.cuda_schedule import LaunchConfig, Tiling
+from littlebit.fast.kernels.cuda_layer import output_blocks
+from littlebit.fast.kernels.cuda_schedule import LaunchConfig, Tiling, workspace_sizes
 from littlebit.fast.packing import PackedFactors, unpack_factors
 from numba import cuda
 
@@ -274,7 +275,7 @@ def test_outputs_are_added_to_the_residual_stream_and_their_squares_summed(rows,
     generator = torch.Generator().manual_seed(12)
     path, config = random_path(70, 40, 33, generator), LaunchConfig(1, Tiling(1, 0, 1), Tiling(k_warps, 1, 1))
     x, before = torch.randn(rows, 40, generator=generator), torch.randn(rows, 70, generator=generator).numpy()
-    count = kernels.output_blocks(70, config)
+    count = output_blocks(70, config)
     squares = cuda.to_device(np.full(rows * count, np.nan, np.float32))
     after = run(x.numpy(), [[path]], config, before.copy(), squares=squares)
     want = before + exact(x, [path])
@@ -344,7 +345,7 @@ def gemm(x, paths, config):
     name, seen = ("half", np.uint16) if x.dtype == np.float16 else ("single", np.float32)
     shape = kernels.LayerShape(x.shape[1], (len(paths[0].h),), (tuple(path.rank for path in paths),))
     dtypes = kernels.GemmWorkspace(np.uint32, np.float32, np.float32, np.uint32, np.float32)
-    counts = kernels.workspace_sizes(shape, len(x), config)
+    counts = workspace_sizes(shape, len(x), config)
     nans = [np.full(4 * count, 0xFF, np.uint8).view(dtype) for count, dtype in zip(counts, dtypes, strict=True)]
     y = cuda.to_device(np.full(len(x) * len(paths[0].h), 99, x.dtype).view(seen))
     arrays = [PackedFactors(*map(on_device, path)) for path in paths]
