@@ -207,7 +207,7 @@ def store_bit_planes(words, place, lane, v):
 
 @cuda.jit(device=True, forceinline=True)
 def load_fragment(words, at, stride):
-    """Load the lane's words of rows g and g + 8 of a fragment; `at` is the first one of row g."""
+    """Load the lane's words of rows g and g + 8 of a fragment; `at` is in row g."""
     below = int32(at + int32(8 * stride))
     return words[uint32(at)], words[uint32(below)], words[uint32(at + 4)], words[uint32(below + 4)]
 
@@ -559,7 +559,7 @@ def latent(
 def output(
     dtype: str, wide: bool, vectors: int, split_k: int, pdl: bool, layers: int = 1, epilogue: str = "plain"
 ) -> Any:
-    """Make the second kernel: y = sum over paths of h * (U_sign t), t summed over its split-K partial sums.
+    """Make the second kernel: y = sum over paths of h * (U_sign t), with t summed over K slices.
 
     Parameters
     ----------
