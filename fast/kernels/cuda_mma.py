@@ -15,7 +15,7 @@ Each operation is a plain Python function, which the simulator runs, with LLVM c
 `cuda_intrinsics.llvm`.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 
 from functools import cache, reduce
 from typing import Any

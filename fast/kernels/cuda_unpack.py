@@ -20,7 +20,7 @@ when it is replayed. A scale that is not finite does not count for e and is mult
 
 # Numba gives cuda.threadIdx, tuples and integer types other meanings than their Python stand-ins.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalSubscript=false
 
 from functools import partial
 from typing import Any
