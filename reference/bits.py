@@ -174,7 +174,7 @@ def official_rank(d_out: int, d_in: int, bits: float, paths: int = 2, factor: fl
 
 
 def official_rank_before_rounding(d_out: int, d_in: int, bits: float, paths: int = 2) -> float:
-    """The rank at which the authors' count of a layer's bits meets the target; see `official_rank`.
+    """Find the rank at which the authors' count of a layer's bits meets the target; see `official_rank`.
 
     Examples
     --------

@@ -4,7 +4,7 @@ SUMMARY = 8  # float32 after the values of a partial: largest score, sum of weig
 
 
 def combine_partials(partials):
-    """Combine (rows, heads, splits, size + SUMMARY) to (rows, heads, size) float64; see `cuda_gemv.Shares`."""
+    """Combine (rows, heads, splits, size + SUMMARY) to (rows, heads, size) float64; see `cuda_gemv.SplitKvPartials`."""
     size = partials.shape[-1] - SUMMARY
     values, top, total = partials.double().split([size, 1, SUMMARY - 1], -1)
     weight = (top - top.amax(2, keepdim=True)).exp()

@@ -62,8 +62,8 @@ class CudaOps(DecoderOps):
         self.driver, self.schedules = cuda_driver, cuda_schedule
         self.heads, self.dtype, self.eps, self.index = heads, dtype, eps, index
         capability = torch.cuda.get_device_capability(index)
-        self.early = capability >= cuda_driver.EARLY
-        self.grouped = capability == cuda_schedule.GROUPED
+        self.early = capability >= cuda_driver.PDL_CAPABILITY
+        self.grouped = capability == cuda_schedule.WGMMA_CAPABILITY
         most = 8 if self.early else 2  # query heads of a block for which the registers suffice
         self.group = next(count for count in range(min(heads.group, most), 0, -1) if heads.group % count == 0)
         self.chunks = heads.group // self.group
@@ -81,7 +81,7 @@ class CudaOps(DecoderOps):
 
     def kernel_dtype(self, tensor: Tensor) -> str:
         """Return the kernels' name of a tensor's dtype."""
-        return self.schedules.KINDS[tensor.dtype]
+        return self.schedules.DTYPE_NAMES[tensor.dtype]
 
     def grid(self, x: Tensor, size: int) -> tuple[int, int, int]:
         """Compute the grid of an element-wise kernel over the rows of x, with `size` columns each."""
@@ -148,7 +148,7 @@ class CudaOps(DecoderOps):
             Most splits of a context. The kernel uses as many of them as the position needs.
         """
         in_flight = config.tokens_in_flight(self.early)
-        most_blocks, min_split = 2 * self.driver.described(self.index).multiprocessors, self.min_split
+        most_blocks, min_split = 2 * self.driver.device_properties(self.index).multiprocessors, self.min_split
         enough = -(-most_blocks // self.blocks)
         if not combine:
             wanted = min(most_blocks // self.blocks, capacity // (self.few_rounds * in_flight))
@@ -277,7 +277,7 @@ class CudaOps(DecoderOps):
         if combine:
             y, splits = projected.new_empty(rows, heads.heads * heads.size), 1
         else:
-            enough = self.driver.described(self.index).multiprocessors // (rows * heads.heads)
+            enough = self.driver.device_properties(self.index).multiprocessors // (rows * heads.heads)
             splits = max(1, min(enough, tiles // self.min_split_tiles, self.max_partials))
             y = torch.empty(rows, heads.heads, splits, heads.size + self.kernels.SUMMARY, device=projected.device)
         width = up.words.shape[1]
@@ -314,7 +314,7 @@ class CudaOps(DecoderOps):
             If no tile fits.
         """
         kernels, (keys, values), heads = self.latent, up, self.heads
-        device, width, value_width = self.driver.described(self.index), keys.words.shape[1], sum(values.counts)
+        device, width, value_width = self.driver.device_properties(self.index), keys.words.shape[1], sum(values.counts)
         for tokens in kernels.TILE_TOKENS if self.early else kernels.TILE_TOKENS[1:]:  # limited by registers
             config, times = kernels.LatentTile(dtype, cache_dtype, heads.size, tokens, self.grouped), {}
             for turns in (1, 2, 4, 8, 16, 32):

@@ -217,11 +217,11 @@ class PackedGroup(LayerGroup):
     """
 
     def __init__(self, modules: Sequence[PackedLinear], batch: int, eps: float):
-        from ..kernels.cuda_layer import Siblings
+        from ..kernels.cuda_layer import FusedProjections
 
-        self.siblings = Siblings([[tensor for path in each.factors() for tensor in path] for each in modules])
+        self.siblings = FusedProjections([[tensor for path in each.factors() for tensor in path] for each in modules])
         self.d_outs, self.rows, self.eps = [each.d_out for each in modules], batch, eps
-        self.use(self.siblings.schedule(batch))
+        self.use(self.siblings.launch_config(batch))
         self.bias = None
         if any(each.bias is not None for each in modules):
             device = modules[0].factors()[0].h.device
@@ -231,15 +231,15 @@ class PackedGroup(LayerGroup):
     def use(self, schedule: Any) -> None:
         """Launch by a schedule from now on; None if the layers do not fit one launch."""
         from ..kernels.cuda_layer import output_blocks
-        from ..kernels.cuda_schedule import slices_of
+        from ..kernels.cuda_schedule import k_tiles_of
 
-        self.schedule, slices = schedule, slices_of(self.siblings.sizes.d_in)
-        self.parts = -(-slices // -(-slices // schedule.parts)) if schedule else 0
+        self.schedule, slices = schedule, k_tiles_of(self.siblings.shape.d_in)
+        self.parts = -(-slices // -(-slices // schedule.split_k)) if schedule else 0
         self.blocks = output_blocks(self.d_outs[0], schedule) if schedule else 0
 
     def allocate_partials(self, rows: int, device: torch.device) -> Tensor:
         """Allocate the split-K partials that the first kernel hands to the second."""
-        return torch.empty(self.siblings.part_size(rows, self.schedule), device=device)  # type: ignore[arg-type]
+        return torch.empty(self.siblings.latent_size(rows, self.schedule), device=device)  # type: ignore[arg-type]
 
     def project(self, stream: ResidualStream, weight: Tensor) -> Tensor:  # noqa: D102
         rows, device = len(stream.x), stream.x.device
@@ -250,21 +250,21 @@ class PackedGroup(LayerGroup):
         return y
 
     def last_latents(self) -> tuple[Tensor, list[Spans]]:  # noqa: D102
-        from ..kernels.cuda_schedule import padded
+        from ..kernels.cuda_schedule import padded_rank
 
         spans, begin = [], 0
-        for ranks in self.siblings.sizes.ranks:
-            spans.append(Spans.at(begin, ranks, padded))
-            begin += sum(map(padded, ranks))
+        for ranks in self.siblings.shape.ranks:
+            spans.append(Spans.at(begin, ranks, padded_rank))
+            begin += sum(map(padded_rank, ranks))
         return self.partials.view(-1, self.rows, begin)[: self.parts], spans
 
     def add_output(self, x: Tensor, stream: ResidualStream, activation: str | None = None) -> None:
         """Add the only layer's output to the stream in place; x may also be split-KV partials of `attend`."""
-        from ..kernels.cuda_gemv import SUMMARY, Shares
+        from ..kernels.cuda_gemv import SUMMARY, SplitKvPartials
 
         rows, device = len(stream.x), stream.x.device
         squares = torch.empty(rows, self.blocks, device=device)
-        shares = Shares(x.shape[2], x.shape[3] - SUMMARY) if x.ndim == 4 else None
+        shares = SplitKvPartials(x.shape[2], x.shape[3] - SUMMARY) if x.ndim == 4 else None
         self.siblings.launch(
             x.float(),  # dense layers before this one give their own dtype
             stream.x,
@@ -272,7 +272,7 @@ class PackedGroup(LayerGroup):
             self.schedule,
             activation=activation,
             squares=squares,
-            shares=shares,
+            split_kv=shares,
         )
         stream.squares = squares
 

@@ -211,7 +211,7 @@ class DecoderOps(Protocol):
         norms : HeadNorms, optional
         combine : bool
             False if the caller can also take split-KV partials, (rows, heads, splits, size + SUMMARY) float32, as
-            `cuda_gemv.Shares` describes them.
+            `cuda_gemv.SplitKvPartials` describes them.
 
         Returns
         -------

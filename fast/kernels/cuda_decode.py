@@ -19,7 +19,7 @@ value that is read serves few queries, so memory bandwidth limits the kernel. Th
 - Split-KV, also called flash decoding (Dao and others, 2023). One query per head gives too few blocks to fill a GPU,
   so n blocks share a context: each attends to one n-th of the tokens and leaves its triple, a split-KV partial. Either
   the last block to arrive combines them (`combine`), or the next kernel combines them while it reads its input
-  (`cuda_gemv.Shares`), which saves a wait. Inside a block, teams of lanes and warps divide the tokens as well.
+  (`cuda_gemv.SplitKvPartials`), which saves a wait. Inside a block, teams of lanes and warps divide the tokens as well.
 - Double buffering: each team loads the keys and values of its next tokens into registers before it computes on the
   current ones. The first loads start before the previous kernel ends (programmatic dependent launch), since they read
   only what earlier steps wrote.
@@ -47,9 +47,37 @@ from typing import Any, NamedTuple
 
 from numba import config, cuda, float32, int32, types, uint32
 
-from .cuda_gemv import EIGHT, SUMMARY, eight_times, load2, load4, plus, silu, single_eight, times, zeros
-from .cuda_intrinsics import as_float, exponential, halves, larger, let_next_start, permute, reciprocal_root, wait
-from .cuda_plain import ELEMENTS, HALVES, POINTER, ROUND, SIGNATURES, SINGLES, half_at, kernel_factory, warp_sum
+from .cuda_elements import (
+    ELEMENTS,
+    HALVES,
+    LOAD8,
+    POINTER,
+    ROUND,
+    SIGNATURES,
+    SINGLES,
+    add8,
+    half_at,
+    kernel_factory,
+    load2,
+    load4,
+    mul8,
+    scale8,
+    silu,
+    single_load8,
+    warp_sum,
+    zeros8,
+)
+from .cuda_gemv import SUMMARY
+from .cuda_intrinsics import (
+    as_float,
+    byte_permute,
+    exponential,
+    griddep_launch_dependents,
+    griddep_wait,
+    halves,
+    larger,
+    reciprocal_root,
+)
 
 WARPS = 4  # warps per block of the element-wise kernels
 THREADS = 32 * WARPS  # each thread computes eight neighbouring columns
@@ -68,14 +96,14 @@ else:
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
-    from .cuda_intrinsics import WORD, place_of
+    from .cuda_intrinsics import WORD, element_pointer
 
     @intrinsic
     def count_arrival(typingctx, array, index):
         """Add 1 to an element of an int32 array atomically; return its old value."""
 
         def codegen(context, builder, signature, args):
-            place = builder.ptrtoint(place_of(context, builder, signature.args[0], args), ir.IntType(64))
+            place = builder.ptrtoint(element_pointer(context, builder, signature.args[0], args), ir.IntType(64))
             text = "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;"
             kind = ir.FunctionType(WORD, [ir.IntType(64)])
             return builder.call(ir.InlineAsm(kind, text, "=r,l,~{memory}", side_effect=True), [place])
@@ -193,10 +221,10 @@ def bytes_to_floats(word):
     flipped, ones = uint32(word ^ uint32(0x80808080)), uint32(0x4B000000)
     middle = float32(8388736.0)  # 2^23 + 128
     return (
-        as_float(permute(flipped, ones, uint32(0x7440))) - middle,
-        as_float(permute(flipped, ones, uint32(0x7441))) - middle,
-        as_float(permute(flipped, ones, uint32(0x7442))) - middle,
-        as_float(permute(flipped, ones, uint32(0x7443))) - middle,
+        as_float(byte_permute(flipped, ones, uint32(0x7440))) - middle,
+        as_float(byte_permute(flipped, ones, uint32(0x7441))) - middle,
+        as_float(byte_permute(flipped, ones, uint32(0x7442))) - middle,
+        as_float(byte_permute(flipped, ones, uint32(0x7443))) - middle,
     )
 
 
@@ -205,7 +233,7 @@ def load8_int8(codes, scale, offset, row, column, size, group):
     """Load and dequantize eight entries of a row of an 8-bit table."""
     low, high = load2(codes, uint32(row * size + column))
     both = (*bytes_to_floats(low), *bytes_to_floats(high))
-    return eight_times(both, half_at(scale, row * (size // group) + column // group))
+    return scale8(both, half_at(scale, row * (size // group) + column // group))
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -221,13 +249,13 @@ def load8_int4(codes, scale, offset, row, column, size, group):
     both = (*bytes_to_floats(low), *bytes_to_floats(high))
     at = row * (size // group) + column // group
     factor, first = half_at(scale, at), half_at(offset, at)
-    both = eight_times(both, factor)
-    return plus(both, (first, first, first, first, first, first, first, first))
+    both = scale8(both, factor)
+    return add8(both, (first, first, first, first, first, first, first, first))
 
 
 def load8_dense(dtype: str) -> Any:
     """Make a device function that loads eight entries of a row of a float16, bfloat16 or float32 table."""
-    eight_at = EIGHT[dtype]
+    eight_at = LOAD8[dtype]
 
     @cuda.jit(device=True, forceinline=True)
     def load8(entries, scale, offset, row, column, size, group):
@@ -239,7 +267,7 @@ def load8_dense(dtype: str) -> Any:
 BYTES = POINTER(types.uint8)
 #: Table type -> (device function that loads eight entries of a row, type of the array).
 TABLES = {
-    **{dtype: (load8_dense(dtype), ELEMENTS[dtype]) for dtype in EIGHT},
+    **{dtype: (load8_dense(dtype), ELEMENTS[dtype]) for dtype in LOAD8},
     "8": (load8_int8, BYTES),
     "4": (load8_int4, BYTES),
 }
@@ -254,7 +282,7 @@ def embed(table: str) -> Any:
     def kernel(tokens, codes, scale, offset, x, squares, size, group):
         """Grid (columns / (8 THREADS), rows); tables that are not quantized ignore scale, offset and group."""
         shared = cuda.shared.array(WARPS, float32)
-        column, row, v = first_column(), int32(cuda.blockIdx.y), zeros()
+        column, row, v = first_column(), int32(cuda.blockIdx.y), zeros8()
         if column < size:
             v = load8(codes, scale, offset, tokens[row], column, size, group)
             store8(x, row * size + column, v, float32)
@@ -266,17 +294,17 @@ def embed(table: str) -> Any:
 
 @kernel_factory
 def add(dtype: str) -> Any:
-    """Make the kernel x += y, for y of a dtype in EIGHT."""
-    eight_at = EIGHT[dtype]
+    """Make the kernel x += y, for y of a dtype in LOAD8."""
+    eight_at = LOAD8[dtype]
 
     @cuda.jit
     def kernel(y, x, squares, size):
         """Grid as for `embed`."""
         shared = cuda.shared.array(WARPS, float32)
-        column, row, v = first_column(), int32(cuda.blockIdx.y), zeros()
+        column, row, v = first_column(), int32(cuda.blockIdx.y), zeros8()
         if column < size:
             at = int32(row * size + column)
-            v = plus(single_eight(x, at), eight_at(y, at))
+            v = add8(single_load8(x, at), eight_at(y, at))
             store8(x, at, v, float32)
         store_squares(squares, v, shared)
 
@@ -286,7 +314,7 @@ def add(dtype: str) -> Any:
 
 @kernel_factory
 def rms_norm(dtype: str) -> Any:
-    """Make the kernel y_i = weight_i x_i / sqrt(sum(squares) / size + eps), for y of a dtype in EIGHT."""
+    """Make the kernel y_i = weight_i x_i / sqrt(sum(squares) / size + eps), for y of a dtype in LOAD8."""
     rounded = ROUND[dtype]
 
     @cuda.jit
@@ -300,7 +328,7 @@ def rms_norm(dtype: str) -> Any:
         factor = reciprocal_root(block_sum(mine, shared, WARPS) / float32(size) + eps)
         if column < size:
             place = int32(row * size + column)
-            v = times(eight_times(single_eight(x, place), factor), single_eight(weight, column))
+            v = mul8(scale8(single_load8(x, place), factor), single_load8(weight, column))
             store8(y, place, v, rounded)
 
     arrays = (SINGLES, SINGLES, SINGLES, ELEMENTS[dtype])
@@ -310,8 +338,8 @@ def rms_norm(dtype: str) -> Any:
 
 @kernel_factory
 def swiglu(dtype: str) -> Any:
-    """Make the kernel y_i = silu(x_i) x_(size + i), for x and y of a dtype in EIGHT."""
-    eight_at, rounded = EIGHT[dtype], ROUND[dtype]
+    """Make the kernel y_i = silu(x_i) x_(size + i), for x and y of a dtype in LOAD8."""
+    eight_at, rounded = LOAD8[dtype], ROUND[dtype]
 
     @cuda.jit
     def kernel(x, y, size):
@@ -321,7 +349,7 @@ def swiglu(dtype: str) -> Any:
             place = int32(2 * row * size + column)
             a = eight_at(x, place)
             a = silu(a[0]), silu(a[1]), silu(a[2]), silu(a[3]), silu(a[4]), silu(a[5]), silu(a[6]), silu(a[7])
-            store8(y, row * size + column, times(a, eight_at(x, int32(place + size))), rounded)
+            store8(y, row * size + column, mul8(a, eight_at(x, int32(place + size))), rounded)
 
     SIGNATURES[kernel] = types.void(ELEMENTS[dtype], ELEMENTS[dtype], types.int32)
     return kernel
@@ -329,12 +357,12 @@ def swiglu(dtype: str) -> Any:
 
 @kernel_factory
 def logits(dtype: str, table: str, vectors: int) -> Any:
-    """Make the kernel y[b, r] = table[r] . x[b], for x of a dtype in EIGHT and a table of "8" or "4" bits.
+    """Make the kernel y[b, r] = table[r] . x[b], for x of a dtype in LOAD8 and a table of "8" or "4" bits.
 
     A warp computes LOGIT_ROWS rows for 1, 2 or 4 `vectors` of x, and a lane loads eight neighbouring entries of each.
     So each entry of x that is read serves several rows, and each entry of the table several vectors.
     """
-    eight_at = EIGHT[dtype]
+    eight_at = LOAD8[dtype]
     load8, entries = TABLES[table]
 
     @cuda.jit(device=True, forceinline=True)
@@ -424,7 +452,7 @@ class AttentionConfig(NamedTuple):
     Attributes
     ----------
     dtype : str
-        Type of projections and output: a key of EIGHT.
+        Type of projections and output: a key of LOAD8.
     size : int
         Entries of a head: 64, 128 or 256.
     group : int
@@ -435,7 +463,7 @@ class AttentionConfig(NamedTuple):
         Whether queries and keys pass an RMSNorm before RoPE (Qwen3).
     combine : bool
         Whether the last block to arrive combines the split-KV partials of a context. Otherwise the kernel leaves the
-        partials, and the next kernel combines them (`cuda_gemv.Shares`).
+        partials, and the next kernel combines them (`cuda_gemv.SplitKvPartials`).
     """
 
     dtype: str
@@ -473,7 +501,7 @@ class AttentionConfig(NamedTuple):
 def attend(config: AttentionConfig, early: bool) -> Any:
     """Make the kernel for attention of one new token of each sequence; the top of this file explains it."""
     dtype, size, group, warps, qk_norm, combine = config
-    eight_at, rounded, round_to_half = EIGHT[dtype], ROUND[dtype], ROUND["half"]
+    eight_at, rounded, round_to_half = LOAD8[dtype], ROUND[dtype], ROUND["half"]
     lanes = size // 8  # lanes of a team, which share one token: eight entries each
     unroll = config.unroll(early)
     teams, half = 32 // lanes, size // 2  # teams of a warp
@@ -515,13 +543,13 @@ def attend(config: AttentionConfig, early: bool) -> Any:
         s += w and v += w * value, with w = exp(score - m).
         """
         weight = exponential(item[0] - sums[0]) if item[0] > float32(LOWEST) else float32(0)
-        return sums[0], sums[1] + weight, plus(sums[2], eight_times(item[1], weight))
+        return sums[0], sums[1] + weight, add8(sums[2], scale8(item[1], weight))
 
     @cuda.jit(device=True, forceinline=True)
     def rescale(sums, top):
         """Make a triple relative to a larger score `top`."""
         factor = exponential(sums[0] - top)
-        return top, sums[1] * factor, eight_times(sums[2], factor)
+        return top, sums[1] * factor, scale8(sums[2], factor)
 
     def attend_to(count: int) -> Any:
         """Make a device function that updates each head's triple by `count` tokens: online softmax."""
@@ -552,7 +580,7 @@ def attend(config: AttentionConfig, early: bool) -> Any:
         )  # fmt: skip
         top = larger(sums[0], other[0])
         sums, other = rescale(sums, top), rescale(other, top)
-        return query, (top, sums[1] + other[1], plus(sums[2], other[2]))
+        return query, (top, sums[1] + other[1], add8(sums[2], other[2]))
 
     def combine_warp(distance: int) -> Any:
         """Make a device function that combines the triples of all teams of a warp, from `distance` lanes on."""
@@ -581,17 +609,17 @@ def attend(config: AttentionConfig, early: bool) -> Any:
         own, other = eight_at(array, int32(place + column)), eight_at(array, int32(place + partner))
         if qk_norm:
             factor = reciprocal_root(team_sum(dot(own, own)) / float32(size) + weight[1])
-            own = times(eight_times(own, factor), single_eight(weight[0], column))
-            other = times(eight_times(other, factor), single_eight(weight[0], partner))
+            own = mul8(scale8(own, factor), single_load8(weight[0], column))
+            other = mul8(scale8(other, factor), single_load8(weight[0], partner))
         sign = float32(-1) if column < half else float32(1)
-        return plus(times(own, cosine), eight_times(times(other, sine), sign))
+        return add8(mul8(own, cosine), scale8(mul8(other, sine), sign))
 
     @cuda.jit(device=True, forceinline=True)
     def load_query(head, rest):
         """Load a head's query, scaled, with an empty triple."""
         array, place, column, cosine, sine, weight, scale = rest
         query = apply_rope(array, int32(place + int32(head * size)), column, cosine, sine, weight)
-        return eight_times(query, scale), (float32(LOWEST), float32(0), zeros())
+        return scale8(query, scale), (float32(LOWEST), float32(0), zeros8())
 
     @cuda.jit(device=True, forceinline=True)
     def round_to_cache(v):
@@ -682,7 +710,7 @@ def attend(config: AttentionConfig, early: bool) -> Any:
         if split >= count:
             if not combine:
                 if early:
-                    wait()
+                    griddep_wait()
                 store_empty_partial(partial, int32(int32(int32(block * group) * splits) + split), splits, thread)
             return
         width = int32((position + count - 1) // count)
@@ -693,10 +721,10 @@ def attend(config: AttentionConfig, early: bool) -> Any:
         step, at = int32(teams * warps), int32(begin + team)
         ready = load_tokens(tokens, (keys, values, base, at, step, int32(end - 1)))
         angle = int32(position * half + column % half)
-        cosines, sines = single_eight(cosine, angle), single_eight(sine, angle)
+        cosines, sines = single_load8(cosine, angle), single_load8(sine, angle)
         if early:
-            wait()
-            let_next_start()
+            griddep_wait()
+            griddep_launch_dependents()
 
         # the queries, and the new token: its team of split 0 attends to it, and one block stores it in the cache
         heads_total = int32(int32(cuda.gridDim.y) * group)

@@ -54,11 +54,41 @@ from .cuda_decode import (
     store8,
     warp_reduce_sum,
 )
+from .cuda_elements import (
+    AT,
+    ELEMENTS,
+    HALVES,
+    ROUND,
+    SIGNATURES,
+    SINGLES,
+    WORDS,
+    add4,
+    add8,
+    half_at,
+    kernel_factory,
+    load2,
+    load4,
+    scale4,
+    scale8,
+    warp_sum,
+    zeros8,
+)
 from .cuda_gemm import two_halves
-from .cuda_gemv import SUMMARY, eight_times, load2, load4, plus, plus_four, scaled, zeros
-from .cuda_intrinsics import as_bits, as_float, copied, copy4, exponential, larger, let_next_start, round_to_half, wait
-from .cuda_mma import copy1, group_product, let_group_read, no_sums, put_scores, store4, tile_product
-from .cuda_plain import AT, ELEMENTS, HALVES, ROUND, SIGNATURES, SINGLES, WORDS, half_at, kernel_factory, warp_sum
+from .cuda_gemv import SUMMARY
+from .cuda_intrinsics import (
+    as_bits,
+    as_float,
+    cp_async_4,
+    cp_async_16,
+    cp_async_wait_all,
+    exponential,
+    griddep_launch_dependents,
+    griddep_wait,
+    larger,
+    round_to_half,
+    store4,
+)
+from .cuda_mma import fence_async_proxy, store_scores, warp_mma, warpgroup_mma, zero_accumulators
 
 WARPS = 16  # warps per block of the first and last kernel
 THREADS = 32 * WARPS
@@ -101,7 +131,7 @@ def round_to_int8(value):
 @cuda.jit(device=True, forceinline=True)
 def start_half_copy(signal, target, codes, eighth):
     """Begin an asynchronous copy of eight float16 latents to shared memory (cp.async)."""
-    copy4(signal, uint32(target), codes, uint32(4 * eighth))
+    cp_async_16(signal, uint32(target), codes, uint32(4 * eighth))
     return uint32(0), uint32(0)
 
 
@@ -187,8 +217,8 @@ def store_latents(cache_dtype: str, early: bool) -> Any:
         place, stride, width = int32(row * columns), int32(rows * columns), int32(count_1 + counts_2[which])
         target = int32(int32(row * capacity) + int32(positions[row]))
         if early:
-            wait()
-            let_next_start()
+            griddep_wait()
+            griddep_launch_dependents()
         # the scale: the largest magnitude becomes `largest`
         top, item = float32(0), thread
         while item < width:
@@ -217,7 +247,7 @@ class LatentTile(NamedTuple):
     Attributes
     ----------
     dtype : str
-        Type of the projections: a key of cuda_plain.AT.
+        Type of the projections: a key of cuda_elements.AT.
     cache_dtype : str
         A key of CACHE_FORMATS.
     size : int
@@ -292,8 +322,8 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
     half, warps, threads, across, pair_words = size // 2, config.warps, config.threads, tokens // 8, tokens * PAIR_WORDS
     warps_of_head, heads_at_once = config.warps_of_head, config.heads_at_once
     mine, sums_of_half = tokens // 4, 4 * across  # tokens, and sums of one half of a key, of a lane
-    first_half, second_half = (tile_product(2, across, which, 8 * PAIR_WORDS) for which in range(2))
-    both_halves, no_keys, score_keys = group_product(across), no_sums(2 * sums_of_half), put_scores(across)
+    first_half, second_half = (warp_mma(2, across, which, 8 * PAIR_WORDS) for which in range(2))
+    both_halves, no_keys, score_keys = warpgroup_mma(across), zero_accumulators(2 * sums_of_half), store_scores(across)
     angle_numbers = tuple(range(2 * mine))
     at_once = min(LOADS_IN_FLIGHT, tokens // warps)
     token_numbers, query_numbers = tuple(range(at_once)), tuple(range(LOADS_IN_FLIGHT))
@@ -474,20 +504,20 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
         ready = load_signs(words, key_row, width, int32(0))
         ready_first, ready_second = load_scales(row_scales[0], key_row), load_scales(row_scales[1], key_row)
         if early:
-            wait()
-            let_next_start()
+            griddep_wait()
+            griddep_launch_dependents()
         keys, values, first_chunks = codes[0], codes[1], int32(first_words << 2)
         load_latents(signal, int32(0), keys, base, last, chunks, first_chunks, count_1, count_2, warp, lane)
         load_latents(signal, held, values, base, last, value_chunks, value_chunks, value_width, int32(0), warp, lane)
         if thread < tokens:
             at = uint32(base + min(thread, last))
-            copy1(shared, uint32(held_scales + thread), scales[0], at)
-            copy1(shared, uint32(held_scales + tokens + thread), scales[1], at)
+            cp_async_4(shared, uint32(held_scales + thread), scales[0], at)
+            cp_async_4(shared, uint32(held_scales + tokens + thread), scales[1], at)
         place = int32(int32(row * int32(heads + 2 * kv_heads) + int32(begin * group)) * size)
         store_queries(shared, held_queries, projected, cosine, sine, position, place, of_queries, factor, thread)
-        copied()
+        cp_async_wait_all()
         if grouped:
-            let_group_read()
+            fence_async_proxy()
         cuda.syncthreads()
 
         # up-project keys, head by head, and multiply each with its queries while it is in registers
@@ -545,7 +575,7 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
         while item < items * parts:
             part, rest = int32(item // items), int32(item % items)
             chunk, four = int32(rest % value_chunks), int32(int32(rest // value_chunks) << 2)
-            a, b, c, d, token = zeros(), zeros(), zeros(), zeros(), part
+            a, b, c, d, token = zeros8(), zeros8(), zeros8(), zeros8(), part
             final = int32(of_queries - 1)
             two, three, last_one = min(int32(four + 1), final), min(int32(four + 2), final), min(int32(four + 3), final)
             block, within = int32(held + int32(chunk >> 3) * pair_words), int32(chunk & 7)
@@ -554,10 +584,10 @@ def attend_latents(config: LatentTile, early: bool) -> Any:
                     halves_to_floats(load4(signal, uint32(swizzle(block, token, within)))),
                     int32(held_weights + token),
                 )
-                a = plus(a, eight_times(v, shared[uint32(at + int32(four * tokens))]))
-                b = plus(b, eight_times(v, shared[uint32(at + int32(two * tokens))]))
-                c = plus(c, eight_times(v, shared[uint32(at + int32(three * tokens))]))
-                d = plus(d, eight_times(v, shared[uint32(at + int32(last_one * tokens))]))
+                a = add8(a, scale8(v, shared[uint32(at + int32(four * tokens))]))
+                b = add8(b, scale8(v, shared[uint32(at + int32(two * tokens))]))
+                c = add8(c, scale8(v, shared[uint32(at + int32(three * tokens))]))
+                d = add8(d, scale8(v, shared[uint32(at + int32(last_one * tokens))]))
                 token = int32(token + parts)
             at = int32(int32(int32(part * of_queries) * value_width) + int32(chunk << 3))
             store8(shared, int32(at + int32(four * value_width)), a, float32)
@@ -600,7 +630,7 @@ def up_project_values(dtype: str, size: int, combine: bool, early: bool) -> Any:
     """Make the kernel that combines the tiles of `attend_latents` and up-projects the sums of value latents.
 
     With `combine`, y is the output of attention, of a dtype in ROUND. Otherwise each block writes the split-KV partial
-    of its share of the tiles, which the next kernel combines (`cuda_gemv.Shares`).
+    of its share of the tiles, which the next kernel combines (`cuda_gemv.SplitKvPartials`).
     """
     rounded, threads_of_row = ROUND[dtype], max(1, THREADS // size)
     row_sum, numbers = warp_reduce_sum(threads_of_row), tuple(range(TILES_IN_FLIGHT))
@@ -631,8 +661,8 @@ def up_project_values(dtype: str, size: int, combine: bool, early: bool) -> Any:
         held_factors = int32(held_mean + int32(width << 5))
         held_parts = int32(held_factors + int32(int32(int32(tiles + 3) >> 2) << 2))
         if early:
-            wait()
-            let_next_start()
+            griddep_wait()
+            griddep_launch_dependents()
         # weights of the tiles, relative to the largest score
         top, tile = float32(LOWEST), int32(first_tile + thread)
         while tile < end:
@@ -664,7 +694,7 @@ def up_project_values(dtype: str, size: int, combine: bool, early: bool) -> Any:
                 for i in range(TILES_IN_FLIGHT):
                     number = int32(tile + int32(i * parts))
                     factor = shared[uint32(held_factors + int32(min(number, int32(end - 1)) - first_tile))]
-                    sums = plus_four(sums, scaled(read[i], factor if number < end else float32(0)))
+                    sums = add4(sums, scale4(read[i], factor if number < end else float32(0)))
                 tile = int32(tile + int32(TILES_IN_FLIGHT * parts))
             target = int32(held_parts + int32(part * value_width) + four)
             store4(signal, uint32(target), as_bits(sums[0]), as_bits(sums[1]), as_bits(sums[2]), as_bits(sums[3]))

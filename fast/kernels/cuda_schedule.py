@@ -1,6 +1,8 @@
-"""Choose launch configurations for the packed layer's CUDA kernels."""
+"""Choose how the packed layer's CUDA kernels divide their work: tile sizes, split-K factors, and GEMV, GEMM or cuBLAS.
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+A launch configuration does not change what is computed, beyond the order of sums, but how fast. It is either measured
+(`littlebit tune`, and a table for the H100 that comes with the package) or estimated from the layer's shape.
+"""
 
 import itertools
 import json
@@ -13,95 +15,81 @@ from typing import Any, NamedTuple
 import torch
 
 from ..files.cache import cache_path
-from .cuda_gemm import DEPTH, WORDS_DEPTH, Tile
-from .cuda_gemv import PLANES, ROWS, SLICE, VECTORS
+from .cuda_gemm import K_STEP, K_STEP_WORDS, GemmTile
+from .cuda_gemv import FRAGMENT_ROWS, K_TILE, MAX_VECTORS, PLANES_WORDS
 
 log = logging.getLogger(__name__)
 
-
-KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "single"}
-
-
-WARPS = 8  # of a block of the plain kernels
-
-
-MOST_WARPS = 16  # of a block of the others
-
-
-SMALL_BATCH = 4  # rows of x in 16 bits up to which `launch` is quicker than `launch_batch`, on an H100
-
-
-EXACT_BATCH = 32  # rows of x in float32, of which `launch` alone keeps the precision, up to which unpacking is slower
-
-
-GROUPED = (9, 0)  # the capability that multiplies with groups of warps
+DTYPE_NAMES = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "single"}
+PLAIN_WARPS = 8  # warps of a block of the plain kernels
+MAX_WARPS = 16  # most warps of a block of the GEMV
+MAX_GEMV_ROWS = 4  # rows of x in 16 bits up to which the GEMV is faster than the GEMM, on an H100
+# Rows of x in float32 up to which the GEMV is faster than unpacking; the GEMM would lose float32's precision
+MAX_EXACT_ROWS = 32
+WGMMA_CAPABILITY = (9, 0)  # the only compute capability with wgmma
+MAX_SPLIT_K = 8  # most K slices of the GEMM
+# Microseconds on an H100 for a call: the launches; and for each sign, each sign times a row of x, and each entry of x
+# or y. Fitted to both ways' times for six layers at 0.1 to 0.55 bits and 32 to 1024 rows. The way that these numbers
+# choose takes at most 7 % longer than the faster one.
+GEMM_COST, UNPACKED_COST = (9.3, 2.3e-7, 3.4e-9, 1.8e-6), (11.0, 1.3e-6, 2.1e-9, 5.1e-7)
+CONFIGS = Path(__file__).parent.parent / "data" / "cuda_schedules.json"
+MAX_STORED_NUMBER = 64
 
 
-MOST_PARTS = 8  # of d_in, for batches
-
-
-# Microseconds on an H100: of a batch's launches, and added to them for a sign, for a sign times a vector, and for an
-# entry of x or y. Fitted to both ways' times for six layers at 0.1 to 0.55 bits and 32 to 1024 rows: what they choose
-# takes 7 % longer than the quicker way at worst.
-BATCH_COST, UNPACKED_COST = (9.3, 2.3e-7, 3.4e-9, 1.8e-6), (11.0, 1.3e-6, 2.1e-9, 5.1e-7)
-
-
-SCHEDULES = Path(__file__).parent.parent / "data" / "cuda_schedules.json"
-
-
-MOST_NUMBER = 64  # in a schedule
-
-
-class Blocks(NamedTuple):
-    """How a kernel's work is divided.
+class Tiling(NamedTuple):
+    """How a GEMV kernel divides its rows and its K dimension among warps.
 
     Attributes
     ----------
-    sharing : int
-        Warps of a block that have the same rows and different slices of the vector.
-    log : int
+    k_warps : int
+        Warps of a block that have the same rows and different K tiles (split-K within a block).
+    log_row_warps : int
         Binary logarithm of the warps of a block that have different rows.
-    tiles : int
-        Of 16 rows, that a warp computes one after the other.
+    row_tiles : int
+        Tiles of 16 rows that a warp computes one after the other.
     """
 
-    sharing: int
-    log: int
-    tiles: int
+    k_warps: int
+    log_row_warps: int
+    row_tiles: int
 
     @property
     def rows(self) -> int:
-        """Rows of a block."""
-        return ROWS * self.tiles << self.log
+        """Count the rows of a block."""
+        return FRAGMENT_ROWS * self.row_tiles << self.log_row_warps
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.sharing << self.log
+        """Count the threads of a block."""
+        return 32 * self.k_warps << self.log_row_warps
 
-    def shared_bytes(self, vectors: int, slices: int, strides: Sequence[int]) -> int:
-        """Shared memory of a block: the planes of its slices, a number for each warp and row, and the rows' words."""
-        words = sum(-(-self.rows * stride // 4) * 4 + ROWS for stride in strides)
-        return 4 * (vectors * (PLANES * slices + self.sharing * self.rows) + words)
+    def shared_bytes(self, vectors: int, k_tiles: int, strides: Sequence[int]) -> int:
+        """Count a block's bytes of shared memory.
+
+        It holds bit planes, a sum for each K warp, row and vector, and words of signs. `strides` are the words between
+        rows, one for each matrix of signs.
+        """
+        words = sum(-(-self.rows * stride // 4) * 4 + FRAGMENT_ROWS for stride in strides)
+        return 4 * (vectors * (PLANES_WORDS * k_tiles + self.k_warps * self.rows) + words)
 
 
-class Schedule(NamedTuple):
-    """How the two kernels of a layer are launched.
+class LaunchConfig(NamedTuple):
+    """How the two GEMV kernels of a layer are launched.
 
     Attributes
     ----------
-    parts : int
-        That d_in is divided into, at most its slices; 1 if d_in is no multiple of 128.
-    latent, output : Blocks
+    split_k : int
+        K slices of d_in, each for other blocks: at most the K tiles of d_in, and 1 unless 128 divides d_in.
+    latent, output : Tiling
     """
 
-    parts: int
-    latent: Blocks
-    output: Blocks
+    split_k: int
+    latent: Tiling
+    output: Tiling
 
 
-class Sizes(NamedTuple):
-    """The sizes of a layer, or of several that share their input.
+class LayerShape(NamedTuple):
+    """The shape of a layer, or of fused projections, which share their input.
 
     Attributes
     ----------
@@ -109,7 +97,7 @@ class Sizes(NamedTuple):
     d_outs : tuple of int
         One for each layer.
     ranks : tuple of tuple of int
-        Of each layer's paths, one or two.
+        For each layer, the ranks of its one or two paths.
     """
 
     d_in: int
@@ -118,255 +106,289 @@ class Sizes(NamedTuple):
 
     @property
     def paths(self) -> list[int]:
-        """Ranks of all layers' paths."""
+        """List the ranks of all layers' paths."""
         return [rank for ranks in self.ranks for rank in ranks]
 
     @property
     def columns(self) -> int:
-        """Entries of a vector in `part`."""
-        return sum(map(padded, self.paths))
+        """Count the columns of t, the latents of all paths."""
+        return sum(map(padded_rank, self.paths))
 
     @property
     def wide(self) -> bool:
-        """Whether all rows of U are whole fours of words."""
-        return all(padded(rank) % 128 == 0 for rank in self.paths)
+        """Return whether all rows of U have a multiple of four words."""
+        return all(padded_rank(rank) % 128 == 0 for rank in self.paths)
 
     def __str__(self) -> str:
-        """How the table of measured schedules names them: d_outs, "x", d_in, ":", ranks; "," between layers."""
+        """Return the name in tables of configurations: d_outs, "x", d_in, ":", ranks, with "," between layers."""
         ranks = ("+".join(map(str, ranks)) for ranks in self.ranks)
         return f"{','.join(map(str, self.d_outs))}x{self.d_in}:{','.join(ranks)}"
 
 
-def slices_of(count: int) -> int:
-    """Slices of a vector of so many entries."""
-    return -(-count // SLICE)
-
-
-def padded(rank: int) -> int:
-    """Entries of a path in `part`: whole words of signs."""
-    return -(-rank // 32) * 32
-
-
-def latent_bytes(blocks: Blocks, vectors: int, d_in: int, parts: int) -> int:
-    """Shared memory of a block of `latent`."""
-    slices = -(-slices_of(d_in) // parts)
-    return blocks.shared_bytes(vectors, slices, [8 * slices + 4 if d_in % 128 == 0 else -(-d_in // 32)])
-
-
-def output_bytes(blocks: Blocks, vectors: int, sizes: Sizes) -> int:
-    """Shared memory of a block of `output`."""
-
-    def needed(ranks: Sequence[int]) -> int:
-        slices = [slices_of(rank) for rank in ranks]
-        strides = [8 * count + 4 for count in slices] if sizes.wide else [padded(rank) // 32 for rank in ranks]
-        return blocks.shared_bytes(vectors, sum(slices), strides)
-
-    return max(map(needed, sizes.ranks))
-
-
 class Device(NamedTuple):
-    """What a schedule depends on: name, multiprocessors, and the most shared memory of a block, in bytes."""
+    """The properties of a GPU that a configuration depends on.
+
+    Attributes
+    ----------
+    name : str
+    multiprocessors : int
+    shared_bytes : int
+        Most shared memory of a block, in bytes.
+    """
 
     name: str
     multiprocessors: int
     shared_bytes: int
 
 
-def schedule_for(sizes: Sizes, rows: int, device: Device) -> Schedule | None:
-    """A schedule for layers and so many rows of x: the measured one, or one from sizes alone.
-
-    None if no block has enough shared memory.
-    """
-    vectors = vectors_of(rows)
-    schedule = measured().get(device.name, {}).get(name_of(sizes, vectors)) or estimated(sizes, device.multiprocessors)
-    first = fitting(
-        schedule.latent, device.shared_bytes, lambda blocks: latent_bytes(blocks, vectors, sizes.d_in, schedule.parts)
-    )
-    second = fitting(schedule.output, device.shared_bytes, lambda blocks: output_bytes(blocks, vectors, sizes))
-    return Schedule(schedule.parts, first, second) if first and second else None
+def k_tiles_of(count: int) -> int:
+    """Count the K tiles of a vector with `count` entries."""
+    return -(-count // K_TILE)
 
 
-def name_of(sizes: Sizes, vectors: int) -> str:
-    """Under what the tables of measured schedules have one: the sizes, and how many vectors are multiplied at once."""
-    return str(sizes) if vectors == 1 else f"{sizes}*{vectors}"
-
-
-def estimated(sizes: Sizes, multiprocessors: int) -> Schedule:
-    """A schedule from sizes alone: what was measured to be good, some 64 to 128 blocks for 132 multiprocessors."""
-    slices, tiles = slices_of(sizes.d_in), sizes.columns // ROWS
-    parts = 1 if sizes.d_in % 128 else min(8, power_of_two(max(1, slices // 8)))
-    log = binary_log(2 * tiles * parts // multiprocessors)
-    first = Blocks(min(-(-slices // parts), MOST_WARPS >> log), log, 1)
-    slices = max(sum(map(slices_of, ranks)) for ranks in sizes.ranks)
-    tiles = sum(-(-d_out // ROWS) for d_out in sizes.d_outs)
-    log = binary_log(2 * tiles // multiprocessors)
-    return Schedule(parts, first, Blocks(min(power_of_two(max(1, 2 * slices // 7)), MOST_WARPS >> log), log, 1))
-
-
-def binary_log(number: int) -> int:
-    """Binary logarithm, rounded down, of a number of warps: from 0 to that of the most that a block has."""
-    return min(max(1, number), MOST_WARPS).bit_length() - 1
-
-
-def fitting(blocks: Blocks, limit: int, needed: Callable[[Blocks], int]) -> Blocks | None:
-    """Blocks with fewer rows, until they need no more shared memory than there is."""
-    while needed(blocks) > limit:
-        if blocks.tiles > 1:
-            blocks = blocks._replace(tiles=blocks.tiles // 2)
-        elif blocks.log:
-            blocks = blocks._replace(log=blocks.log - 1)
-        else:
-            return None
-    return blocks
-
-
-def power_of_two(number: int) -> int:
-    """The largest power of two that is at most `number`."""
-    return 1 << (number.bit_length() - 1)
+def padded_rank(rank: int) -> int:
+    """Return a path's columns of t: the rank, rounded up to whole words of signs."""
+    return -(-rank // 32) * 32
 
 
 def vectors_of(rows: int) -> int:
-    """Rows of x that a block multiplies at once."""
-    return min(VECTORS, 1 << (rows - 1).bit_length())
+    """Return how many rows of x a block of the GEMV multiplies at once: 1, 2 or 4."""
+    return min(MAX_VECTORS, 1 << (rows - 1).bit_length())
+
+
+def latent_shared_bytes(tiling: Tiling, vectors: int, d_in: int, split_k: int) -> int:
+    """Count the bytes of shared memory of a block of `cuda_gemv.latent`."""
+    k_tiles = -(-k_tiles_of(d_in) // split_k)
+    return tiling.shared_bytes(vectors, k_tiles, [8 * k_tiles + 4 if d_in % 128 == 0 else -(-d_in // 32)])
+
+
+def output_shared_bytes(tiling: Tiling, vectors: int, shape: LayerShape) -> int:
+    """Count the bytes of shared memory of a block of `cuda_gemv.output`."""
+
+    def needed(ranks: Sequence[int]) -> int:
+        k_tiles = [k_tiles_of(rank) for rank in ranks]
+        strides = [8 * count + 4 for count in k_tiles] if shape.wide else [padded_rank(rank) // 32 for rank in ranks]
+        return tiling.shared_bytes(vectors, sum(k_tiles), strides)
+
+    return max(map(needed, shape.ranks))
+
+
+def launch_config(shape: LayerShape, rows: int, device: Device) -> LaunchConfig | None:
+    """Choose how to launch the GEMV for `rows` rows of x, by measurements on this GPU or by the shape.
+
+    Returns
+    -------
+    LaunchConfig, or None if no block has enough shared memory.
+    """
+    vectors = vectors_of(rows)
+    known = measured_configs().get(device.name, {})
+    config = known.get(config_name(shape, vectors)) or estimated_config(shape, device.multiprocessors)
+    first = shrink_to_fit(
+        config.latent,
+        device.shared_bytes,
+        lambda tiling: latent_shared_bytes(tiling, vectors, shape.d_in, config.split_k),
+    )
+    second = shrink_to_fit(
+        config.output, device.shared_bytes, lambda tiling: output_shared_bytes(tiling, vectors, shape)
+    )
+    return LaunchConfig(config.split_k, first, second) if first and second else None
+
+
+def estimated_config(shape: LayerShape, multiprocessors: int) -> LaunchConfig:
+    """Estimate a configuration from the shape: 64 to 128 blocks on 132 multiprocessors, which measured well."""
+    k_tiles, row_tiles = k_tiles_of(shape.d_in), shape.columns // FRAGMENT_ROWS
+    split_k = 1 if shape.d_in % 128 else min(8, power_of_two(max(1, k_tiles // 8)))
+    log = log_of_warps(2 * row_tiles * split_k // multiprocessors)
+    first = Tiling(min(-(-k_tiles // split_k), MAX_WARPS >> log), log, 1)
+    k_tiles = max(sum(map(k_tiles_of, ranks)) for ranks in shape.ranks)
+    row_tiles = sum(-(-d_out // FRAGMENT_ROWS) for d_out in shape.d_outs)
+    log = log_of_warps(2 * row_tiles // multiprocessors)
+    return LaunchConfig(split_k, first, Tiling(min(power_of_two(max(1, 2 * k_tiles // 7)), MAX_WARPS >> log), log, 1))
+
+
+def log_of_warps(count: int) -> int:
+    """Return the binary logarithm of a number of warps, rounded down, after limiting it to 1 to MAX_WARPS."""
+    return min(max(1, count), MAX_WARPS).bit_length() - 1
+
+
+def power_of_two(number: int) -> int:
+    """Return the largest power of two that is at most `number`."""
+    return 1 << (number.bit_length() - 1)
+
+
+def shrink_to_fit(tiling: Tiling, limit: int, needed: Callable[[Tiling], int]) -> Tiling | None:
+    """Reduce the rows of a block until its shared memory, `needed`, is within `limit` bytes; None if it never is."""
+    while needed(tiling) > limit:
+        if tiling.row_tiles > 1:
+            tiling = tiling._replace(row_tiles=tiling.row_tiles // 2)
+        elif tiling.log_row_warps:
+            tiling = tiling._replace(log_row_warps=tiling.log_row_warps - 1)
+        else:
+            return None
+    return tiling
+
+
+# ---- Tables of measured configurations
+
+
+def config_name(shape: LayerShape, vectors: int) -> str:
+    """Return the key of a configuration in the tables: the shape, and the vectors at once if more than one."""
+    return str(shape) if vectors == 1 else f"{shape}*{vectors}"
 
 
 @cache
-def measured() -> dict[str, dict[str, Schedule]]:
-    """The fastest schedules that were measured, by the GPU's name and `name_of`: what ships, and what `tune` kept."""
-    tables = json.loads(SCHEDULES.read_text(encoding="utf-8"))
+def measured_configs() -> dict[str, dict[str, LaunchConfig]]:
+    """Read the fastest measured configurations, by the GPU's name and `config_name`: bundled ones and tuned ones."""
+    tables = json.loads(CONFIGS.read_text(encoding="utf-8"))
     try:
-        own = own_schedules()
-        for name, table in read_schedules(own).items() if own.exists() else ():
+        path = own_schedules()
+        for name, table in read_configs(path).items() if path.exists() else ():
             tables[name] = tables.get(name, {}) | table
     except (ValueError, OSError) as error:
-        log.warning("littlebit: %s; it is passed over", error)
-    return {name: {of: schedule_from(each) for of, each in table.items()} for name, table in tables.items()}
+        log.warning("littlebit: launch configurations from `littlebit tune` are not used: %s", error)
+    return {name: {key: parse_config(each) for key, each in table.items()} for name, table in tables.items()}
 
 
 def own_schedules() -> Path:
-    """Where `littlebit tune` keeps what it has measured."""
+    """Return the path of the table that `littlebit tune` writes."""
     return cache_path("cuda_schedules.json")
 
 
-def read_schedules(path: Path) -> dict[str, dict[str, list[Any]]]:
-    """A table of schedules, as it is stored.
+def read_configs(path: Path) -> dict[str, dict[str, list[Any]]]:
+    """Read and check a table of configurations; values stay lists, as stored.
 
     Raises
     ------
     ValueError
-        If it is damaged.
+        If the file does not hold valid configurations.
     """
     try:
         tables = json.loads(path.read_text(encoding="utf-8"))
         for table in tables.values():
             for each in table.values():
-                schedule_from(each)
+                parse_config(each)
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        said = f"{path} is no table of launch schedules ({error}): remove it, and run `littlebit tune` again"
-        raise ValueError(said) from None
+        invariant = f"{path} must hold a table of launch configurations ({error})"
+        raise ValueError(f"{invariant}: remove it, and run `littlebit tune` again") from None
     return tables
 
 
-def schedule_from(stored: Any) -> Schedule:
-    """A schedule from [parts, latent, output].
+def parse_config(stored: Any) -> LaunchConfig:
+    """Parse a configuration from [split_k, latent, output], the last two [k_warps, log_row_warps, row_tiles].
 
     Raises
     ------
     ValueError, TypeError
-        If there can be no such schedule.
+        If a number is out of range or missing.
     """
-    parts, *both = stored
-    schedule = Schedule(parts, *(Blocks(*each) for each in both))
-    numbers = [parts, *schedule.latent, *schedule.output]
-    if not all(type(number) is int and 0 <= number <= MOST_NUMBER for number in numbers):
-        raise ValueError(f"{stored} are no small numbers")
-    for blocks in (schedule.latent, schedule.output):
-        if not (parts and blocks.tiles and 32 <= blocks.threads <= 32 * MOST_WARPS):
-            raise ValueError(f"there is no block of {blocks}")
-    return schedule
+    split_k, *both = stored
+    config = LaunchConfig(split_k, *(Tiling(*each) for each in both))
+    numbers = [split_k, *config.latent, *config.output]
+    if not all(type(number) is int and 0 <= number <= MAX_STORED_NUMBER for number in numbers):
+        raise ValueError(f"a configuration must hold integers from 0 to {MAX_STORED_NUMBER}, got {stored}")
+    for tiling in (config.latent, config.output):
+        if not (split_k and tiling.row_tiles and 32 <= tiling.threads <= 32 * MAX_WARPS):
+            raise ValueError(f"split_k and row_tiles must be positive, and warps 1 to {MAX_WARPS}, got {stored}")
+    return config
 
 
-def sums_before(counts: Iterable[int]) -> tuple[tuple[int, ...], int]:
-    """Where each of some pieces begins, and where the last one ends."""
-    *before, total = itertools.accumulate(counts, initial=0)
-    return tuple(before), total
+# ---- The GEMM
 
 
-def columns_of(paths: Sequence[Any], *names: str) -> list[tuple[Any, ...]]:
-    """The arrays of each name, of all paths."""
-    return [tuple(getattr(path, name) for path in paths) for name in names]
+class GemmWorkspace(NamedTuple):
+    """Device memory that `cuda_launch.launch_gemm` overwrites.
 
-
-class Work(NamedTuple):
-    """Memory that `launch_batch` overwrites: scaled inputs and latents with their units, and latents in parts."""
+    Attributes
+    ----------
+    inputs, input_units
+        The scaled rows of x, two float16 in a word, and their powers of two.
+    partials
+        Split-K partial sums of the latents, float32.
+    latents, latent_units
+        The scaled latents and their powers of two.
+    """
 
     inputs: Any
     input_units: Any
-    part: Any
+    partials: Any
     latents: Any
     latent_units: Any
 
 
-class BatchSchedule(NamedTuple):
-    """How the kernels for batches are launched.
+class GemmConfig(NamedTuple):
+    """How the GEMM kernels are launched.
 
     Attributes
     ----------
-    parts : int
-        That d_in is divided into.
-    latent, output : Tile
+    split_k : int
+        K slices of d_in.
+    latent, output : GemmTile
     """
 
-    parts: int
-    latent: Tile
-    output: Tile
+    split_k: int
+    latent: GemmTile
+    output: GemmTile
 
 
 def steps_of(count: int) -> int:
-    """Pieces of DEPTH entries of a vector of so many."""
-    return -(-count // DEPTH)
+    """Count the K steps of a vector with `count` entries."""
+    return -(-count // K_STEP)
 
 
-def tiles_for(rows: int, grouped: bool) -> list[Tile]:
-    """Tiles for so many vectors, large ones first."""
+def tiles_for(rows: int, wgmma: bool) -> list[GemmTile]:
+    """List the tiles to choose from for `rows` rows of x, large ones first."""
     if rows <= 16:
-        return [Tile(4, 1, 1, 2), Tile(2, 1, 1, 2)]
+        return [GemmTile(4, 1, 1, 2), GemmTile(2, 1, 1, 2)]
     if rows <= 32:
-        return [Tile(4, 1, 1, 4), Tile(2, 2, 1, 2)]
-    if not grouped:
-        return [Tile(4, 2, 2, 4), Tile(2, 2, 2, 4)]
-    return ([Tile(8, 1, 1, 16)] if rows > 64 else []) + [Tile(8, 1, 1, 8), Tile(4, 1, 1, 8)]
+        return [GemmTile(4, 1, 1, 4), GemmTile(2, 2, 1, 2)]
+    if not wgmma:
+        return [GemmTile(4, 2, 2, 4), GemmTile(2, 2, 2, 4)]
+    return ([GemmTile(8, 1, 1, 16)] if rows > 64 else []) + [GemmTile(8, 1, 1, 8), GemmTile(4, 1, 1, 8)]
 
 
-def batch_schedule(sizes: Sizes, rows: int, multiprocessors: int, grouped: bool) -> BatchSchedule:
-    """Large tiles in few parts, as long as there is a block for each multiprocessor: what was measured to be good."""
-    tiles = tiles_for(rows, grouped)
+def gemm_config(shape: LayerShape, rows: int, multiprocessors: int, wgmma: bool) -> GemmConfig:
+    """Choose the largest tiles and the fewest K slices that give each multiprocessor a block."""
+    tiles = tiles_for(rows, wgmma)
 
-    def blocks(tile: Tile, counts: Iterable[int]) -> int:
+    def blocks(tile: GemmTile, counts: Iterable[int]) -> int:
         return sum(-(-count // tile.rows) for count in counts) * -(-rows // tile.vectors)
 
-    most = min(MOST_PARTS, power_of_two(max(1, steps_of(sizes.d_in) // 4)))
+    most = min(MAX_SPLIT_K, power_of_two(max(1, steps_of(shape.d_in) // 4)))
     choices = [(tile, 1 << log) for tile in tiles for log in range(most.bit_length())]
-    enough = (each for each in choices if blocks(each[0], sizes.paths) * each[1] >= multiprocessors)
-    latent, parts = next(enough, (tiles[-1], most))
-    output = next((tile for tile in tiles if blocks(tile, sizes.d_outs) >= multiprocessors), tiles[-1])
-    return BatchSchedule(parts, latent, output)
+    enough = (each for each in choices if blocks(each[0], shape.paths) * each[1] >= multiprocessors)
+    latent, split_k = next(enough, (tiles[-1], most))
+    output = next((tile for tile in tiles if blocks(tile, shape.d_outs) >= multiprocessors), tiles[-1])
+    return GemmConfig(split_k, latent, output)
 
 
-def work_sizes(sizes: Sizes, rows: int, schedule: BatchSchedule) -> Work:
-    """Elements of each piece of `Work`, for one layer; there is room for as many vectors as the last tiles have."""
-    room_1, room_2 = (-(-rows // tile.vectors) * tile.vectors for tile in (schedule.latent, schedule.output))
-    columns, count = DEPTH * sum(map(steps_of, sizes.paths)), len(sizes.paths)
-    inputs = count * room_1 * WORDS_DEPTH * steps_of(sizes.d_in)
-    return Work(inputs, count * room_1, schedule.parts * rows * columns, room_2 * columns // 2, room_2)
+def workspace_sizes(shape: LayerShape, rows: int, config: GemmConfig) -> GemmWorkspace:
+    """Count the elements of each array of a workspace for one layer, with room for whole tiles of vectors."""
+    room_1, room_2 = (-(-rows // tile.vectors) * tile.vectors for tile in (config.latent, config.output))
+    columns, count = K_STEP * sum(map(steps_of, shape.paths)), len(shape.paths)
+    inputs = count * room_1 * K_STEP_WORDS * steps_of(shape.d_in)
+    return GemmWorkspace(inputs, count * room_1, config.split_k * rows * columns, room_2 * columns // 2, room_2)
 
 
-def is_quicker_unpacked(sizes: Sizes, rows: int) -> bool:
-    """Whether products of unpacked signs are quicker than `launch_batch`, for a layer and so many rows in 16 bits."""
-    entries = sizes.d_in + sum(sizes.d_outs)
-    signs = entries * sum(sizes.paths)
+def is_faster_unpacked(shape: LayerShape, rows: int) -> bool:
+    """Return whether cuBLAS with unpacked signs is faster than the GEMM, for `rows` rows of x in 16 bits."""
+    entries = shape.d_in + sum(shape.d_outs)
+    signs = entries * sum(shape.paths)
 
     def cost(launches: float, sign: float, product: float, entry: float) -> float:
         return launches + signs * (sign + rows * product) + rows * entries * entry
 
-    return cost(*UNPACKED_COST) < cost(*BATCH_COST)
+    return cost(*UNPACKED_COST) < cost(*GEMM_COST)
+
+
+# ---- Helpers of launches
+
+
+def exclusive_sums(counts: Iterable[int]) -> tuple[tuple[int, ...], int]:
+    """Return where each of several pieces begins, and where the last one ends."""
+    *before, total = itertools.accumulate(counts, initial=0)
+    return tuple(before), total
+
+
+def fields_of(paths: Sequence[Any], *names: str) -> list[tuple[Any, ...]]:
+    """Collect the named fields of all paths: a tuple over paths for each name."""
+    return [tuple(getattr(path, name) for path in paths) for name in names]

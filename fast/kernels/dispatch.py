@@ -66,7 +66,7 @@ def packed_linear_on_gpu(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     paths = group_paths(tensors)
     if kernels is None or len(paths) > MAX_CUDA_PATHS:
         return unpacked_linear(x, paths).to(x.dtype if x.dtype in HALVES else torch.float32)
-    return kernels.Plan(tensors)(x)
+    return kernels.CudaPackedLayer(tensors)(x)
 
 
 @cache
@@ -134,6 +134,6 @@ def packed_layer_for(x: Tensor, tensors: Sequence[Tensor], current: Any) -> Any:
     check_call(x, paths)
     if x.is_cuda:
         kernels = cuda_kernels(x.device.index)
-        return kernels.Plan(tensors) if kernels and len(paths) <= MAX_CUDA_PATHS else None
+        return kernels.CudaPackedLayer(tensors) if kernels and len(paths) <= MAX_CUDA_PATHS else None
     layer = CpuPackedLayer(tensors)
     return layer if layer.fits(tensors) else None

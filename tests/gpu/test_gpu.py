@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: `make test-gpu`. Without one these tests are skipped; test_cuda.py has a simulator."""
+"""Test the packed layer's CUDA kernels on a GPU (`make test-gpu`); without a GPU, test_cuda.py simulates them."""
 
 import copy
 import threading
@@ -18,12 +18,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Numba's, with a newer NumPy
 ]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# An entry is off by 2^-22 of the largest in its slice of 256, in both stages; float32 sums and scales add to it.
+# Both kernels round an entry by at most 2^-22 of the largest in its K tile of 256; float32 sums and scales add to it
 EXACT = 2.0**-18
-# The same as a norm: an error of half of 2^-22 is 2^-23 / 3^0.5 in the mean square, relative to the largest of 256
-# entries, which of normal ones is below 5 of their deviations; twice, and float32's sums and scales add to it.
+# The same bound for root mean squares. An error uniform in +-2^-23 has 2^-23 / 3^0.5, relative to the largest of 256
+# entries, which is below 5 standard deviations of normal ones. Both kernels round; float32 sums and scales add to it.
 EXACT_NORM = 2.0**-19
-SMALL_BATCH = 4  # rows of 16 bits up to which that is so
+MAX_GEMV_ROWS = 4  # rows in 16 bits up to which these bounds hold
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def exact(x, paths):
 
 
 def assert_exact(y, x, paths, tolerance=EXACT):
-    """Within a rounding to y's dtype, and the kernels' error, which is relative to the size of a row's sums."""
+    """Assert that y is exact but for a rounding to its dtype and the GEMV's error."""
     want = exact(x, paths)
     rounding = torch.finfo(y.dtype).eps / 2 * want.abs()
     size = want.norm() / want.numel() ** 0.5 if want.numel() else 0
@@ -57,7 +57,7 @@ def assert_exact(y, x, paths, tolerance=EXACT):
 
 
 def assert_near(y, x, paths):
-    """Within two roundings to float16 and one to y's dtype, relative to what sums of random signs come to."""
+    """Assert that y is within two roundings to float16 and one to its dtype, relative to sums of random signs."""
     squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for path in paths:
         h, ell, g = (scale.double() for scale in (path.h, path.ell, path.g))
@@ -81,23 +81,23 @@ def relative_error(y, want):
 )
 def test_layers_of_any_size_equal_the_exact_product(d_out, d_in, ranks, rows, dtype, seed):
     paths, x = layer(d_out, d_in, ranks, seed), inputs(rows, d_in, dtype, seed)
-    if rows <= SMALL_BATCH or dtype == torch.float32:
+    if rows <= MAX_GEMV_ROWS or dtype == torch.float32:
         assert_exact(lb.packed_linear(x, paths), x, paths)
     else:
         assert_near(lb.packed_linear(x, paths), x, paths)
 
 
-@pytest.mark.parametrize("version", ["plain", "tensor", "early"])
+@pytest.mark.parametrize("version", ["plain", "tensor", "pdl"])
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize(("d_out", "d_in"), [(28672, 8192), (8192, 28672), (4096, 4096)])
 def test_every_version_at_real_sizes(cuda_layer, d_out, d_in, rows, version):
     paths, x = layer(d_out, d_in, (200, 300)), inputs(rows, d_in)
-    plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
-    assert_exact(plan(x, version), x, paths)
+    packed = cuda_layer.CudaPackedLayer([tensor for path in paths for tensor in path])
+    assert_exact(packed(x, version), x, paths)
 
 
 @pytest.mark.parametrize("bits", [0.1, 0.55, 1.0])
-def test_the_error_is_that_of_the_outputs_rounding_which_the_dense_layer_has_too(bits):
+def test_the_error_is_the_rounding_of_the_output(bits):
     d_out, d_in = 28672, 8192
     paths, x = layer(d_out, d_in, [rank_for_bits(d_out, d_in, bits, 1)]), inputs(1, d_in)
     want = exact(x, paths)
@@ -105,15 +105,15 @@ def test_the_error_is_that_of_the_outputs_rounding_which_the_dense_layer_has_too
     assert relative_error(ours, want) <= 1.001 * relative_error(rounded, want)
 
 
-def test_schedules_do_not_change_the_result(cuda_layer):
+def test_tilings_do_not_change_the_result(cuda_layer):
     paths, x = layer(4096, 4096, [600]), inputs(2, 4096, torch.float32)
-    plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
-    schedule = plan.schedule(2)
-    one = plan(x, "tensor")
-    assert torch.equal(one, plan(x, "early"))
-    other = schedule._replace(latent=cuda_schedule.Blocks(schedule.latent.sharing, 1, 2))
-    assert torch.equal(one, plan(x, "early", other))
-    assert torch.equal(one, plan(x, "early"))
+    packed = cuda_layer.CudaPackedLayer([tensor for path in paths for tensor in path])
+    config = packed.launch_config(2)
+    one = packed(x, "tensor")
+    assert torch.equal(one, packed(x, "pdl"))
+    other = config._replace(latent=cuda_schedule.Tiling(config.latent.k_warps, 1, 2))
+    assert torch.equal(one, packed(x, "pdl", other))
+    assert torch.equal(one, packed(x, "pdl"))
 
 
 @settings(max_examples=40, deadline=None)
@@ -132,26 +132,26 @@ def test_batches_of_any_size_equal_the_exact_product_but_for_roundings(d_out, d_
     assert_near(y, x, paths)
 
 
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("wgmma", [True, False])
 @pytest.mark.parametrize("d_in", [2100, 2104])
 @pytest.mark.parametrize("rows", [9, 30, 60, 200])
-def test_every_tile_of_a_batch(cuda_layer, monkeypatch, rows, d_in, grouped):
-    if not grouped:
-        monkeypatch.setattr(cuda_schedule, "GROUPED", None)
+def test_every_tile_of_the_gemm(cuda_layer, monkeypatch, rows, d_in, wgmma):
+    if not wgmma:
+        monkeypatch.setattr(cuda_schedule, "WGMMA_CAPABILITY", None)
     paths, x = layer(1500, d_in, (130, 260)), inputs(rows, d_in)
-    plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
-    for tile in cuda_schedule.tiles_for(rows, grouped):
-        for parts in (1, 3):
+    packed = cuda_layer.CudaPackedLayer([tensor for path in paths for tensor in path])
+    for tile in cuda_schedule.tiles_for(rows, wgmma):
+        for split_k in (1, 3):
             y = torch.full((rows, 1500), 99.0, device="cuda").half()
-            assert_near(plan.batch(x, y, rows, cuda_schedule.BatchSchedule(parts, tile, tile)), x, paths)
+            assert_near(packed.gemm(x, y, rows, cuda_schedule.GemmConfig(split_k, tile, tile)), x, paths)
 
 
 @pytest.mark.parametrize("rows", [33, 2000])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_batches_are_multiplied_by_unpacked_signs(cuda_layer, rows, dtype):
     paths, x = layer(777, 1027, (130, 35)), inputs(rows, 1027, dtype)
-    plan = cuda_layer.Plan([tensor for path in paths for tensor in path])
-    y, want = plan.unpacked(x), exact(x, paths)
+    packed = cuda_layer.CudaPackedLayer([tensor for path in paths for tensor in path])
+    y, want = packed.unpacked(x), exact(x, paths)
     assert y.dtype == dtype
     assert relative_error(y, want) <= 3 * torch.finfo(dtype).eps
 
@@ -161,18 +161,18 @@ def test_scales_whose_products_overflow_float16(cuda_layer):
     path = path._replace(h=path.h * 600, ell=path.ell * 600)
     x = inputs(200, 128) / 1024
     want = exact(x, [path])
-    for y in (lb.packed_linear(x, [path]), cuda_layer.Plan([*path]).unpacked(x)):
+    for y in (lb.packed_linear(x, [path]), cuda_layer.CudaPackedLayer([*path]).unpacked(x)):
         assert y.isfinite().all()
         assert relative_error(y, want) <= 3e-3
 
 
 def test_scales_are_read_anew_when_a_graph_of_unpacked_signs_is_replayed(cuda_layer):
     (path,), x = layer(300, 1024, [100]), inputs(200, 1024) / 1024
-    plan = cuda_layer.Plan([*path])
-    plan.unpacked(x)
+    packed = cuda_layer.CudaPackedLayer([*path])
+    packed.unpacked(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = plan.unpacked(x)
+        y = packed.unpacked(x)
     for factor in (1, 600):
         path.h.mul_(factor)
         path.ell.mul_(factor)
@@ -194,7 +194,7 @@ def test_inputs_of_any_strides_and_alignment():
     paths, wide = layer(100, 256, [64]), inputs(6, 1000)
     for x in (wide[:, 1:257], wide[::2, :256], wide[:, 0:512:2], inputs(256, 6).T):
         assert_near(lb.packed_linear(x, paths), x, paths)
-        assert_exact(lb.packed_linear(x[:SMALL_BATCH], paths), x[:SMALL_BATCH], paths)
+        assert_exact(lb.packed_linear(x[:MAX_GEMV_ROWS], paths), x[:MAX_GEMV_ROWS], paths)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 16])
@@ -204,7 +204,7 @@ def test_narrow_words(rank):
     assert_exact(lb.packed_linear(x, paths), x, paths)
 
 
-def test_what_is_not_finite_stays_with_its_row():
+def test_an_infinite_entry_affects_only_its_row():
     paths, x = layer(100, 300, [64]), inputs(3, 300)
     x[1, 5] = float("inf")
     y = lb.packed_linear(x, paths)
@@ -217,7 +217,7 @@ def test_nothing_waits_for_the_device():
     packed = lb.PackedLinear(paths).cuda()
     packed(x)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this mode is a prototype
+        warnings.simplefilter("ignore")  # this mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         packed(x)
@@ -226,7 +226,7 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_layers_plan_follows_its_tensors():
+def test_a_packed_layer_follows_its_tensors():
     packed, x = lb.PackedLinear(layer(64, 256, [40])).cuda(), inputs(1, 256)
     y = packed(x)
     twin = copy.deepcopy(packed)
@@ -243,32 +243,30 @@ def flat(paths):
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
-def test_siblings_with_all_that_goes_before_and_after(cuda_layer, rows):
+def test_fused_projections_with_prologues_and_epilogues(cuda_layer, rows):
     layers = [layer(d_out, 1024, ranks, d_out) for d_out, ranks in ((1024, (100,)), (256, (64, 70)), (256, (33,)))]
-    group = cuda_layer.Siblings([flat(paths) for paths in layers])
+    group = cuda_layer.FusedProjections([flat(paths) for paths in layers])
     generator = torch.Generator("cuda").manual_seed(rows)
     x, bias = (torch.randn(n, generator=generator, device="cuda") for n in ((rows, 1024), 1536))
     weight, squares = torch.rand(1024, generator=generator, device="cuda"), x.square().reshape(rows, 8, 128).sum(-1)
-    y, part = (
-        torch.empty(rows, 1536, device="cuda"),
-        torch.empty(group.part_size(rows, group.schedule(rows)), device="cuda"),
-    )
-    group.launch(x, y, part, norm=(weight, squares, 8, 1e-5), bias=bias)
+    y = torch.empty(rows, 1536, device="cuda")
+    t = torch.empty(group.latent_size(rows, group.launch_config(rows)), device="cuda")
+    group.launch(x, y, t, norm=(weight, squares, 8, 1e-5), bias=bias)
     normed = functional.rms_norm(x.double(), (1024,), weight.double(), 1e-5)
     want = torch.cat([exact(normed, paths) for paths in layers], 1) + bias
     assert relative_error(y, want) < EXACT_NORM
     down = layer(1024, 768, (90, 80))
-    last = cuda_layer.Siblings([flat(down)])
-    schedule = last.schedule(rows)
-    part = torch.empty(last.part_size(rows, schedule), device="cuda")
-    squares = torch.empty(rows, cuda_layer.output_blocks(1024, schedule), device="cuda")
+    last = cuda_layer.FusedProjections([flat(down)])
+    config = last.launch_config(rows)
+    t = torch.empty(last.latent_size(rows, config), device="cuda")
+    squares = torch.empty(rows, cuda_layer.output_blocks(1024, config), device="cuda")
     residual = x.clone()
-    last.launch(y, residual, part, activation="silu", squares=squares)
+    last.launch(y, residual, t, activation="silu", squares=squares)
     gated = functional.silu(y[:, :768].double()) * y[:, 768:]
     assert relative_error(residual, x + exact(gated, down)) < EXACT_NORM
-    blocks = functional.pad(residual.double(), (0, squares.shape[1] * schedule.output.rows - 1024))
-    want = blocks.reshape(rows, squares.shape[1], -1).square().sum(-1)  # each a sum of squares in float32, in any order
-    terms = schedule.output.rows + 1
+    blocks = functional.pad(residual.double(), (0, squares.shape[1] * config.output.rows - 1024))
+    want = blocks.reshape(rows, squares.shape[1], -1).square().sum(-1)
+    terms = config.output.rows + 1  # roundings of the squares and of their sum in any order
     assert ((squares - want).abs() <= terms * torch.finfo(torch.float32).eps * want).all()
 
 
@@ -326,7 +324,7 @@ def test_graphs_replay_on_several_streams_at_once():
         assert all(torch.equal(y, expected) for (_, y), expected in zip(graphs, want, strict=True))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_every_device_computes_the_same_whatever_is_the_current_one():
     packed, x = lb.PackedLinear(layer(2048, 1024, [200])), inputs(3, 1024)
     want = copy.deepcopy(packed).cuda()(x).cpu()

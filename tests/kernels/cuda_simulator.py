@@ -1,7 +1,8 @@
-"""What numba-cuda's simulator lacks, for tests: shuffles, and a block whose threads wait without polling.
+"""Add warp shuffles to numba-cuda's simulator, for tests, and let a block's threads wait without polling.
 
-Import it before any kernel is defined, in a process that set NUMBA_ENABLE_CUDASIM=1. A lane that is not in the mask, or
-lanes of a warp that call different things, are errors here; on a GPU they would be undefined, or hang.
+Import it before any kernel is defined, in a process that set NUMBA_ENABLE_CUDASIM=1. A lane outside the mask, and lanes
+of a warp that call different shuffles, raise errors here. On a GPU the result would be undefined, or the kernel would
+hang.
 """
 
 import threading
@@ -12,11 +13,11 @@ import numpy as np
 from numba import cuda
 from numba.cuda.simulator import kernel, kernelapi
 
-PATIENCE = 10.0  # seconds that a lane waits for the others
+TIMEOUT = 60.0  # seconds that a lane waits for the others, on a busy machine
 
 
 class Warp:
-    """Values that the lanes of a warp exchange."""
+    """The values that the lanes of a warp exchange."""
 
     def __init__(self):
         self.arrival = threading.Condition()
@@ -24,31 +25,34 @@ class Warp:
         self.turns = {}
 
 
-def exchange(kind, mask, value):
-    """Give a value and get those of all lanes in the mask: (this lane, lane -> value)."""
+def exchange(operation, mask, value):
+    """Give a value to all lanes in the mask; return this lane's number and a dict of all lanes' values."""
     thread = threading.current_thread()
     number, lane = divmod(thread.thread_id, 32)
     alive = min(32, int(np.prod(thread._manager._block_dim)) - 32 * number)
     warp = thread._manager.__dict__.setdefault("warps", {}).setdefault(number, Warp())
     mask = int(mask) & 0xFFFFFFFF
     if not mask >> lane & 1:
-        raise RuntimeError(f"{kind}: lane {lane} is not in mask {mask:#x}")
+        raise RuntimeError(f"{operation}: a calling lane must be in the mask, got lane {lane} and mask {mask:#x}")
     expected = [other for other in range(alive) if mask >> other & 1]
     with warp.arrival:
         turn = warp.turns[lane, mask] = warp.turns.get((lane, mask), -1) + 1
-        here = warp.exchanges.setdefault((mask, turn), SimpleNamespace(values={}, left=len(expected), kind=kind))
-        if here.kind != kind:
-            raise RuntimeError(f"divergent warp: lane {lane} in {kind}, others in {here.kind}")
+        here = warp.exchanges.setdefault(
+            (mask, turn), SimpleNamespace(values={}, left=len(expected), operation=operation)
+        )
+        if here.operation != operation:
+            raise RuntimeError(f"divergent warp: lane {lane} in {operation}, others in {here.operation}")
         here.values[lane] = value
         if len(here.values) == len(expected):
             warp.arrival.notify_all()
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while len(here.values) < len(expected):
             warp.arrival.wait(0.25)
+            missing = sorted(set(expected) - set(here.values))
             if thread.abort:
                 raise RuntimeError("aborted")
-            if time.monotonic() > end:
-                raise RuntimeError(f"{kind}: lanes {sorted(set(expected) - set(here.values))} never arrived")
+            if missing and time.monotonic() > end:
+                raise RuntimeError(f"{operation}: lanes {missing} never arrived")
         here.left -= 1
         if not here.left:
             del warp.exchanges[mask, turn]
@@ -56,20 +60,22 @@ def exchange(kind, mask, value):
 
 
 def shuffle(self, mask, value, source):
+    """Return the value of lane `source`."""
     _, values = exchange("shfl_sync", mask, value)
     return values[int(source) % 32]
 
 
 def shuffle_xor(self, mask, value, distance):
+    """Return the value of the lane whose number is this lane's XOR `distance`."""
     lane, values = exchange("shfl_xor_sync", mask, value)
     return values[lane ^ int(distance)]
 
 
 def run_block(self, grid_point, *args):
-    """Run a block's threads; all that wait at a barrier go on together."""
+    """Run a block's threads; release a barrier when all live threads have reached it."""
 
     def body():
-        with np.errstate(over="ignore"):  # words of 32 bits wrap around
+        with np.errstate(over="ignore"):  # unsigned words wrap around
             self._f(*args)
 
     threads = [kernel.BlockThread(body, self, grid_point, point, self._debug) for point in np.ndindex(*self._block_dim)]
@@ -105,7 +111,8 @@ simulated_jit = cuda.jit
 
 
 def jit(*args, **options):
-    options.pop("forceinline", None)  # unknown to the simulator
+    """Decorate a kernel or device function for the simulator."""
+    options.pop("forceinline", None)  # the simulator does not know it
     return simulated_jit(*args, **options)
 
 

@@ -230,12 +230,12 @@ def simulated(monkeypatch):
 
     monkeypatch.setattr(cuda_driver, "array", array)
     monkeypatch.setattr(cuda_driver, "start", start)
-    monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 1, 227 << 10))
-    one_warp = cuda_schedule.Blocks(
+    monkeypatch.setattr(cuda_driver, "device_properties", lambda index: cuda_schedule.Device("any", 1, 227 << 10))
+    one_warp = cuda_schedule.Tiling(
         1, 0, 2
     )  # idle warps cost time in a simulator; simulated_cuda.py tests other schedules
-    schedule = cuda_schedule.Schedule(1, one_warp, one_warp)
-    monkeypatch.setattr(cuda_schedule, "schedule_for", lambda *sizes: schedule)
+    schedule = cuda_schedule.LaunchConfig(1, one_warp, one_warp)
+    monkeypatch.setattr(cuda_schedule, "launch_config", lambda *sizes: schedule)
     monkeypatch.setattr(cuda_latent_attention, "WARPS", 4)
     monkeypatch.setattr(cuda_latent_attention, "THREADS", 128)
     monkeypatch.setattr(dispatch, "cuda_kernels", lambda index: cuda_layer)
@@ -247,7 +247,7 @@ def simulated(monkeypatch):
 @pytest.mark.usefixtures("simulated")
 def test_the_output_layer_combines_split_kv_partials(monkeypatch):
     """Compare with torch, for contexts that leave some blocks without a token."""
-    monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 3, 227 << 10))
+    monkeypatch.setattr(cuda_driver, "device_properties", lambda index: cuda_schedule.Device("any", 3, 227 << 10))
     monkeypatch.setattr(AttentionConfig, "unroll", lambda self, early: 1)
     monkeypatch.setattr(CudaOps, "attention_config", lambda self, *_: AttentionConfig("single", 64, 1, 1, False))
     model = random_model(ModelShape("a small one", 64, 80, 1, 1, 1, 64, 40, 256), 2.0, 1, "cpu")
@@ -293,7 +293,9 @@ def test_a_step_by_kernels_equals_a_step_by_torch(bits, heads, paths, kv_cache, 
     if kv_cache == "full":
         sides = [FusedEngine(*common, kernels) for kernels in (True, False)]
     else:
-        monkeypatch.setattr(cuda_driver, "described", lambda index: cuda_schedule.Device("any", 4 * heads, 227 << 10))
+        monkeypatch.setattr(
+            cuda_driver, "device_properties", lambda index: cuda_schedule.Device("any", 4 * heads, 227 << 10)
+        )
         sides = [LatentEngine(*common, kernels, kv_cache) for kernels in (True, False)]
     assert all(isinstance(group, PackedGroup) == (bits is not None) for groups in sides[0].groups for group in groups)
     with torch.inference_mode():
@@ -325,12 +327,12 @@ def test_attention_to_latents_equals_torch(
     size, heads, kv_heads, ranks, kept, tokens, positions, grouped, shares, monkeypatch
 ):
     """Test contexts of several tiles with a partial last one, and one or two paths of ranks that fill no word."""
-    monkeypatch.setattr(cuda_schedule, "GROUPED", torch.cuda.get_device_capability(0) if grouped else None)
+    monkeypatch.setattr(cuda_schedule, "WGMMA_CAPABILITY", torch.cuda.get_device_capability(0) if grouped else None)
     monkeypatch.setattr(cuda_latent_attention, "TILE_TOKENS", (tokens, tokens))
     monkeypatch.setattr(CudaOps, "min_split_tiles", 1)
     generator, rows, capacity = torch.Generator().manual_seed(0), len(positions), 44
     device = cuda_schedule.Device("any", rows * heads * shares, 227 << 10)
-    monkeypatch.setattr(cuda_driver, "described", lambda index: device)
+    monkeypatch.setattr(cuda_driver, "device_properties", lambda index: device)
     biases = False, shares == 1
     layers = [
         random_packed(kv_heads * size, 64, each, generator, bias) for each, bias in zip(ranks, biases, strict=True)
@@ -341,8 +343,8 @@ def test_attention_to_latents_equals_torch(
     projected, places = numbers(rows, (heads + 2 * kv_heads) * size), torch.tensor(positions)
     spans, begin = [], 3
     for each in ranks:
-        spans.append(Spans.at(begin, each, cuda_schedule.padded))
-        begin = sum(spans[-1].begins[-1:]) + cuda_schedule.padded(each[-1])
+        spans.append(Spans.at(begin, each, cuda_schedule.padded_rank))
+        begin = sum(spans[-1].begins[-1:]) + cuda_schedule.padded_rank(each[-1])
     part = numbers(2, rows, begin, seed=1)
     for of, each in zip(spans, ranks, strict=True):  # kernels leave zeros in the padding
         for at, count, rank in zip(*of, each, strict=True):
@@ -413,4 +415,4 @@ def test_tuning_takes_the_fastest_schedule_of_each_group(monkeypatch):
         assert cost(row["schedule"]) == 0
         assert row["after_us"] < row["before_us"]
         assert all(groups[at].schedule == row["schedule"] for groups in engine.groups)
-        assert row["sizes"] == str(engine.groups[0][at].siblings.sizes)
+        assert row["sizes"] == str(engine.groups[0][at].siblings.shape)

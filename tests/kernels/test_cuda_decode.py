@@ -45,7 +45,7 @@ def test_kernels_compile_without_spills_and_fit_the_registers(capability, monkey
     monkeypatch.setattr(
         "numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=capability)
     )
-    early, newest = capability >= cuda_driver.EARLY, capability == CAPABILITIES[-1]
+    early, newest = capability >= cuda_driver.PDL_CAPABILITY, capability == CAPABILITIES[-1]
     factories = kernels.embed, kernels.add, kernels.rms_norm, kernels.swiglu, kernels.logits
     factories += (
         kernels.attend,
