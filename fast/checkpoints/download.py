@@ -42,6 +42,12 @@ ARTIFACTS = {
 
 
 DATA = Path(__file__).parents[1] / "data"
+TINY = "tiny"  # the byte-level model in DATA
+
+
+def fetch_base(name: str) -> Path:
+    """Return the path of a dense model: the folder of the tiny one, or the file of one in ARTIFACTS."""
+    return DATA / TINY if name == TINY else fetch_artifact(name)
 
 
 def fetch_artifact(name: str) -> Path:

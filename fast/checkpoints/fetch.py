@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 
 from ..files.untrusted import CheckpointError
-from .download import ARTIFACTS, DATA, fetch_artifact
-from .names import TINY, bundled_names, did_you_mean, folder_hint, known_names, unknown_model
+from .download import ARTIFACTS, TINY, fetch_base
+from .names import bundled_names, did_you_mean, folder_hint, known_names, unknown_model
 
 
 def fetch(name: str) -> Path:
@@ -33,15 +33,13 @@ def fetch(name: str) -> Path:
     OSError
         If the download fails.
     """
-    if name == TINY:
-        return DATA / TINY
     if name in bundled_names():
         from .bundled import bundled
 
         return bundled(name)
-    if name not in ARTIFACTS:
+    if name not in (TINY, *ARTIFACTS):
         raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}{did_you_mean(name)}")
-    return fetch_artifact(name)
+    return fetch_base(name)
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:

@@ -4,10 +4,7 @@ import difflib
 from pathlib import Path
 
 from ..files.untrusted import CheckpointError
-from .download import ARTIFACTS, DATA
-
-TINY = "tiny"
-
+from .download import ARTIFACTS, DATA, TINY
 
 BUNDLED_SUFFIX = "bit.safetensors"
 
