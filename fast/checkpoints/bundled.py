@@ -30,17 +30,24 @@ def bundled_folder(name: str) -> Path:
     return cache_path("bundled", f"{name}-{file_digest(DATA / f'{name}.safetensors')[:12]}-{FORMAT_VERSION}")
 
 
+def dense_folder(base: str) -> Path:
+    """Return the folder of the dense model of this name, downloaded and converted on first use."""
+    from .convert import converted_folder
+
+    path = fetch_base(base)
+    return path if path.is_dir() else converted_folder(path)
+
+
 def reassemble(file: Path, folder: Path) -> None:
     """Write the complete checkpoint of a file that `export_delta` wrote into a folder."""
     from safetensors.torch import load_file
 
     from ..models.build import transformers
-    from .convert import converted_folder
     from .saving import write_tensors
 
     with safe_open(file, framework="numpy") as opened:
         note = json.loads((opened.metadata() or {})["littlebit"])
-    base = converted_folder(fetch_base(note["base"]))
+    base = dense_folder(note["base"])
     trained = load_file(file)
     quantized = tuple(f"{layer}.weight" for layer in note["quantization_config"]["layers"])
     tensors = {name: t for name, t in load_file(base / WEIGHTS).items() if name not in quantized} | trained
@@ -61,7 +68,7 @@ def export_delta(checkpoint: Path, base: str, file: Path, training: dict[str, An
     checkpoint : Path
         A directory that `save` wrote.
     base : str
-        Name of the model that it was quantized from, one of `download.ARTIFACTS`.
+        Name of the model that it was quantized from: "tiny", or one of `download.ARTIFACTS`.
     file : Path
         Output, NAMEbit.safetensors.
     training : dict
@@ -72,9 +79,7 @@ def export_delta(checkpoint: Path, base: str, file: Path, training: dict[str, An
     CheckpointError
         If the checkpoint lacks a tensor of the base, and so was made from another model.
     """
-    from .convert import converted_folder
-
-    before, after = load_file(converted_folder(fetch_base(base)) / WEIGHTS), load_file(checkpoint / WEIGHTS)
+    before, after = load_file(dense_folder(base) / WEIGHTS), load_file(checkpoint / WEIGHTS)
     section = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     quantized = {f"{layer}.weight" for layer in section["layers"]}
     if missing := sorted(before.keys() - after.keys() - quantized):

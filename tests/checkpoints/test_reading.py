@@ -71,7 +71,7 @@ WRONG = {
         lambda t: t | {"model.layers.7.mlp.up_proj.weight": torch.ones(2)},
         r"layers\.7\S* is left over",
     ),
-    "another shape": (lambda t: t | {UP: torch.ones(96, 63)}, rf"tensor {UP} is \(96, 63\), not \(96, 64\)"),
+    "another shape": (lambda t: t | {UP: torch.ones(96, 63)}, rf"tensor {UP} must be \(96, 64\), got \(96, 63\)"),
     "compiled": (lambda t: {f"_orig_mod.{name}": each for name, each in t.items()}, r"'_orig_mod\.' of a wrapper"),
     "parallel": (lambda t: {f"module.{name}": each for name, each in t.items()}, r"'module\.' of a wrapper"),
     "adapted": (lambda t: {f"base_model.model.{name}": each for name, each in t.items()}, r"merge_and_unload"),
