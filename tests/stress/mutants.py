@@ -374,8 +374,8 @@ MUTANTS = [
         "tokenizer.eos_token_id",
         "EOS before every sentence",
     ),
-    Mutant("fast/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
-    Mutant("fast/zero_shot.py", "file.read(left + 1)", "file.read(left)", "archives of any size pass"),
+    Mutant("fast/evaluation/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
+    Mutant("fast/evaluation/zero_shot.py", "file.read(left + 1)", "file.read(left)", "archives of any size pass"),
     Mutant(
         "fast/kernels/cpu.py", "np.float32(2) * horizontal_sum(a0)", "horizontal_sum(a0)", "set bits subtracted once"
     ),
@@ -417,7 +417,7 @@ MUTANTS = [
         "fast/models/embeddings.py", "moved.sum(-1)\n", "0 * moved.sum(-1)\n", "scales refitted without their offsets"
     ),
     Mutant("fast/kernels/cpu_dense.py", "s1, s1 + offsets", "s1, s0 + offsets", "rows share an offset"),
-    Mutant("fast/agreement.py", "if a != b", "if a == b", "texts agree where they differ"),
+    Mutant("fast/decoding/parity.py", "if a != b", "if a == b", "texts agree where they differ"),
     Mutant("fast/kernels/cpu_threads.py", "max(job[START] - offsets[order], 0)", "0", "threads repeat the first rows"),
     Mutant(
         "fast/kernels/cpu_threads.py", "if now == DONE:", "if now == RUNNING:", "parts are copied before they are done"
@@ -490,7 +490,7 @@ MUTANTS = [
     Mutant("fast/training/student.py", "            p.grad = None\n", "", "gradients stay after training"),
     Mutant("fast/training/trainer.py", "master.grad /= self.world", "pass", "gradients summed over processes"),
     Mutant("fast/training/trainer.py", "if master.grad is not None:", "if True:", "a norm without a gradient"),
-    Mutant("fast/training/trainer.py", "(1 + math.cos", "(1 - math.cos", "rates rise along the cosine"),
+    Mutant("fast/training/phases.py", "(1 + math.cos", "(1 - math.cos", "rates rise along the cosine"),
     Mutant(
         "fast/training/trainer.py",
         "part[:, rank::world]",
@@ -504,7 +504,7 @@ MUTANTS = [
         "texts overlap",
     ),
     Mutant(
-        "fast/training/trainer.py",
+        "fast/training/windows.py",
         "offset + sequence * torch.randperm",
         "offset + (sequence - 1) * torch.randperm",
         "windows overlap",
@@ -512,7 +512,10 @@ MUTANTS = [
     Mutant("fast/training/trainer.py", "* (len(part) / len(self.tokens))", "", "micro-batches are summed"),
     Mutant("fast/training/trainer.py", "self.config.clip or math.inf", "math.inf", "no clipping"),
     Mutant(
-        "fast/training/trainer.py", "self.teacher[before]", "self.student[before]", "blocks read the student's stream"
+        "fast/training/hidden_states.py",
+        "self.teacher[before]",
+        "self.student[before]",
+        "blocks read the student's stream",
     ),
     Mutant("fast/training/trainer.py", "loss + self.hidden_weight *", "loss + 0 *", "no hidden-state loss"),
     Mutant("fast/training/trainer.py", "and math.isfinite(self.norm.item())", "", "a spoilt state is kept"),
@@ -536,7 +539,7 @@ MUTANTS = [
     ),
     Mutant("fast/training/trainer.py", "if self.step == phase.begin:", "if False:", "moments of the part before stay"),
     Mutant("fast/training/trainer.py", "if phase.frozen and group.latents", "if False", "frozen signs move"),
-    Mutant("fast/training/trainer.py", "first >= freeze,", "first > freeze,", "a phase too late is frozen"),
+    Mutant("fast/training/phases.py", "first >= freeze,", "first > freeze,", "a phase too late is frozen"),
     Mutant("fast/distill.py", "labels[:, None] < 0, p,", "labels[:, None] < -1, p,", "rows without a label have one"),
     Mutant(
         "fast/training/muon.py",
@@ -693,7 +696,9 @@ MUTANTS = [
         "the authors' format is taken for a dense model",
     ),
     Mutant("fast/checkpoints/dense.py", "    check_whole(folder, found)\n", "", "missing tensors are made up"),
-    Mutant("fast/checkpoints/whole.py", '("is left over", left)', '("is left over", [])', "tensors left over pass"),
+    Mutant(
+        "fast/checkpoints/completeness.py", '("is left over", left)', '("is left over", [])', "tensors left over pass"
+    ),
     Mutant("fast/checkpoints/dense.py", "    settle_ties(model)\n", "", "a head of its own is said to be tied"),
     Mutant("fast/checkpoints/loading.py", "    untie_own_head(model, tensors)\n", "", "a head of its own is tied"),
     Mutant("fast/checkpoints/loading.py", "    share(model, shared)\n", "", "shared parameters are not shared again"),
@@ -738,7 +743,7 @@ MUTANTS = [
         "refused models stay split",
     ),
     Mutant(
-        "fast/models/quantize.py",
+        "fast/models/allocation.py",
         "if keys >= queries or not found:",
         "if not found:",
         "a factor for models without grouped queries",
@@ -759,7 +764,7 @@ MUTANTS = [
     Mutant("fast/checkpoints/saving.py", "size + tensor.nbytes > shard_bytes", "False", "never sharded"),
     Mutant("fast/files/untrusted.py", "or Path(name).name != name", "", "an index may name files anywhere"),
     Mutant(
-        "fast/checkpoints/checkpoint.py",
+        "fast/checkpoints/storage.py",
         ' and not name.endswith(("table.scale", "table.offset"))',
         "",
         "scales and offsets are parameters",
@@ -785,7 +790,7 @@ MUTANTS = [
         "pad bits of files not checked",
     ),
     Mutant("fast/checkpoints/saving.py", "        order_metadata(folder / name)\n", "", "files differ from run to run"),
-    Mutant("fast/checkpoints/format.py", "json_digest(config) != checksums.config", "False", "settings may change"),
+    Mutant("fast/checkpoints/checksums.py", "json_digest(config) != checksums.config", "False", "settings may change"),
     Mutant("fast/files/digests.py", "{dtype} {list(shape)}", "", "digests of contents alone"),
     Mutant(
         "fast/checkpoints/format.py",
@@ -923,10 +928,13 @@ MUTANTS = [
         "scale",
     ),
     Mutant(
-        "fast/kernels/cuda_latent.py", "mean / total if combine else mean", "mean / total", "partials divided twice"
+        "fast/kernels/cuda_latent_attention.py",
+        "mean / total if combine else mean",
+        "mean / total",
+        "partials divided twice",
     ),
     Mutant(
-        "fast/kernels/cuda_latent.py",
+        "fast/kernels/cuda_latent_attention.py",
         "first_tile, end = int32(split * each)",
         "first_tile, end = int32(0)",
         "tiles twice",
@@ -951,7 +959,12 @@ MUTANTS = [
     ),
     Mutant("fast/decoding/ops.py", ".transpose(-1, -2).flatten(1)", ".flatten(1)", "signs of keys not in pairs"),
     Mutant("fast/bench/tune.py", "chosen = min(longer", "chosen = max(longer", "what is faster is not taken"),
-    Mutant("fast/decoding/ops.py", ".float().chunk(2, -1)", ".float().chunk(2, -1)[::-1]", "gate and up are exchanged"),
+    Mutant(
+        "fast/decoding/torch_ops.py",
+        ".float().chunk(2, -1)",
+        ".float().chunk(2, -1)[::-1]",
+        "gate and up are exchanged",
+    ),
     Mutant("fast/decoding/fused_llama.py", "x.float(),", "x,", "16 bits are read as 32"),
     Mutant(
         "fast/decoding/fused_llama.py",
