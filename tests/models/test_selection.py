@@ -131,7 +131,7 @@ def shared(**places):
 DENSE = {
     "a subclass that does more": (lambda: Model(Calls(linear(Doubled))), "its Doubled does more than a linear layer"),
     "a subclass that does more in training": (lambda: Model(Calls(linear(InTraining))), "its InTraining does more"),
-    "a parametrised weight": (lambda: Model(Calls(parametrised())), "does more than|is parametrised"),
+    "a parametrised weight": (lambda: Model(Calls(parametrised())), "does more than|is parametrized"),
     "hooks": (lambda: Model(Calls(hooked())), "hooks run with it"),
     "a forward of its own": (lambda: Model(Calls(patched())), "hooks run with it"),
     "a weight that is read": (lambda: Model(Reads(linear())), "Reads reads its weight instead of calling it"),
