@@ -54,7 +54,14 @@ def test_wheel_holds_the_modules_and_nothing_stale(tmp_path):
         f"littlebit/{path.relative_to(ROOT)}" for top in ("reference", "fast") for path in (ROOT / top).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == packaged
-    assert {Path(name).suffix for name in names} <= {".py", ".txt", ".md", ".json", ".safetensors", ".typed"}  # nothing compiled
+    assert {Path(name).suffix for name in names} <= {
+        ".py",
+        ".txt",
+        ".md",
+        ".json",
+        ".safetensors",
+        ".typed",
+    }  # nothing compiled
     assert wheel.name.endswith("-py3-none-any.whl")
     assert {"littlebit/fast/data/roosevelt_1901.txt", "littlebit/fast/data/lincoln_1862.txt"} <= names
 
