@@ -128,7 +128,7 @@ class SortedExperts(QuantizedExperts):
         Parameters
         ----------
         hidden_states : (experts * tokens, d)
-            The tokens of the first expert, then those of the second, and so on.
+            Tokens of the first expert, then of the second, and so on.
 
         Returns
         -------
