@@ -19,13 +19,20 @@ from littlebit.fast.files.digests import code_digest
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "book" / "results"
 
-CPU = ("kernels.cpu", "kernels.cpu_simd", "kernels.cpu_layer")
-CPU_DECODE = (*CPU, "kernels.cpu_decode", "decoding.cpu_decoder", "decoding.torch_weights")
-CUDA = tuple(
-    f"kernels.cuda_{part}"
-    for part in ("plain", "gemv", "gemm", "unpack", "intrinsics", "mma", "layer", "schedule", "driver")
+CPU = ("kernels.cpu", "kernels.cpu_simd", "kernels.cpu_layer", "kernels.cpu_threads")
+CPU_DECODE = (
+    *CPU,
+    *("kernels.cpu_dense", "kernels.cpu_decode"),
+    *("decoding.cpu_decoder", "decoding.sampling", "decoding.torch_weights"),
 )
-CUDA_DECODE = (*CUDA, "kernels.cuda_decode", "decoding.ops", "decoding.graph_decoder", "decoding.fused_llama")
+CUDA_PARTS = "plain gemv gemm unpack elements intrinsics mma layer launch schedule driver"
+CUDA = tuple(f"kernels.cuda_{part}" for part in CUDA_PARTS.split())
+CUDA_DECODE = (
+    *CUDA,
+    "kernels.cuda_decode",
+    *("decoding.ops", "decoding.cuda_ops", "decoding.torch_ops"),
+    *("decoding.graph_decoder", "decoding.fused_llama"),
+)
 INITIALIZERS = ("admm", "alignment", "dual_svid", "residual", "svd")
 #: Patterns of the modules that each results file measures. A file that is not listed measures no code of the package.
 MEASURES = {
@@ -78,7 +85,10 @@ def digests_now() -> frozenset[str]:
 def measured_code(name: str) -> dict[str, str]:
     """Read the digests of the modules that a results file measures, by the modules' present names."""
     code = json.loads((RESULTS / f"{name}.json").read_text()).get("code", {})
-    code = {MOVED.get(module, module): digest for module, digest in code.items()}
+    # A recent file has both names: the old name of cuda_layer is now the name of another module, cuda_launch.
+    code = {
+        module if MOVED.get(module) in code else MOVED.get(module, module): digest for module, digest in code.items()
+    }
     patterns = MEASURES.get(name, ())
     return {module: digest for module, digest in code.items() if any(fnmatchcase(module, each) for each in patterns)}
 
