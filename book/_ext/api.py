@@ -122,10 +122,11 @@ def section(heading: str, lines: list[str]) -> list[str]:
     if heading == "Examples":
         return ["", ".. rubric:: Examples", "", *lines, ""]
     if heading == "Returns" and " : " not in lines[0]:
-        return [f":{heading}:", *("    " + escaped(line.strip()) for line in lines)]
+        lines = [lines[0], *textwrap.dedent("\n".join(lines[1:])).split("\n")]  # lists keep their indentation
+        return [f":{heading}:", *("    " + escaped(line) for line in lines)]
     made = [f":{heading}:"]
     for line in lines:
-        if line.startswith(" "):
+        if not line or line.startswith(" "):
             made.append("    " + escaped(line))
             continue
         # names that share a line, "u : (d_out, rank), v : (d_in, rank)", get their own
