@@ -47,6 +47,6 @@ def test_table_reports_a_busy_machine(share, busy):
 
 def test_demo_imports_torch_only_to_measure():
     code = "import pathlib, sys; from littlebit.fast.cli import demo; demo.TRAINED = demo.TINY"
-    code += "; demo.place = lambda name: pathlib.Path('.'); demo.write_sample(); print('torch' in sys.modules)"
+    code += "; demo.bundled_folder = lambda name: pathlib.Path('.'); demo.write_sample(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

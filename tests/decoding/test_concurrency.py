@@ -102,7 +102,7 @@ def test_quantize_in_threads(tiny_llama):
 WORK = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + '/..']
 import torch
 import littlebit.fast as lb
 from littlebit.fast.files.digests import tensors_digest

@@ -245,9 +245,11 @@ def test_a_sequence_that_has_ended_stays_so(llama, monkeypatch):
 
 def test_decode_batch_refuses_invalid_input(llama, monkeypatch):
     put_in_charge(monkeypatch, StaticEngine)
-    for prompts in ([], [[1]] * 17, [[]]):
-        with pytest.raises(ValueError, match="1 to 16 prompts"):
+    for prompts in ([], [[1]] * 17):
+        with pytest.raises(ValueError, match=f"1 to 16 prompts, got {len(prompts)}: split it"):
             decode_batch(llama, prompts, GenerationConfig(4))
+    with pytest.raises(ValueError, match="each prompt must have at least one token"):
+        decode_batch(llama, [[1], []], GenerationConfig(4))
     for token in (-1, 128):
         with pytest.raises(ValueError, match="must be from 0 to 127"):
             decode_batch(llama, [[5, token]], GenerationConfig(4))

@@ -398,7 +398,7 @@ def test_tuning_takes_the_fastest_schedule_of_each_group(monkeypatch):
     engine, ran = FusedEngine(model, 1, 16, torch.device("cpu"), torch.float16, True), []
 
     def cost(schedule):
-        return abs(schedule.latent.tiles - 2) + abs(schedule.output.log - 1)
+        return abs(schedule.latent.row_tiles - 2) + abs(schedule.output.log_row_warps - 1)
 
     def replay_seconds(calls, replays):
         assert len(calls) == 2  # layers of both blocks

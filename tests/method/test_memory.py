@@ -4,11 +4,10 @@ import math
 import re
 import statistics
 
-import littlebit.fast as fast
 import littlebit.reference as ref
 import pytest
 import torch
-from littlebit.fast.models.embeddings import EmbeddingTable
+from littlebit.fast.models.embeddings import EmbeddingTable, quantize_table
 from littlebit.fast.models.layers import PackedLinear
 from littlebit.fast.models.quantize import Config, replace_module, target_layers
 from littlebit.reference.memory import activation_numbers, embedding_bytes, latent_widths, linear_shapes
@@ -93,7 +92,7 @@ def test_model_memory_counts_what_a_packed_model_holds(kind, bits, paths):
 def test_embedding_bytes_counts_what_an_embedding_holds(rows, size):
     assert embedding_bytes(rows, size) == torch.empty(rows, size, dtype=torch.float16, device="meta").nbytes
     for bits in (8, 4):
-        quantised = fast.embeddings.quantize_table(torch.ones(rows, size), bits)
+        quantised = quantize_table(torch.ones(rows, size), bits)
         assert isinstance(quantised, EmbeddingTable)
         assert embedding_bytes(rows, size, bits) == sum(buffer.nbytes for buffer in quantised.buffers())
 

@@ -17,7 +17,7 @@ from littlebit.fast.models.quantize import packed_layers
 from littlebit.fast.models.registry import choice_name, load_function
 
 BITS = 2.5
-BENCHMARK = Path(__file__).parents[2] / "book" / "initialisation.py"
+BENCHMARK = Path(__file__).parents[2] / "book" / "experiments" / "initialisation.py"
 LAYER = "model.layers.0.self_attn.q_proj"
 
 

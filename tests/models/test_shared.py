@@ -174,10 +174,10 @@ def test_formats_that_cannot_share_refuse(tiny_llama, tmp_path):
         (["a"], "must map names to names"),
         ({f"{SECOND}.mlp": "model.nothing"}, "names 'model.nothing'"),
         ({f"{SECOND}.mlp": 3}, "names 3"),
-        ({"model": FIRST}, "not alike"),
-        ({f"{FIRST}.mlp": "model.layers"}, "not alike"),
-        ({f"{SECOND}.mlp.act_fn": f"{FIRST}.mlp.act_fn"}, "not alike"),
-        ({f"{SECOND}.mlp.up_proj": f"{FIRST}.mlp.down_proj"}, "not alike"),
+        ({"model": FIRST}, "their tensors differ"),
+        ({f"{FIRST}.mlp": "model.layers"}, "their tensors differ"),
+        ({f"{SECOND}.mlp.act_fn": f"{FIRST}.mlp.act_fn"}, "their tensors differ"),
+        ({f"{SECOND}.mlp.up_proj": f"{FIRST}.mlp.down_proj"}, "their tensors differ"),
     ],
 )
 def test_files_that_share_what_cannot_be_are_refused(shared, message, tiny_llama, tmp_path):

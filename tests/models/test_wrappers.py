@@ -154,7 +154,7 @@ def test_unloaded_models_are_saved_as_they_were(checkpoint, tmp_path):
 def test_latent_caches_take_adapters_beside_other_layers(checkpoint):
     model = adapted(lb.load(checkpoint), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     assert lb.latent_cache(model).nbytes == 0
-    with pytest.raises(ValueError, match="k_proj is a PackedLora, not packed"):
+    with pytest.raises(ValueError, match="k_proj must be packed, but is a PackedLora"):
         lb.latent_cache(adapted(lb.load(checkpoint), peft.LoraConfig(r=4, target_modules=["k_proj"])))
     with pytest.raises(ValueError, match="PEFT puts learned tokens before the prompt"):
         lb.latent_cache(adapted(lb.load(checkpoint), ADAPTERS["the prompt"]))
@@ -180,7 +180,7 @@ def test_the_compiled_decoder_steps_aside_for_hooks_and_other_layers(checkpoint,
     assert not caplog.records
     handle = model.model.layers[0].register_forward_hook(lambda module, inputs, output: -output)
     assert lb.generate(model, PROMPT, 4) == greedy(model, lb.load_tokenizer(checkpoint), 4) != expected
-    assert "hooks run with its modules" in caplog.text
+    assert "its modules have hooks" in caplog.text
     handle.remove()
 
     class Louder(torch.nn.Linear):
@@ -226,7 +226,7 @@ def test_save_refuses_what_load_cannot_rebuild(checkpoint, tmp_path):
         lb.save(more, tmp_path / "out")
     other = lb.load(checkpoint)
     other.config.vocab_size = 300
-    with pytest.raises(ValueError, match=r"embed_tokens\.weight is"):
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight"):
         lb.save(other, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     resized = lb.load(checkpoint)

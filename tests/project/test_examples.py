@@ -14,7 +14,7 @@ MOST_LINES = 40
 PRINTED = {  # patterns that occur, in this order, in what a script prints
     "chat": [r"In the beginning of the( [a-z]+){5}"],
     "lora": [r"[\d,]+ parameters of the adapter", r"step   0: loss \d", r"step  29: loss \d"],
-    "own_initializer": ["dual-svid .* error 0", "my_init .* error 0", "admm .* error 0"],
+    "own_initializer": ["dual-svid .* weights 0", "my_init .* weights 0", "admm .* weights 0"],
     "quantize": ["original: .*perplexity", "down_proj .*relative error 0", r"stored: .*1\.\d+ bits", "quantised: "],
     "train": ["original .*perplexity", "untrained .*perplexity", "trained .*perplexity", "loss: "],
 }

@@ -103,7 +103,7 @@ def test_command_refuses_what_is_no_array(loud_llama, tmp_path, capsys, content)
 def test_command_refuses_arrays_that_hold_no_tokens(loud_llama, tmp_path, capsys, values):
     np.save(tmp_path / "tokens.npy", values)
     assert main(command(loud_llama, tmp_path / "out", tmp_path / "tokens.npy")) == 2
-    assert "tokens.npy must hold tokens, one row of integers" in capsys.readouterr().err
+    assert "tokens.npy must hold token ids, integers of shape (n,)" in capsys.readouterr().err
 
 
 def test_long_texts_are_tokenised_once(loud_llama, tmp_path, monkeypatch):

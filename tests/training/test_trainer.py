@@ -326,7 +326,7 @@ def test_causal_attention_is_the_models_own(models):
         ({"texts": [TEXT, torch.zeros(0, dtype=torch.int64)]}, "at least 32 tokens are needed, got 0"),
         ({"texts": TEXT[: len(TEXT) // 2 * 2].reshape(2, -1)}, r"shape \(n,\) or \(1, n\)"),
         ({"texts": TEXT + 100}, "must be from 0 to 259"),
-        ({"texts": TEXT - 256}, "token -[0-9]+ is not one of"),
+        ({"texts": TEXT - 256}, "must be from 0 to 259, .* got -"),
         ({"batch_size": 4, "micro_batch": 3}, "micro_batch must divide the 4 sequences .* got 3"),
         ({"micro_batch": 0}, "micro_batch must be a whole number >= 1, got 0"),
         ({"micro_batch": -1}, "micro_batch must be a whole number >= 1, got -1"),
