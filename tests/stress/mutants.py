@@ -112,7 +112,12 @@ MUTANTS = [
     Mutant("reference/bits.py", "low, high = 0, min(shape)", "low, high = 0, min(shape) - 1", "rank search biased"),
     Mutant("reference/bits.py", "rest -= cost\n            if made", "if made", "gains spend the same bits twice"),
     Mutant("reference/bits.py", "return -sum(gains", "return sum(gains", "the worst layer first"),
-    Mutant("reference/bits.py", "+ len(widths) * scale_bytes", "", "scales of a cache not counted"),
+    Mutant(
+        "reference/bits.py",
+        "return tokens * (sum(widths) * element_bytes + len(widths) * scale_bytes)",
+        "return tokens * sum(widths) * element_bytes",
+        "scales of a cache not counted",
+    ),
     Mutant("reference/memory.py", "1 if shape.tied else 2", "2", "a tied head counted twice"),
     Mutant(
         "reference/memory.py",
@@ -187,13 +192,13 @@ MUTANTS = [
     Mutant("fast/_checks.py", "max(positions, int(factor * trained))", "positions", "scaled positions are not counted"),
     Mutant(
         "fast/models/generation_settings.py",
-        "name not in understood and",
-        "name in NEUTRAL and",
+        "name in SUPPORTED | IGNORED or",
+        "name not in NEUTRAL_VALUES or",
         "new settings are dropped",
     ),
     Mutant(
         "fast/models/generation_settings.py",
-        "SAMPLING[name] if value is None else value",
+        "SAMPLING_DEFAULTS[name] if value is None else value",
         "value",
         "defaults of sampling",
     ),
@@ -206,13 +211,13 @@ MUTANTS = [
     ),
     Mutant(
         "fast/decoding/latent_cache_hf.py",
-        "            self.turned = None\n        new",
+        "            self.cos_sin = None\n        new",
         "        new",
         "angles of the step before",
     ),
     Mutant(
         "fast/decoding/latent_cache_hf.py",
-        "room[:, : self.length] = self.filled()",
+        "larger[:, : self.length] = self.filled()",
         "pass",
         "growing forgets the tokens",
     ),
@@ -312,7 +317,7 @@ MUTANTS = [
         "residual path not packed",
     ),
     Mutant("fast/models/selection.py", "and module is not head", "", "the head is quantised by identity"),
-    Mutant("fast/models/quantize.py", "layers[name].bias)\n", "None))", "bias lost"),
+    Mutant("fast/models/quantize.py", "layers[name].bias)\n", "None)\n", "bias lost"),
     Mutant(
         "fast/integrations/hf_quantizer.py", "model._weight_conversions = []", "pass", "tensors of experts are renamed"
     ),
@@ -400,7 +405,10 @@ MUTANTS = [
         "fast/kernels/cpu_dense.py", "for last in range(i, stop):", "for last in range(i, i):", "last rows of the head"
     ),
     Mutant(
-        "fast/decoding/cpu_decoder.py", "before < top_p", "before + chances < top_p", "the nucleus is one token short"
+        "fast/decoding/sampling.py",
+        "before < config.top_p",
+        "before + probabilities < config.top_p",
+        "the nucleus is one token short",
     ),
     Mutant(
         "fast/models/embeddings.py", "errors[:, j : j + 1] * feedback", "0 * feedback", "errors stay within a group"
@@ -479,8 +487,8 @@ MUTANTS = [
     ),
     Mutant(
         "fast/training/student.py",
-        "tensor.data = whole_tensor[row]",
-        "tensor.data = whole_tensor[row].clone()",
+        "tensor.data = stacked[row]",
+        "tensor.data = stacked[row].clone()",
         "layers do not follow",
     ),
     Mutant("fast/training/student.py", ".ndim == 1)", ".ndim <= 2)", "norms: all is trained"),
@@ -488,19 +496,19 @@ MUTANTS = [
         "fast/training/student.py", "group = latents if", "group = scales if", "groups of learning rates changed over"
     ),
     Mutant("fast/training/student.py", "            p.grad = None\n", "", "gradients stay after training"),
-    Mutant("fast/training/trainer.py", "master.grad /= self.world", "pass", "gradients summed over processes"),
-    Mutant("fast/training/trainer.py", "if master.grad is not None:", "if True:", "a norm without a gradient"),
+    Mutant("fast/training/processes.py", "parameter.grad /= world_size", "pass", "gradients summed over processes"),
+    Mutant("fast/training/processes.py", "if parameter.grad is not None:", "if True:", "a norm without a gradient"),
     Mutant("fast/training/phases.py", "(1 + math.cos", "(1 - math.cos", "rates rise along the cosine"),
     Mutant(
         "fast/training/trainer.py",
-        "part[:, rank::world]",
-        "part[:, : part.shape[1] // world]",
+        "part[:, rank::world_size]",
+        "part[:, : part.shape[1] // world_size]",
         "all processes read the same",
     ),
     Mutant(
-        "fast/training/trainer.py",
-        "first = sum(lengths[:at])",
-        "first = sum(lengths[: at + 1]) - lengths[0]",
+        "fast/training/windows.py",
+        "first = sum(lengths[:text])",
+        "first = sum(lengths[: text + 1]) - lengths[0]",
         "texts overlap",
     ),
     Mutant(
@@ -509,15 +517,15 @@ MUTANTS = [
         "offset + (sequence - 1) * torch.randperm",
         "windows overlap",
     ),
-    Mutant("fast/training/trainer.py", "* (len(part) / len(self.tokens))", "", "micro-batches are summed"),
-    Mutant("fast/training/trainer.py", "self.config.clip or math.inf", "math.inf", "no clipping"),
+    Mutant("fast/training/trainer.py", "* (len(part) / len(tokens))", "", "micro-batches are summed"),
+    Mutant("fast/training/trainer.py", "config.max_grad_norm or math.inf", "math.inf", "no clipping"),
     Mutant(
         "fast/training/hidden_states.py",
         "self.teacher[before]",
         "self.student[before]",
         "blocks read the student's stream",
     ),
-    Mutant("fast/training/trainer.py", "loss + self.hidden_weight *", "loss + 0 *", "no hidden-state loss"),
+    Mutant("fast/training/trainer.py", "loss + trainer.hidden_weight *", "loss + 0 *", "no hidden-state loss"),
     Mutant("fast/training/trainer.py", "and math.isfinite(self.norm.item())", "", "a spoilt state is kept"),
     Mutant(
         "fast/training/trainer.py",
@@ -538,7 +546,7 @@ MUTANTS = [
         "processes begin with models of their own",
     ),
     Mutant("fast/training/trainer.py", "if self.step == phase.begin:", "if False:", "moments of the part before stay"),
-    Mutant("fast/training/trainer.py", "if phase.frozen and group.latents", "if False", "frozen signs move"),
+    Mutant("fast/training/trainer.py", "if self.phase.frozen and group.latents", "if False", "frozen signs move"),
     Mutant("fast/training/phases.py", "first >= freeze,", "first > freeze,", "a phase too late is frozen"),
     Mutant("fast/distill.py", "labels[:, None] < 0, p,", "labels[:, None] < -1, p,", "rows without a label have one"),
     Mutant(
@@ -549,11 +557,16 @@ MUTANTS = [
     ),
     Mutant("fast/training/muon.py", '1 - group["momentum"])', 'group["momentum"])', "momentum the wrong way"),
     Mutant("fast/models/calibrate.py", "[math.inf] * lowest + inside[lowest:]", "inside", "no lower bound of ranks"),
-    Mutant("fast/training/trainer.py", "        if forced:", "        if not forced:", "the wrong part is forced"),
+    Mutant(
+        "fast/training/hidden_states.py",
+        "        if teacher_forcing:",
+        "        if not teacher_forcing:",
+        "the wrong part is forced",
+    ),
     Mutant(
         "fast/training/resume.py",
-        "if described(path).get",
-        "if True or described(path).get",
+        "if read_description(path).get",
+        "if True or read_description(path).get",
         "damaged states are taken",
     ),
     Mutant(
@@ -562,20 +575,22 @@ MUTANTS = [
         "return description",
         "run.json is not checked",
     ),
-    Mutant("fast/training/resume.py", "self.states()[KEPT:]", "self.states()[KEPT + 1 :]", "a state too many"),
+    Mutant(
+        "fast/training/resume.py", "self.states()[KEPT_STATES:]", "self.states()[KEPT_STATES + 1 :]", "a state too many"
+    ),
     Mutant("fast/training/resume.py", 'entry["step"] <= step', "True", "log entries twice"),
     Mutant("fast/training/resume.py", "reverse=True", "reverse=False", "the oldest state first"),
     Mutant(
         "fast/training/resume.py",
-        "before is not None and before != self.run",
-        "False",
+        "if differing:",
+        "if False:",
         "the state of another run is taken",
     ),
     Mutant("fast/training/resume.py", "60 * self.minutes", "0", "saves after every step"),
     Mutant(
         "fast/cli/train.py",
-        "if keeper.newest() is not None:",
-        "if keeper.states():",
+        "checkpointer.newest() is not None",
+        "checkpointer.states()",
         "damaged states choose the initialisation",
     ),
     Mutant(
@@ -612,7 +627,7 @@ MUTANTS = [
     Mutant("fast/models/wrappers.py", '"_orig_mod" in model._modules', "False", "compiled models are not unwrapped"),
     Mutant(
         "fast/integrations/plugin.py",
-        "        self.catch_up()",
+        "        self.check_imported()",
         "        pass",
         "a finder that comes first is not made up for",
     ),
@@ -677,7 +692,7 @@ MUTANTS = [
     Mutant("fast/checkpoints/official.py", "ell = u2.float() * v1.float()", "ell = v1.float()", "u2 is forgotten"),
     Mutant(
         "fast/checkpoints/official.py",
-        'in_order(scales["v2"], scales["v1"], d_in)',
+        'order_by_length(scales["v2"], scales["v1"], d_in)',
         '(scales["v2"], scales["v1"])',
         "scales are taken by name alone",
     ),
@@ -695,23 +710,25 @@ MUTANTS = [
         "if (isinstance",
         "the authors' format is taken for a dense model",
     ),
-    Mutant("fast/checkpoints/dense.py", "    check_whole(folder, found)\n", "", "missing tensors are made up"),
+    Mutant("fast/checkpoints/dense.py", "    check_complete(folder, found)\n", "", "missing tensors are made up"),
     Mutant(
         "fast/checkpoints/completeness.py", '("is left over", left)', '("is left over", [])', "tensors left over pass"
     ),
     Mutant("fast/checkpoints/dense.py", "    settle_ties(model)\n", "", "a head of its own is said to be tied"),
-    Mutant("fast/checkpoints/loading.py", "    untie_own_head(model, tensors)\n", "", "a head of its own is tied"),
+    Mutant("fast/checkpoints/loading.py", "    untie_separate_head(model, tensors)\n", "", "a head of its own is tied"),
     Mutant("fast/checkpoints/loading.py", "    share(model, shared)\n", "", "shared parameters are not shared again"),
     Mutant("fast/models/shared.py", "if not one or one != other:", "if False:", "anything may be shared"),
     Mutant(
         "fast/integrations/hf_quantizer.py",
-        "            check_whole(model.name_or_path, found)\n",
+        "            check_complete(model.name_or_path, report)\n",
         "            pass\n",
         "random weights",
     ),
     Mutant("fast/checkpoints/convert.py", "{digest[:16]}", "{state.st_size}", "files of one size are one"),
     Mutant("fast/checkpoints/gguf_reader.py", "    complete_config(config, header)\n", "", "biases are not read"),
-    Mutant("fast/checkpoints/convert.py", "*unread(header, model)", "", "tensors that no one reads are dropped"),
+    Mutant(
+        "fast/checkpoints/convert.py", "*ignored_tensors(header, model)", "", "tensors that no one reads are dropped"
+    ),
     Mutant("fast/checkpoints/gguf_reader.py", "    if parts > 1:", "    if False:", "a part is taken for the whole"),
     Mutant(
         "fast/checkpoints/hub.py", '{"local_files_only": "/" not in name}', "{}", "the hub is asked for misspelt names"
@@ -793,13 +810,13 @@ MUTANTS = [
     Mutant("fast/checkpoints/checksums.py", "json_digest(config) != checksums.config", "False", "settings may change"),
     Mutant("fast/files/digests.py", "{dtype} {list(shape)}", "", "digests of contents alone"),
     Mutant(
-        "fast/checkpoints/format.py",
-        "if not {WITHOUT_CHECKSUMS: True,",
+        "fast/checkpoints/checksums.py",
+        "if not {NO_CHECKSUMS: True,",
         "if not {version: True,",
         "checksums may be missing",
     ),
     Mutant("fast/checkpoints/loading.py", "if computed > BUFFER_BYTES:", "if False:", "buffers of any size"),
-    Mutant("fast/models/build.py", "value > MOST", "False", "counts of any size"),
+    Mutant("fast/models/build.py", "value > LARGEST_COUNT", "False", "counts of any size"),
     Mutant("fast/models/build.py", "if most is not None and count > most:", "if False:", "parameters without end"),
     Mutant(
         "fast/models/build.py", "threading.get_ident() == builder", "True", "other threads' models lose their memory"
@@ -821,7 +838,7 @@ MUTANTS = [
     ),
     Mutant(
         "fast/integrations/hf_quantizer.py",
-        "self.describe(model)\n        model._weight",
+        "self.update_config(model)\n        model._weight",
         "model._weight",
         "an old description is saved",
     ),
@@ -833,19 +850,19 @@ MUTANTS = [
     ),
     Mutant(
         "fast/integrations/hf_quantizer.py",
-        "put_embeddings(model, self.quantization_config.embeddings",
-        "put_embeddings(model, None",
+        "install_embeddings(model, self.quantization_config.embeddings",
+        "install_embeddings(model, None",
         "no quantised embeddings in transformers",
     ),
     Mutant(
         "fast/integrations/plugin.py",
-        "    WATCHER.catch_up()",
+        "    HOOK.check_imported()",
         "    pass",
         "transformers that came first does not learn",
     ),
     Mutant(
         "fast/integrations/plugin.py",
-        "        WATCHER.tell(module.__name__)",
+        "        HOOK.module_imported(module.__name__)",
         "        pass",
         "transformers that comes later does not learn",
     ),
@@ -862,7 +879,7 @@ MUTANTS = [
         ")\n            total +=",
         "shares keep their own scale",
     ),
-    Mutant("fast/kernels/cuda_gemv.py", "eight_times(sums, float32(1) / total)", "sums", "shares are not divided"),
+    Mutant("fast/kernels/cuda_gemv.py", "scale8(sums, float32(1) / total)", "sums", "shares are not divided"),
     Mutant(
         "fast/kernels/cuda_gemv.py", "int32(vector * count) + at)]", "at)]", "all vectors have the first one's norm"
     ),
@@ -905,8 +922,8 @@ MUTANTS = [
     ),
     Mutant(
         "fast/bench/tune.py",
-        "schedule = min([schedule, *output",
-        "schedule = max([schedule, *output",
+        "config = min([config, *output",
+        "config = max([config, *output",
         "the slowest is kept",
     ),
     Mutant(
