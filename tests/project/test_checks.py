@@ -156,7 +156,7 @@ def test_perplexity_takes_both_shapes_and_the_positions_that_there_are(gpt2):
     ):
         with pytest.raises(ValueError, match=message):
             lb.perplexity(gpt2, tokens, progress=False, **settings)
-    with pytest.raises(ValueError, match="must be from 0 to 259, .* got 300"):
+    with pytest.raises(ValueError, match=r"must be from 0 to 259, .* got 300"):
         lb.perplexity(gpt2, tokens + 201, progress=False)
 
 
@@ -169,7 +169,7 @@ def test_everything_that_reads_text_keeps_to_the_positions(gpt2, tiny_llama):
     assert len(log_probabilities(gpt2, [long[:-1]], progress=False)) == 1  # the last token is not read
     with pytest.raises(ValueError, match=f"but the model has {POSITIONS}"):
         log_probabilities(gpt2, [long], progress=False)
-    with pytest.raises(ValueError, match="must be from 0 to 259, .* got 260"):
+    with pytest.raises(ValueError, match=r"must be from 0 to 259, .* got 260"):
         log_probabilities(gpt2, [(0, 260)], progress=False)
 
 
