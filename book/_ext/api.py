@@ -121,10 +121,13 @@ def section(heading: str, lines: list[str]) -> list[str]:
     """Convert a section of a docstring: examples unchanged, others to a field of definitions or of short prose."""
     if heading == "Examples":
         return ["", ".. rubric:: Examples", "", *lines, ""]
-    if heading == "Returns" and " : " not in lines[0]:
-        lines = [lines[0], *textwrap.dedent("\n".join(lines[1:])).split("\n")]  # lists keep their indentation
-        return [f":{heading}:", *("    " + escaped(line) for line in lines)]
     made = [f":{heading}:"]
+    if heading == "Returns" and " : " not in lines[0]:
+        rest = textwrap.dedent("\n".join(lines[1:])).splitlines()
+        if not any(re.match(r"\w[\w, ]* : ", line) for line in rest):  # prose and lists keep their indentation
+            between = [""] if any(line.startswith(" ") for line in rest) else []
+            return made + ["    " + escaped(line) for line in [lines[0], *between, *rest]]
+        made, lines = [*made, "    " + escaped(lines[0]), ""], rest  # the keys of a dict
     for line in lines:
         if not line or line.startswith(" "):
             made.append("    " + escaped(line))
