@@ -17,7 +17,7 @@ mean, so the up-projection is applied to the mean of the latents (MLA calls this
 Values are cheap, not free: each head averages R_v latents of every token, a full cache only the head's own numbers.
 
 A step thus reads R_k + R_v numbers per past token instead of 2 d_kv. It spends d_kv * R_k multiply-adds on the token's
-key and heads * R_v on its value. hf_cache.py is the cache that transformers uses.
+key and heads * R_v on its value. decoding/latent_cache_hf.py is the cache that transformers uses.
 """
 
 import math
