@@ -123,6 +123,10 @@ def check_files(folder: Path) -> None:
             pass  # opening compares the header with the length of the file
 
 
+#: Files of which a tokenizer has at least one. The first releases of transformers 5 make an empty one without them.
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.vocab", "merges.txt")
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """Load the tokenizer of anything that `load_model` or `load` accepts.
 
@@ -135,6 +139,10 @@ def load_tokenizer(source: str | Path) -> Any:
     if is_checkpoint(folder) or is_official(folder):
         for file in filter(Path.is_symlink, folder.iterdir()):
             resolve_inside(folder, file.name)
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{source} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there; copy it again"
+        )
     try:
         return transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ImportError, MemoryError):

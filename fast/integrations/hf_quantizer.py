@@ -113,6 +113,7 @@ class LittleBitQuantizer(HfQuantizer):
     quantization_config: LittleBitConfig
 
     def __init__(self, quantization_config: LittleBitConfig, **kwargs: Any):
+        self.requested_dtype: torch.dtype | None = None
         super().__init__(copy(quantization_config), **kwargs)  # the caller's object is not changed
 
     def _process_model_before_weight_loading(
@@ -137,6 +138,7 @@ class LittleBitQuantizer(HfQuantizer):
         shared = share_checked(model, self.quantization_config.shared, SECTION)
         fused = named_as_in(model, self.quantization_config.fused or {})
         install_packed_layers(model, named_as_in(model, layers), fused, SECTION)
+        self.requested_dtype = dtype
         install_embeddings(model, self.quantization_config.embeddings, dtype or torch.get_default_dtype(), SECTION)
         self.remove_shared(model, shared)
 
@@ -158,6 +160,10 @@ class LittleBitQuantizer(HfQuantizer):
         """Quantize and pack a model that was loaded as a dense one."""
         if self.pre_quantized:
             share(model, self.quantization_config.shared or {})
+            dtype = self.requested_dtype
+            for parameter in model.parameters():  # The first releases of transformers 5 leave some as stored.
+                if dtype and parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
+                    parameter.data = parameter.data.to(dtype)
             return model
         for report in self.reports:
             check_complete(model.name_or_path, report)
