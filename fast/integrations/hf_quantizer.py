@@ -28,7 +28,7 @@ from ..checkpoints.loading import check_values, install_embeddings, install_pack
 from ..checkpoints.saving import quantization_section
 from ..files.untrusted import CheckpointError, resolve_inside
 from ..models.embeddings import settle_ties
-from ..models.layers import LittleBitLinear
+from ..models.layers import LittleBitLinear, PackedLinear
 from ..models.quantize import OBSERVERS, Config, pack_, quantize_
 from ..models.registry import choice_name
 from ..models.selection import as_patterns
@@ -138,7 +138,6 @@ class LittleBitQuantizer(HfQuantizer):
         shared = share_checked(model, self.quantization_config.shared, SECTION)
         fused = named_as_in(model, self.quantization_config.fused or {})
         install_packed_layers(model, named_as_in(model, layers), fused, SECTION)
-        self.requested_dtype = dtype
         install_embeddings(model, self.quantization_config.embeddings, dtype or torch.get_default_dtype(), SECTION)
         self.remove_shared(model, shared)
 
@@ -160,10 +159,8 @@ class LittleBitQuantizer(HfQuantizer):
         """Quantize and pack a model that was loaded as a dense one."""
         if self.pre_quantized:
             share(model, self.quantization_config.shared or {})
-            dtype = self.requested_dtype
-            for parameter in model.parameters():  # The first releases of transformers 5 leave some as stored.
-                if dtype and parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
-                    parameter.data = parameter.data.to(dtype)
+            if self.requested_dtype:  # The first releases of transformers 5 leave some tensors as they are stored.
+                cast_up(model, self.requested_dtype)
             return model
         for report in self.reports:
             check_complete(model.name_or_path, report)
@@ -177,6 +174,11 @@ class LittleBitQuantizer(HfQuantizer):
         quantize_(model, self.quantization_config.config(), progress=logging.is_progress_bar_enabled())
         self.update_config(pack_(model))
         return model
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Remember the dtype that `from_pretrained` was asked for."""
+        self.requested_dtype = dtype if isinstance(dtype, torch.dtype) else None
+        return dtype
 
     def update_config(self, model: Any) -> None:
         """Describe the packed model in its configuration; version 1, since transformers writes no checksums."""
@@ -246,6 +248,14 @@ def loading_reports(model: Any) -> list[dict[str, Any]]:
 
     model._adjust_missing_and_unexpected_keys = adjust_and_keep
     return found
+
+
+def cast_up(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast narrower floating-point parameters, and the biases of packed layers, to a dtype."""
+    biases = [module.bias for module in model.modules() if isinstance(module, PackedLinear) and module.bias is not None]
+    for tensor in [*model.parameters(), *biases]:
+        if tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
+            tensor.data = tensor.data.to(dtype)
 
 
 def attach(model: Any, described: dict[str, Any]) -> None:
