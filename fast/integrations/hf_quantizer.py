@@ -28,7 +28,7 @@ from ..checkpoints.loading import check_values, install_embeddings, install_pack
 from ..checkpoints.saving import quantization_section
 from ..files.untrusted import CheckpointError, resolve_inside
 from ..models.embeddings import settle_ties
-from ..models.layers import LittleBitLinear, PackedLinear
+from ..models.layers import LittleBitLinear
 from ..models.quantize import OBSERVERS, Config, pack_, quantize_
 from ..models.registry import choice_name
 from ..models.selection import as_patterns
@@ -251,11 +251,10 @@ def loading_reports(model: Any) -> list[dict[str, Any]]:
 
 
 def cast_up(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast narrower floating-point parameters, and the biases of packed layers, to a dtype."""
-    biases = [module.bias for module in model.modules() if isinstance(module, PackedLinear) and module.bias is not None]
-    for tensor in [*model.parameters(), *biases]:
-        if tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
-            tensor.data = tensor.data.to(dtype)
+    """Cast narrower floating-point parameters to a dtype; tensors of packed layers are buffers and keep theirs."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
+            parameter.data = parameter.data.to(dtype)
 
 
 def attach(model: Any, described: dict[str, Any]) -> None:
