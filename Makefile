@@ -101,7 +101,7 @@ fuzz: build/atheris/.ok  ## Read mutated checkpoints for BUDGET=60 seconds; each
 	PYTHONPATH=build/atheris $(PY) tests/stress/fuzz.py $(TRIED)
 
 faults: $(VENV)/.ok  ## Kill, starve and interrupt commands for BUDGET=60 seconds; output must be whole or absent
-	$(PY) tests/stress/faults.py $(TRIED)
+	PYTHONPATH=tests $(PY) tests/stress/faults.py $(TRIED)
 
 soak: $(VENV)/.ok  ## Generate text and run random layers for BUDGET=60 seconds; memory and results must not drift
 	$(PY) tests/stress/soak.py $(TRIED) $(if $(SHAPES),--shapes $(SHAPES))
