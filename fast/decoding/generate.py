@@ -89,7 +89,7 @@ def generate(
         return "".join(stream(model, prompt, chat=chat, tokenizer=tokenizer, config=config))
     model = unwrap(model)
     tokenizer = find_tokenizer(model, tokenizer)
-    tokens = [encode_prompt(tokenizer, each, chat) for each in prompt]
+    tokens = [prompt_tokens(tokenizer, each, chat) for each in prompt]
     new = batch_tokens(model, tokens, config, pad_token(tokenizer))
     return ["".join(text_chunks(tokenizer, iter(each))) for each in new]
 
@@ -119,7 +119,7 @@ def stream(
     config = merge(config, **given, min_p=min_p, repetition_penalty=repetition_penalty)
     model = unwrap(model)
     tokenizer = find_tokenizer(model, tokenizer)
-    tokens = encode_prompt(tokenizer, prompt, chat)
+    tokens = prompt_tokens(tokenizer, prompt, chat)
     return text_chunks(tokenizer, stream_tokens(model, tokens, config, pad_token(tokenizer)))
 
 
@@ -163,7 +163,7 @@ def pad_token(tokenizer: Any) -> int | None:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """Tokenize a prompt; in a chat only the chat template adds special tokens.
 
     Raises

@@ -93,7 +93,7 @@ def test_the_full_cache_keeps_its_old_name():
 def test_generate_and_stream_take_the_old_name_of_the_full_cache(monkeypatch):
     seen = []
     for name, stub in {
-        "encode_prompt": lambda *_: [1],
+        "prompt_tokens": lambda *_: [1],
         "pad_token": lambda _: None,
         "text_chunks": lambda *_: iter(("text",)),
         "stream_tokens": lambda model, tokens, config, pad: seen.append(config.kv_cache),

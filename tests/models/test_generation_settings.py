@@ -229,8 +229,8 @@ def test_a_chat_has_the_special_tokens_of_its_template_alone(with_bos, template,
     expected = list(theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
     assert expected.count(256) == (template == "with BOS")
     for tokenizer in (theirs, mine):
-        assert generate.encode_prompt(tokenizer, "hé", True) == expected
-        assert generate.encode_prompt(tokenizer, "hé", False)[0] == 256
+        assert generate.prompt_tokens(tokenizer, "hé", True) == expected
+        assert generate.prompt_tokens(tokenizer, "hé", False)[0] == 256
 
 
 def test_named_templates_are_those_of_transformers(with_bos, tmp_path, capsys):
@@ -246,7 +246,7 @@ def test_named_templates_are_those_of_transformers(with_bos, tmp_path, capsys):
     for folder in (listed, files):
         words = ["generate", str(folder), "--prompt", "a", "--chat", "--max-new-tokens", "4"]
         _, tokenizer = load_to_generate(build_parser("generate").parse_args(words))
-        assert generate.encode_prompt(tokenizer, "a", True) == generate.encode_prompt(tokenizer, "da", False)[1:]
+        assert generate.prompt_tokens(tokenizer, "a", True) == generate.prompt_tokens(tokenizer, "da", False)[1:]
         assert main(words) == 0
 
 
@@ -256,7 +256,7 @@ def test_a_template_that_refuses_is_an_error_in_words(with_bos, template, tmp_pa
     (folder / "chat_template.jinja").write_text(template)
     for tokenizer in (lb.load_tokenizer(folder), Tokenizer(folder)):
         with pytest.raises(ValueError, match="chat template cannot be used"):
-            generate.encode_prompt(tokenizer, "a", True)
+            generate.prompt_tokens(tokenizer, "a", True)
 
 
 def test_tokenizer_leaves_a_changed_prefix_to_transformers(with_bos, tmp_path):
