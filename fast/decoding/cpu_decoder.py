@@ -91,6 +91,11 @@ class Decodable(NamedTuple):
     name_or_path: str = ""
     threads: int | None = None
 
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """Return the tokens at which this model's texts end."""
+        return tuple(self.generation.config.stop_tokens or ())
+
 
 class Decoder:
     """Run a model on tokens, and keep their keys and values for the tokens that follow.
