@@ -20,14 +20,10 @@ CONVERSION = 1  # increase it when the conversion of the same file changes
 def converted_folder(gguf: Path) -> Path:
     """Return a folder with the dequantized model and tokenizer of a GGUF file, converted on first use.
 
-    A folder is returned as it is.
-
     transformers takes half a minute to parse a GGUF file, but loads safetensors at once. The folder's name holds a hash
     of the file's content, because another file can have the same name, size and time (cp -p, rsync, archives). Hashing
     takes 3 s per GB.
     """
-    if gguf.is_dir():
-        return gguf
     read_gguf_header(gguf)  # refuses unusable files before they are hashed
     state = gguf.stat()
     digest = content_digest(gguf, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
