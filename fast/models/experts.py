@@ -103,11 +103,18 @@ class QuantizedExperts(nn.Module):
     def reached(self, top_k_index: Tensor) -> list[int]:
         """List the experts to compute: the experts of any token or, where several processes train, all.
 
-        Processes average their gradients, so each process needs a gradient for every parameter.
+        Indices beyond the last expert are left out.
         """
-        if torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized():
+        if self.computes_all():
             return list(range(len(self)))
         return [expert for expert in top_k_index.unique().tolist() if expert < len(self)]
+
+    def computes_all(self) -> bool:
+        """Tell whether experts without a token must be computed too.
+
+        Processes that train together average their gradients, so each needs a gradient for every parameter.
+        """
+        return torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized()
 
     def expert(self, at: int, x: Tensor) -> Tensor:
         """Compute one expert: (tokens, d) to (tokens, d)."""
@@ -135,24 +142,20 @@ class SortedExperts(QuantizedExperts):
         (experts * tokens, d) tensor
         """
         outputs = []
-        training = len(self.reached(torch.empty(0))) > 0
         for at, rows in enumerate(hidden_states.chunk(len(self))):
             (token,) = torch.where(rows.any(-1))
-            if len(token) or training:
-                outputs.append(torch.zeros_like(rows).index_copy(0, token, self.expert(at, rows[token]).to(rows.dtype)))
-            else:
-                outputs.append(torch.zeros_like(rows))
+            output = torch.zeros_like(rows)
+            if len(token) or self.computes_all():
+                output = output.index_copy(0, token, self.expert(at, rows[token]).to(rows.dtype))
+            outputs.append(output)
         return torch.cat(outputs)
 
 
 def is_sorted(module: Any) -> bool:
     """Tell whether a module holds experts as Llama 4 does: (experts, d, 2 i), (experts, i, d) and an activation."""
-    found = dict(module.named_parameters())
-    if (
-        set(found) != {"gate_up_proj", "down_proj"}
-        or not hasattr(module, "act_fn")
-        or any(True for _ in module.buffers())
-    ):
+    if {name for name, _ in module.named_parameters()} != {"gate_up_proj", "down_proj"}:
+        return False
+    if not hasattr(module, "act_fn") or any(True for _ in module.buffers()):
         return False
     if list(inspect.signature(module.forward).parameters) != ["hidden_states"]:
         return False
