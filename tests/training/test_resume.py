@@ -17,6 +17,7 @@ from littlebit.fast.files.digests import json_digest, tensors_digest
 from littlebit.fast.training import resume
 from littlebit.fast.training.config import RENAMED_SETTINGS
 from littlebit.fast.training.trainer import Trainer
+from training_runs import one_thread, teacher_and_student  # noqa: F401 (a fixture of this module)
 
 SETTINGS = {"total_tokens": 12 * 64, "sequence_length": 16, "batch_size": 4, "warmup": 0.1, "lr_latents": 0.01}
 TIMES = ("tokens_per_s", "memory_bytes")
@@ -24,19 +25,7 @@ TIMES = ("tokens_per_s", "memory_bytes")
 
 @pytest.fixture(scope="module")
 def models(loud_llama):
-    """Make a teacher and its student."""
-    teacher = lb.load_model(loud_llama)
-    student = copy.deepcopy(teacher)
-    lb.quantize_(student, lb.Config(bits=2.5), progress=False)
-    return teacher, student
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return teacher_and_student(loud_llama)
 
 
 TEXT = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))

@@ -15,15 +15,14 @@ import workers
 from compare import assert_same
 from littlebit.fast.checkpoints import texts
 from littlebit.fast.cli.main import main
-from training_runs import TEXT, assert_same_curves, measured, teacher_and_student, train
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from training_runs import (
+    TEXT,
+    assert_same_curves,
+    measured,
+    one_thread,  # noqa: F401 (a fixture of this module)
+    teacher_and_student,
+    train,
+)
 
 
 @pytest.fixture(scope="module")

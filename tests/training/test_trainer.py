@@ -24,17 +24,10 @@ from training_runs import (
     assert_same_curves,
     losses,
     measured,
+    one_thread,  # noqa: F401 (a fixture of this module)
     teacher_and_student,
     train,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

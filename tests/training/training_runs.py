@@ -9,6 +9,7 @@ import copy
 
 import littlebit.fast as lb
 import numpy as np
+import pytest
 import torch
 from compare import assert_within
 
@@ -17,6 +18,15 @@ TEXT = torch.randint(0, 256, (128,), generator=torch.Generator().manual_seed(0))
 SETTINGS = {"total_tokens": 8 * 128, "sequence_length": 32, "batch_size": 4, "lr_latents": 0.01, "lr_scales": 0.01}
 # Roundings of a loss: the longest sums of each layer forward and backward, 14 layers, and the sum over a batch
 ROUNDINGS = 2 * 14 * (64 + 96 + 32) + 128
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Run torch on one thread in the modules that import this."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def teacher_and_student(path):
