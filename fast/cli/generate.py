@@ -29,7 +29,14 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `littlebit generate`."""
     sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help()}")
     sub.add_argument("--prompt", type=utf8, required=True, help="text to continue, in UTF-8")
-    sub.add_argument("--max-new-tokens", type=count, default=64, help="write at most this many tokens")
+    add_sampling(sub, 64)
+    sub.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    add_compute(sub)
+
+
+def add_sampling(sub: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add the options that say how tokens are chosen, and where the text ends."""
+    sub.add_argument("--max-new-tokens", type=count, default=max_new_tokens, help="write at most this many tokens")
     given = "the value in the model's generation_config.json"
     sub.add_argument(
         "--temperature",
@@ -56,7 +63,9 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         f"{given}, or 1)",
     )
     sub.add_argument("--seed", type=seed, default=0, help="seed of the sampling")
-    sub.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    sub.add_argument(
+        "--stop", type=utf8, action="append", default=[], help="end the text before this string; may be given again"
+    )
     sub.add_argument(
         "--kv-cache",
         type=kv_cache,
@@ -64,7 +73,6 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         default="full",
         help="keep keys and values (full), or their low-rank latents, which take less memory and more time",
     )
-    add_compute(sub)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -88,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.kv_cache,
         min_p=arguments.min_p,
         repetition_penalty=arguments.repetition_penalty,
+        stop=arguments.stop,
     )
     if arguments.json:
         text = "".join(pieces)
