@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # Pass pip's find-links on to uv, which does not read them: a machine may keep a CPU build of torch there.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test test-gpu test-oldest test-newest lock check format mutants fuzz faults soak audit bench notebooks figures results book wheel clean
+.PHONY: help setup demo test test-gpu test-oldest test-newest lock check format mutants fuzz faults soak soak-serve audit bench notebooks figures results book wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -105,6 +105,9 @@ faults: $(VENV)/.ok  ## Kill, starve and interrupt commands for BUDGET=60 second
 
 soak: $(VENV)/.ok  ## Generate text and run random layers for BUDGET=60 seconds; memory and results must not drift
 	$(PY) tests/stress/soak.py $(TRIED) $(if $(SHAPES),--shapes $(SHAPES))
+
+soak-serve: $(VENV)/.ok  ## Ask a server REQUESTS=2000 times from 32 clients; no answer may be lost or mixed up
+	$(PY) tests/stress/serve.py --requests $(or $(REQUESTS),2000) $(if $(SAVE),--save)
 
 audit: $(VENV)/.ok  ## Look for known vulnerabilities in the installed packages (asks the package index)
 	$(VENV)/bin/uv tool run --from pip-audit pip-audit --path $(VENV)/lib/python*/site-packages
