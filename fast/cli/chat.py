@@ -73,14 +73,18 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self.tokenizer(apply_chat_template(self.tokenizer, messages), add_special_tokens=False)["input_ids"]
-        try:
-            self.batcher.check(prompt, self.config.max_new_tokens)
-        except ValueError as error:
-            raise ValueError(f"{error}, or /clear the conversation") from error
+        context = self.batcher.slots.context
+        room = context - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"the conversation takes {len(prompt)} tokens, but the context has {context}: /clear it, or begin "
+                "with a larger --context if the model has one"
+            )
         events: queue.SimpleQueue[Choice | str | Exception] = queue.SimpleQueue()
         seed = (self.config.seed + self.turns) % 2**63
         self.turns += 1
-        job = Job(prompt, replace(self.config, seed=seed), events.put)
+        config = replace(self.config, seed=seed, max_new_tokens=min(self.config.max_new_tokens, room))
+        job = Job(prompt, config, events.put)
         self.batcher.submit([job])
         written, self.tokens, first = "", 0, 0.0
         decoder = TextDecoder(self.tokenizer, self.stop)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_llama
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from littlebit.fast.decoding.batching import Batcher, Choice, CpuSlots, EngineSlots, Job, QueueFullError, slots_for
 from littlebit.fast.decoding.cpu_decoder import Decoder, decode
 from littlebit.fast.decoding.generate import TextDecoder
@@ -54,6 +54,7 @@ words = st.lists(st.integers(0, 259), min_size=1, max_size=40)
 beginnings = st.sampled_from([[], [7] * 33, list(range(60))])
 
 
+@settings(max_examples=20)  # each runs up to 18 texts twice
 @given(
     st.lists(
         st.tuples(beginnings, words, st.integers(1, 12), st.sampled_from([0.0, 0.8]), st.none() | st.integers(1, 3)),
