@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..decoding.architecture import NotDecodableError
-from ..decoding.batching import Batcher, Choice, Job, slots_for
-from ..decoding.generate import TextDecoder, apply_chat_template
 from ..files.atomic import write_text
 from ..files.cache import cache_path
 from ..models.generation_settings import GenerationConfig
 from .arguments import Command, add_device, count, model_help, utf8
 from .generate import add_sampling, load_to_generate
+
+if TYPE_CHECKING:
+    from ..decoding.batching import Batcher
 
 HELP = """/system TEXT   give the model other instructions, and begin again
 /clear         forget the conversation
@@ -52,7 +52,9 @@ class Conversation:
     system : str, optional
     """
 
-    def __init__(self, batcher: Batcher, tokenizer: Any, config: GenerationConfig, stop: list[str], system: str | None):
+    def __init__(
+        self, batcher: "Batcher", tokenizer: Any, config: GenerationConfig, stop: list[str], system: str | None
+    ):
         self.batcher, self.tokenizer, self.config, self.stop = batcher, tokenizer, config, stop
         self.turns = 0
         self.begin(system)
@@ -71,6 +73,9 @@ class Conversation:
         ValueError
             If there is no chat template, or the conversation exceeds the context.
         """
+        from ..decoding.batching import Choice, Job
+        from ..decoding.generate import TextDecoder, apply_chat_template
+
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self.tokenizer(apply_chat_template(self.tokenizer, messages), add_special_tokens=False)["input_ids"]
         context = self.batcher.slots.context
@@ -116,6 +121,9 @@ class Conversation:
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer standard input or a file, or talk in the terminal."""
+    from ..decoding.architecture import NotDecodableError
+    from ..decoding.batching import Batcher, slots_for
+
     piped = arguments.file is not None or not sys.stdin.isatty()
     ask = None if piped else prompter()
     text = read_message(arguments.file) if piped else ""

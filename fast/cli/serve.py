@@ -4,7 +4,6 @@ import argparse
 import os
 from pathlib import Path
 
-from ..decoding.batching import CONTEXT, LARGEST_BATCH, Batcher, slots_for
 from ..memory import KV_CACHES
 from .arguments import Command, add_device, count, kv_cache, model_help, number, positive
 from .generate import load_to_generate
@@ -24,11 +23,9 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         type=Path,
         help=f"file with the key that clients must send (default: the variable {KEY_VARIABLE}, or no key)",
     )
-    sub.add_argument(
-        "--batch", type=number(int, low=1, high=LARGEST_BATCH), default=LARGEST_BATCH, help="most texts at once"
-    )
+    sub.add_argument("--batch", type=number(int, low=1, high=16), default=16, help="most texts at once")
     sub.add_argument("--queue", type=number(int, low=0), default=64, help="most texts that wait; more get status 429")
-    sub.add_argument("--context", type=count, default=CONTEXT, help="most tokens of a prompt with its answer")
+    sub.add_argument("--context", type=count, default=8192, help="most tokens of a prompt with its answer")
     sub.add_argument("--timeout", type=positive, default=600.0, help="seconds after which a request is given up")
     sub.add_argument("--log-requests", action="store_true", help="print a line of JSON for each request")
     sub.add_argument(
@@ -51,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise ImportError(f"serve needs the extra 'serve' ({error}): pip install 'littlebit[serve]'") from error
     from ..decoding.architecture import NotDecodableError
+    from ..decoding.batching import Batcher, slots_for
 
     key = read_key(arguments.api_key_file)
     model, tokenizer = load_to_generate(arguments)
