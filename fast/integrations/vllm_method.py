@@ -1,13 +1,7 @@
 """Run packed layers in vLLM: its quantization method `littlebit`, with the operator of kernels/torch_op.py.
 
-Tensor parallelism divides a packed layer W = diag(h) U diag(ell) V^T diag(g) where it divides a dense one:
-
-| layer of vLLM | divided | each process computes |
-|---|---|---|
-| column-parallel | rows of U, and h | its outputs, of all inputs |
-| row-parallel | columns of V^T, and g | all outputs, of its inputs; vLLM adds them up |
-
-Only vLLM imports this module, through the entry point that vllm_plugin.py describes.
+Tensor parallelism divides packed layers as shards.py says. Only vLLM imports this module, through the entry point that
+vllm_plugin.py describes.
 """
 # pyright: reportMissingImports=false
 
@@ -28,7 +22,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from ..checkpoints.format import read_layers
 from ..kernels import torch_op
-from ..packing import PackedFactors, pack_signs, unpack_signs
+from ..packing import PackedFactors
+from .shards import input_share, output_share
 
 assert torch_op.library is not None  # importing it registers the operator
 QKV = "qkv"  # vLLM names the parts of this joined layer by letters, and the parts of others by numbers
@@ -147,8 +142,7 @@ class PackedMethod(LinearMethodBase):
         if isinstance(layer, RowParallelLinear):
             loaded = input_share(name, loaded, entry["d_in"], rank * layer.inputs, layer.inputs)
         else:
-            size = layer.outputs[part]
-            loaded = loaded[rank * size : (rank + 1) * size] if name in ("u_words", "h") else loaded
+            loaded = output_share(name, loaded, rank * layer.outputs[part], layer.outputs[part])
         layer.shares[part][order][name] = loaded.to(parameter.device).contiguous()
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -175,21 +169,3 @@ class PackedMethod(LinearMethodBase):
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         y = y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
         return y if bias is None else y + bias
-
-
-def input_share(name: str, loaded: Tensor, d_in: int, start: int, size: int) -> Tensor:
-    """Take the share of a row-parallel layer's tensor that belongs to `size` inputs from `start` on.
-
-    Examples
-    --------
-    Signs of V are packed along d_in, so their share is packed anew:
-
-    >>> words = pack_signs(torch.tensor([[1.0, -1.0, -1.0, 1.0]]))
-    >>> unpack_signs(input_share("v_words", words, 4, 2, 2), 2).tolist()
-    [[-1.0, 1.0]]
-    """
-    if size == d_in or name not in ("v_words", "g"):
-        return loaded
-    if name == "g":
-        return loaded[start : start + size]
-    return pack_signs(unpack_signs(loaded, d_in)[:, start : start + size])
