@@ -1,5 +1,6 @@
 """`littlebit chat` in a process of its own, at a terminal and in a pipe."""
 
+import contextlib
 import json
 import os
 import re
@@ -114,8 +115,12 @@ def test_a_conversation_at_a_terminal(chat_model, local, tmp_path):
         terminal.type("/nothing\r")
         terminal.wait("no command is called /nothing")
         terminal.wait("> ")
-        terminal.type("\x04")
-        assert terminal.process.wait(30) == 0
+        for _ in range(20):  # a key that comes before the prompt is lost
+            terminal.type("\x04")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                terminal.process.wait(3)
+                break
+        assert terminal.process.poll() == 0
     finally:
         terminal.process.kill()
         terminal.process.wait()
