@@ -36,6 +36,7 @@ from littlebit.fast.bench.timing import save_results
 from littlebit.fast.checkpoints import bundled
 from littlebit.fast.checkpoints.texts import text_tokens, training_tokens
 from littlebit.fast.evaluation.zero_shot import blimp
+from littlebit.fast.packing import pack_factors, unpack_factors
 from littlebit.fast.training.config import with_new_names
 from littlebit.fast.training.student import littlebit_layers
 
@@ -212,7 +213,7 @@ def experiment(
     row["loss"] = row["log"][-1]["loss"]
     row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     row["bits"] = config.bits
-    round_scales(student)
+    pack_scales(student)
     row["perplexity"] = perplexity(student, data.test, progress=False).perplexity
     for window in (512, 2048):
         row[f"held_out_{window}"] = perplexity(student, data.held_out, window, progress=False).perplexity
@@ -241,12 +242,12 @@ def pick(kind: type, settings: dict[str, Any]) -> Any:
     return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
 
 
-def round_scales(model: torch.nn.Module) -> None:
-    """Round every scale to float16, in place, as a checkpoint does."""
+def pack_scales(model: torch.nn.Module) -> None:
+    """Round every scale in place, as a checkpoint does; 8-bit scales hand their signs to the latents."""
     for layer in littlebit_layers(model).values():
         for path in layer.factors():
-            for tensor in (path.h, path.ell, path.g):
-                tensor.data = tensor.data.half().float()
+            for tensor, packed in zip(path, unpack_factors(pack_factors(path, layer.scale_bits)), strict=True):
+                tensor.data = packed
 
 
 def read(arguments: argparse.Namespace) -> Data:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._checks import check_number
+from ..bits import SCALE_BITS
 from ..files.atomic import check_folder, resolve_output
 from ..files.digests import tensor_bytes, tensor_digest
 from ..models.embeddings import QuantizedEmbedding
@@ -98,7 +99,8 @@ def shared_section(model: nn.Module) -> dict[str, Any]:
 
 def layer_entry(layer: PackedLinear) -> dict[str, Any]:
     """Describe a packed layer, for the key "layers"."""
-    return {"d_out": layer.d_out, "d_in": layer.d_in, "ranks": list(layer.ranks), "bias": layer.bias is not None}
+    entry = {"d_out": layer.d_out, "d_in": layer.d_in, "ranks": list(layer.ranks), "bias": layer.bias is not None}
+    return entry | ({} if layer.scale_bits == SCALE_BITS else {"scale_bits": layer.scale_bits})
 
 
 def embedding_section(model: Any) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_a_late_share_is_computed_by_the_caller():
     assert (fake.spaces[1] == MARK).all()
 
 
-@pytest.mark.parametrize("credit, alone", [(threads.LATE_COST, False), (0, True)])
+@pytest.mark.parametrize(("credit", "alone"), [(threads.LATE_COST, False), (0, True)])
 def test_the_caller_works_alone_after_late_shares_that_few_punctual_ones_make_up_for(credit, alone):
     layer, fake = layer_of(), FakeTeam(1)
     expected, caller = outputs(layer, threads.solo_team(), 1), fake.mailboxes[0]
