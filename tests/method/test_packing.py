@@ -122,3 +122,51 @@ def test_pack_factors_names_the_scale_that_overflows(scale):
         ref.pack_factors(ref.Factors(**arrays))
     with pytest.raises(ValueError, match=f"scale {scale} does not fit float16"):
         fast.pack_factors(fast.Factors(**{name: torch.from_numpy(array) for name, array in arrays.items()}))
+
+
+halves = st.floats(0, 60000, width=16, allow_subnormal=True)
+
+
+@given(st.lists(halves, min_size=1, max_size=40))
+def test_codes_of_8_bits_agree_and_are_kept(scales):
+    scale = np.array(scales, np.float16)
+    codes, peak = ref.packing.encode_scale(scale)
+    decoded = ref.packing.decode_scale(codes, peak)
+    fast_codes, fast_peak = fast.packing.encode_scale(torch.from_numpy(scale))
+    assert_same(fast_codes, codes)
+    assert_same(fast_peak, peak)
+    assert_same(fast.packing.decode_scale(fast_codes, fast_peak), decoded)
+    error = np.abs(decoded.astype(float) - scale.astype(float))
+    rounding = np.spacing(decoded).astype(float) / 2  # of the float16 that is decoded
+    assert (error <= float(peak) / 510 * (1 + 1e-5) + rounding).all()
+    again = ref.packing.encode_scale(decoded)
+    assert_same(again[0], codes)
+    assert_same(again[1], peak)
+
+
+@given(factor_arrays())
+def test_pack_factors_moves_the_signs_of_8_bit_scales(paths):
+    for arrays in paths:
+        packed = ref.pack_factors(ref.Factors(*arrays), 8)
+        theirs = fast.pack_factors(fast.Factors(*map(torch.from_numpy, arrays)), 8)
+        for left, right in zip(theirs, packed, strict=True):
+            assert_same(left, right)
+        u, v, h, ell, g = (array.astype(np.float64) for array in ref.unpack_factors(packed))
+        for scale in (h, ell, g):
+            assert (scale >= 0).all()
+        plain = ref.unpack_factors(ref.pack_factors(ref.Factors(*arrays)))
+        own_u, own_v, *own = (array.astype(np.float64) for array in plain)
+        steps = [np.abs(scale).max() / 510 * 1.01 + 1e-7 for scale in own]
+        found = (u * h[:, None])[:, None, :] * ell[None, None, :]  # (d_out, 1, rank), the signed scales of each product
+        expected = (own_u * own[0][:, None])[:, None, :] * own[1][None, None, :]
+        bound = steps[0] * np.abs(own[1]).max() + steps[1] * np.abs(own[0]).max() + steps[0] * steps[1]
+        found, expected = (found * (v * g[:, None])[None], expected * (own_v * own[2][:, None])[None])
+        bound = bound * (np.abs(own[2]).max() + steps[2]) + np.abs(own[0]).max() * np.abs(own[1]).max() * steps[2]
+        assert (np.abs(found - expected) <= bound * 1.01).all()
+
+
+@pytest.mark.parametrize("module", [ref, fast])
+@pytest.mark.parametrize("bits", [0, 4, 32])
+def test_pack_factors_refuses_other_widths(module, bits):
+    with pytest.raises(ValueError, match="scale_bits must be 16"):
+        module.pack_factors(None, bits)
