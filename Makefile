@@ -36,7 +36,7 @@ $(VENV)/.ok: pyproject.toml constraints.txt
 
 setup: $(VENV)/.ok  ## Install the project with its development tools into .venv
 
-demo: $(VENV)/.ok  ## Let SmolLM2-135M in 0.55 bits per weight write, then measure it beside three other models
+demo: $(VENV)/.ok  ## Let SmolLM2-135M in 0.55 bits per weight write, then measure it beside two other models
 	@$(PY) -m littlebit.fast demo --out build/demo
 
 # Test processes; each may take over a GB of memory

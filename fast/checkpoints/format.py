@@ -251,6 +251,16 @@ def byte_ranges(file: Path) -> dict[str, tuple[int, int]]:
     return {name: tuple(8 + size + at for at in entry["data_offsets"]) for name, entry in header.items()}
 
 
+def order_metadata(file: Path) -> None:
+    """Sort the metadata in a safetensors file's header, whose order would differ between processes."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        opened.seek(8)
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(size))
+
+
 def check_layers(layers: Mapping[str, dict[str, Any]], headers: Mapping[str, Header]) -> None:
     """Raise CheckpointError unless the files hold every tensor of the packed layers, with its shape and dtype."""
     for layer, name, wanted in packed_tensors(layers):
