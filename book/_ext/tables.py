@@ -117,6 +117,18 @@ def third_ladder() -> Table:
     return Table(["bits", "what", *RATIOS.values(), "tokens a second"], lines, [SMOLLM2])
 
 
+def fourth_ladder() -> Table:
+    """Compare scales of 8 and 16 bits after 400 steps, at equal stored bits."""
+    lines = []
+    for bits in (0.1, 0.3):
+        for scale_bits, more in ((16, ""), (8, ", 8-bit scales")):
+            found = row(SMOLLM2, stage="fourth ladder", name=f"{bits} bits{more}")
+            figures = (number(found[key]) for key in ("loss", "perplexity", "held_out_2048"))
+            lines.append([f"{bits:g}", str(scale_bits), *figures])
+    head = ["bits", "bits of a scale", "last loss, nats", "WikiText-2 test", "end of WikiText-2 train"]
+    return Table(head, lines, [SMOLLM2])
+
+
 def held_out() -> Table:
     """Show held-out perplexity over the original's for the checkpoints that were trained on varied text."""
     found = [each for each in checkpoints("shipped") if "ratios" in each]
