@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,9 @@ needs_browser = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    """Build the pages into a folder."""
+    """Build the pages into a folder; BOOK names one that `make book` has just built."""
+    if built := os.environ.get("BOOK"):
+        return Path(built).resolve()
     folder = tmp_path_factory.mktemp("book")
     options = ["-q", "-W", "--keep-going", "-j", "2", "-d", folder / "cache"]
     options += ["-D", "nb_execution_mode=off"]  # `make notebooks` executes them
