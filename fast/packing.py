@@ -189,8 +189,8 @@ def encode_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Examples
     --------
-    >>> encode_scale(torch.tensor([0.5, 1.0, 0.002]).half())
-    (tensor([128, 255,   1], dtype=torch.uint8), tensor(1., dtype=torch.float16))
+    >>> encode_scale(torch.tensor([0.25, 1.0, 0.002]).half())
+    (tensor([ 64, 255,   1], dtype=torch.uint8), tensor(1., dtype=torch.float16))
     """
     if (scale < 0).any():
         raise ValueError("a scale of 8 bits must not be negative; pack_factors moves signs into U and V")

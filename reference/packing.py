@@ -184,8 +184,8 @@ def encode_scale(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Examples
     --------
-    >>> encode_scale(np.array([0.5, 1.0, 0.002], np.float16))
-    (array([128, 255,   1], dtype=uint8), np.float16(1.0))
+    >>> encode_scale(np.array([0.25, 1.0, 0.002], np.float16))
+    (array([ 64, 255,   1], dtype=uint8), np.float16(1.0))
     """
     if (scale < 0).any():
         raise ValueError("a scale of 8 bits must not be negative; pack_factors moves signs into U and V")

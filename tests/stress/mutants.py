@@ -312,12 +312,12 @@ MUTANTS = [
     Mutant("fast/residual.py", "target / scale * unit", "target / scale * unit.abs()", "step along absolute values"),
     Mutant(
         "fast/models/layers.py",
-        "pack_factors(path) for path in self.factors()",
-        "pack_factors(path) for path in self.factors()[:1]",
+        "pack_factors(path, self.scale_bits) for path in self.factors()",
+        "pack_factors(path, self.scale_bits) for path in self.factors()[:1]",
         "residual path not packed",
     ),
     Mutant("fast/models/selection.py", "and module is not head", "", "the head is quantised by identity"),
-    Mutant("fast/models/quantize.py", "layers[name].bias)\n", "None)\n", "bias lost"),
+    Mutant("fast/models/quantize.py", "layers[name].bias, scale", "None, scale", "bias lost"),
     Mutant(
         "fast/integrations/hf_quantizer.py", "model._weight_conversions = []", "pass", "tensors of experts are renamed"
     ),
