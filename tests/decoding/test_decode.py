@@ -33,7 +33,7 @@ from littlebit.fast.models.embeddings import (
 from littlebit.fast.models.generation_settings import GenerationConfig
 from littlebit.fast.models.layers import PackedLinear
 from littlebit.fast.models.quantize import packed_layers
-from strategies import NOISE
+from littlebit.conformance.strategies import NOISE
 
 BITS = 2.5
 CHANGES = {

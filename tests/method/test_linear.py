@@ -28,7 +28,7 @@ from littlebit.fast.kernels.cpu_simd import (
 )
 from littlebit.fast.kernels.unpacked import unpacked_linear
 from llvmlite import binding as llvm, ir
-from strategies import factor_arrays, inputs, sizes
+from littlebit.conformance.strategies import factor_arrays, inputs, sizes
 
 
 def exact_and_magnitude(x, paths, bias=None):

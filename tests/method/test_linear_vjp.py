@@ -8,7 +8,7 @@ import torch
 from compare import assert_same, assert_within, roundings
 from hypothesis import given, strategies as st
 from littlebit.fast.models.layers import LittleBitLinear
-from strategies import factor_arrays, inputs
+from littlebit.conformance.strategies import factor_arrays, inputs
 from test_linear import same_outer
 
 RULES = st.sampled_from(["smooth_sign", "straight_through"])

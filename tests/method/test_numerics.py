@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 from littlebit.fast.bench.linear import random_path
 from littlebit.fast.kernels import cpu, cpu_layer as plans
 from littlebit.fast.kernels.unpacked import unpacked
-from strategies import sizes
+from littlebit.conformance.strategies import sizes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPECIAL = (float("nan"), float("inf"), float("-inf"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from compare import assert_same
 from hypothesis import given, strategies as st
-from strategies import factor_arrays, sizes
+from littlebit.conformance.strategies import factor_arrays, sizes
 
 PRIMES = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 61, 67, 97, 101, 127, 131]
 

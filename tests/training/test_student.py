@@ -15,7 +15,7 @@ from littlebit.fast.models.quantize import replace_module
 from littlebit.fast.signs import RULES
 from littlebit.fast.training import student as students
 from littlebit.fast.training.student import RANK_STEP, StackedStudent, littlebit_layers
-from strategies import condition
+from littlebit.conformance.strategies import condition
 
 TOKENS = torch.arange(48).reshape(3, 16) * 5 % 256
 
