@@ -58,6 +58,8 @@ def read_layers(folder: Path) -> Layers:
     tensors = {name: array for part, _ in parts for name, array in part.items()}
     layers: Layers = {}
     for name, entry in section["layers"].items():
+        if not all(1 <= rank <= min(entry["d_out"], entry["d_in"]) for rank in entry["ranks"]):
+            raise ValueError(f"layer {name}: ranks must be from 1 to min(d_out, d_in), got {entry}")
         paths = [read_path(tensors, f"{name}.paths.{k}", entry, rank) for k, rank in enumerate(entry["ranks"])]
         layers[name] = paths, tensors[f"{name}.bias"] if entry["bias"] else None
     return layers

@@ -7,9 +7,9 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
+from littlebit.conformance.strategies import condition, sizes, weights
 from littlebit.fast.residual import best_step as fast_best_step
 from littlebit.reference.residual import best_step
-from littlebit.conformance.strategies import condition, sizes, weights
 
 LAPACK = 8  # constant of a QR's or SVD's backward error, times the larger size: see test_svd.py
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within, roundings
 from hypothesis import HealthCheck, given, settings, strategies as st
+from littlebit.conformance.strategies import factor_arrays, inputs, sizes
 from littlebit.fast.bench.linear import exact_path, random_path
 from littlebit.fast.kernels import cpu, cpu_layer as plans, cpu_threads
 from littlebit.fast.kernels.cpu_simd import (
@@ -28,7 +29,6 @@ from littlebit.fast.kernels.cpu_simd import (
 )
 from littlebit.fast.kernels.unpacked import unpacked_linear
 from llvmlite import binding as llvm, ir
-from littlebit.conformance.strategies import factor_arrays, inputs, sizes
 
 
 def exact_and_magnitude(x, paths, bias=None):

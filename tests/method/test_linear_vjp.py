@@ -7,8 +7,8 @@ import pytest
 import torch
 from compare import assert_same, assert_within, roundings
 from hypothesis import given, strategies as st
-from littlebit.fast.models.layers import LittleBitLinear
 from littlebit.conformance.strategies import factor_arrays, inputs
+from littlebit.fast.models.layers import LittleBitLinear
 from test_linear import same_outer
 
 RULES = st.sampled_from(["smooth_sign", "straight_through"])

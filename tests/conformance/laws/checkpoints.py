@@ -11,8 +11,9 @@ from ..backend import Backend
 from ..checkpoint import Layers
 from ..compare import assert_same, assert_true
 from ..law import Draw, laws_of
-from ..strategies import generators, layers
-from .packing import assert_refused, packed_exactly
+from ..strategies import generators, sizes
+from .latent_cache import random_paths
+from .packing import assert_refused
 
 LAWS, law = laws_of("checkpoints")
 FILES = "packed format, sections Files and Packed layers"
@@ -20,12 +21,13 @@ SUMS = "packed format, section Checksums"
 
 
 def some_layers(draw: Draw) -> Layers:
-    """Draw one to three packed layers, with and without bias."""
+    """Draw one to three packed layers of ranks up to min(d_out, d_in), with and without bias."""
     found: Layers = {}
     for at in range(draw(st.integers(1, 3))):
-        paths = [packed_exactly(path) for path in draw(layers(35, most=2))]
-        bias = draw(generators()).standard_normal(len(paths[0].h)).astype(np.float16)
-        found[f"model.layers.{at}.q_proj"] = paths, bias if draw(st.booleans()) else None
+        d_out, d_in, rng = draw(sizes(35)), draw(sizes(35)), draw(generators())
+        ranks = draw(st.lists(st.integers(1, min(d_out, d_in)), min_size=1, max_size=2))
+        bias = rng.standard_normal(d_out).astype(np.float16) if draw(st.booleans()) else None
+        found[f"model.layers.{at}.q_proj"] = random_paths(rng, d_out, d_in, ranks), bias
     return found
 
 
