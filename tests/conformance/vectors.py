@@ -55,10 +55,10 @@ def expected_layers() -> Layers:
     return found
 
 
-def paths_of(arrays: dict[str, np.ndarray]) -> list[PackedFactors]:
-    """Collect packed paths from arrays that are named paths.K.FIELD."""
+def paths_of(arrays: dict[str, np.ndarray], cls: Any = PackedFactors) -> list[Any]:
+    """Collect packed paths, or Factors, from arrays that are named paths.K.FIELD."""
     count = 1 + max(int(name.split(".")[1]) for name in arrays if name.startswith("paths."))
-    return [PackedFactors(*(arrays[f"paths.{k}.{field}"] for field in PackedFactors._fields)) for k in range(count)]
+    return [cls(*(arrays[f"paths.{k}.{field}"] for field in cls._fields)) for k in range(count)]
 
 
 def named(paths: list[Any]) -> dict[str, np.ndarray]:
