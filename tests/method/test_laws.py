@@ -30,7 +30,7 @@ CASES = [
 
 @pytest.mark.parametrize(("backend", "law"), CASES)
 def test_law_holds(backend, law):
-    outcome = check(law, backend, max(5, settings().max_examples // SHARE))
+    outcome = check(law, backend, max(20, settings().max_examples // SHARE))
     assert outcome is None, str(outcome)
 
 

@@ -11,7 +11,6 @@ from littlebit.conformance import LAWS, Backend, broken, check, vectors
 from littlebit.conformance.backend import as_python
 from littlebit.conformance.compare import assert_same, assert_within
 
-BACKEND = '''"""Pack signs and multiply by packed signs."""
 
 import numpy as np
 

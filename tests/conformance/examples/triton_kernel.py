@@ -60,5 +60,5 @@ def packed_linear(x: torch.Tensor, paths: list, bias: torch.Tensor | None = None
         h, ell, g = (scale.float() for scale in scales)
         t = multiply(rows, v_words, g, ell)  # (n, rank)
         y += multiply(t, u_words, torch.ones_like(ell), h)
-    y = y.reshape(*x.shape[:-1], -1) if x.ndim > 1 else y[0]
+    y = y.reshape(*x.shape[:-1], len(paths[0].h))
     return y if bias is None else y + bias

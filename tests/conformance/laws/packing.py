@@ -8,7 +8,7 @@ from .. import exact
 from ..backend import Backend
 from ..compare import assert_same, assert_true
 from ..law import Draw, laws_of
-from ..strategies import WORD_EDGES, generators, layers, sign_arrays, sizes
+from ..strategies import WORD_EDGES, generators, layers, sign_arrays, sizes, strided
 
 LAWS, law = laws_of("packing")
 SIGNS = "packed format, section Signs"
@@ -62,9 +62,9 @@ def nan_is_not_packed(backend: Backend, draw: Draw) -> None:
 
 @law("unpack_signs", source=SIGNS)
 def unpacking_reads_every_sign(backend: Backend, draw: Draw) -> None:
-    """Unpacking words gives their signs, as floats of -1 and +1, for any batch shape."""
+    """Unpacking words gives their signs, as floats of -1 and +1, for any batch shape and strides."""
     signs = draw(sign_arrays(LONGEST))
-    found = backend.unpack_signs(exact.pack(signs), signs.shape[-1])
+    found = backend.unpack_signs(strided(draw, exact.pack(signs)), signs.shape[-1])
     assert_true(np.issubdtype(found.dtype, np.floating), f"signs of {found.dtype} instead of floats")
     assert_same(found.astype(np.float32), signs)
 
