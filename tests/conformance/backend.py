@@ -1,6 +1,7 @@
 """Call an implementation with NumPy arrays, and record the calls, so that a failure can be shown as Python."""
 
 import importlib
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ def as_python(backend: Backend) -> str:
     """Write the calls that a backend recorded as lines of Python to paste."""
     calls = [f"{each.function}({', '.join(map(literal, each.arguments))})" for each in backend.calls]
     text = "\n".join(f"print({call})" if call.startswith("backend.") else call for call in calls)
-    names = ", ".join(name for name in TUPLES if f"{name}(" in text)
+    names = ", ".join(name for name in TUPLES if re.search(rf"\b{name}\(", text))
     lines = ["import numpy as np"] if "np." in text else []
     lines += ["from pathlib import Path"] if "Path(" in text else []
     lines += [f"from littlebit.conformance import Backend{', checkpoint' if 'checkpoint.' in text else ''}"]

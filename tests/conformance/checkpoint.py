@@ -195,7 +195,7 @@ def checksums(
 
 
 def check_sums(version: int, config: Any, parts: list[tuple[dict[str, np.ndarray], dict[str, str]]]) -> None:
-    """Raise ValueError unless the stored checksums are those of the files; version 1 has none."""
+    """Raise ValueError unless each file has the checksums that it stores; version 1 stores no checksum."""
     if version == 1:
         return
     tensors = {name: array for part, _ in parts for name, array in part.items()}

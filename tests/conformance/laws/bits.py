@@ -56,7 +56,7 @@ def path_bits_are_what_packing_stores(backend: Backend, draw: Draw) -> None:
 
 @law("rank_for_bits", source=COUNT)
 def rank_is_the_largest_within_the_bits(backend: Backend, draw: Draw) -> None:
-    """The rank is the largest at which a layer stays within its bits per weight; if there is none, ValueError."""
+    """The rank is the largest at which a layer stays within its bits per weight; ValueError if even rank 1 does not."""
     shape = draw(st.tuples(st.integers(1, 70), st.integers(1, 70)))
     bits, paths = draw(st.floats(0.05, 6)), draw(st.integers(1, 3))
     weights = shape[0] * shape[1]
