@@ -11,8 +11,7 @@ from littlebit.conformance import LAWS, Backend, broken, check, vectors
 from littlebit.conformance.backend import as_python
 from littlebit.conformance.compare import assert_same, assert_within
 
-
-import numpy as np
+BACKEND = """import numpy as np
 
 
 def pack_signs(signs):
@@ -36,7 +35,7 @@ def packed_linear(x, paths, bias=None):
         u, v = signs_of(u_words, len(ell)), signs_of(v_words, len(g))
         y = y + ((x * g.astype("f4")) @ v.T * ell.astype("f4")) @ u.T * h.astype("f4")
     return y if bias is None else y + bias
-'''
+"""
 
 
 @pytest.mark.parametrize("law", LAWS, ids=[law.name for law in LAWS])
