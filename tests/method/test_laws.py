@@ -1,6 +1,7 @@
 """Run the public laws of littlebit.conformance over both packages."""
 
 import pytest
+import torch
 from hypothesis import settings
 from littlebit.conformance import LAWS, Backend, broken, check
 from littlebit.conformance.examples import numpy_kernel, torch_fast
@@ -32,6 +33,18 @@ CASES = [
 def test_law_holds(backend, law):
     outcome = check(law, backend, max(20, settings().max_examples // SHARE))
     assert outcome is None, str(outcome)
+
+
+@pytest.mark.parametrize("library", ["triton", "jax"])
+def test_example_in_another_library_holds_all_its_laws(library):
+    pytest.importorskip(library)
+    if library == "triton" and not torch.cuda.is_available():
+        pytest.skip("Triton needs a GPU")
+    backend = Backend(f"littlebit.conformance.examples.{library}_kernel")
+    for law in LAWS:
+        if not backend.missing(law.functions):
+            outcome = check(law, backend)
+            assert outcome is None, str(outcome)
 
 
 def test_both_packages_offer_every_function():
