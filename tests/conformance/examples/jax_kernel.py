@@ -3,6 +3,8 @@
 pytest --pyargs littlebit.conformance --backend littlebit.conformance.examples.jax_kernel
 """
 
+# pyright: reportMissingImports=false
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -5,6 +5,8 @@ It needs a GPU, or TRITON_INTERPRET=1.
     pytest --pyargs littlebit.conformance --backend littlebit.conformance.examples.triton_kernel
 """
 
+# pyright: reportMissingImports=false
+
 import os
 
 import numpy as np
