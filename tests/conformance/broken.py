@@ -130,7 +130,7 @@ def unpack_v_by_rank(packed: PackedFactors) -> Factors:
 
 def computed(x: np.ndarray, paths: list[Factors], bias: np.ndarray | None, change: Callable) -> np.ndarray:
     """Compute a layer whose steps `change` may replace: change(step, value) for x, each path and each sum."""
-    y = 0
+    y: Any = 0
     for path in (change("path", each) for each in paths):
         t = change("sum", (change("x", x) * path.g) @ exact.signs_of(path.v).astype(path.g.dtype))
         y = y + change("sum", (t * path.ell) @ exact.signs_of(path.u).T.astype(path.g.dtype)) * path.h
@@ -192,7 +192,7 @@ def bias_in_every_path(function: str) -> Callable[..., np.ndarray]:
     """Make a layer that adds the bias to each path."""
 
     def call(x: np.ndarray, paths: list, bias: np.ndarray | None = None) -> np.ndarray:
-        return sum(getattr(ref, function)(x, [path], bias) for path in paths)
+        return np.sum([getattr(ref, function)(x, [path], bias) for path in paths], axis=0)
 
     return call
 

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def tensor_digest(array: np.ndarray) -> str:
 
 
 def checksums(
-    version: int, config: Any, tensors: Mapping[str, np.ndarray], parts: list[Mapping[str, np.ndarray]]
+    version: int, config: Any, tensors: Mapping[str, np.ndarray], parts: Sequence[Mapping[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
     """Compute what each file of a checkpoint stores about itself, in version 2 or 3."""
     digests = {name: tensor_digest(array) for name, array in tensors.items()}

@@ -70,6 +70,11 @@ def dense(path: Factors) -> np.ndarray:
     return path.h[:, None] * ((path.u * path.ell) @ path.v.T) * path.g
 
 
+def total(paths: Sequence[Factors]) -> np.ndarray:
+    """Add up the dense weights of float64 paths."""
+    return np.sum([dense(path) for path in paths], axis=0)
+
+
 def dense_error(weight: np.ndarray, path: Factors) -> tuple[float, float]:
     """Compute the Frobenius norm of W - W_hat, and how far rounding in `path`'s own dtype may move it."""
     eps = np.finfo(path.ell.dtype).eps
@@ -91,8 +96,8 @@ def linear(x: np.ndarray, paths: Sequence[Factors | PackedFactors], bias: np.nda
     wide = [factors_of(path) for path in paths]
     x = x.astype(np.float64)
     bias = np.zeros(len(wide[0].h)) if bias is None else bias.astype(np.float64)
-    exact = x @ sum(map(dense, wide)).T + bias
-    magnitude = np.abs(x) @ sum(dense(absolute(path)) for path in wide).T + np.abs(bias)
+    exact = x @ total(wide).T + bias
+    magnitude = np.abs(x) @ total(list(map(absolute, wide))).T + np.abs(bias)
     return Bounded(exact, magnitude, 8 + len(wide) * max(len(path.g) + len(path.ell) for path in wide))
 
 
@@ -152,8 +157,8 @@ def linear_vjp(x: np.ndarray, paths: Sequence[Factors], grad: np.ndarray, rule: 
     rows = [x.reshape(-1, x.shape[-1]).astype(np.float64), grad.reshape(-1, grad.shape[-1]).astype(np.float64)]
     wide = [factors_of(path) for path in paths]
     terms = 16 + x.shape[-1] + grad.shape[-1] + len(rows[0]) + sum(len(path.ell) for path in wide)
-    exact = gradients_of(*rows, wide)
-    sizes = gradients_of(*map(np.abs, rows), [absolute(path) for path in wide])
+    exact = gradients_of(rows[0], rows[1], wide)
+    sizes = gradients_of(np.abs(rows[0]), np.abs(rows[1]), [absolute(path) for path in wide])
     for at, path in enumerate(paths):
         for name, latents in (("u", path.u), ("v", path.v)):
             exact[name][at] = exact[name][at] * slope(latents, rule)
@@ -168,7 +173,7 @@ def linear_vjp(x: np.ndarray, paths: Sequence[Factors], grad: np.ndarray, rule: 
 def gradients_of(x: np.ndarray, dy: np.ndarray, paths: Sequence[Factors]) -> dict[str, list[np.ndarray]]:
     """Compute the gradients of x, bias, signs and scales for rows x (n, d_in) and dy (n, d_out)."""
     dw = dy.T @ x  # (d_out, d_in)
-    found: dict[str, list[np.ndarray]] = {"x": [dy @ sum(map(dense, paths))], "bias": [dy.sum(axis=0)]}
+    found: dict[str, list[np.ndarray]] = {"x": [dy @ total(paths)], "bias": [dy.sum(axis=0)]}
     for u, v, h, ell, g in paths:
         inside = (u * ell) @ v.T  # (d_out, d_in)
         scaled = h[:, None] * dw * g
@@ -252,7 +257,7 @@ def attention(case: Attention, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         score_size = np.abs(q) @ turned_magnitude(size_of_keys, cosine, sine).T
         score_error += 2 * (b_k.shape[1] + size + 12) * eps * score_size
         scores = np.where(case.mask, scores, -np.inf)
-        blind = ~case.mask.any(axis=1)
+        blind = np.asarray(~case.mask.any(axis=1))
         scores[blind], score_error[blind] = 0, 0
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)

@@ -4,7 +4,7 @@ import inspect
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
@@ -12,9 +12,10 @@ from .backend import Backend, as_python
 
 HERE = Path(__file__).parent
 EXAMPLES = 100
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]  # no mistakes of a backend
 
 #: Draw a value from a strategy.
-Draw = Callable
+Draw = Callable[[st.SearchStrategy], Any]
 
 
 class Law(NamedTuple):
@@ -109,7 +110,7 @@ def check(law: Law, backend: Backend, examples: int = EXAMPLES, shrink: bool = T
         database=None,
         phases=phases,
         report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=SLOW,
     )
     @given(st.data())
     def holds(data: st.DataObject) -> None:

@@ -26,9 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Import the backends and read the list of skips."""
     sys.path.insert(0, str(config.invocation_params.dir))  # `pytest` alone does not look there
-    config.stash[BACKENDS] = load(config.getoption("--backend"))
-    config.stash[SKIPS] = read_skips(config.getoption("--skips"))
-    if config.getoption("--examples") < 1:
+    config.stash[BACKENDS] = load(config.option.backend)
+    config.stash[SKIPS] = read_skips(config.option.skips)
+    if config.option.examples < 1:
         raise pytest.UsageError(f"--examples must be at least 1, got {config.getoption('--examples')}")
 
 
@@ -116,7 +116,7 @@ class LawItem(pytest.Item):
         reason = self.config.stash[SKIPS].get(self.law.name)
         if reason:
             pytest.skip(f"skipped: {reason}")
-        outcome = check(self.law, self.backend, self.config.getoption("--examples"))
+        outcome = check(self.law, self.backend, self.config.option.examples)
         if outcome:
             raise BrokenLawError(str(outcome))
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 from littlebit.reference import Factors
+from numpy.typing import DTypeLike
 
 ODD_SIZES = (1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 97, 127)
 
@@ -63,7 +64,7 @@ def factor_arrays(draw, largest: int = 40, paths: int = 2, dtype=np.float32):
 
 
 @st.composite
-def inputs(draw, d_in: int, dtype=np.float32):
+def inputs(draw, d_in: int, dtype: DTypeLike = np.float32):
     """X of any batch shape, from none to three axes, an axis of zero rows included."""
     batch = draw(st.sampled_from([(), (0,), (1,), (2,), (3,), (4,), (5,), (9,), (2, 3), (1, 2, 2)]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

@@ -1022,13 +1022,15 @@ def exports(package: str) -> dict[str, str]:
 def tests_of(file: str) -> list[Path]:
     """Choose the tests of a module, the likeliest to notice a mistake first.
 
-    First come the tests that import the module, then the tests that call its public functions. If there are fewer than
+    First come the tests that import the module, then the tests that call its public functions, and the laws if it is a
+    module of the method. If there are fewer than
     FEW, the tests follow that do so with a module that imports it. Last come the others in the module's test folder.
     """
     folder = ROOT / "tests" / TEST_FOLDERS.get(Path(file).parent.name, Path(file).parent.name)
     tests = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if path.stem not in UNUSED]
     chosen = [path for path in tests if file in imported_modules(path)]
     chosen += [path for path in tests if file in used_modules(path)]
+    chosen += [path for path in tests if path.stem == "test_laws" and folder.name == "method"]
     if len(chosen) < FEW:
         sources = [path for package in ("reference", "fast") for path in (ROOT / package).rglob("*.py")]
         users = {str(path.relative_to(ROOT)) for path in sources if file in imported_modules(path)}

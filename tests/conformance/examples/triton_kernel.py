@@ -5,7 +5,7 @@ It needs a GPU, or TRITON_INTERPRET=1.
     pytest --pyargs littlebit.conformance --backend littlebit.conformance.examples.triton_kernel
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import os
 

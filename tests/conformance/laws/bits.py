@@ -119,7 +119,7 @@ def ranks_are_what_trying_every_level_gives(backend: Backend, draw: Draw) -> Non
     """Layers get the highest common level of sign bits per weight with full words of U, then the rest of the budget."""
     shapes, bits, paths = draw(SMALL), draw(st.floats(0.3, 6)), draw(st.integers(1, 2))
     weights = sum(d_out * d_in for d_out, d_in in shapes.values())
-    assume(total_bits(shapes, dict.fromkeys(shapes, (1,) * paths)) / weights <= bits)
+    assume(total_bits(shapes, {name: (1,) * paths for name in shapes}) / weights <= bits)
     budget = whole_bits(bits, weights)
     wanted = spent(shapes, equal_by_trying(shapes, paths, bits, budget), budget)
     found = backend.allocate_ranks(shapes, bits, paths)
@@ -131,7 +131,7 @@ def ranks_never_exceed_the_budget(backend: Backend, draw: Draw) -> None:
     """All layers together stay within the bits, or ValueError is raised where rank 1 everywhere exceeds them."""
     shapes, bits, paths = draw(SMALL), draw(st.floats(0.05, 6)), draw(st.integers(1, 2))
     weights = sum(d_out * d_in for d_out, d_in in shapes.values())
-    smallest = total_bits(shapes, dict.fromkeys(shapes, (1,) * paths)) / weights
+    smallest = total_bits(shapes, {name: (1,) * paths for name in shapes}) / weights
     try:
         found = {name: tuple(ranks) for name, ranks in backend.allocate_ranks(shapes, bits, paths).items()}
     except ValueError:

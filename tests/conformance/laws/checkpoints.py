@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -38,7 +39,7 @@ def assert_same_layers(found: Layers, wanted: Layers) -> None:
         mine, my_bias = found[name]
         assert_true(len(mine) == len(paths), f"{name}: {len(mine)} paths instead of {len(paths)}")
         assert_true((my_bias is None) == (bias is None), f"{name}: bias {my_bias} instead of {bias}")
-        pairs = [(f"bias of {name}", my_bias, bias)] if bias is not None else []
+        pairs: list[Any] = [(f"bias of {name}", my_bias, bias)] if bias is not None else []
         for k, (one, other) in enumerate(zip(mine, paths, strict=True)):
             pairs += [
                 (f"{field} of path {k} of {name}", getattr(one, field), each) for field, each in other._asdict().items()

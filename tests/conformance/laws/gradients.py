@@ -1,6 +1,7 @@
 """Backward rules of signs, and the vector-Jacobian product of the layer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ WIDTH = 0.01  # of the latents' distribution: where SmoothSign has a slope
 def latents_and_grad(backend: Backend, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
     """Draw latents, any float but NaN and many near zero, and a gradient of their shape."""
     dtype = np.dtype(draw(st.sampled_from(backend.declared("DTYPES"))))
-    width = 8 * dtype.itemsize
+    width: Any = 8 * dtype.itemsize
     edges = st.sampled_from([0.0, -0.0, 1.0, -1.0, float(np.finfo(dtype).max), -np.inf])
     floats = (
         edges
