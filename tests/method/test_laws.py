@@ -6,7 +6,7 @@ from hypothesis import settings
 from littlebit.conformance import LAWS, Backend, broken, check
 from littlebit.conformance.examples import numpy_kernel, torch_fast
 
-SHARE = 4  # a law gets this part of the profile's examples: most have sisters that draw the same inputs
+SHARE = 8  # a law gets this part of the profile's examples: most have sisters that draw the same inputs
 
 
 def reference():

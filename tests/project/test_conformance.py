@@ -81,7 +81,7 @@ def run(folder, *arguments):
 def test_command_reports_laws_and_smallest_examples(tmp_path):
     (tmp_path / "my_module.py").write_text(BACKEND.replace("* h.astype", "* 2 * h.astype"))
     (tmp_path / "skips.txt").write_text("packing.zero_is_positive  # not needed here\n\n")
-    done = run(tmp_path, "--backend", "my_module", "--examples", "5", "--skips", "skips.txt")
+    done = run(tmp_path, "--backend", "my_module", "--examples", "5", "--skips", "skips.txt", "-k", "h_scales or zero")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 skipped by the list" in done.stdout
     assert "broken: packed_linear.h_scales_the_outputs" in done.stdout
