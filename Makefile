@@ -27,7 +27,7 @@ endef
 # import hook of an editable install, but they look into site-packages/littlebit-stubs (PEP 561); Python never does.
 define link_types
 stubs="$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/littlebit-stubs" \
-  && mkdir -p "$$stubs" && ln -sfn "$(CURDIR)/fast" "$(CURDIR)/reference" "$$stubs"
+  && mkdir -p "$$stubs" && ln -sfn "$(CURDIR)/fast" "$(CURDIR)/reference" "$(CURDIR)/tests/conformance" "$$stubs"
 endef
 
 $(VENV)/.ok: pyproject.toml constraints.txt

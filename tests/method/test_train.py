@@ -15,9 +15,9 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
+from littlebit.conformance.strategies import inputs, sizes
 from littlebit.fast import train as fast_train
 from littlebit.reference import train
-from strategies import inputs, sizes
 from test_linear_vjp import RULES, WIDTH, absolute, with_slopes
 
 STEPS = 50
