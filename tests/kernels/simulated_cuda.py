@@ -7,7 +7,10 @@ import os
 
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 
-import cuda_simulator  # noqa: F401 (before any kernel)
+from littlebit.notebooks import cuda_simulator  # noqa: F401 (before any kernel)
+
+# isort: split
+
 import littlebit.fast.kernels.cuda_launch as kernels
 import numpy as np
 import pytest

@@ -25,8 +25,11 @@ MODULES = sorted(
 )
 
 
+FOLDERS = ("reference", "fast", "notebooks", "book/results")  # littlebit.reference and so on
+
+
 def test_every_folder_with_modules_is_packaged():
-    folders = {path.parent.relative_to(ROOT) for top in ("reference", "fast") for path in (ROOT / top).rglob("*.py")}
+    folders = {path.parent.relative_to((ROOT / top).parent) for top in FOLDERS for path in (ROOT / top).rglob("*.py")}
     expected = {"littlebit." + ".".join(folder.parts) for folder in folders}
     assert set(SETTINGS["tool"]["setuptools"]["packages"]) == expected
 
@@ -51,7 +54,7 @@ def test_wheel_holds_the_modules_and_nothing_stale(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
     packaged = {
-        f"littlebit/{path.relative_to(ROOT)}" for top in ("reference", "fast") for path in (ROOT / top).rglob("*.py")
+        f"littlebit/{path.relative_to((ROOT / top).parent)}" for top in FOLDERS for path in (ROOT / top).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == packaged
     assert {Path(name).suffix for name in names} <= {
@@ -59,6 +62,7 @@ def test_wheel_holds_the_modules_and_nothing_stale(tmp_path):
         ".txt",
         ".md",
         ".json",
+        ".ipynb",
         ".safetensors",
         ".typed",
     }  # nothing compiled
