@@ -16,6 +16,6 @@ def read(name: str) -> dict[str, Any]:
     Raises
     ------
     FileNotFoundError
-        If there are no measurements of that name.
+        If nothing was measured under that name.
     """
     return json.loads(Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8"))

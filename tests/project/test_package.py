@@ -63,6 +63,7 @@ def test_wheel_holds_the_modules_and_nothing_stale(tmp_path):
         ".md",
         ".json",
         ".ipynb",
+        ".npz",
         ".safetensors",
         ".typed",
     }  # nothing compiled
