@@ -297,7 +297,7 @@ EXERCISES = {
             (lambda s: word((s < 0)[::-1]), "the first sign goes into the lowest bit"),
         ],
     ),
-    "signed_sum": Exercise(
+    "sum_with_signs": Exercise(
         lambda: (int(RNG.integers(0, 2**16)), matrix(1, 16)[0]),
         lambda code, x: (1 - 2 * bits_of(code, 16)) @ x,
         [

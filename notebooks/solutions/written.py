@@ -93,7 +93,7 @@ def pack_byte(signs):
     return sum(2**k for k, sign in enumerate(signs) if sign < 0)
 
 
-def signed_sum(word, x):
+def sum_with_signs(word, x):
     """09: the sum of x with the signs that a word holds."""
     negative = word >> np.arange(len(x)) & 1
     return x.sum() - 2 * x[negative == 1].sum()
