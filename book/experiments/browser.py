@@ -3,9 +3,9 @@
     make book
     python book/experiments/browser.py book/results/browser.json
 
-Needs Chromium and the extra [browser]. Every shipped width writes 64 greedy tokens after each prompt. There
-are two speeds: the page's own, in wall-clock time, and tokens for each second of processor time of the page's process,
-reading the prompt included, which other programs on the machine change less. The package's model has the same 8-bit embeddings.
+Needs Chromium and the extra [browser]. Every shipped width writes 64 greedy tokens after each prompt. Two speeds are
+recorded: the page's own, by the clock, and tokens for each second of processor time of the page's process, which
+includes reading the prompt, and which other programs change less. The package's model has the same embeddings.
 """
 
 import argparse
