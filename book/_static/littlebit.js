@@ -192,19 +192,28 @@
       const { hidden, vocabulary, eps } = this.sizes, { n, codes, scale, groups, logits } = this;
       const group = hidden / groups;
       norm(this.x, this.lastNorm, eps, n);
-      for (let token = 0, at = 0, s = 0; token < vocabulary; token++) {
-        let logit = 0;
-        for (let start = 0; start < hidden; start += group, s++) {
-          let a = 0, b = 0, c = 0, e = 0;
-          for (let j = start; j < start + group; j += 4, at += 4) {
-            a += codes[at] * n[j];
-            b += codes[at + 1] * n[j + 1];
-            c += codes[at + 2] * n[j + 2];
-            e += codes[at + 3] * n[j + 3];
+      for (let token = 0; token < vocabulary; token += 4) { // four rows at a time read n once (the last ones again)
+        const row = Math.min(token, vocabulary - 4), first = row * hidden;
+        let l0 = 0, l1 = 0, l2 = 0, l3 = 0;
+        for (let g = 0; g < groups; g++) {
+          let a = 0, b = 0, c = 0, d = 0;
+          for (let j = g * group, end = j + group, at = first + j; j < end; j++, at++) {
+            const x = n[j];
+            a += codes[at] * x;
+            b += codes[at + hidden] * x;
+            c += codes[at + 2 * hidden] * x;
+            d += codes[at + 3 * hidden] * x;
           }
-          logit += scale[s] * (a + b + (c + e));
+          const s = row * groups + g;
+          l0 += scale[s] * a;
+          l1 += scale[s + groups] * b;
+          l2 += scale[s + 2 * groups] * c;
+          l3 += scale[s + 3 * groups] * d;
         }
-        logits[token] = logit;
+        logits[row] = l0;
+        logits[row + 1] = l1;
+        logits[row + 2] = l2;
+        logits[row + 3] = l3;
       }
       return logits;
     }

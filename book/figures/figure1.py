@@ -9,8 +9,8 @@ from sources import row
 
 CAPTION = (
     "**Figure 1, as stored here.** Left, a transformer layer; its seven linear layers (filled) are replaced. Right, "
-    "one of them, the query projection of SmolLM2's first block: x goes through both pathways, and the outputs are added. "
-    "Every area is proportional to the bits stored, of the dense weight W too: signs, and scales (dark)."
+    "one of them, the query projection of SmolLM2's first block: x goes through both pathways, whose outputs are "
+    "added. Every area is proportional to the bits stored, of the dense weight W too: signs, and scales (dark)."
 )
 SOURCES = ("explore",)
 
