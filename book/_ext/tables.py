@@ -479,7 +479,7 @@ def latent_starts() -> Table:
     """How far a small network comes from three starts, under both rules."""
     lines = []
     for init, name in STARTS.items():
-        found = [row("latents", what="student", init=init, rule=rule, eps=1e-8) for rule in RULES]
+        found = [row("latents", name=f"{init}, {rule}, eps 1e-08") for rule in RULES]
         lines.append([name, number(found[0]["kl_start"]), *(number(each["kl_end"]) for each in found)])
     head = ["latents from", "KL before training", *(f"after it, {name}" for name in RULES.values())]
     return Table(head, lines, ("latents",), "Nats per character of held-out text; one run each.")
@@ -487,16 +487,15 @@ def latent_starts() -> Table:
 
 def latent_reach() -> Table:
     """How far latents move under Adam, by the size that they start with, for three values of its eps."""
-    chosen = [
-        row("latents", what="student", init="dual-svid", rule="smooth_sign", eps=eps) for eps in (1e-4, 1e-8, 1e-14)
-    ]
+    epsilons = ("0.0001", "1e-08", "1e-14")
+    chosen = [row("latents", name=f"dual-svid, smooth_sign, eps {eps}") for eps in epsilons]
     lines = []
     for bins in zip(*(each["latents"] for each in chosen), strict=True):
         low, high = bins[0]["from"], bins[0]["to"]
         sizes = f"{low:g} to {high:g}" if high else f"above {low:g}"
         cells = [f"{each['median_move']:.4f}, {each['flipped']:.0%}" for each in bins]
         lines.append([sizes, f"{bins[0]['share']:.0%}", *cells])
-    head = ["size at the start", "share of latents", *(f"eps {each['eps']:g}" for each in chosen)]
+    head = ["size at the start", "share of latents", *(f"eps {eps}" for eps in epsilons)]
     note = "Median movement of a latent, and share of signs flipped; Dual-SVID, SmoothSign, first layer."
     return Table(head, lines, ("latents",), note)
 

@@ -91,7 +91,14 @@ def main() -> None:
         ranks = [ref.rank_for_bits(*layer.weight.shape, 1.0, paths=1) for layer in teacher]
         start = [ref.Layer([STARTS[init](each.weight, r)], each.bias) for each, r in zip(teacher, ranks, strict=True)]
         end = train(start, batches, rule, eps)
-        row = {"what": "student", "init": init, "rule": rule, "eps": eps, "steps": STEPS}
+        row = {
+            "name": f"{init}, {rule}, eps {eps:g}",
+            "what": "student",
+            "init": init,
+            "rule": rule,
+            "eps": eps,
+            "steps": STEPS,
+        }
         for name, layers in ("kl_start", start), ("kl_end", end):
             row[name] = float(ref.kl_loss(ref.mlp(test, layers), test_logits))
         rows.append(row | {"latents": movements(start, end)})
