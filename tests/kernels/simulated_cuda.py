@@ -8,7 +8,10 @@ from types import ModuleType
 
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 
-import cuda_simulator  # noqa: F401 (before any kernel)
+from littlebit.notebooks import cuda_simulator  # noqa: F401 (before any kernel)
+
+# isort: split
+
 import littlebit.fast.kernels.cuda_launch as kernels
 import numpy as np
 import pytest

@@ -1,10 +1,13 @@
-"""Test what errors of packing say; test_laws.py tests packing itself."""
+"""Test scales of 8 bits, and what errors of packing say; test_laws.py tests the rest of packing."""
 
 import littlebit.fast as fast
 import littlebit.reference as ref
 import numpy as np
 import pytest
 import torch
+from compare import assert_same
+from hypothesis import given, strategies as st
+from littlebit.conformance.strategies import factor_arrays
 
 
 def random_signs(shape, seed=0):

@@ -34,7 +34,7 @@ def book(tmp_path_factory):
         return Path(built).resolve()
     folder = tmp_path_factory.mktemp("book")
     options = ["-q", "-W", "--keep-going", "-j", "2", "-d", folder / "cache"]
-    options += ["-D", "nb_execution_mode=off"]  # `make notebooks` executes them
+    options += ["-D", "nb_execution_mode=off", "-D", "browser_models=0"]  # `make notebooks`, `make book`
     command = [sys.executable, "-m", "sphinx", *options, ROOT / "book", folder / "pages"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("reference", "fast", "tests/conformance")
 SOURCES = [(path, (ROOT / top).parent) for top in PACKAGES for path in (ROOT / top).rglob("*.py")]
+PACKAGED = SOURCES + [
+    (path, (ROOT / top).parent) for top in ("notebooks", "book/results") for path in (ROOT / top).rglob("*.py")
+]
 MODULES = sorted(
     "littlebit." + ".".join(path.relative_to(above).with_suffix("").parts).removesuffix(".__init__")
     for path, above in SOURCES
@@ -32,7 +35,7 @@ OPTIONAL = {
 
 
 def test_every_folder_with_modules_is_packaged():
-    expected = {"littlebit." + ".".join(path.parent.relative_to(above).parts) for path, above in SOURCES}
+    expected = {"littlebit." + ".".join(path.parent.relative_to(above).parts) for path, above in PACKAGED}
     assert set(SETTINGS["tool"]["setuptools"]["packages"]) == expected
 
 
@@ -57,13 +60,14 @@ def test_wheel_holds_the_modules_and_nothing_stale(tmp_path):
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"})
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
-    packaged = {f"littlebit/{path.relative_to(above)}" for path, above in SOURCES}
+    packaged = {f"littlebit/{path.relative_to(above)}" for path, above in PACKAGED}
     assert {name for name in names if name.endswith(".py")} == packaged
     assert {Path(name).suffix for name in names} <= {
         ".py",
         ".txt",
         ".md",
         ".json",
+        ".ipynb",
         ".safetensors",
         ".typed",
         ".jinja",
