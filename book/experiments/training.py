@@ -44,7 +44,7 @@ from littlebit.fast import (
     train_,
 )
 from littlebit.fast.bench.timing import save_results
-from littlebit.fast.checkpoints import bundled
+from littlebit.fast.checkpoints.bundling import export_delta
 from littlebit.fast.checkpoints.texts import text_tokens, training_tokens
 from littlebit.fast.evaluation.zero_shot import blimp
 from littlebit.fast.packing import pack_factors, unpack_factors
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, help="of the checkpoint to ship")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no experiment, or end, after so long")
     parser.add_argument(
-        "--tokens", type=int, help="train the checkpoint to ship on so many, without a short training first"
+        "--tokens", type=int, help="tokens that the checkpoint to ship reads; without it, a short training finds out"
     )
     parser.add_argument("--states", type=Path, help="folder for the state of the training, which resumes from it")
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings of the checkpoint's training")
@@ -187,9 +187,7 @@ def ship(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = save(student.cpu(), Path(folder) / "checkpoint", data.tokenizer, arguments.bits)
         training = {key: value for key, value in row.items() if key != "log"}
-        bundled.export_delta(
-            checkpoint, TEACHER, arguments.out.with_name(f"{arguments.out.stem}.safetensors"), training
-        )
+        export_delta(checkpoint, TEACHER, arguments.out.with_name(f"{arguments.out.stem}.safetensors"), training)
         packed: Any = load(checkpoint, arguments.device)
     row["perplexity_packed"] = perplexity(packed, data.test, progress=False).perplexity
     if arguments.blimp:

@@ -1,4 +1,4 @@
-"""Build the trained checkpoints that come with the package, and export new ones.
+"""Build the trained checkpoints that come with the package; bundling.py makes their files.
 
 The package holds them in two parts, so that they share what training did not change:
 
@@ -21,14 +21,12 @@ from safetensors.numpy import load_file, save_file
 
 from ..files.cache import build_once, cache_path
 from ..files.digests import file_digest, tensor_digest
-from ..files.untrusted import CheckpointError
 from .checksums import make_checksums
-from .download import DATA, fetch_base
+from .download import DATA
 from .format import FORMAT_VERSION, WEIGHTS, order_metadata
 
 BASES = DATA  # has a folder for each base model
 SECTION = "quantization_config"
-FILE_BYTES = 16 << 20  # most bytes of a file in the package
 PART = ".part"  # NAME.part0, NAME.part1, ... are the rows of a tensor that is too large for one file
 ASSEMBLY = 1  # increase it when files of a base model change
 DTYPES = {"F16": "<f2", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}  # names in safetensors -> NumPy's
@@ -79,76 +77,3 @@ def write_arrays(arrays: Mapping[str, np.ndarray], file: Path, config: Mapping[s
     save_file(dict(arrays), file, metadata={"format": "pt"} | checksums)
     order_metadata(file)
     file.chmod(0o644)
-
-
-def export_base(name: str, folder: Path, bits: int = 8) -> None:
-    """Write what all bundled checkpoints of a base model share: quantized embeddings, configuration and tokenizer.
-
-    Parameters
-    ----------
-    name : str
-        One of `download.ARTIFACTS`.
-    folder : Path
-        Output, BASES / NAME for the package.
-    bits : int
-        Bits of an entry of the embedding and of the output head, 8 or 4.
-    """
-    from ..models.embeddings import quantize_embeddings_
-    from .dense import load_model
-    from .saving import embedding_section
-
-    dense, model = dense_folder(name), load_model(name)
-    quantize_embeddings_(model, bits)
-    folder.mkdir(parents=True)
-    config = json.loads((dense / "config.json").read_text(encoding="utf-8")) | {SECTION: embedding_section(model)}
-    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    for path in dense.iterdir():
-        if path.suffix != ".safetensors" and path.name != "config.json":
-            shutil.copyfile(path, folder / path.name)
-    count = 0
-    for key, tensor in model.state_dict().items():
-        if ".table." in key and not key.startswith("lm_head"):
-            rows = np.array_split(tensor.numpy(), -(-tensor.nbytes // FILE_BYTES))
-            for at, part in enumerate(rows):
-                save_file({f"{key}{PART}{at}": np.ascontiguousarray(part)}, folder / f"embedding-{count}.safetensors")
-                count += 1
-
-
-def dense_folder(base: str) -> Path:
-    """Return the folder of the dense model of this name, downloaded and converted on first use."""
-    from .convert import converted_folder
-
-    path = fetch_base(base)
-    return path if path.is_dir() else converted_folder(path)
-
-
-def export_delta(checkpoint: Path, base: str, file: Path, training: dict[str, Any]) -> None:
-    """Write the tensors in which a trained checkpoint differs from its base model into one file.
-
-    Parameters
-    ----------
-    checkpoint : Path
-        A directory that `save` wrote.
-    base : str
-        Name of the model that it was quantized from: "tiny", or one of `download.ARTIFACTS`.
-    file : Path
-        Output, NAMEbit.safetensors.
-    training : dict
-        How it was trained; stored with it.
-
-    Raises
-    ------
-    CheckpointError
-        If the checkpoint lacks a tensor of the base, and so was made from another model.
-    """
-    before, after = load_file(dense_folder(base) / WEIGHTS), load_file(checkpoint / WEIGHTS)
-    section = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    quantized = {f"{layer}.weight" for layer in section["layers"]}
-    if missing := sorted(before.keys() - after.keys() - quantized):
-        raise CheckpointError(
-            f"{checkpoint} must hold every tensor of its base {base}, but lacks {missing[0]}: name the model that it "
-            "was made from"
-        )
-    changed = {name: t for name, t in after.items() if name not in before or not np.array_equal(t, before[name])}
-    note = {"base": base, "quantization_config": section, "training": training}
-    save_file(changed, file, metadata={"littlebit": json.dumps(note)})
