@@ -27,7 +27,7 @@ endef
 # import hook of an editable install, but they look into site-packages/littlebit-stubs (PEP 561); Python never does.
 define link_types
 stubs="$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/littlebit-stubs" \
-  && mkdir -p "$$stubs" && ln -sfn "$(CURDIR)/fast" "$(CURDIR)/reference" "$$stubs"
+  && mkdir -p "$$stubs" && ln -sfn "$(CURDIR)/fast" "$(CURDIR)/reference" "$(CURDIR)/tests/conformance" "$$stubs"
 endef
 
 $(VENV)/.ok: pyproject.toml constraints.txt
@@ -36,7 +36,7 @@ $(VENV)/.ok: pyproject.toml constraints.txt
 
 setup: $(VENV)/.ok  ## Install the project with its development tools into .venv
 
-demo: $(VENV)/.ok  ## Let SmolLM2-135M in 0.55 bits per weight write, then measure it beside three other models
+demo: $(VENV)/.ok  ## Let SmolLM2-135M in 0.55 bits per weight write, then measure it beside two other models
 	@$(PY) -m littlebit.fast demo --out build/demo
 
 # Test processes; each may take over a GB of memory

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / folder) for folder in ("_ext", "experiments", "figures")]
 
 import api  # noqa: E402 (the path comes first)
+import browser_model  # noqa: E402
 import make  # noqa: E402
 import pages  # noqa: E402
 
@@ -101,6 +102,12 @@ def resolve_in_package(app, env, node, contnode):
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, found[0])
 
 
+def write_browser_models(app, error):
+    """Write the models that run in the browser beside the page, unless `-D browser_models=0` says no."""
+    if error is None and app.config.browser_models and app.builder.format == "html":
+        browser_model.write(Path(app.outdir) / "_static" / "model")
+
+
 def setup(app):
     """Write the API pages, draw the figures, uncompile the kernels, and connect the functions above."""
     api.write_pages(HERE / "api")
@@ -110,3 +117,5 @@ def setup(app):
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("missing-reference", resolve_in_package)
+    app.add_config_value("browser_models", True, "", bool)
+    app.connect("build-finished", write_browser_models)

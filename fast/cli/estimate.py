@@ -65,7 +65,7 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
         selection, ranks = plan_ranks(model, config)
     shapes = {name: linear_shape(layer) for name, layer in selection.layers.items()}
     weights = sum(d_out * d_in for d_out, d_in in shapes.values())
-    stored = model_bits(shapes, ranks)
+    stored = model_bits(shapes, ranks, config.scale_bits)
     parameters = sum(parameter.numel() for parameter in dict.fromkeys(model.parameters()))
     latents = sum(sum(ranks[name]) * sum(shapes[name]) for name in shapes)
     head = model.get_output_embeddings().weight.numel()
@@ -81,19 +81,19 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
         "memory_bytes": memory,
         "quantise_s": quantize_seconds(shapes, ranks, config),
         "train_s": tokens * (3 * (latents + head) + weights + head) / multiplications_per_second() if tokens else 0.0,
-        "kinds": count_layer_types(shapes, ranks),
+        "kinds": count_layer_types(shapes, ranks, config.scale_bits),
         "dense": selection.dense,
         "dense_share": selection.share,
     }
 
 
-def count_layer_types(shapes: dict[str, Shape], ranks: dict[str, Ranks]) -> dict[str, dict[str, Any]]:
+def count_layer_types(shapes: dict[str, Shape], ranks: dict[str, Ranks], scale_bits: int) -> dict[str, dict[str, Any]]:
     """Count the layers of each type; take shape and ranks from its first layer, bits per weight from its last."""
     rows: dict[str, dict[str, Any]] = {}
     for name, (d_out, d_in) in shapes.items():
         row = rows.setdefault(layer_type(name), {"layers": 0, "d_out": d_out, "d_in": d_in, "ranks": ranks[name]})
         row["layers"] += 1
-        row["bits"] = layer_bits(d_out, d_in, ranks[name]) / (d_out * d_in)
+        row["bits"] = layer_bits(d_out, d_in, ranks[name], scale_bits) / (d_out * d_in)
     return rows
 
 

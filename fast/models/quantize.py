@@ -165,9 +165,9 @@ def replace_layers(
             errors = relative_errors(weights, paths)
             for at, name in enumerate(names):
                 own = [Factors(*(tensor[at] for tensor in path)) for path in paths]
-                layer = LittleBitLinear(own, layers[name].bias)
+                layer = LittleBitLinear(own, layers[name].bias, scale_bits=config.scale_bits)
                 made |= dict.fromkeys(users.get(id(layers[name].weight), [name]), layer)  # all that share the weight
-                bits = layer_bits(*shapes[name], ranks[name]) / layers[name].weight.numel()
+                bits = layer_bits(*shapes[name], ranks[name], config.scale_bits) / layers[name].weight.numel()
                 results[name] = LayerResult(*shapes[name], ranks[name], bits, errors[at])
             if batched:
                 replace_modules(model, made)
@@ -216,7 +216,7 @@ def allocation_problem(
     """Describe the layers and the budget of a model for its allocation."""
     weights = {name: linear_weight(layer) for name, layer in layers.items()}
     shares = kv_shares(model, layers, config.kv_rank_factor)
-    return AllocationProblem(weights, config.bits, config.paths, shares, config.spread, moments)
+    return AllocationProblem(weights, config.bits, config.paths, shares, config.spread, moments, config.scale_bits)
 
 
 def stored_bytes(model: nn.Module, config: Config, embedding_bits: int = 16) -> int:
