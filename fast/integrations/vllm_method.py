@@ -19,10 +19,16 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
 from ..checkpoints.format import read_layers
 from ..kernels import torch_op
-from ..packing import PackedFactors
+from ..models.embeddings import EmbeddingTable
+from ..models.packed_shapes import SCALES
+from ..packing import PackedFactors, decode_scale
 from .shards import input_share, output_share
 
 assert torch_op.library is not None  # importing it registers the operator
@@ -40,8 +46,7 @@ class LittleBitConfig(QuantizationConfig):
     def __init__(self, section: Mapping[str, Any]):
         super().__init__()
         self.layers = read_layers(section, "config.json")
-        if section.get("embeddings"):
-            raise ValueError("vLLM runs checkpoints with a 16-bit embedding: save this one without `embedding_bits`")
+        self.embeddings = section.get("embeddings")
         if section.get("fused") or section.get("shared"):
             raise ValueError("vLLM runs no checkpoint whose layers were split or are shared: use `littlebit serve`")
 
@@ -72,6 +77,8 @@ class LittleBitConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """Choose the method of a layer: packed where the checkpoint has packed parts, else vLLM's own."""
+        if self.embeddings and isinstance(layer, VocabParallelEmbedding):
+            return EmbeddingMethod(self.embeddings["bits"])
         if not isinstance(layer, LinearBase):
             return None
         parent, _, name = prefix.rpartition(".")
@@ -82,6 +89,42 @@ class LittleBitConfig(QuantizationConfig):
         if len(entries) < len(parts):
             raise ValueError(f"vLLM joins {', '.join(parts)}: all of them must be packed, or none")
         return PackedMethod(entries)
+
+
+class EmbeddingMethod(UnquantizedEmbeddingMethod):
+    """Load a quantized embedding or head, and run it in the dtype of the activations.
+
+    Parameters
+    ----------
+    bits : int
+        8 or 4.
+    """
+
+    def __init__(self, bits: int):
+        self.bits = bits
+
+    def create_weights(self, layer: nn.Module, *sizes: Any, **attributes: Any) -> None:
+        """Give the layer its weight, and an empty parameter for each tensor of the table."""
+        super().create_weights(layer, *sizes, **attributes)
+        layer.read, layer.table = {}, nn.Module()
+        for name in ("codes", "scale", "offset"):
+            parameter = nn.Parameter(torch.empty(0), requires_grad=False)
+            parameter.weight_loader = partial(self.load, layer, name)  # type: ignore[attr-defined]
+            layer.table.register_parameter(name, parameter)
+
+    def load(self, layer: nn.Module, name: str, _: Tensor, loaded: Tensor) -> None:
+        """Keep a tensor of the table."""
+        layer.read[name] = loaded
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Write this process's rows into the weight, which a tied head shares."""
+        if layer.read:
+            indices = layer.shard_indices
+            rows = slice(indices.org_vocab_start_index, indices.org_vocab_end_index)
+            entries = EmbeddingTable(self.bits, **layer.read).rows(rows)
+            layer.weight.data[: len(entries)].copy_(entries)
+        del layer.read, layer.table
+        super().process_weights_after_loading(layer)
 
 
 class PackedMethod(LinearMethodBase):
@@ -110,7 +153,7 @@ class PackedMethod(LinearMethodBase):
         layer.paths = nn.ModuleList()
         for order in range(max(len(entry["ranks"]) for entry in self.entries)):
             path = nn.Module()
-            for name in PackedFactors._fields:
+            for name in (*PackedFactors._fields, "peaks"):
                 parameter = nn.Parameter(torch.empty(0), requires_grad=False)
                 parameter.weight_loader = partial(self.load, layer, order, name)  # type: ignore[attr-defined]
                 path.register_parameter(name, parameter)
@@ -127,7 +170,7 @@ class PackedMethod(LinearMethodBase):
         order : int
             Number of the path.
         name : str
-            Name of the tensor in PackedFactors.
+            Name of the tensor in the checkpoint, a field of PackedFactors or "peaks".
         parameter : Tensor
             The empty parameter.
         loaded : Tensor
@@ -139,7 +182,9 @@ class PackedMethod(LinearMethodBase):
         entry, rank = self.entries[part], layer.tp_rank
         if isinstance(layer, QKVParallelLinear) and shard in ("k", "v"):
             rank //= layer.num_kv_head_replicas
-        if isinstance(layer, RowParallelLinear):
+        if name == "peaks":
+            pass  # of whole vectors
+        elif isinstance(layer, RowParallelLinear):
             loaded = input_share(name, loaded, entry["d_in"], rank * layer.inputs, layer.inputs)
         else:
             loaded = output_share(name, loaded, rank * layer.outputs[part], layer.outputs[part])
@@ -153,6 +198,10 @@ class PackedMethod(LinearMethodBase):
                     raise ValueError(
                         f"{layer.prefix}: the checkpoint has no {', '.join(sorted(missing))} of path {order}"
                     )
+                if "peaks" in path:
+                    path |= {
+                        key: decode_scale(path[key], peak) for key, peak in zip(SCALES, path["peaks"], strict=True)
+                    }
                 for name in PackedFactors._fields:
                     layer.register_buffer(f"packed_{part}_{order}_{name}", path[name], persistent=False)
         layer.shares = [
