@@ -11,8 +11,7 @@ from typing import Any
 
 import littlebit.fast as lb
 import numpy as np
-import torch
-from littlebit.fast.models.embeddings import quantize_table
+from littlebit.reference.packing import decode_scale
 from safetensors.numpy import load_file
 
 NAMES = ("smollm2-1bit", "smollm2-0.55bit", "smollm2-0.3bit", "smollm2-0.1bit")
@@ -47,9 +46,10 @@ def layer_entry(tensors: dict[str, np.ndarray], prefix: str, found: Bytes) -> di
     """Add the paths of one layer, and describe where their arrays are."""
     paths = []
     while f"{prefix}.paths.{len(paths)}.ell" in tensors:
-        u, v, h, ell, g = (
-            tensors[f"{prefix}.paths.{len(paths)}.{name}"] for name in ("u_words", "v_words", "h", "ell", "g")
-        )
+        path = f"{prefix}.paths.{len(paths)}"
+        u, v, h, ell, g = (tensors[f"{path}.{name}"] for name in ("u_words", "v_words", "h", "ell", "g"))
+        if f"{path}.peaks" in tensors:
+            h, ell, g = map(decode_scale, (h, ell, g), tensors[f"{path}.peaks"])
         entry = {"rank": len(ell), "u_stride": u[0].nbytes, "v_stride": v[0].nbytes}
         paths.append(entry | {name: found.add(a) for name, a in zip("uvh", (u, v, h), strict=True)})
         paths[-1] |= {"ell": found.add(ell), "g": found.add(g)}
@@ -85,12 +85,12 @@ def layers_of(folder: Path) -> dict[str, Any]:
 
 
 def table_of(folder: Path) -> dict[str, Any]:
-    """Quantize a checkpoint's embedding to 8 bits."""
-    weight = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    table, found = quantize_table(torch.from_numpy(weight).float(), 8), Bytes()
-    found.add(table.codes.numpy())
-    found.add(table.scale.numpy())
-    return {"group": table.group, "data": found.base64()}
+    """Describe a checkpoint's embedding of 8 bits."""
+    tensors, found = load_file(folder / "model.safetensors"), Bytes()
+    codes, scale = (tensors[f"model.embed_tokens.table.{name}"] for name in ("codes", "scale"))
+    found.add(codes)
+    found.add(scale)
+    return {"group": codes.shape[1] // scale.shape[1], "data": found.base64()}
 
 
 def tokenizer_of(folder: Path) -> dict[str, Any]:

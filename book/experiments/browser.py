@@ -5,7 +5,7 @@
 
 Needs Chromium and the extra [browser]. Every shipped width writes 64 greedy tokens after each prompt. Two speeds are
 recorded: the page's own, by the clock, and tokens for each second of processor time of the page's process, which
-includes reading the prompt, and which other programs change less. The package's model has the same embeddings.
+includes reading the prompt, and which other programs change less.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from typing import Any
 
 import littlebit.fast as lb
 from littlebit.fast.bench.timing import cpu_name, save_results
-from littlebit.fast.models.embeddings import quantize_embeddings_
 
 BOOK = Path(__file__).resolve().parents[1]
 sys.path.append(str(BOOK / "_ext"))
@@ -71,7 +70,6 @@ def main() -> None:
         page.goto((arguments.pages / "write.html").resolve().as_uri())
         for name in arguments.names:
             model = lb.load(name)
-            quantize_embeddings_(model, 8)
             wanted = [lb.generate(model, prompt, max_new_tokens=TOKENS, temperature=0.0) for prompt in PROMPTS]
             found = [text_of_page(page, session, name, prompt) for prompt in PROMPTS]
             row = {"name": name, "tokens": TOKENS, "prompts": len(PROMPTS), "browser": f"Chromium {opened.version}"}
