@@ -53,7 +53,7 @@ class Model(NamedTuple):
 
 
 class Generation:
-    """The texts of one request; iterate over it for `Event`s, once.
+    """Hold the texts of one request; iterate over it once, for objects of the class `Event`.
 
     Parameters
     ----------

@@ -94,7 +94,9 @@ def test_mutants_run_the_tests_that_import_their_module_first():
 
     assert chosen("fast/training/muon.py")[0] == "training/test_muon.py"
     assert {"training/test_trainer.py", "training/test_resume.py"} < set(chosen("fast/training/muon.py"))
-    assert chosen("fast/kernels/cpu_decode.py")[0] == "decoding/test_decode.py"  # through the decoder, which imports it
+    assert (
+        "decoding/test_decode.py" in chosen("fast/kernels/cpu_decode.py")[:2]
+    )  # through the decoder, which imports it
     assert chosen("reference/bits.py")[0] == "method/test_bits.py"
     assert "method/test_distill.py" in chosen("reference/distill.py")[:2]  # calls its functions as ref.NAME
     assert chosen("reference/kv_cache.py")[0] == "method/test_laws.py"
