@@ -103,7 +103,7 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
     def __init__(self, bits: int):
         self.bits = bits
 
-    def create_weights(self, layer: nn.Module, *sizes: Any, **attributes: Any) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         """Give the layer its weight, and an empty parameter for each tensor of the table."""
         super().create_weights(layer, *sizes, **attributes)
         layer.read, layer.table = {}, nn.Module()
@@ -112,11 +112,11 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
             parameter.weight_loader = partial(self.load, layer, name)  # type: ignore[attr-defined]
             layer.table.register_parameter(name, parameter)
 
-    def load(self, layer: nn.Module, name: str, _: Tensor, loaded: Tensor) -> None:
+    def load(self, layer: Any, name: str, _: Tensor, loaded: Tensor) -> None:
         """Keep a tensor of the table."""
         layer.read[name] = loaded
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Write this process's rows into the weight, which a tied head shares."""
         if layer.read:
             indices = layer.shard_indices
@@ -141,7 +141,7 @@ class PackedMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         *_: Any,
@@ -160,13 +160,13 @@ class PackedMethod(LinearMethodBase):
             layer.paths.append(path)
 
     def load(
-        self, layer: nn.Module, order: int, name: str, parameter: Tensor, loaded: Tensor, shard: str | int | None = None
+        self, layer: Any, order: int, name: str, parameter: Tensor, loaded: Tensor, shard: str | int | None = None
     ) -> None:
         """Keep this process's share of a tensor of the checkpoint.
 
         Parameters
         ----------
-        layer : nn.Module
+        layer : vLLM's layer
         order : int
             Number of the path.
         name : str
@@ -190,7 +190,7 @@ class PackedMethod(LinearMethodBase):
             loaded = output_share(name, loaded, rank * layer.outputs[part], layer.outputs[part])
         layer.shares[part][order][name] = loaded.to(parameter.device).contiguous()
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check that all tensors have arrived, and keep them as buffers, in the operator's order."""
         for part, paths in enumerate(layer.shares):
             for order, path in enumerate(paths):
@@ -209,7 +209,7 @@ class PackedMethod(LinearMethodBase):
             for part, paths in enumerate(layer.shares)
         ]
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the outputs of all parts side by side: x (..., inputs) to (..., outputs)."""
         rows = x.reshape(-1, x.shape[-1])
         parts = [

@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from ..decoding.batching import Choice
@@ -56,7 +56,7 @@ class Answer:
             found.append(body | self.ending(index, choices[index], finish[index], first=True))
         return self.head | {"choices": found, "usage": self.usage()}
 
-    async def chunks(self) -> Any:
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the texts as chunks of a stream of server-sent events."""
         head = self.head | ({"object": "chat.completion.chunk"} if self.request.chat else {})
         if self.request.include_usage:
