@@ -67,11 +67,12 @@ def read_layers(folder: Path) -> Layers:
 
 def read_path(tensors: Mapping[str, np.ndarray], prefix: str, entry: Mapping[str, Any], rank: int) -> PackedFactors:
     """Return one path, after checking shapes, dtypes and pad bits."""
-    sizes = {"h": entry["d_out"], "ell": rank, "g": entry["d_in"]}
+    sizes, coded = {"h": entry["d_out"], "ell": rank, "g": entry["d_in"]}, entry.get("scale_bits", 16) == 8
     wanted = {
         "u_words": exact.pack(np.ones((entry["d_out"], rank))),
         "v_words": exact.pack(np.ones((rank, entry["d_in"]))),
-        **{name: np.zeros(size, np.float16) for name, size in sizes.items()},
+        **{name: np.zeros(size, np.uint8 if coded else np.float16) for name, size in sizes.items()},
+        **({"peaks": np.zeros(3, np.float16)} if coded else {}),
     }
     found = {}
     for field, like in wanted.items():
@@ -87,6 +88,9 @@ def read_path(tensors: Mapping[str, np.ndarray], prefix: str, entry: Mapping[str
     for field, count in (("u_words", rank), ("v_words", entry["d_in"])):
         if (exact.pack(exact.unpack(found[field], count)) != found[field]).any():
             raise ValueError(f"tensor {prefix}.{field}: a pad bit is set")
+    if coded:
+        for name, peak in zip(sizes, found.pop("peaks"), strict=True):
+            found[name] = (found[name] * (np.float32(peak) / np.float32(255))).astype(np.float16)
     return PackedFactors(**found)
 
 

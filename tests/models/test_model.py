@@ -219,6 +219,7 @@ def test_scales_of_8_bits_survive_saving_and_loading(with_codes, tmp_path):
 
 
 def test_scales_of_8_bits_are_the_same_whatever_reads_them(with_codes, tmp_path):
+    from littlebit.conformance.checkpoint import read_layers
     from littlebit.fast.decoding.cpu_decoder import Decoder
     from littlebit.fast.decoding.mapped_weights import map_model
     from littlebit.fast.decoding.torch_weights import decodable
@@ -230,6 +231,11 @@ def test_scales_of_8_bits_are_the_same_whatever_reads_them(with_codes, tmp_path)
     assert_same(logits(theirs), logits(loaded))
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same(logits(lb.load(tmp_path / "theirs")), logits(loaded))
+    layers = packed_layers(loaded)
+    for name, (paths, _) in read_layers(path).items():  # written from the specification alone
+        for mine, written in zip(layers[name].factors(), paths, strict=True):
+            for field in ("h", "ell", "g"):
+                assert_same(getattr(mine, field), getattr(written, field))
     tokens = np.arange(24)
     assert_same(Decoder(map_model(path), 24)(tokens), Decoder(decodable(loaded), 24)(tokens))
 
