@@ -11,9 +11,10 @@ import littlebit.fast as lb
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}[assistant] "
 
 
-def make_model(folder):
+def make_model(folder, positions=1024):
     """Write the tiny model of the package, packed, with a chat template; return its folder."""
     model, tokenizer = lb.load_model("tiny"), lb.load_tokenizer("tiny")
+    model.config.max_position_embeddings = positions
     lb.quantize_(model, lb.Config(bits=1.5, paths=1), progress=False)
     tokenizer.chat_template = TEMPLATE
     return lb.save(model, folder, tokenizer)
