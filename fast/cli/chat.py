@@ -14,7 +14,7 @@ from ..files.atomic import write_text
 from ..files.cache import cache_path
 from ..models.generation_settings import GenerationConfig
 from .arguments import Command, add_device, count, model_help, utf8
-from .generate import add_sampling, load_to_generate
+from .generate import add_sampling, generation_config, load_slots
 
 if TYPE_CHECKING:
     from ..decoding.batching import Batcher
@@ -121,30 +121,15 @@ class Conversation:
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer standard input or a file, or talk in the terminal."""
-    from ..decoding.architecture import NotDecodableError
-    from ..decoding.batching import Batcher, slots_for
+    from ..decoding.batching import Batcher
 
     piped = arguments.file is not None or not sys.stdin.isatty()
     ask = None if piped else prompter()
     text = read_message(arguments.file) if piped else ""
-    model, tokenizer = load_to_generate(arguments)
-    try:
-        slots = slots_for(model, 1, arguments.context, arguments.kv_cache)
-    except NotDecodableError as reason:
-        raise ValueError(
-            f"no decoder of this package runs {arguments.model}: {reason}; try `transformers chat`"
-        ) from reason
-    config = GenerationConfig(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
-    )
+    slots, tokenizer = load_slots(arguments, 1, "transformers chat")
     batcher = Batcher(slots)
     try:
+        config = generation_config(arguments)
         conversation = Conversation(batcher, tokenizer, config, arguments.stop, arguments.system)
         if ask is None:
             write_answer(conversation, text, arguments.speed)

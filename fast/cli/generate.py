@@ -4,10 +4,11 @@ import argparse
 import json
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.fetch import resolve
 from ..memory import KV_CACHES
+from ..models.generation_settings import GenerationConfig
 from .arguments import (
     Command,
     add_compute,
@@ -21,6 +22,9 @@ from .arguments import (
     utf8,
 )
 from .models import load_any, use_torch
+
+if TYPE_CHECKING:
+    from ..decoding.batching import Slots
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,11 @@ def add_sampling(sub: argparse.ArgumentParser, max_new_tokens: int) -> None:
     sub.add_argument(
         "--stop", type=utf8, action="append", default=[], help="end the text before this string; may be given again"
     )
+    add_kv_cache(sub)
+
+
+def add_kv_cache(sub: argparse.ArgumentParser) -> None:
+    """Add the option that says what is cached."""
     sub.add_argument(
         "--kv-cache",
         type=kv_cache,
@@ -86,17 +95,10 @@ def run(arguments: argparse.Namespace) -> None:
     pieces = stream(
         model,
         arguments.prompt,
-        arguments.max_new_tokens,
-        arguments.temperature,
-        arguments.top_k,
-        arguments.top_p,
-        arguments.seed,
-        arguments.chat,
-        tokenizer,
-        arguments.kv_cache,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
+        chat=arguments.chat,
+        tokenizer=tokenizer,
         stop=arguments.stop,
+        config=generation_config(arguments),
     )
     if arguments.json:
         text = "".join(pieces)
@@ -108,6 +110,38 @@ def run(arguments: argparse.Namespace) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
+    """Make the settings of generation that the options of `add_sampling` ask for."""
+    return GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+        kv_cache=arguments.kv_cache,
+    )
+
+
+def load_slots(arguments: argparse.Namespace, size: int, instead: str) -> tuple["Slots", Any]:
+    """Load a model that decodes up to `size` texts together, and its tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If no decoder of this package runs the model; the message names a command to use `instead`.
+    """
+    from ..decoding.architecture import NotDecodableError
+    from ..decoding.batching import slots_for
+
+    model, tokenizer = load_to_generate(arguments)
+    try:
+        return slots_for(model, size, arguments.context, arguments.kv_cache), tokenizer
+    except NotDecodableError as reason:
+        raise ValueError(f"no decoder of this package runs {arguments.model}: {reason}; try `{instead}`") from reason
 
 
 def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:

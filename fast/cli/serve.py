@@ -4,9 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from ..memory import KV_CACHES
-from .arguments import Command, add_device, count, kv_cache, model_help, number, positive
-from .generate import load_to_generate
+from .arguments import Command, add_device, count, model_help, number, positive
+from .generate import add_kv_cache, load_slots
 
 KEY_VARIABLE = "LITTLEBIT_API_KEY"
 STOP_S = 5  # seconds that requests have to end when the server stops
@@ -28,13 +27,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--context", type=count, default=8192, help="most tokens of a prompt with its answer")
     sub.add_argument("--timeout", type=positive, default=600.0, help="seconds after which a request is given up")
     sub.add_argument("--log-requests", action="store_true", help="print a line of JSON for each request")
-    sub.add_argument(
-        "--kv-cache",
-        type=kv_cache,
-        choices=KV_CACHES,
-        default="full",
-        help="keep keys and values (full), or their low-rank latents, which take less memory and more time",
-    )
+    add_kv_cache(sub)
     add_device(sub)
 
 
@@ -47,17 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
         from ..serving.generation import Model
     except ImportError as error:
         raise ImportError(f"serve needs the extra 'serve' ({error}): pip install 'littlebit[serve]'") from error
-    from ..decoding.architecture import NotDecodableError
-    from ..decoding.batching import Batcher, slots_for
+    from ..decoding.batching import Batcher
 
     key = read_key(arguments.api_key_file)
-    model, tokenizer = load_to_generate(arguments)
-    try:
-        slots = slots_for(model, arguments.batch, arguments.context, arguments.kv_cache)
-    except NotDecodableError as reason:
-        raise ValueError(
-            f"no decoder of this package runs {arguments.model}: {reason}; try `transformers serve`"
-        ) from reason
+    slots, tokenizer = load_slots(arguments, arguments.batch, "transformers serve")
     batcher = Batcher(slots, arguments.queue)
     name = arguments.name or (Path(arguments.model).name if Path(arguments.model).exists() else arguments.model)
     options = Options(key, arguments.timeout, arguments.log_requests, arguments.host)
