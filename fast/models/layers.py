@@ -249,18 +249,20 @@ class PackedLinear(LowRankLinear):
     ) -> "PackedLinear":
         """Make a layer with uninitialized tensors, to fill from a checkpoint; then call `decode_scales`."""
 
-        def tensors(rank: int, bits: int) -> dict[str, Tensor]:
-            shapes = packed_shapes(d_out, d_in, rank, bits)
+        def tensors(rank: int) -> dict[str, Tensor]:
+            shapes = packed_shapes(d_out, d_in, rank, scale_bits)
             return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
 
+        stored = [tensors(rank) for rank in ranks]
+        peaks = [path.pop("peaks", None) for path in stored]  # only of 8-bit scales
         made = cls(
-            [PackedFactors(**tensors(rank, SCALE_BITS)) for rank in ranks],
+            [PackedFactors(**path) for path in stored],
             torch.empty(d_out, dtype=torch.float16, device=device) if bias else None,
             scale_bits,
         )
-        for path, rank in zip(made.paths, ranks, strict=True):
-            for name, tensor in tensors(rank, scale_bits).items():
-                path.register_buffer(name, tensor)
+        for path, tensor in zip(made.paths, peaks, strict=True):
+            if tensor is not None:
+                path.register_buffer("peaks", tensor)
         return made
 
     def decode_scales(self) -> None:
