@@ -1,7 +1,9 @@
 """Show a trained sub-1-bit model writing, then measure it beside two others: the `demo` command."""
 
 import argparse
+import contextlib
 import functools
+import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -116,7 +118,7 @@ def measure(out: Path) -> str:
         ("trained", TRAINED, lambda: info(fetch(TRAINED))),
     ]
     rows = []
-    with tqdm(total=len(models) + 2, unit="step") as bar:
+    with tqdm(total=len(models) + 3, unit="step") as bar:
 
         def step(title: str, work: Callable[[], Any]) -> Any:
             bar.set_description(title)
@@ -125,6 +127,7 @@ def measure(out: Path) -> str:
             finally:
                 bar.update()
 
+        step("fetching the original", fetch_original)
         step("quantizing", functools.partial(save_untrained, untrained))
         for title, source, sizes in models:
             found = step(f"measuring: {title}", functools.partial(measure_model, source))
@@ -133,6 +136,12 @@ def measure(out: Path) -> str:
     write_text(out / "demo.json", json.dumps(rows, indent=1) + "\n")
     samples = [f"{row['title']}:\n    {PROMPT}{row['text']}" for row in rows]
     return "\n".join([table(rows), "", NOTE, "", *samples, "", f"Picture: {picture}"])
+
+
+def fetch_original() -> None:
+    """Fetch and convert the original model, without the bars that transformers draws over this command's."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        resolve(MODEL)
 
 
 def save_untrained(folder: Path) -> None:
