@@ -123,7 +123,7 @@ results: $(VENV)/.ok  ## Repeat the CPU measurements of book/results (half an ho
 
 # Fetch the models first, so that two notebooks do not fetch them at the same time.
 notebooks: $(VENV)/.ok  ## Run the notebooks, and keep their outputs for the book
-	$(PY) -m littlebit.fast fetch smollm2-0.55bit
+	$(PY) -m littlebit.fast fetch smollm2
 	$(PY) notebooks/run.py
 
 book: $(VENV)/.ok  ## Build the book: build/book/index.html
