@@ -6,7 +6,7 @@ layers make the teacher. LittleBit layers make the student, which learns the tea
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -326,7 +326,7 @@ def qat_step(
 
 def qat(
     layers: Sequence[Layer],
-    batches: Iterable[tuple],
+    batches: Iterable[tuple[Any, ...]],
     lr: float | Sequence[float],
     rule: str = "smooth_sign",
     state: AdamState | None = None,

@@ -10,7 +10,7 @@ Differences from NanoQuant: the start is the SVD, so the result is deterministic
 
 import numpy as np
 
-from .arrays import at_least_float32
+from .arrays import Array, at_least_float32
 from .dual_svid import balanced_factors, factors_from, svid
 from .factors import Factors
 
@@ -19,7 +19,7 @@ RIDGE = 0.03  # of every least-squares solve in `solve_factor`
 REFIT_SWEEPS = 3  # of `refit_scales`
 
 
-def project(matrix: np.ndarray) -> np.ndarray:
+def project(matrix: Array) -> Array:
     """Project a matrix onto sign matrices with rank-one magnitudes: sign(X) * (row column^T), by SVID.
 
     ADMM pulls its factors to this set.
@@ -28,7 +28,7 @@ def project(matrix: np.ndarray) -> np.ndarray:
     return signs * row[:, None] * column
 
 
-def solve_factor(target: np.ndarray, fixed: np.ndarray, pull: np.ndarray, rho: float) -> np.ndarray:
+def solve_factor(target: Array, fixed: Array, pull: Array, rho: float) -> Array:
     """Solve for the factor A that fits target ~ A X^T and stays near `pull`, by ridge least squares.
 
     A = argmin ||target - A X^T||^2 + rho ||A - pull||^2 + RIDGE ||A||^2
@@ -58,7 +58,7 @@ def solve_factor(target: np.ndarray, fixed: np.ndarray, pull: np.ndarray, rho: f
 
 
 def admm(
-    weight: np.ndarray, rank: int, sketch: np.ndarray | None = None, steps: int = ADMM_STEPS, sweeps: int = REFIT_SWEEPS
+    weight: Array, rank: int, sketch: Array | None = None, steps: int = ADMM_STEPS, sweeps: int = REFIT_SWEEPS
 ) -> Factors:
     """Factorize a weight by latent-binary ADMM, then refit the scales by least squares (after NanoQuant).
 
@@ -120,7 +120,7 @@ def admm(
     return refit_scales(weight, factors_from(u * np.sqrt(scale), v * np.sqrt(scale)), sweeps)
 
 
-def root_mean_square(matrix: np.ndarray) -> np.ndarray:
+def root_mean_square(matrix: Array) -> Array:
     """Compute the root mean square of all entries of a matrix; 1 for a zero matrix."""
     largest = np.abs(matrix).max(initial=0.0)
     unit = matrix / np.where(largest == 0, 1, largest)
@@ -128,13 +128,13 @@ def root_mean_square(matrix: np.ndarray) -> np.ndarray:
     return np.where(root == 0, 1, root).astype(matrix.dtype)
 
 
-def balance(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def balance(u: Array, v: Array) -> tuple[Array, Array]:
     """Move one scalar between two factors, so that their mean squares are equal and their product is unchanged."""
     ratio = np.sqrt(root_mean_square(u) / root_mean_square(v))
     return u / ratio, v * ratio
 
 
-def refit_scales(weight: np.ndarray, factors: Factors, sweeps: int = REFIT_SWEEPS) -> Factors:
+def refit_scales(weight: Array, factors: Factors, sweeps: int = REFIT_SWEEPS) -> Factors:
     """Refit ell, h and g in turn by least squares, with the signs fixed.
 
     Each refit minimizes ||W - W_hat||_F over one scale vector, so no refit increases the error.
@@ -157,7 +157,7 @@ def refit_scales(weight: np.ndarray, factors: Factors, sweeps: int = REFIT_SWEEP
     return factors
 
 
-def refit_ell(weight: np.ndarray, factors: Factors) -> Factors:
+def refit_ell(weight: Array, factors: Factors) -> Factors:
     """Find the ell that minimizes ||W - W_hat||_F, with signs, h and g fixed.
 
     ((U^T U) * (V^T V)) ell = diag(U^T W V),  U = diag(h) U_sign,  V = diag(g) V_sign
@@ -177,7 +177,7 @@ def refit_ell(weight: np.ndarray, factors: Factors) -> Factors:
     return factors._replace(ell=factors.ell + step)
 
 
-def refit_h(weight: np.ndarray, factors: Factors) -> Factors:
+def refit_h(weight: Array, factors: Factors) -> Factors:
     """Find the h that minimizes ||W - W_hat||_F, with signs, ell and g fixed.
 
     h_i = <W_i, M_i> / <M_i, M_i> for the rows of W and of M, which is W_hat without h
@@ -186,7 +186,7 @@ def refit_h(weight: np.ndarray, factors: Factors) -> Factors:
     return factors._replace(h=ratio((weight * unscaled).sum(axis=1), (unscaled * unscaled).sum(axis=1), factors.h))
 
 
-def refit_g(weight: np.ndarray, factors: Factors) -> Factors:
+def refit_g(weight: Array, factors: Factors) -> Factors:
     """Find the g that minimizes ||W - W_hat||_F, with signs, h and ell fixed.
 
     g_j = <W_j, M_j> / <M_j, M_j> for the columns of W and of M, which is W_hat without g
@@ -195,13 +195,13 @@ def refit_g(weight: np.ndarray, factors: Factors) -> Factors:
     return factors._replace(g=ratio((weight * unscaled).sum(axis=0), (unscaled * unscaled).sum(axis=0), factors.g))
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+def ratio(numerator: Array, denominator: Array, otherwise: Array) -> Array:
     """Divide entry by entry, and return `otherwise` where the denominator is zero."""
     zero = denominator == 0
     return np.where(zero, otherwise, numerator / np.where(zero, 1, denominator))
 
 
-def importance(second_moment: np.ndarray, shrink: float = 0.4) -> np.ndarray:
+def importance(second_moment: Array, shrink: float = 0.4) -> Array:
     """Turn second moments of channels into positive importance weights of mean 1 (after NanoQuant).
 
     w <- (1 - shrink) w / mean(w) + shrink

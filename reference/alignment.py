@@ -6,7 +6,7 @@ is, and changes what the signs lose of it.
 
 import numpy as np
 
-from .arrays import at_least_float32, check_floats
+from .arrays import Array, at_least_float32, check_floats
 from .dual_svid import balanced_factors, factors_from
 from .factors import Factors
 from .signs import sign
@@ -15,7 +15,7 @@ from .svd import orthonormal, svd
 ITQ_STEPS = 50
 
 
-def random_rotation(gaussian: np.ndarray) -> np.ndarray:
+def random_rotation(gaussian: Array) -> Array:
     """Make a random orthogonal matrix from a matrix of normal random numbers.
 
     Q of its QR decomposition is uniformly (Haar) distributed, up to the signs of its columns.
@@ -31,7 +31,7 @@ def random_rotation(gaussian: np.ndarray) -> np.ndarray:
     return orthonormal(at_least_float32("the start of a rotation", gaussian))
 
 
-def joint_itq(z: np.ndarray, rotation: np.ndarray, steps: int = ITQ_STEPS) -> np.ndarray:
+def joint_itq(z: Array, rotation: Array, steps: int = ITQ_STEPS) -> Array:
     """Find a rotation R that brings Z R close to a matrix of signs (Iterative Quantization, ITQ).
 
     B = sign(Z R),  then R = Q P^T from the SVD B^T Z = P S Q^T
@@ -63,9 +63,7 @@ def joint_itq(z: np.ndarray, rotation: np.ndarray, steps: int = ITQ_STEPS) -> np
     return rotation
 
 
-def itq(
-    weight: np.ndarray, rank: int, rotation: np.ndarray, sketch: np.ndarray | None = None, steps: int = ITQ_STEPS
-) -> Factors:
+def itq(weight: Array, rank: int, rotation: Array, sketch: Array | None = None, steps: int = ITQ_STEPS) -> Factors:
     """Factorize a weight by Dual-SVID after a rotation of its real factors (Joint-ITQ; LittleBit-2, arXiv 2603.00042).
 
     W ~ U' V'^T = (U' R) (V' R)^T

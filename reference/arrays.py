@@ -3,6 +3,9 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]  # given in full, since the bare name is of unknown type with NumPy below 2.2
 
 KIND = "numpy.ndarray"
 
@@ -24,7 +27,7 @@ def check_floats(name: str, array: Any) -> None:
         raise TypeError(f"{name} must hold floating-point numbers, got {array.dtype}: convert it first")
 
 
-def at_least_float32(name: str, array: np.ndarray) -> np.ndarray:
+def at_least_float32(name: str, array: Array) -> Array:
     """Convert a 16-bit float array to float32, which decompositions need; return any other unchanged.
 
     Raises

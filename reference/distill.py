@@ -8,9 +8,10 @@ summed over layers (arXiv 2506.13771, the section on quantization-aware training
 import numpy as np
 
 from ._renamed import renamed_keywords
+from .arrays import Array
 
 
-def kl_loss(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
+def kl_loss(student_logits: Array, teacher_logits: Array) -> Array:
     """Average the Kullback-Leibler divergence (KL) of the student from the teacher over positions.
 
     KL(p || q) = sum over the vocabulary of p (log p - log q),  p = softmax(teacher),  q = softmax(student)
@@ -43,7 +44,7 @@ def kl_loss(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarra
     return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
 
 
-def kl_loss_vjp(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
+def kl_loss_vjp(student_logits: Array, teacher_logits: Array) -> Array:
     """Compute the gradient of `kl_loss` with respect to the student's logits.
 
     dL/dx_j = (q_j - p_j) / positions
@@ -76,7 +77,7 @@ def kl_loss_vjp(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.nd
 
 
 @renamed_keywords(normalise="normalize")
-def hidden_loss(student: np.ndarray, teacher: np.ndarray, normalize: bool = False) -> np.ndarray:
+def hidden_loss(student: Array, teacher: Array, normalize: bool = False) -> Array:
     """Compute the mean squared error of one layer's hidden states.
 
     mean over positions of mean (student - teacher)^2 [/ mean teacher^2 of the position, if normalized]
@@ -112,7 +113,7 @@ def hidden_loss(student: np.ndarray, teacher: np.ndarray, normalize: bool = Fals
 
 
 @renamed_keywords(normalise="normalize")
-def hidden_loss_vjp(student: np.ndarray, teacher: np.ndarray, normalize: bool = False) -> np.ndarray:
+def hidden_loss_vjp(student: Array, teacher: Array, normalize: bool = False) -> Array:
     """Compute the gradient of `hidden_loss` with respect to the student's hidden states.
 
     2 (student - teacher) / (positions * width) [/ mean teacher^2 of the position, if normalized]
@@ -142,7 +143,7 @@ def hidden_loss_vjp(student: np.ndarray, teacher: np.ndarray, normalize: bool = 
     return gradient.astype(student.dtype)
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: Array) -> Array:
     """Compute the logarithm of softmax in float32 or wider.
 
     The largest logit is subtracted first, so nothing overflows.
@@ -151,24 +152,24 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def position_scale(teacher: np.ndarray, normalize: bool) -> np.ndarray:
+def position_scale(teacher: Array, normalize: bool) -> Array:
     """Compute the divisor (...) of each position's squared error: the teacher's mean square, or 1."""
     wide = widened(teacher)
     scale = (wide * wide).mean(axis=-1)
     return np.where((scale == 0) | (not normalize), np.ones_like(scale), scale)
 
 
-def widened(values: np.ndarray) -> np.ndarray:
+def widened(values: Array) -> Array:
     """Convert values to float32, or keep a wider dtype."""
     return values.astype(np.result_type(values.dtype, np.float32))
 
 
-def rows(values: np.ndarray) -> np.ndarray:
+def rows(values: Array) -> Array:
     """Reshape to a matrix with one row for each position."""
     return values.reshape(-1, values.shape[-1])
 
 
-def check_pair(student: np.ndarray, teacher: np.ndarray) -> None:
+def check_pair(student: Array, teacher: Array) -> None:
     """Raise ValueError unless student and teacher have the same shape and at least one entry."""
     if student.shape != teacher.shape or student.size == 0:
         raise ValueError(

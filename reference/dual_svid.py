@@ -5,13 +5,13 @@ Quantization-aware training starts from the result.
 
 import numpy as np
 
-from .arrays import at_least_float32
+from .arrays import Array, at_least_float32
 from .factors import Factors
 from .signs import sign
 from .svd import rank_one, truncated_svd
 
 
-def svid(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def svid(matrix: Array) -> tuple[Array, Array, Array]:
     """Decompose a matrix into its signs and a rank-one matrix of magnitudes (SVID; OneBit, arXiv 2402.11295).
 
     matrix ~ sign(matrix) * (row column^T)
@@ -39,7 +39,7 @@ def svid(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return sign(matrix), row, column
 
 
-def dual_svid(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -> Factors:
+def dual_svid(weight: Array, rank: int, sketch: Array | None = None) -> Factors:
     """Factorize a weight by a truncated SVD and one SVID of each factor (Dual-SVID; LittleBit, arXiv 2506.13771).
 
     W ~ U' V'^T,  |U'| ~ h ell_u^T,  |V'| ~ g ell_v^T,  ell = ell_u * ell_v
@@ -73,7 +73,7 @@ def dual_svid(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -
     return factors_from(*balanced_factors(weight, rank, sketch))
 
 
-def balanced_factors(weight: np.ndarray, rank: int, sketch: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def balanced_factors(weight: Array, rank: int, sketch: Array | None = None) -> tuple[Array, Array]:
     """Compute the best real factors of a given rank, W ~ U' V'^T, with sqrt(S) in each.
 
     Returns
@@ -85,7 +85,7 @@ def balanced_factors(weight: np.ndarray, rank: int, sketch: np.ndarray | None = 
     return left * root, right * root
 
 
-def factors_from(u: np.ndarray, v: np.ndarray) -> Factors:
+def factors_from(u: Array, v: Array) -> Factors:
     """Read the scales off two latent matrices by one SVID each, and return latents and scales.
 
     |u| ~ h ell_u^T,  |v| ~ g ell_v^T,  ell = ell_u * ell_v

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .arrays import Array
 from .signs import sign
 
 
@@ -30,19 +31,19 @@ class Factors(NamedTuple):
     array([[-6.]])
     """
 
-    u: np.ndarray
-    v: np.ndarray
-    h: np.ndarray
-    ell: np.ndarray
-    g: np.ndarray
+    u: Array
+    v: Array
+    h: Array
+    ell: Array
+    g: Array
 
     @property
-    def u_sign(self) -> np.ndarray:
+    def u_sign(self) -> Array:
         """Return the signs of `u`, a (d_out, rank) array of -1 and +1."""
         return sign(self.u)
 
     @property
-    def v_sign(self) -> np.ndarray:
+    def v_sign(self) -> Array:
         """Return the signs of `v`, a (d_in, rank) array of -1 and +1."""
         return sign(self.v)
 
@@ -51,7 +52,7 @@ class Factors(NamedTuple):
         """Return the rank, the number of latent dimensions."""
         return self.ell.shape[-1]
 
-    def to_dense(self) -> np.ndarray:
+    def to_dense(self) -> Array:
         """Multiply the factors out to the dense weight, (d_out, d_in), in 2 * d_out * d_in * rank flops."""
         left = self.h[..., :, None] * self.u_sign * self.ell[..., None, :]  # (d_out, rank)
         right = self.g[..., :, None] * self.v_sign  # (d_in, rank)

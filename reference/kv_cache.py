@@ -24,9 +24,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .arrays import Array
 from .packing import PackedFactors, unpack_factors
 
-Array = NDArray[np.floating]
 LARGEST_CODE = {"float16": 1.0, "int8": 127.0}  # dtype -> code of a token's largest latent
 
 
@@ -39,7 +39,7 @@ class Latents(NamedTuple):
     scale : (..., tokens, 1) float32
     """
 
-    codes: NDArray
+    codes: Array
     scale: Array
 
     def values(self) -> Array:

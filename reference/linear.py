@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .arrays import check_floats
+from .arrays import Array, check_floats
 from .factors import Factors
 from .packing import PackedFactors, unpack_factors
 from .signs import named_rule
 
 
-def linear(x: np.ndarray, paths: Sequence[Factors], bias: np.ndarray | None = None) -> np.ndarray:
+def linear(x: Array, paths: Sequence[Factors], bias: Array | None = None) -> Array:
     """Compute the output of a LittleBit layer: the sum of its paths, plus the bias.
 
     y = sum over paths of ((((x * g) V_sign) * ell) U_sign^T) * h + bias
@@ -47,15 +47,15 @@ def linear(x: np.ndarray, paths: Sequence[Factors], bias: np.ndarray | None = No
     return y if bias is None else y + bias
 
 
-def path_linear(x: np.ndarray, path: Factors) -> np.ndarray:
+def path_linear(x: Array, path: Factors) -> Array:
     """Compute the output of one path: ((((x * g) V_sign) * ell) U_sign^T) * h."""
     t = (x * path.g) @ path.v_sign  # (..., rank)
     return (t * path.ell) @ path.u_sign.T * path.h  # (..., d_out)
 
 
 def linear_vjp(
-    x: np.ndarray, paths: Sequence[Factors], grad: np.ndarray, rule: str = "smooth_sign"
-) -> tuple[np.ndarray, list[Factors], np.ndarray]:
+    x: Array, paths: Sequence[Factors], grad: Array, rule: str = "smooth_sign"
+) -> tuple[Array, list[Factors], Array]:
     """Compute the gradients of a loss with respect to a layer's input and all its parameters.
 
     This is the vector-Jacobian product (vjp) of `linear`. For each path, with one row for every row of x, V and U the
@@ -116,7 +116,7 @@ def linear_vjp(
     return grad_x.reshape(x.shape), [grad_path for _, grad_path in parts], dy.sum(axis=0)
 
 
-def path_vjp(x: np.ndarray, path: Factors, dy: np.ndarray, rule: str) -> tuple[np.ndarray, Factors]:
+def path_vjp(x: Array, path: Factors, dy: Array, rule: str) -> tuple[Array, Factors]:
     """Compute the gradients of one path for rows x (n, d_in) and dy (n, d_out), as `linear_vjp` derives them."""
     latent_vjp = named_rule(rule)
     u_sign, v_sign = path.u_sign, path.v_sign
@@ -138,7 +138,7 @@ def path_vjp(x: np.ndarray, path: Factors, dy: np.ndarray, rule: str) -> tuple[n
     return da * path.g, grad_path
 
 
-def packed_linear(x: np.ndarray, paths: Sequence[PackedFactors], bias: np.ndarray | None = None) -> np.ndarray:
+def packed_linear(x: Array, paths: Sequence[PackedFactors], bias: Array | None = None) -> Array:
     """Compute the output of a LittleBit layer from packed words, accumulated in float32.
 
     The signs are unpacked first. `littlebit.fast` multiplies packed words without unpacking them.
@@ -165,7 +165,7 @@ def packed_linear(x: np.ndarray, paths: Sequence[PackedFactors], bias: np.ndarra
     return y if bias is None else y + bias.astype(np.float32)
 
 
-def check_input(x: np.ndarray, paths: Sequence, kind: type, bias: np.ndarray | None = None) -> None:
+def check_input(x: Array, paths: Sequence, kind: type, bias: Array | None = None) -> None:
     """Raise unless x and the bias fit the paths, which must be a list of `kind`, and hold floating-point numbers."""
     if isinstance(paths, Factors | PackedFactors):
         raise TypeError(f"paths must be a list of {kind.__name__}, got one {type(paths).__name__}: write [path]")
@@ -189,7 +189,7 @@ def check_input(x: np.ndarray, paths: Sequence, kind: type, bias: np.ndarray | N
             raise ValueError(f"the bias must have the shape {(d_out,)}, but its shape is {tuple(bias.shape)}")
 
 
-def check_gradient(x: np.ndarray, paths: Sequence[Factors], grad: np.ndarray) -> None:
+def check_gradient(x: Array, paths: Sequence[Factors], grad: Array) -> None:
     """Raise unless `grad` holds floating-point numbers in the shape of the output."""
     check_floats("the gradient", grad)
     shape = (*x.shape[:-1], paths[0].h.shape[-1])

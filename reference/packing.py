@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .arrays import Array
 from .bits import SCALE_BITS, word_width
 from .factors import Factors
 from .signs import sign
@@ -28,11 +29,11 @@ class PackedFactors(NamedTuple):
     g : (d_in,) float16
     """
 
-    u_words: np.ndarray
-    v_words: np.ndarray
-    h: np.ndarray
-    ell: np.ndarray
-    g: np.ndarray
+    u_words: Array
+    v_words: Array
+    h: Array
+    ell: Array
+    g: Array
 
     @property
     def rank(self) -> int:
@@ -52,7 +53,7 @@ def row_words(count: int) -> tuple[int, np.dtype]:
     return -(-count // width), WORD_TYPES[width]
 
 
-def pack_signs(signs: np.ndarray) -> np.ndarray:
+def pack_signs(signs: Array) -> Array:
     """Pack the last axis of a sign array into the narrowest words that hold it, least significant bit first.
 
     Parameters
@@ -84,7 +85,7 @@ def pack_signs(signs: np.ndarray) -> np.ndarray:
     return octets.view(dtype.newbyteorder("<")).astype(dtype, copy=False)
 
 
-def unpack_signs(words: np.ndarray, count: int) -> np.ndarray:
+def unpack_signs(words: Array, count: int) -> Array:
     """Unpack the first `count` signs of each row of words: the inverse of `pack_signs`.
 
     Parameters
@@ -115,19 +116,19 @@ def unpack_signs(words: np.ndarray, count: int) -> np.ndarray:
     return 1 - 2 * bits[..., :count].astype(np.float32)
 
 
-def row_bits(words: np.ndarray) -> np.ndarray:
+def row_bits(words: Array) -> Array:
     """Unpack all bits of each row of words, pad bits included: (..., words) to (..., words * width) uint8."""
     octets = np.ascontiguousarray(words, dtype=words.dtype.newbyteorder("<")).view(np.uint8)
     return np.unpackbits(octets, axis=-1, bitorder="little")
 
 
-def check_not_nan(*latents: np.ndarray) -> None:
+def check_not_nan(*latents: Array) -> None:
     """Raise ValueError if a latent is NaN."""
     if any(np.isnan(each).any() for each in latents):
         raise ValueError("NaN has no sign and cannot be packed; look for the step that produced it")
 
 
-def check_words(words: np.ndarray, count: int) -> None:
+def check_words(words: Array, count: int) -> None:
     """Raise ValueError unless each row of words has the number and dtype that `count` signs need."""
     number, dtype = row_words(count)
     if words.shape[-1] != number or words.dtype != dtype:
@@ -163,7 +164,7 @@ def pack_factors(factors: Factors, scale_bits: int = SCALE_BITS) -> PackedFactor
     return PackedFactors(pack_signs(u), pack_signs(np.swapaxes(v, -1, -2)), h, ell, g)
 
 
-def encode_scale(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def encode_scale(scale: Array) -> tuple[Array, Array]:
     """Round each scale of a vector to one of 256 multiples of a 255th of the largest.
 
     Parameters
@@ -194,7 +195,7 @@ def encode_scale(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(scale.astype(np.float32) / step).astype(np.uint8), peak
 
 
-def decode_scale(codes: np.ndarray, peak: np.ndarray) -> np.ndarray:
+def decode_scale(codes: Array, peak: Array) -> Array:
     """Compute the float16 scales that 8-bit codes stand for: code * (peak / 255), in float32 until the last rounding.
 
     Parameters
@@ -235,7 +236,7 @@ def unpack_factors(packed: PackedFactors) -> Factors:
     return Factors(u_sign, v_sign, h, ell, g)
 
 
-def to_half(name: str, scale: np.ndarray) -> np.ndarray:
+def to_half(name: str, scale: Array) -> Array:
     """Convert a scale vector to float16; raise ValueError if an entry is not finite then."""
     with np.errstate(over="ignore"):
         half = scale.astype(np.float16)

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ._renamed import renamed_keywords
-from .arrays import at_least_float32
+from .arrays import Array, at_least_float32
 from .dual_svid import dual_svid
 from .factors import Factors
 
 
 @renamed_keywords(factorise="factorize")
 def compensate(
-    weight: np.ndarray, ranks: Sequence[int], factorize: Callable[[np.ndarray, int], Factors] = dual_svid
+    weight: Array, ranks: Sequence[int], factorize: Callable[[Array, int], Factors] = dual_svid
 ) -> list[Factors]:
     """Factorize a weight, then its residual, and so on: one path for each rank.
 
@@ -57,11 +57,11 @@ def compensate(
 
 @renamed_keywords(factorise="factorize")
 def compensate_weighted(
-    weight: np.ndarray,
+    weight: Array,
     ranks: Sequence[int],
-    row: np.ndarray,
-    column: np.ndarray,
-    factorize: Callable[[np.ndarray, int], Factors] = dual_svid,
+    row: Array,
+    column: Array,
+    factorize: Callable[[Array, int], Factors] = dual_svid,
 ) -> list[Factors]:
     """Factorize a weight like `compensate`, with an error that counts important channels more.
 
@@ -102,7 +102,7 @@ def compensate_weighted(
     return [Factors(p.u / r[:, None], p.v / c[:, None], p.h / r, p.ell, p.g / c) for p in paths]
 
 
-def best_step(target: np.ndarray, direction: np.ndarray) -> np.ndarray:
+def best_step(target: Array, direction: Array) -> Array:
     """Find the step t >= 0 that minimizes the Frobenius norm of target - t direction.
 
     t = max(0, <target, direction> / <direction, direction>)

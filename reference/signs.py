@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .arrays import Array
+
 SHARPNESS = 100.0  # slope of SmoothSign at 0
 FLAT = 10.0  # from here on SmoothSign's slope is 0 in every float dtype
 
 
-def sign(x: np.ndarray) -> np.ndarray:
+def sign(x: Array) -> Array:
     """Take the sign of each entry, with sign(0) = +1, so that one bit is enough.
 
     Parameters
@@ -34,7 +36,7 @@ def sign(x: np.ndarray) -> np.ndarray:
     return np.where(x < 0, -1, 1).astype(x.dtype)
 
 
-def straight_through(x: np.ndarray) -> np.ndarray:
+def straight_through(x: Array) -> Array:
     """Take signs whose gradient is the straight-through estimator's.
 
     The forward pass is `sign`, the backward pass `straight_through_vjp`.
@@ -47,7 +49,7 @@ def straight_through(x: np.ndarray) -> np.ndarray:
     return sign(x)
 
 
-def straight_through_vjp(x: np.ndarray, grad: np.ndarray) -> np.ndarray:
+def straight_through_vjp(x: Array, grad: Array) -> Array:
     """Compute the gradient of a sign as if it were the identity between -1 and 1 (straight-through estimator, STE).
 
     grad * (|x| < 1)
@@ -74,7 +76,7 @@ def straight_through_vjp(x: np.ndarray, grad: np.ndarray) -> np.ndarray:
     return grad * (np.abs(x) < 1)
 
 
-def smooth_sign(x: np.ndarray) -> np.ndarray:
+def smooth_sign(x: Array) -> Array:
     """Take signs whose gradient is SmoothSign's.
 
     The forward pass is `sign`, the backward pass `smooth_sign_vjp`.
@@ -87,7 +89,7 @@ def smooth_sign(x: np.ndarray) -> np.ndarray:
     return sign(x)
 
 
-def smooth_sign_vjp(x: np.ndarray, grad: np.ndarray) -> np.ndarray:
+def smooth_sign_vjp(x: Array, grad: Array) -> Array:
     """Compute the gradient of a sign as if it were tanh(100 x) (SmoothSign; LittleBit, arXiv 2506.13771).
 
     grad * 100 (1 - tanh^2(100 x))
@@ -118,13 +120,13 @@ def smooth_sign_vjp(x: np.ndarray, grad: np.ndarray) -> np.ndarray:
 
 
 #: Rules by name: (latents, gradient of the signs) -> gradient of the latents.
-RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+RULES: dict[str, Callable[[Array, Array], Array]] = {
     "smooth_sign": smooth_sign_vjp,
     "straight_through": straight_through_vjp,
 }
 
 
-def named_rule(rule: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def named_rule(rule: str) -> Callable[[Array, Array], Array]:
     """Look up a rule in RULES by its name.
 
     The result maps (latents, gradient of the signs) to the gradient of the latents.

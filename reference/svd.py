@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .arrays import at_least_float32, check_floats
+from .arrays import Array, at_least_float32, check_floats
 
 RANK_ONE_STEPS = 100  # power iterations of `rank_one`, at most
 POWER_STEPS = 4  # power iterations of `range_finder`
 STEPS_PER_VALUE = 30  # QR steps of `diagonalize`, at most
 
 
-def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def svd(matrix: Array) -> tuple[Array, Array, Array]:
     """Compute the thin singular value decomposition (SVD) of a matrix.
 
     matrix = u diag(s) v^T, u^T u = v^T v = 1
@@ -66,7 +66,7 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return q @ x, np.ldexp(s, exponent), p @ y
 
 
-def bidiagonalize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def bidiagonalize(matrix: Array) -> tuple[Array, Array, Array, Array]:
     """Reduce a matrix to upper bidiagonal form by Householder reflections (Golub and Van Loan, algorithm 5.4.2).
 
     matrix = q B p^T, with the diagonal d and the superdiagonal e of B
@@ -104,7 +104,7 @@ def bidiagonalize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return q, a.diagonal().copy(), a.diagonal(1)[: n - 1].copy(), p
 
 
-def reflector(x: np.ndarray) -> np.ndarray:
+def reflector(x: Array) -> Array:
     """Find the unit vector w of the Householder reflection that maps x to a multiple of e_0.
 
     (1 - 2 w w^T) x = -sign(x_0) ||x|| e_0,  w ~ x + sign(x_0) ||x|| e_0  (Householder, 1958)
@@ -119,12 +119,12 @@ def reflector(x: np.ndarray) -> np.ndarray:
     return normalized(w)
 
 
-def reflect(block: np.ndarray, w: np.ndarray) -> None:
+def reflect(block: Array, w: Array) -> None:
     """Apply the Householder reflection 1 - 2 w w^T to a block in place: a rank-one update."""
     block -= np.outer(2 * w, w @ block)
 
 
-def product(reflectors: Sequence[np.ndarray], q: np.ndarray) -> np.ndarray:
+def product(reflectors: Sequence[Array], q: Array) -> Array:
     """Multiply the reflections H_0 H_1 ... H_last into q in place, where q starts as columns of the identity.
 
     H_k acts on the last len(w_k) rows. From the last reflection to the first, H_k finds the identity in all rows and
@@ -136,7 +136,7 @@ def product(reflectors: Sequence[np.ndarray], q: np.ndarray) -> np.ndarray:
     return q
 
 
-def diagonalize(d: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def diagonalize(d: Array, e: Array) -> tuple[Array, Array, Array]:
     """Compute the SVD of an upper bidiagonal matrix by implicit-shift QR (Golub and Van Loan, algorithm 8.6.2).
 
     B = x diag(s) y^T
@@ -184,7 +184,7 @@ def diagonalize(d: np.ndarray, e: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     )
 
 
-def sort_values(xt: np.ndarray, d: np.ndarray, yt: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sort_values(xt: Array, d: Array, yt: Array) -> tuple[Array, Array, Array]:
     """Turn x diag(d) y^T into an SVD: move negative signs into y and sort in descending order.
 
     Arguments are x^T, d and y^T; results are x, s and y.
@@ -194,7 +194,7 @@ def sort_values(xt: np.ndarray, d: np.ndarray, yt: np.ndarray) -> tuple[np.ndarr
     return xt[order].T, np.abs(d)[order], yt[order].T
 
 
-def step(d: np.ndarray, e: np.ndarray, xt: np.ndarray, yt: np.ndarray, tiny: float) -> None:
+def step(d: Array, e: Array, xt: Array, yt: Array, tiny: float) -> None:
     """Run one QR step in place on a block of B whose superdiagonal e has no zeros.
 
     A zero on the diagonal splits the block: `clear_row` chases its superdiagonal entry out of the block. If the zero is
@@ -210,7 +210,7 @@ def step(d: np.ndarray, e: np.ndarray, xt: np.ndarray, yt: np.ndarray, tiny: flo
         clear_row(d[::-1], e[::-1], yt[::-1])
 
 
-def sweep(d: np.ndarray, e: np.ndarray, xt: np.ndarray, yt: np.ndarray) -> None:
+def sweep(d: Array, e: Array, xt: Array, yt: Array) -> None:
     """Chase the bulge: run one implicit-shift QR step on B^T B without forming it.
 
     This is the Golub-Kahan step (Golub and Van Loan, algorithm 8.6.1). The first Givens rotation is the one that an
@@ -232,7 +232,7 @@ def sweep(d: np.ndarray, e: np.ndarray, xt: np.ndarray, yt: np.ndarray) -> None:
             f, g, e[k + 1] = e[k], s * e[k + 1], c * e[k + 1]
 
 
-def wilkinson_shift(d: np.ndarray, e: np.ndarray) -> np.floating:
+def wilkinson_shift(d: Array, e: Array) -> np.floating:
     """Compute the eigenvalue of the last 2 x 2 block of B^T B that is closer to its last entry.
 
     For the block [[a, b], [b, c]] that is the one closer to c. As the shift of a QR step (Wilkinson, 1968) it makes the
@@ -246,7 +246,7 @@ def wilkinson_shift(d: np.ndarray, e: np.ndarray) -> np.floating:
     return c - b * (b / (half + np.copysign(np.hypot(half, b), half)))
 
 
-def clear_row(d: np.ndarray, e: np.ndarray, xt: np.ndarray) -> None:
+def clear_row(d: Array, e: Array, xt: Array) -> None:
     """Zero the first row of a block of B, whose first diagonal entry counts as zero, in place.
 
     The only other entry of the row, f = e_0, is rotated against d_1. That moves it one column to the right, and so on
@@ -274,14 +274,12 @@ def givens(f: np.floating, g: np.floating) -> tuple[np.floating, np.floating, np
     return r + 1, r, r
 
 
-def apply_givens(pair: np.ndarray, c: np.floating, s: np.floating) -> None:
+def apply_givens(pair: Array, c: np.floating, s: np.floating) -> None:
     """Apply the Givens rotation [[c, s], [-s, c]] to a pair of rows in place."""
     pair[:] = np.array([[c, s], [-s, c]]) @ pair
 
 
-def truncated_svd(
-    matrix: np.ndarray, rank: int, sketch: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def truncated_svd(matrix: Array, rank: int, sketch: Array | None = None) -> tuple[Array, Array, Array]:
     """Compute the leading singular triplets: the best low-rank approximation of a matrix (Eckart and Young, 1936).
 
     matrix ~ u diag(s) v^T
@@ -325,7 +323,7 @@ def truncated_svd(
     return u[:, :rank], s[:rank], v[:, :rank]
 
 
-def range_finder(matrix: np.ndarray, sketch: np.ndarray) -> np.ndarray:
+def range_finder(matrix: Array, sketch: Array) -> Array:
     """Find an orthonormal basis of nearly the space that the leading k left singular vectors span.
 
     Randomized subspace iteration (Halko, Martinsson and Tropp, 2011, algorithm 4.4): the sketch is multiplied by the
@@ -338,7 +336,7 @@ def range_finder(matrix: np.ndarray, sketch: np.ndarray) -> np.ndarray:
     return basis
 
 
-def orthonormal(matrix: np.ndarray) -> np.ndarray:
+def orthonormal(matrix: Array) -> Array:
     """Compute an orthonormal basis of the columns' span: Q of the QR decomposition.
 
     By Householder reflections (Golub and Van Loan, algorithm 5.2.1). Returns (m, min(m, n)).
@@ -352,7 +350,7 @@ def orthonormal(matrix: np.ndarray) -> np.ndarray:
     return product(reflectors, np.eye(m, min(m, n), dtype=a.dtype))
 
 
-def rank_one(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rank_one(matrix: Array) -> tuple[Array, Array]:
     """Compute the best rank-one approximation of a non-negative matrix by power iteration.
 
     matrix ~ left right^T,  ||left|| = ||right||
@@ -394,12 +392,12 @@ def rank_one(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return normalized(left) * root, right * root
 
 
-def normalized(vector: np.ndarray) -> np.ndarray:
+def normalized(vector: Array) -> Array:
     """Divide a vector by its Euclidean norm."""
     return vector / np.sqrt(vector @ vector)
 
 
-def check_matrix(matrix: np.ndarray, rank: int) -> None:
+def check_matrix(matrix: Array, rank: int) -> None:
     """Raise ValueError unless `matrix` is a finite matrix that has `rank` singular values."""
     if matrix.ndim != 2:
         raise ValueError(f"the weight must be a matrix (d_out, d_in), but its shape is {tuple(matrix.shape)}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .arrays import Array
 from .distill import hidden_loss, hidden_loss_vjp, kl_loss, kl_loss_vjp, log_softmax
 from .factors import Factors
 from .linear import linear, linear_vjp
@@ -29,11 +30,11 @@ class AdamState(NamedTuple):
     """
 
     step: int
-    mean: list[np.ndarray]
-    square: list[np.ndarray]
+    mean: list[Array]
+    square: list[Array]
 
 
-def adam_start(parameters: Sequence[np.ndarray]) -> AdamState:
+def adam_start(parameters: Sequence[Array]) -> AdamState:
     """Make the state of Adam before the first step: zeros for every parameter.
 
     Examples
@@ -45,13 +46,13 @@ def adam_start(parameters: Sequence[np.ndarray]) -> AdamState:
 
 
 def adam_step(
-    parameters: Sequence[np.ndarray],
-    grads: Sequence[np.ndarray],
+    parameters: Sequence[Array],
+    grads: Sequence[Array],
     state: AdamState,
     lr: float | Sequence[float],
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-) -> tuple[list[np.ndarray], AdamState]:
+) -> tuple[list[Array], AdamState]:
     """Update parameters by one step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1).
 
         m <- b1 m + (1 - b1) grad
@@ -113,8 +114,8 @@ class Dense(NamedTuple):
     bias : (d_out,)
     """
 
-    weight: np.ndarray
-    bias: np.ndarray
+    weight: Array
+    bias: Array
 
 
 class Layer(NamedTuple):
@@ -127,10 +128,10 @@ class Layer(NamedTuple):
     """
 
     paths: Sequence[Factors]
-    bias: np.ndarray
+    bias: Array
 
 
-def dense_mlp(x: np.ndarray, layers: Sequence[Dense]) -> np.ndarray:
+def dense_mlp(x: Array, layers: Sequence[Dense]) -> Array:
     """Compute the output of a dense multi-layer perceptron.
 
     y = W relu(... relu(W x + b) ...) + b
@@ -154,7 +155,7 @@ def dense_mlp(x: np.ndarray, layers: Sequence[Dense]) -> np.ndarray:
     return forward(x, layers, dense)[-1]
 
 
-def mlp(x: np.ndarray, layers: Sequence[Layer]) -> np.ndarray:
+def mlp(x: Array, layers: Sequence[Layer]) -> Array:
     """Compute the output of a LittleBit multi-layer perceptron: `linear` layers with a ReLU between.
 
     Parameters
@@ -177,9 +178,7 @@ def mlp(x: np.ndarray, layers: Sequence[Layer]) -> np.ndarray:
     return forward(x, layers, littlebit_layer)[-1]
 
 
-def mlp_vjp(
-    x: np.ndarray, layers: Sequence[Layer], grad: np.ndarray, rule: str = "smooth_sign"
-) -> tuple[np.ndarray, list[Layer]]:
+def mlp_vjp(x: Array, layers: Sequence[Layer], grad: Array, rule: str = "smooth_sign") -> tuple[Array, list[Layer]]:
     """Compute the gradients of a loss with respect to the input and all parameters of `mlp`.
 
     Backpropagation, from the last layer to the first: `linear_vjp` turns the gradient of a layer's output into the
@@ -216,7 +215,7 @@ def mlp_vjp(
 
 
 def dense_step(
-    layers: Sequence[Dense], x: np.ndarray, targets: np.ndarray, state: AdamState, lr: float | Sequence[float]
+    layers: Sequence[Dense], x: Array, targets: Array, state: AdamState, lr: float | Sequence[float]
 ) -> tuple[list[Dense], AdamState, float]:
     """Train a dense network by one step: forward, cross-entropy, backward, Adam.
 
@@ -253,12 +252,12 @@ def dense_step(
 
 def qat_step(
     layers: Sequence[Layer],
-    x: np.ndarray,
-    teacher_logits: np.ndarray,
+    x: Array,
+    teacher_logits: Array,
     state: AdamState,
     lr: float | Sequence[float],
     rule: str = "smooth_sign",
-    teacher_hidden: Sequence[np.ndarray] = (),
+    teacher_hidden: Sequence[Array] = (),
     hidden_weight: float = 10.0,
 ) -> tuple[list[Layer], AdamState, float]:
     """Train a LittleBit network by one step of QAT: forward, KL to the teacher, backward, Adam.
@@ -314,7 +313,7 @@ def qat_step(
 
 def qat(
     layers: Sequence[Layer],
-    batches: Iterable[tuple],
+    batches: Iterable[tuple[Any, ...]],
     lr: float | Sequence[float],
     rule: str = "smooth_sign",
     state: AdamState | None = None,
@@ -373,29 +372,29 @@ def hidden_pairs(student: Sequence, teacher: Sequence) -> list[tuple]:
     return list(zip(student, teacher, strict=True)) if teacher else []
 
 
-def dense_parameters(layers: Sequence[Dense]) -> list[np.ndarray]:
+def dense_parameters(layers: Sequence[Dense]) -> list[Array]:
     """List weight and bias of each layer."""
     return [array for layer in layers for array in layer]
 
 
-def with_dense_parameters(layers: Sequence[Dense], values: Iterable[np.ndarray]) -> list[Dense]:
+def with_dense_parameters(layers: Sequence[Dense], values: Iterable[Array]) -> list[Dense]:
     """Rebuild dense layers with other parameters, in the order of `dense_parameters`."""
     rest = iter(values)
     return [Dense(*(next(rest) for _ in layer)) for layer in layers]
 
 
-def parameters(layers: Sequence[Layer]) -> list[np.ndarray]:
+def parameters(layers: Sequence[Layer]) -> list[Array]:
     """List u, v, h, ell and g of each path, then the bias, for each layer."""
     return [array for layer in layers for array in (*(array for path in layer.paths for array in path), layer.bias)]
 
 
-def with_parameters(layers: Sequence[Layer], values: Iterable[np.ndarray]) -> list[Layer]:
+def with_parameters(layers: Sequence[Layer], values: Iterable[Array]) -> list[Layer]:
     """Rebuild LittleBit layers with other parameters, in the order of `parameters`."""
     rest = iter(values)
     return [Layer([Factors(*(next(rest) for _ in path)) for path in layer.paths], next(rest)) for layer in layers]
 
 
-def forward(x: np.ndarray, layers: Sequence[Any], apply: Callable[[np.ndarray, Any], np.ndarray]) -> list[np.ndarray]:
+def forward(x: Array, layers: Sequence[Any], apply: Callable[[Array, Any], Array]) -> list[Array]:
     """Compute the input of each layer, and the output of the last."""
     values = [x]
     for layer in layers[:-1]:
@@ -404,8 +403,8 @@ def forward(x: np.ndarray, layers: Sequence[Any], apply: Callable[[np.ndarray, A
 
 
 def backward(
-    values: Sequence[np.ndarray], layers: Sequence[Any], grad: np.ndarray, vjp: Callable, hidden: Sequence = ()
-) -> tuple[np.ndarray, list]:
+    values: Sequence[Array], layers: Sequence[Any], grad: Array, vjp: Callable, hidden: Sequence = ()
+) -> tuple[Array, list]:
     """Compute the gradients of the input and of each layer.
 
     They follow from the values of `forward`, the gradient of the output, and what the loss adds to the gradients of the
@@ -422,33 +421,33 @@ def backward(
     return grad, grads[::-1]
 
 
-def littlebit_layer(x: np.ndarray, layer: Layer) -> np.ndarray:
+def littlebit_layer(x: Array, layer: Layer) -> Array:
     """Compute the output of a LittleBit layer."""
     return linear(x, layer.paths, layer.bias)
 
 
-def littlebit_layer_vjp(rule: str) -> Callable[[np.ndarray, Layer, np.ndarray], tuple[np.ndarray, Layer]]:
+def littlebit_layer_vjp(rule: str) -> Callable[[Array, Layer, Array], tuple[Array, Layer]]:
     """Make the function (x, layer, grad) -> (grad_x, grad_layer) of a LittleBit layer under a rule."""
 
-    def vjp(x: np.ndarray, layer: Layer, grad: np.ndarray) -> tuple[np.ndarray, Layer]:
+    def vjp(x: Array, layer: Layer, grad: Array) -> tuple[Array, Layer]:
         grad_x, grad_paths, grad_bias = linear_vjp(x, layer.paths, grad, rule)
         return grad_x, Layer(grad_paths, grad_bias)
 
     return vjp
 
 
-def dense(x: np.ndarray, layer: Dense) -> np.ndarray:
+def dense(x: Array, layer: Dense) -> Array:
     """Compute the output of a dense layer."""
     return x @ layer.weight.T + layer.bias
 
 
-def dense_vjp(x: np.ndarray, layer: Dense, grad: np.ndarray) -> tuple[np.ndarray, Dense]:
+def dense_vjp(x: Array, layer: Dense, grad: Array) -> tuple[Array, Dense]:
     """Compute the gradients of a dense layer: dx = dy W, dW = dy^T x, db = sum dy."""
     rows, dy = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     return grad @ layer.weight, Dense(dy.T @ rows, dy.sum(axis=0))
 
 
-def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def cross_entropy(logits: Array, targets: Array) -> Array:
     """Compute the mean over positions of -log softmax(logits)[target], in nats.
 
     Logits are (..., classes), targets (...).
@@ -456,7 +455,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return -np.take_along_axis(log_softmax(logits), targets[..., None], axis=-1).mean()
 
 
-def cross_entropy_vjp(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def cross_entropy_vjp(logits: Array, targets: Array) -> Array:
     """Compute the gradient of `cross_entropy`: (softmax(logits) - one at the target) / positions."""
     gradient = np.exp(log_softmax(logits))
     chosen = np.take_along_axis(gradient, targets[..., None], axis=-1)

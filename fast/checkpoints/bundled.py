@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from ...reference.arrays import Array
 from ..files.cache import build_once, cache_path
 from ..files.digests import file_digest, tensor_digest
 from .checksums import make_checksums
@@ -60,16 +61,16 @@ def reassemble(file: Path, folder: Path) -> None:
     write_arrays(tensors, folder / WEIGHTS, config)
 
 
-def base_tensors(base: Path) -> dict[str, np.ndarray]:
+def base_tensors(base: Path) -> dict[str, Array]:
     """Read all tensors of a base model's folder, and join those that are stored in parts."""
     tensors = {name: each for file in sorted(base.glob("*.safetensors")) for name, each in load_file(file).items()}
-    parts: dict[str, list[np.ndarray]] = {}
+    parts: dict[str, list[Array]] = {}
     for name in sorted(name for name in tensors if PART in name):
         parts.setdefault(name.rpartition(PART)[0], []).append(tensors.pop(name))
     return tensors | {name: np.concatenate(rows) for name, rows in parts.items()}
 
 
-def write_arrays(arrays: Mapping[str, np.ndarray], file: Path, config: Mapping[str, Any]) -> None:
+def write_arrays(arrays: Mapping[str, Array], file: Path, config: Mapping[str, Any]) -> None:
     """Write all tensors of a checkpoint into one safetensors file, with the checksums of FORMAT_VERSION."""
     names = {np.dtype(kind): name for name, kind in DTYPES.items()}
     digests = {name: tensor_digest(names[each.dtype], each.shape, [each.tobytes()]) for name, each in arrays.items()}

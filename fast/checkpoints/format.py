@@ -83,6 +83,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from ...reference.arrays import Array
 from ..bits import SCALE_BITS
 from ..files.untrusted import JSON_BYTES, CheckpointError, open_errors, read_json, resolve_inside
 from ..models.packed_shapes import ITEM_BYTES, Header, packed_headers
@@ -288,7 +289,7 @@ def path_headers(entry: Mapping[str, Any], k: int) -> dict[str, Header]:
     return packed_headers(entry["d_out"], entry["d_in"], entry["ranks"][k], entry.get("scale_bits", SCALE_BITS))
 
 
-def check_path(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
+def check_path(prefix: str, arrays: Mapping[str, Array]) -> None:
     """Raise CheckpointError unless the scales of a packed path are finite and its pad bits are 0.
 
     Parameters
@@ -309,7 +310,7 @@ def check_path(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
             raise CheckpointError(f"tensor {prefix}.{field} is damaged ({wrong}); copy the file again")
 
 
-def has_pad_bits(words: np.ndarray, count: int) -> bool:
+def has_pad_bits(words: Array, count: int) -> bool:
     """Tell whether any pad bit is set in rows of packed words that hold `count` signs each."""
     width = 8 * words.itemsize
     used = count - (words.shape[-1] - 1) * width  # bits of the last word

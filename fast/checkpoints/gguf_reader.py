@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...reference.arrays import Array
 from ..files.untrusted import CheckpointError
 from ..models.build import transformers
 from .completeness import first_line
@@ -270,7 +271,7 @@ def scale_positions(path: Path, config: Any, header: GgufHeader) -> None:
     config.rope_parameters = rope | {"rope_type": "llama3", "factor": float(factors.max())} | LLAMA3
 
 
-def rope_factors(path: Path, header: GgufHeader) -> np.ndarray | None:
+def rope_factors(path: Path, header: GgufHeader) -> Array | None:
     """Read the divisors of the rotary frequencies from a GGUF file; return None if it has none."""
     tensor = header.tensors.get(ROPE_FACTORS)
     if tensor is None or tensor.type != F32:
@@ -278,7 +279,7 @@ def rope_factors(path: Path, header: GgufHeader) -> np.ndarray | None:
     return np.fromfile(path, "<f4", math.prod(tensor.shape), offset=tensor.start)
 
 
-def llama3_factors(theta: float, size: int, factor: float) -> np.ndarray:
+def llama3_factors(theta: float, size: int, factor: float) -> Array:
     """Compute the divisors of Llama 3.1's rotary frequencies.
 
     The divisor is `factor` for wavelengths above the original context, and 1 for those below a quarter of it. Between

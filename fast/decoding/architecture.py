@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...reference.arrays import Array
 from .._checks import has_sliding_window, position_limit
 from ..kernels import cpu
 
@@ -108,7 +109,7 @@ def check_rope(rope: Any) -> None:
         raise NotDecodableError(f"its rope_parameters do not say {', '.join(needed)}")
 
 
-def inverse_frequencies(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
+def inverse_frequencies(rope: Mapping[str, Any], head_dim: int) -> Array:
     """Compute RoPE's angle per position for each pair of a head's entries, (head_dim / 2,) float32.
 
     theta^(-2 i / head_dim), divided by the factor in type "linear". Type "llama3" (Llama 3.1) divides by the factor
@@ -130,7 +131,7 @@ def inverse_frequencies(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
     return (1 - share) * slow + share * found
 
 
-def rotary_angles(rope: Mapping[str, Any], head_dim: int, capacity: int) -> np.ndarray:
+def rotary_angles(rope: Mapping[str, Any], head_dim: int, capacity: int) -> Array:
     """Compute RoPE's cosines and sines at each position, (2, capacity, head_dim / 2) float32, of float32 angles."""
     angles = np.arange(capacity, dtype=np.float32)[:, None] * inverse_frequencies(rope, head_dim)
     return np.stack([np.cos(angles, dtype=np.float64), np.sin(angles, dtype=np.float64)]).astype(np.float32)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ...reference.arrays import Array
 from .._checks import check_prompts
 from ..models.generation_settings import GenerationConfig, GenerationDefaults, generation_defaults
 from .architecture import NotDecodableError
@@ -95,7 +96,7 @@ class Job:
         """Stop before the next token; nothing more is emitted after that."""
         self.cancelled = True
 
-    def score(self, logits: np.ndarray, token: int) -> Choice:
+    def score(self, logits: Array, token: int) -> Choice:
         """Describe a token with its log-probability and the likeliest ones, as far as they were asked for."""
         if self.logprobs is None:
             return Choice(token)
@@ -106,7 +107,7 @@ class Job:
         best = best[np.lexsort((best, -logits[best]))]
         return Choice(token, float(logits[token]) - total, [(int(each), float(logits[each]) - total) for each in best])
 
-    def choose(self, logits: np.ndarray) -> bool:
+    def choose(self, logits: Array) -> bool:
         """Choose and emit the next token; return whether the text goes on."""
         if self.seen is None:
             self.seen = np.zeros(len(logits), bool)
@@ -154,7 +155,7 @@ class Slots(Protocol):
         """Remove a job from the batch."""
         ...
 
-    def step(self, jobs: Sequence[Job]) -> list[tuple[Job, np.ndarray]]:
+    def step(self, jobs: Sequence[Job]) -> list[tuple[Job, Array]]:
         """Run one step; return the jobs whose next token can be chosen, with logits (vocabulary,) float32."""
         ...
 
@@ -211,15 +212,15 @@ class CpuSlots:
         while len(self.kept) > self.size or sum(len(tokens) for tokens, _ in self.kept) > KEPT_CONTEXTS * self.context:
             self.kept.pop(0)
 
-    def step(self, jobs: Sequence[Job]) -> list[tuple[Job, np.ndarray]]:  # noqa: D102
+    def step(self, jobs: Sequence[Job]) -> list[tuple[Job, Array]]:  # noqa: D102
         pending = {job: job.tokens[self.caches[job].position :] for job in jobs}
         counts = dict.fromkeys(jobs, 1)
         left = BLOCK - len(jobs)
         for job in jobs:  # the oldest prompt first
             more = 0 if job.score_prompt else min(left, len(pending[job]) - 1)
             counts[job], left = 1 + more, left - more
-        parts: list[tuple[Cache, Sequence[int], np.ndarray | None]] = []
-        ready: list[tuple[Job, np.ndarray]] = []
+        parts: list[tuple[Cache, Sequence[int], Array | None]] = []
+        ready: list[tuple[Job, Array]] = []
         for logits, job in zip(self.logits, jobs, strict=False):
             last = counts[job] == len(pending[job])
             wanted = last or job.score_prompt
@@ -298,7 +299,7 @@ class EngineSlots:
     def leave(self, job: Job) -> None:
         """Leave a job's row in the batch, unread."""
 
-    def step(self, jobs: Sequence[Job]) -> list[tuple[Job, np.ndarray]]:  # noqa: D102
+    def step(self, jobs: Sequence[Job]) -> list[tuple[Job, Array]]:  # noqa: D102
         import torch
 
         with torch.inference_mode():

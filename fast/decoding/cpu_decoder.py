@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...reference.arrays import Array
 from ..kernels import cpu, cpu_decode, cpu_threads
 from ..models.generation_settings import GenerationConfig, GenerationDefaults
 from .architecture import Architecture, rotary_angles
@@ -33,9 +34,9 @@ class Linear(NamedTuple):
 
     d_out: int
     d_in: int
-    paths: Sequence[Sequence[np.ndarray]]
-    weight: np.ndarray | None
-    bias: np.ndarray | None
+    paths: Sequence[Sequence[Array]]
+    weight: Array | None
+    bias: Array | None
 
 
 class EmbeddingArrays(NamedTuple):
@@ -48,9 +49,9 @@ class EmbeddingArrays(NamedTuple):
     offset : (vocabulary, groups) float array of a 4-bit table, else None
     """
 
-    entries: np.ndarray
-    scale: np.ndarray | None = None
-    offset: np.ndarray | None = None
+    entries: Array
+    scale: Array | None = None
+    offset: Array | None = None
 
 
 class Weights(NamedTuple):
@@ -65,7 +66,7 @@ class Weights(NamedTuple):
     """
 
     layers: Sequence[Sequence[Linear]]
-    norms: Sequence[np.ndarray]
+    norms: Sequence[Array]
     embedding: EmbeddingArrays
     head: EmbeddingArrays
 
@@ -138,7 +139,7 @@ class Compiled:
 
     def __init__(self, model: Decodable, positions: int):
         sizes, weights = model.sizes, model.weights
-        self.arrays: list[np.ndarray] = []  # keeps alive what the addresses point to
+        self.arrays: list[Array] = []  # keeps alive what the addresses point to
         self.threads, self.architecture, self.positions = model.threads, sizes, positions
         self.sizes = np.array(sizes[: cpu_decode.VOCABULARY + 1])
         self.eps = np.float32(sizes.eps)
@@ -151,7 +152,7 @@ class Compiled:
         self.scratch = cpu_threads.aligned_zeros(BLOCK * cpu_decode.block_floats(self.sizes), np.float32)
         self.thread_floats = self.count_thread_floats()
 
-    def address(self, array: np.ndarray | None, dtype: Any = None) -> int:
+    def address(self, array: Array | None, dtype: Any = None) -> int:
         """Return the address of an array in C order, copied if its dtype or layout is another one; 0 for None."""
         if array is None:
             return 0
@@ -176,7 +177,7 @@ class Compiled:
         most = max(padded[first : first + count].sum() for first, count in layers)
         return int(max(sizes[cpu_decode.VOCABULARY], BLOCK * widest, cpu_threads.BATCH_TILE * most))
 
-    def table(self, arrays: EmbeddingArrays) -> np.ndarray:
+    def table(self, arrays: EmbeddingArrays) -> Array:
         """Describe an embedding or head: bits of an entry, addresses of entries and scales, group size, offsets."""
         entries = self.address(arrays.entries)
         if arrays.scale is None:
@@ -185,7 +186,7 @@ class Compiled:
         scale, offset = self.address(arrays.scale, np.float32), self.address(arrays.offset, np.float32)
         return np.array([bits, entries, scale, size // arrays.scale.shape[1], offset])
 
-    def step(self, parts: Sequence[tuple[Cache, Sequence[int] | np.ndarray, np.ndarray | None]]) -> None:
+    def step(self, parts: Sequence[tuple[Cache, Sequence[int] | Array, Array | None]]) -> None:
         """Append tokens to each of several sequences, in one pass through the model.
 
         Parameters
@@ -229,7 +230,7 @@ class Compiled:
             cache.position += len(new)
 
     @staticmethod
-    def describe(cache: Cache, tokens: Sequence[int] | np.ndarray, logits: np.ndarray | None) -> list[int]:
+    def describe(cache: Cache, tokens: Sequence[int] | Array, logits: Array | None) -> list[int]:
         """Describe a part of a step in the order of cpu_decode.COUNT."""
         keys, values = cache.keys.ctypes.data, cache.values.ctypes.data
         return [len(tokens), cache.position, cache.capacity, keys, values, 0 if logits is None else logits.ctypes.data]
@@ -249,7 +250,7 @@ class Decoder:
         self.compiled, self.cache = Compiled(model, capacity), Cache(model.sizes, capacity)
         self.logits = np.empty(model.sizes.vocabulary, np.float32)
 
-    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+    def __call__(self, tokens: Array) -> Array:
         """Read more tokens and compute the logits after the last one.
 
         Parameters

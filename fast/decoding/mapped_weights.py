@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ...reference.arrays import Array
 from ...reference.packing import decode_scale
 from ..checkpoints.checksums import check_contents
 from ..checkpoints.format import (
@@ -112,7 +113,7 @@ class MappedTensors:
     def __init__(self, files: list[Path]):
         self.headers = read_headers(files)  # checks that every tensor lies within its file
         self.used: set[str] = set()
-        self.bytes: dict[str, np.ndarray] = {}
+        self.bytes: dict[str, Array] = {}
         for file in files:
             with open_errors(file):
                 data = np.memmap(file, np.uint8, mode="r")
@@ -123,7 +124,7 @@ class MappedTensors:
                             f"tensor {name} must have the length of its header: it is in two places of the file"
                         )
 
-    def read(self, name: str, shape: tuple[int, ...], *dtypes: str) -> np.ndarray:
+    def read(self, name: str, shape: tuple[int, ...], *dtypes: str) -> Array:
         """Return a tensor as a view of the map; copy it if it is bfloat16 (to float32) or not aligned.
 
         Parameters
@@ -244,6 +245,6 @@ class WeightReader:
         return EmbeddingArrays(codes, read(f"{name}.table.scale", (rows, groups), "F16"), offset)
 
 
-def widen_words(words: np.ndarray) -> np.ndarray:
+def widen_words(words: Array) -> Array:
     """Convert packed words of 8 or 16 bits to 32 bits, the width that the kernels read; the new bits are 0."""
     return words.view(np.uint32) if words.itemsize == 4 else words.view(f"u{words.itemsize}").astype(np.uint32)

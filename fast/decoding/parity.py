@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ...reference.arrays import Array
 from .._checks import check_number, check_positions, flat_tokens, positions_of
 from ..factors import Factors
 from ..models.build import transformers
@@ -101,7 +102,7 @@ def rounding_terms(model: Any, length: int) -> int:
     return model.config.hidden_size + sum(layer.d_in + sum(layer.ranks) + length for layer in layers)
 
 
-def transformers_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[int], list[np.ndarray]]:
+def transformers_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[int], list[Array]]:
     """Generate `count` tokens after a prompt (length,) by transformers; return them and each one's logits."""
     tokens, logits = [], []
     past = cache_argument(transformers().DynamicCache(config=model.config), model.forward)
@@ -116,7 +117,7 @@ def transformers_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[in
     return tokens, logits
 
 
-def decoder_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[int], list[np.ndarray]]:
+def decoder_greedy(model: Any, prompt: Tensor, count: int) -> tuple[list[int], list[Array]]:
     """Generate `count` tokens after a prompt (length,) by the compiled decoder; return them and each one's logits."""
     decoder = Decoder(decodable(model), len(prompt) + count)
     tokens, logits = [], [decoder(prompt.numpy()).copy()]

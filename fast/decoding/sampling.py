@@ -5,10 +5,11 @@ The steps and their order are transformers': repetition penalty, temperature, to
 
 import numpy as np
 
+from ...reference.arrays import Array
 from ..models.generation_settings import GenerationConfig
 
 
-def choose_token(logits: np.ndarray, config: GenerationConfig, seen: np.ndarray, generator: np.random.Generator) -> int:
+def choose_token(logits: Array, config: GenerationConfig, seen: Array, generator: np.random.Generator) -> int:
     """Choose the next token: the likeliest one, or at a temperature above 0 a random one; mark it as seen.
 
     Parameters
@@ -28,7 +29,7 @@ def choose_token(logits: np.ndarray, config: GenerationConfig, seen: np.ndarray,
     return token
 
 
-def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> None:
+def penalize_repetition(logits: Array, seen: Array, penalty: float) -> None:
     """Divide the positive logits of seen tokens by a penalty, and multiply the negative ones by it, in place.
 
     Keskar et al. (arXiv 1909.05858), section 4.1, in the form for logits of any sign that transformers uses.
@@ -51,13 +52,13 @@ def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
     logits[seen] = np.where(some < 0, some * factor, some / factor)
 
 
-def sample(logits: np.ndarray, config: GenerationConfig, generator: np.random.Generator) -> int:
+def sample(logits: Array, config: GenerationConfig, generator: np.random.Generator) -> int:
     """Draw a token from the candidates that `candidates` leaves."""
     tokens, probabilities = candidates(logits, config)
     return int(tokens[generator.choice(len(tokens), p=probabilities)])
 
 
-def candidates(logits: np.ndarray, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
+def candidates(logits: Array, config: GenerationConfig) -> tuple[Array, Array]:
     """List the tokens that temperature, top_k, top_p and min_p leave, the likeliest first.
 
     Parameters

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...reference.arrays import Array
 from ..packing import PackedFactors, to_half
 from . import cpu, cpu_threads
 from .cpu_simd import LANES, LEVEL
@@ -121,7 +122,7 @@ def group_paths(tensors: Sequence[Tensor]) -> list[PackedFactors]:
     return [PackedFactors(*tensors[at : at + count]) for at in range(0, len(tensors), count)]
 
 
-def path_table(paths: Sequence[PackedFactors]) -> tuple[np.ndarray, list[Tensor]]:
+def path_table(paths: Sequence[PackedFactors]) -> tuple[Array, list[Tensor]]:
     """Make the table of addresses and ranks that the kernels take, and the tensors that it points to.
 
     Returns

@@ -43,6 +43,7 @@ import numba
 import numpy as np
 from numba import types
 
+from ...reference.arrays import Array
 from .cpu import (
     PATH_FIELDS,
     RANK,
@@ -399,7 +400,7 @@ def default_threads() -> int:
     return min(int(requested), MAX_THREADS) if requested.isdecimal() and int(requested) else MAX_THREADS
 
 
-def aligned_zeros(size: int, dtype: Any) -> np.ndarray:
+def aligned_zeros(size: int, dtype: Any) -> Array:
     """Allocate an array of zeros that begins on a cache line."""
     itemsize = np.dtype(dtype).itemsize
     space = np.zeros(size + 64 // itemsize, dtype)
@@ -407,7 +408,7 @@ def aligned_zeros(size: int, dtype: Any) -> np.ndarray:
     return space[skip : skip + size]
 
 
-def solo_team() -> np.ndarray:
+def solo_team() -> Array:
     """Make a team of the calling thread alone."""
     team = np.zeros(MAILBOX, np.int64)
     team[RUN] = run_job_address()
@@ -429,7 +430,7 @@ class Helper(threading.Thread):
         References to what its job reads and writes, kept for as long as it may be late with one.
     """
 
-    def __init__(self, mailbox: np.ndarray, patience: int):
+    def __init__(self, mailbox: Array, patience: int):
         super().__init__(name="littlebit-helper", daemon=True)
         self.mailbox, self.patience, self.kept = mailbox, patience, []
         self.out = aligned_zeros(0, np.float32)
@@ -575,7 +576,7 @@ class Team:
         self.count = default_threads() if wanted is None else min(wanted, MAX_THREADS)
         self.floats, self.kept, self.pool = floats, kept, pool
 
-    def __enter__(self) -> np.ndarray:
+    def __enter__(self) -> Array:
         """Reserve the helpers; return a mailbox for each thread, as one flat int64 array."""
         helpers = self.pool
         if self.count < 2 or not helpers.busy.acquire(blocking=False):

@@ -24,6 +24,7 @@ import numpy as np
 from llvmlite import ir
 from numba import cuda, float32, int32, types, uint32
 
+from ...reference.arrays import Array
 from .cuda_intrinsics import FLOAT, LONG, WORD, element_pointer, llvm, ptx, shared_address
 
 SIGN_BITS = 0x80008000  # of two float16 in a word
@@ -162,7 +163,7 @@ def build_signed(builder: Any, bits: Any, scale: Any) -> Any:
     return builder.xor(builder.and_(bits, WORD(SIGN_BITS)), scale)
 
 
-def signed_pair(word: int, scales: Any, row: int, at: int, paired: bool) -> np.ndarray:
+def signed_pair(word: int, scales: Any, row: int, at: int, paired: bool) -> Array:
     """Return the two signed scales that word `at` of a step's 32 words of float16 is multiplied with.
 
     `word` holds the signs. This is what `build_signs` and `build_signed` compute, for the simulator.

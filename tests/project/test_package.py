@@ -171,15 +171,16 @@ def test_type_checkers_find_the_packages_from_any_script(tmp_path):
     pytest.importorskip("pyright")
     if not Path(sys.prefix, ".ok").exists():
         pytest.skip("`make setup` did not make this environment")
+    lb, ref = (importlib.import_module(f"littlebit.{name}") for name in ("fast", "reference"))
     script = tmp_path / "script.py"
-    script.write_text(
-        "import littlebit.fast as lb\nimport littlebit.reference as ref\n"
-        "reveal_type(lb.Config(bits=0.55))\nreveal_type(lb.fetch)\nreveal_type(ref.svd)\n"
-    )
+    exported = [f"ref.{name}" for name in vars(ref) if callable(getattr(ref, name)) and not name.startswith("_")]
+    exported += [f"lb.{name}" for names in lb.EXPORTS.values() for name in names.split()]
+    lines = ["import littlebit.fast as lb", "import littlebit.reference as ref"]
+    script.write_text("\n".join(lines + [f"reveal_type({name})" for name in exported]))
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, script]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert '"Config"' in done.stdout
+    assert '"type[Config]"' in done.stdout
     assert "(name: str) -> Path" in done.stdout
     assert "Unknown" not in done.stdout
 
