@@ -182,8 +182,7 @@ def wikitext_share() -> str:
 def before() -> Table:
     """Compare training on sequences of 512 and of 1024 tokens."""
     lines = []
-    kept = [each for each in checkpoints("shipped") if each["sequence"] == 1024 and "long_sequence" not in each]
-    second = sorted([*checkpoints("earlier checkpoint, 1024 tokens"), *kept], key=lambda each: -each["bits"])
+    second = checkpoints("earlier checkpoint, 1024 tokens")
     for old, new in zip(checkpoints("earlier checkpoint, 512 tokens"), second, strict=True):
         scores = (old["perplexity_packed"], new["perplexity_packed"], old["validation"], new["held_out_512"])
         lines.append([f"{old['bits']:g}", *map(fixed, scores)])

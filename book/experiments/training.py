@@ -11,10 +11,12 @@ figures of book/results/training_smollm2.json came from this script, one GPU for
         --experiments book/experiments/training_ladder_texts.json
     python book/experiments/training.py ship   --out smollm2-0.55bit.json --bits 0.55 --seconds 470 \
         --texts SIX --test test.txt --blimp blimp.zip --settings SETTINGS
+    python book/experiments/training.py ratios --out ratios.json --texts ENDS --test test.txt \
+        --models smollm2-0.55bit smollm2-0.3bit --blimp blimp.zip
 
 SIX are WikiText-2 train, encyclopedia in its form, encyclopedia, books, explanations and dialogue in the chat template
-(see training_text.py); SETTINGS is the row of the results as JSON. Texts are UTF-8 files, or .npy files of
-tokens made from them. The test text is only evaluated on.
+(see training_text.py), ENDS what was held out of them; SETTINGS is the row of the results as JSON. Texts are UTF-8
+files, or .npy files of tokens made from them. The test text is only evaluated on.
 """
 
 import argparse
@@ -55,6 +57,8 @@ TEACHER = "smollm2"
 HELD_OUT = 60_000  # tokens
 BLIMP_TOKENS = 32_768  # read at once
 CALIBRATION_TOKENS = 16_384
+WINDOW = 2048  # tokens
+POSITIONS = ((512, 1024), (1024, 1536), (1536, 2048))  # of a window
 PROBE_STEPS = 80  # to see how fast a training is
 PROMPT, WRITTEN = 16, 2048  # tokens of a prompt, and sequences of 512 that the teacher writes
 SPEEDS = (  # sequences in a step, tokens in a sequence, weight of the hidden-state loss
@@ -78,7 +82,7 @@ class Data(NamedTuple):
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "write", "ladder", "ship"])
+    parser.add_argument("what", choices=["speed", "write", "ladder", "ship", "ratios"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--texts", nargs="+", type=Path, default=[])
     parser.add_argument("--test", type=Path)
@@ -91,6 +95,8 @@ def main() -> None:
     parser.add_argument("--states", type=Path, help="folder for the state of the training, which resumes from it")
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings of the checkpoint's training")
     parser.add_argument("--blimp", type=Path, help="BLiMP's archive, to score the checkpoint on")
+    parser.add_argument("--models", nargs="+", default=[], help="trained checkpoints to compare with the original")
+    parser.add_argument("--windows", type=int, default=1000, help="of 2048 tokens, to read of each text at most")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     globals()[arguments.what](arguments)
@@ -195,6 +201,43 @@ def ship(arguments: argparse.Namespace) -> None:
         row |= {"blimp": result.accuracy, "blimp_pairs": result.pairs}
     print(row["perplexity_packed"], row.get("blimp"), flush=True)
     write_rows(arguments.out, rows)
+
+
+def ratios(arguments: argparse.Namespace) -> None:
+    """Divide the perplexities of trained checkpoints on held-out texts by the original's, also by position."""
+    tokenizer = load_tokenizer(TEACHER)
+    texts = {path.stem: training_tokens(tokenizer, path) for path in arguments.texts}
+    texts[arguments.test.stem] = text_tokens(tokenizer, arguments.test)
+    rows: list[dict[str, Any]] = []
+    original: dict[str, np.ndarray] = {}
+    for name in (TEACHER, *arguments.models):
+        model: Any = (load_model if name == TEACHER else load)(name, arguments.device)
+        found = {text: losses_by_position(model, tokens, arguments.windows) for text, tokens in texts.items()}
+        original = original or found
+        above = {text: found[text] - original[text] for text in texts}  # nats
+        by_text = {text: math.exp(loss.mean()) for text, loss in above.items()}
+        by_position = {
+            f"{start} to {end}": math.exp(above[arguments.test.stem][start - 1 : end - 1].mean())
+            for start, end in POSITIONS
+        }
+        row = {"name": name, "windows": arguments.windows, "ratios": by_text, "ratios_by_position": by_position}
+        if arguments.blimp:
+            row["blimp"] = blimp(model, tokenizer, arguments.blimp, batch=BLIMP_TOKENS, progress=False).accuracy
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        write_rows(arguments.out, rows)
+
+
+def losses_by_position(model: Any, tokens: torch.Tensor, most: int) -> np.ndarray:
+    """Average the losses of each position over `most` windows of WINDOW tokens, (WINDOW - 1,) nats."""
+    windows = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)[:most]
+    losses = []
+    with torch.inference_mode():
+        for window in windows:
+            window = window[None].to(model.device)
+            logits = model(window[:, :-1], use_cache=False).logits[0].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none").cpu())
+    return torch.stack(losses).double().mean(0).numpy()
 
 
 def experiment(
