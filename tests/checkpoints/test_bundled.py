@@ -72,7 +72,8 @@ def test_bundled_checkpoints_keep_their_bits_and_size(name):
     assert len(layers) == 210
     linear = [tensor for key, tensor in load_file(path).items() if ".paths." in key]
     stored = 8 * sum(tensor.nbytes for tensor in linear)
-    assert stored == sum(lb.layer_bits(row["d_out"], row["d_in"], row["ranks"]) for row in layers.values())
+    shapes = [(row["d_out"], row["d_in"], row["ranks"], row.get("scale_bits", 16)) for row in layers.values()]
+    assert stored == sum(lb.layer_bits(*shape) for shape in shapes)
     target = float(name.removeprefix("smollm2-").removesuffix("bit"))
     assert math.floor(target * MODEL_WEIGHTS) >= stored > 0.999 * target * MODEL_WEIGHTS
     assert {"tokens", "perplexity", "lr_latents"} <= note["training"].keys()
