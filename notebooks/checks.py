@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import littlebit.reference as ref
 import numpy as np
+from littlebit.reference.svd import normalized, reflector
 
 RNG = np.random.default_rng(7)
 LIMIT = 1e-6  # relative error that is forgiven
@@ -131,6 +132,11 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
     """Draw factors and their signs after a rotation."""
     z = matrix(20, 4)
     return z, ref.sign(z @ np.linalg.qr(matrix(4, 4))[0])
+
+
+def to_axis(x: np.ndarray, way: int) -> np.ndarray:
+    """Compute x + way sign(x_0) ||x|| e_0."""
+    return x + way * np.copysign(np.linalg.norm(x), x[0]) * (np.arange(len(x)) == 0)
 
 
 EXERCISES = {
@@ -358,6 +364,24 @@ EXERCISES = {
         lambda: (int(RNG.integers(10**6, 10**8)), int(RNG.integers(10**7, 10**9))),
         lambda file_bytes, count: 8 * file_bytes / count,
         [(lambda file_bytes, count: file_bytes / count, "a byte has eight bits")],
+    ),
+    # 14
+    "mirror_of": Exercise(
+        lambda: (matrix(1, 6)[0],),
+        lambda x: reflector(x),
+        [
+            (lambda x: -reflector(x), "the same mirror, seen from behind: let w point the way of x"),
+            (lambda x: normalized(to_axis(x, -1)), "this mirror maps to the other end, and its first entry cancels"),
+            (lambda x: to_axis(x, 1), "w must have length 1"),
+        ],
+    ),
+    "cosine_with_signs": Exercise(
+        lambda: (matrix(1, 7)[0],),
+        lambda u: np.abs(u).sum() / np.sqrt(len(u) * (u @ u)),
+        [
+            (lambda u: np.abs(u).sum() / np.sqrt(u @ u), "divide by the length of the signs, too: the root of n"),
+            (lambda u: np.abs(u).sum() ** 2 / (len(u) * (u @ u)), "this is its square, the energy kept"),
+        ],
     ),
 }
 

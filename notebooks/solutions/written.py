@@ -139,3 +139,15 @@ def perplexity_of(log_p):
 def bits_per_parameter(file_bytes, parameters):
     """13: stored bits for each parameter."""
     return 8 * file_bytes / parameters
+
+
+def mirror_of(x):
+    """14: the unit normal of the mirror that maps x to a multiple of the first axis."""
+    w = x.copy()
+    w[0] += np.copysign(np.linalg.norm(x), x[0])
+    return w / np.linalg.norm(w)
+
+
+def cosine_with_signs(u):
+    """14: the cosine of the angle between a vector and its signs."""
+    return np.abs(u).sum() / np.sqrt(len(u)) / np.linalg.norm(u)
