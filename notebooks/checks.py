@@ -139,6 +139,11 @@ def to_axis(x: np.ndarray, way: int) -> np.ndarray:
     return x + way * np.copysign(np.linalg.norm(x), x[0]) * (np.arange(len(x)) == 0)
 
 
+def flips(history: np.ndarray) -> np.ndarray:
+    """Count the changes of sign of each column."""
+    return (np.diff(ref.sign(history), axis=0) != 0).sum(0)
+
+
 EXERCISES = {
     # 01
     "error_after_cut": Exercise(
@@ -381,6 +386,25 @@ EXERCISES = {
         [
             (lambda u: np.abs(u).sum() / np.sqrt(u @ u), "divide by the length of the signs, too: the root of n"),
             (lambda u: np.abs(u).sum() ** 2 / (len(u) * (u @ u)), "this is its square, the energy kept"),
+        ],
+    ),
+    # 15
+    "flips_per_latent": Exercise(
+        lambda: (matrix(20, 4),),
+        flips,
+        [
+            (lambda history: 1.0 * (ref.sign(history[0]) != ref.sign(history[-1])), "count flips back, too"),
+            (lambda history: flips(history) / (len(history) - 1), "a count, not a share"),
+            (lambda history: flips(history).sum(), "one count for each latent"),
+        ],
+    ),
+    "first_move": Exercise(
+        lambda: (matrix(1, 6)[0] * 10.0 ** RNG.integers(-9, 1, 6), float(RNG.uniform(0.5, 1.5)), 1e-8),
+        lambda grad, lr, eps: -lr * grad / (np.abs(grad) + eps),
+        [
+            (lambda grad, lr, eps: lr * grad / (np.abs(grad) + eps), "downhill: against the gradient"),
+            (lambda grad, lr, eps: -lr * grad, "that is gradient descent: Adam divides by the root of its square"),
+            (lambda grad, lr, eps: -lr * np.sign(grad), "nearly; but where the gradient is as small as eps?"),
         ],
     ),
 }

@@ -151,3 +151,14 @@ def mirror_of(x):
 def cosine_with_signs(u):
     """14: the cosine of the angle between a vector and its signs."""
     return np.abs(u).sum() / np.sqrt(len(u)) / np.linalg.norm(u)
+
+
+def flips_per_latent(history):
+    """15: how often the sign of each latent changed."""
+    negative = history < 0
+    return (negative[1:] != negative[:-1]).sum(0)
+
+
+def first_move(grad, lr, eps):
+    """15: the first step of Adam, in which both means are the gradient's own."""
+    return -lr * grad / (np.abs(grad) + eps)
