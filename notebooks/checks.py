@@ -144,6 +144,11 @@ def flips(history: np.ndarray) -> np.ndarray:
     return (np.diff(ref.sign(history), axis=0) != 0).sum(0)
 
 
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Compute the softmax of each row."""
+    return np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+
+
 EXERCISES = {
     # 01
     "error_after_cut": Exercise(
@@ -405,6 +410,25 @@ EXERCISES = {
             (lambda grad, lr, eps: lr * grad / (np.abs(grad) + eps), "downhill: against the gradient"),
             (lambda grad, lr, eps: -lr * grad, "that is gradient descent: Adam divides by the root of its square"),
             (lambda grad, lr, eps: -lr * np.sign(grad), "nearly; but where the gradient is as small as eps?"),
+        ],
+    ),
+    # 16
+    "past_only": Exercise(
+        lambda: (matrix(5, 5),),
+        lambda scores: softmax(np.where(np.tri(5, dtype=bool), scores, -np.inf)),
+        [
+            (softmax, "a token must not see later ones"),
+            (lambda scores: softmax(scores * np.tri(5)), "a score of 0 still counts, as e^0: use minus infinity"),
+            (lambda scores: softmax(scores) * np.tri(5), "each row must add up to 1: leave out first, then divide"),
+        ],
+    ),
+    "recipe_loss": Exercise(
+        lambda: (float(RNG.uniform(0, 1)), matrix(3, 8), matrix(3, 8)),
+        lambda kl, mine, theirs: kl + 10 * ((mine - theirs) ** 2).mean(1).sum(),
+        [
+            (lambda kl, mine, theirs: kl + ((mine - theirs) ** 2).mean(1).sum(), "the weight of the second term is 10"),
+            (lambda kl, mine, theirs: kl + 10 * ((mine - theirs) ** 2).mean(), "a sum over blocks, not their mean"),
+            (lambda kl, mine, theirs: kl + 10 * ((mine - theirs) ** 2).sum(), "a mean over the entries of a block"),
         ],
     ),
 }

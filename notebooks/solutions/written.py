@@ -162,3 +162,14 @@ def flips_per_latent(history):
 def first_move(grad, lr, eps):
     """15: the first step of Adam, in which both means are the gradient's own."""
     return -lr * grad / (np.abs(grad) + eps)
+
+
+def past_only(scores):
+    """16: softmax of each row over its columns up to the diagonal."""
+    powers = np.tril(np.exp(scores))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def recipe_loss(kl, mine, theirs):
+    """16: the paper's loss from KL and the hidden states of the blocks, (blocks, n) each."""
+    return kl + 10 * sum(np.mean((a - b) ** 2) for a, b in zip(mine, theirs, strict=True))
