@@ -45,8 +45,8 @@ STATE = """() => ({
     perplexity: document.getElementById('explore-perplexity').textContent,
     memory: document.getElementById('explore-memory').textContent,
 })"""
-PLAYED = """() => Object.fromEntries(['rotation-cloud', 'rotation-caption', 'latent-path', 'latent-reach',
-    'kinds-energy', 'kinds-error', 'kinds-errors'].map((id) => [id, document.getElementById(id).innerHTML]))"""
+PLAYED = """() => Object.fromEntries(['rotation-cloud', 'latent-path', 'latent-reach', 'kinds-energy',
+    'kinds-error', 'kinds-errors'].map((id) => [id, document.getElementById(id).innerHTML]))"""
 
 
 def browser_path() -> str | None:

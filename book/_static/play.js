@@ -241,11 +241,11 @@
     byId("kinds-errors").textContent = `Error at 0.55 bits: ${half.join(", ")}`;
   }
 
-  byId("kinds-choice").append(...data.spectra.map(({ kind }, at) => {
+  byId("kinds-choice").append(...data.spectra.flatMap(({ kind }, at) => {
     const label = document.createElement("label"), input = document.createElement("input");
     Object.assign(input, { type: "radio", name: "kinds-layer", value: kind, checked: at === 0 });
     label.append(input, ` ${said[kind]}`);
-    return label;
+    return [label, " "]; // a line may break between labels
   }));
 
   for (const [id, redraw] of [["play-rotation", drawRotation], ["play-latent", drawLatent], ["play-kinds", drawKinds]]) {
