@@ -59,9 +59,9 @@ def random_transformer(
         return ref.Dense((rng.standard_normal((d_out, d_in)) / np.sqrt(d_in)).astype(dtype), np.zeros(d_out, dtype))
 
     square, wide = (width, width), (4 * width, width)
-    layers = [Block(*(dense(*size) for size in (square,) * 4 + (wide, wide[::-1]))) for _ in range(blocks)]
-    tables = ((0.1 * rng.standard_normal((rows, width))).astype(dtype) for rows in (alphabet, context))
-    return Transformer(*tables, layers)
+    layers = [Block._make(dense(*size) for size in (*[square] * 4, wide, wide[::-1])) for _ in range(blocks)]
+    embedding, positions = ((0.1 * rng.standard_normal((n, width))).astype(dtype) for n in (alphabet, context))
+    return Transformer(embedding, positions, layers)
 
 
 def arrays(value: Any) -> list[np.ndarray]:
@@ -83,11 +83,12 @@ def quantize(model: Transformer, bits: float, paths: int = 2) -> tuple[Transform
 
     def quantized(layer: ref.Dense) -> ref.Layer:
         nonlocal stored, weights
-        rank = ref.rank_for_bits(*layer.weight.shape, bits, paths)
-        stored, weights = stored + paths * ref.path_bits(*layer.weight.shape, rank), weights + layer.weight.size
+        d_out, d_in = layer.weight.shape
+        rank = ref.rank_for_bits(d_out, d_in, bits, paths)
+        stored, weights = stored + paths * ref.path_bits(d_out, d_in, rank), weights + d_out * d_in
         return ref.Layer(ref.compensate(layer.weight, [rank] * paths), layer.bias)
 
-    blocks = [Block(*map(quantized, block)) for block in model.blocks]
+    blocks = [Block._make(map(quantized, block)) for block in model.blocks]
     return model._replace(blocks=blocks), stored / weights
 
 
@@ -98,7 +99,7 @@ def apply(x: np.ndarray, layer: Any) -> np.ndarray:
 
 def apply_vjp(x: np.ndarray, layer: Any, grad: np.ndarray, rule: str) -> tuple[np.ndarray, Any]:
     """Compute the gradients of the input and of a linear layer of either kind."""
-    vjp = train.dense_vjp if isinstance(layer, ref.Dense) else train.littlebit_layer_vjp(rule)
+    vjp: Any = train.dense_vjp if isinstance(layer, ref.Dense) else train.littlebit_layer_vjp(rule)
     return vjp(x, layer, grad)
 
 
@@ -160,8 +161,8 @@ def block_vjp(kept: tuple, block: Block, heads: int, grad: np.ndarray, rule: str
     d_scores = p * (d_p - (p * d_p).sum(axis=-1, keepdims=True)) / np.sqrt(q.shape[-1]).astype(q.dtype)
     pairs = zip((d_scores @ k, d_scores.swapaxes(-1, -2) @ q, d_v), block[:3], strict=True)
     grads = [apply_vjp(a, layer, join(each), rule) for each, layer in pairs]
-    d_x = d_middle + normalize_vjp(x, sum(d_a for d_a, _ in grads))
-    return d_x, Block(*(layer for _, layer in grads), output, up, down)
+    d_x = d_middle + normalize_vjp(x, np.sum([d_a for d_a, _ in grads], axis=0))
+    return d_x, Block._make([*(layer for _, layer in grads), output, up, down])
 
 
 def forward(codes: np.ndarray, model: Transformer, heads: int) -> tuple[np.ndarray, list[np.ndarray], list[tuple]]:

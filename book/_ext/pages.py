@@ -56,7 +56,7 @@ def seconds(number: int) -> str:
     if not CACHE.exists():
         return ""
     records = get_cache(CACHE).list_cache_records()
-    taken = [each for each in records if Path(each.uri).name.startswith(f"{number:02}")]
+    taken = [each for each in records if Path(str(each.uri)).name.startswith(f"{number:02}")]
     return f"{max(taken, key=lambda each: each.created).data['execution_seconds']:.0f}" if taken else ""
 
 
