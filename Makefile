@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # Pass pip's find-links on to uv, which does not read them: a machine may keep a CPU build of torch there.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test test-gpu test-oldest test-newest lock check format mutants fuzz faults soak soak-serve audit bench notebooks figures results book wheel clean
+.PHONY: help setup demo test test-gpu test-oldest test-newest lock check format mutants fuzz faults soak soak-serve audit bench notebooks figures results speedrun book wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -120,6 +120,9 @@ figures: $(VENV)/.ok  ## Draw the book's and the README's figures and tables fro
 
 results: $(VENV)/.ok  ## Repeat the CPU measurements of book/results (half an hour; leave the machine idle)
 	$(PY) book/experiments/remake.py
+
+speedrun: $(VENV)/.ok  ## Quantize and train the tiny model in two minutes of one core; ARGS="--seconds 20" and others
+	$(PY) book/experiments/speedrun.py $(ARGS)
 
 # Fetch the models first, so that two notebooks do not fetch them at the same time.
 notebooks: $(VENV)/.ok  ## Run the notebooks, and keep their outputs for the book

@@ -12,7 +12,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).parent
-    for source in sorted([*here.glob("*.ipynb"), here / "littlebit_from_zero.py"]):
+    for source in sorted([*here.glob("*.ipynb"), here / "littlebit_from_zero.py", here / "matplotlibrc"]):
         target = folder / source.name
         if target.exists():
             print(f"{target} is there already: left alone")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import littlebit.reference as ref
 import numpy as np
+from littlebit.reference.svd import normalized, reflector
 
 RNG = np.random.default_rng(7)
 LIMIT = 1e-6  # relative error that is forgiven
@@ -131,6 +132,21 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
     """Draw factors and their signs after a rotation."""
     z = matrix(20, 4)
     return z, ref.sign(z @ np.linalg.qr(matrix(4, 4))[0])
+
+
+def to_axis(x: np.ndarray, way: int) -> np.ndarray:
+    """Compute x + way sign(x_0) ||x|| e_0."""
+    return x + way * np.copysign(np.linalg.norm(x), x[0]) * (np.arange(len(x)) == 0)
+
+
+def flips(history: np.ndarray) -> np.ndarray:
+    """Count the changes of sign of each column."""
+    return (np.diff(ref.sign(history), axis=0) != 0).sum(0)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Compute the softmax of each row."""
+    return np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
 
 
 EXERCISES = {
@@ -358,6 +374,62 @@ EXERCISES = {
         lambda: (int(RNG.integers(10**6, 10**8)), int(RNG.integers(10**7, 10**9))),
         lambda file_bytes, count: 8 * file_bytes / count,
         [(lambda file_bytes, count: file_bytes / count, "a byte has eight bits")],
+    ),
+    # 14
+    "mirror_of": Exercise(
+        lambda: (matrix(1, 6)[0],),
+        lambda x: reflector(x),
+        [
+            (lambda x: -reflector(x), "the same mirror, seen from behind: let w point the way of x"),
+            (lambda x: normalized(to_axis(x, -1)), "this mirror maps to the other end, and its first entry cancels"),
+            (lambda x: to_axis(x, 1), "w must have length 1"),
+        ],
+    ),
+    "cosine_with_signs": Exercise(
+        lambda: (matrix(1, 7)[0],),
+        lambda u: np.abs(u).sum() / np.sqrt(len(u) * (u @ u)),
+        [
+            (lambda u: np.abs(u).sum() / np.sqrt(u @ u), "divide by the length of the signs, too: the root of n"),
+            (lambda u: np.abs(u).sum() ** 2 / (len(u) * (u @ u)), "this is its square, the energy kept"),
+        ],
+    ),
+    # 15
+    "flips_per_latent": Exercise(
+        lambda: (matrix(20, 4),),
+        flips,
+        [
+            (lambda history: 1.0 * (ref.sign(history[0]) != ref.sign(history[-1])), "count flips back, too"),
+            (lambda history: flips(history) / (len(history) - 1), "a count, not a share"),
+            (lambda history: flips(history).sum(), "one count for each latent"),
+        ],
+    ),
+    "first_move": Exercise(
+        lambda: (matrix(1, 6)[0] * 10.0 ** RNG.integers(-9, 1, 6), float(RNG.uniform(0.5, 1.5)), 1e-8),
+        lambda grad, lr, eps: -lr * grad / (np.abs(grad) + eps),
+        [
+            (lambda grad, lr, eps: lr * grad / (np.abs(grad) + eps), "downhill: against the gradient"),
+            (lambda grad, lr, eps: -lr * grad, "that is gradient descent: Adam divides by the root of its square"),
+            (lambda grad, lr, eps: -lr * np.sign(grad), "nearly; but where the gradient is as small as eps?"),
+        ],
+    ),
+    # 16
+    "past_only": Exercise(
+        lambda: (matrix(5, 5),),
+        lambda scores: softmax(np.where(np.tri(5, dtype=bool), scores, -np.inf)),
+        [
+            (softmax, "a token must not see later ones"),
+            (lambda scores: softmax(scores * np.tri(5)), "a score of 0 still counts, as e^0: use minus infinity"),
+            (lambda scores: softmax(scores) * np.tri(5), "each row must add up to 1: leave out first, then divide"),
+        ],
+    ),
+    "recipe_loss": Exercise(
+        lambda: (float(RNG.uniform(0, 1)), matrix(3, 8), matrix(3, 8)),
+        lambda kl, mine, theirs: kl + 10 * ((mine - theirs) ** 2).mean(1).sum(),
+        [
+            (lambda kl, mine, theirs: kl + ((mine - theirs) ** 2).mean(1).sum(), "the weight of the second term is 10"),
+            (lambda kl, mine, theirs: kl + 10 * ((mine - theirs) ** 2).mean(), "a sum over blocks, not their mean"),
+            (lambda kl, mine, theirs: kl + 10 * ((mine - theirs) ** 2).sum(), "a mean over the entries of a block"),
+        ],
     ),
 }
 

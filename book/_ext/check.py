@@ -4,7 +4,7 @@
 
 Every page is opened at the width of a desk, and chapters also at that of a phone, with light and dark colours. Reported
 are errors on the console, files that do not load, pictures and equations that cannot be seen, and pages wider than the
-screen; the interactive page must react to its slider, and the search must find something.
+screen; the interactive pages must react to their controls, and the search must find something.
 """
 
 import argparse
@@ -45,6 +45,8 @@ STATE = """() => ({
     perplexity: document.getElementById('explore-perplexity').textContent,
     memory: document.getElementById('explore-memory').textContent,
 })"""
+PLAYED = """() => Object.fromEntries(['rotation-cloud', 'latent-path', 'latent-reach', 'kinds-energy',
+    'kinds-error', 'kinds-errors'].map((id) => [id, document.getElementById(id).innerHTML]))"""
 
 
 def browser_path() -> str | None:
@@ -96,6 +98,8 @@ def problems(folder: Path, screenshots: Path | None = None) -> list[str]:
             for path, page in visited(opened, paths, view, found):
                 if path.name == "explore.html":
                     found += [f"{path.name} ({view}): {wrong}" for wrong in unmoved(page)]
+                if path.name == "play.html":
+                    found += [f"{path.name} ({view}): {wrong}" for wrong in unplayed(page)]
                 if path.name == "search.html":
                     found += [f"{path.name} ({view}): {wrong}" for wrong in unfound(page)]
                 if screenshots and path.parent == folder:
@@ -118,6 +122,17 @@ def unmoved(page: Any) -> list[str]:
     if changed != {"matrix", "error", "memory"}:
         wrong.append(f"the buttons change {sorted(changed)}")
     return wrong
+
+
+def unplayed(page: Any) -> list[str]:
+    """List the parts of the page to play with that do not follow their sliders (moved by the keyboard) and buttons."""
+    before = page.evaluate(PLAYED)
+    for slider in ("#rotation-angle", "#latent-start"):
+        page.focus(slider)
+        page.keyboard.press("ArrowRight")
+    page.check("input[name=kinds-layer][value=up_proj]")
+    after = page.evaluate(PLAYED)
+    return [f"{part} does not follow its control" for part in before if before[part] == after[part]]
 
 
 def unfound(page: Any) -> list[str]:

@@ -14,14 +14,21 @@ import make  # noqa: E402
 import reliability  # noqa: E402
 import sources  # noqa: E402
 import tables  # noqa: E402
+from jupyter_cache import get_cache  # noqa: E402
 from littlebit.conformance import LAWS, broken  # noqa: E402
 
 NOTEBOOKS = BOOK.parent / "notebooks"
+CACHE = BOOK.parent / "build" / "notebook-cache"
 
 
 def table(name: str, *arguments: Any) -> str:
     """Write a table of tables.py as Markdown."""
     return getattr(tables, name)(*arguments).markdown()
+
+
+def folded(title: str, name: str, *arguments: Any) -> str:
+    """Write a table of tables.py below a line that opens it."""
+    return f"<details>\n<summary>{title}</summary>\n\n{table(name, *arguments)}\n\n</details>"
 
 
 def notebook(number: int, title: str) -> str:
@@ -42,6 +49,26 @@ def explored() -> str:
         "dense": sources.row("training_smollm2", name="teacher")["perplexity"],
     }
     return json.dumps(record, separators=(",", ":"))
+
+
+def seconds(number: int) -> str:
+    """Show how many seconds a notebook took when `make notebooks` last ran it, or nothing if it never did."""
+    if not CACHE.exists():
+        return ""
+    records = get_cache(CACHE).list_cache_records()
+    taken = [each for each in records if Path(str(each.uri)).name.startswith(f"{number:02}")]
+    return f"{max(taken, key=lambda each: each.created).data['execution_seconds']:.0f}" if taken else ""
+
+
+def kinds() -> str:
+    """Collect spectra and errors for each of the seven kinds of layer as JSON, each error the mean of two blocks."""
+    errors = []
+    for row in sources.rows("initialisation_smollm2", paths=1):
+        names = {name.rpartition(".")[2] for name in row["errors"]}
+        by_kind = {kind: [value for name, value in row["errors"].items() if name.endswith(kind)] for kind in names}
+        means = {kind: sum(values) / len(values) for kind, values in by_kind.items()}
+        errors.append({"bits": row["bits"], "init": row["init"], "errors": means})
+    return json.dumps({"spectra": sources.rows("spectra_smollm2"), "errors": errors}, separators=(",", ":"))
 
 
 def laws() -> str:
@@ -65,6 +92,8 @@ NAMES = {
     "computed": sources.computed,
     "explored": explored,
     "figure": make.shown,
+    "folded": folded,
+    "kinds": kinds,
     "laws": laws,
     "laws_count": laws_count,
     "measured": sources.measured,
@@ -73,6 +102,7 @@ NAMES = {
     "reliability": reliability.reliability,
     "repaired": reliability.repaired,
     "results": sources.results,
+    "seconds": seconds,
     "table": table,
 }
 

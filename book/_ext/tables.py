@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sources import Table, as_published, fixed, number, publication, publications, results, row, rows
+from sources import RESULTS, Table, as_published, fixed, number, publication, publications, results, row, rows
 
 SMOLLM2, STORED = "training_smollm2", "stored_smollm2"
 
@@ -567,3 +567,55 @@ def spread() -> Table:
         for key, name in (("own_axes", "own axes"), ("random_rotation", "random rotation"))
     ]
     return Table(head, lines, ("rotation",), "A 256 x 256 matrix; the mean of five.")
+
+
+RECORDS = {  # what changed, by the name of a run in speedrun.json
+    "paper": "the paper's recipe: Dual-SVID, two paths, SmoothSign, hidden states with weight 10",
+    "defaults": "ADMM, one path, straight-through, hidden states normalised, weight 0.1",
+    "Muon": "latents scaled to 0.3, Muon at `7e-3`",
+}
+GPU_RECORDS = {  # the same for trainings of at most ten minutes in training_smollm2.json, by stage
+    "earlier checkpoint, 1024 tokens": "ADMM, one path, straight-through, Adam at `6e-3`; two texts",
+    "shipped": "six texts, ranks by sensitivity, labels at a half, latents scaled to 0.3, Muon at `7e-3`",
+}
+
+
+def runs(model: str) -> list[dict[str, Any]]:
+    """List the runs of the speedrun in a model's full time, best last."""
+    found = rows("speedrun", model=model) if (RESULTS / "speedrun.json").exists() else []
+    full = max((each["budget_s"] for each in found), default=0)
+    return sorted((each for each in found if each["budget_s"] == full), key=lambda each: -each["perplexity"])
+
+
+def speedrun() -> Table:
+    """Show the runs of the tiny model in two minutes of one core, best last; without any, earlier trainings."""
+    lines = []
+    for each in runs("tiny"):
+        cells = [RECORDS.get(each["name"], each["name"]), fixed(each["spent_s"], 0), fixed(each["bits"], 2)]
+        lines.append([*cells, thousands(each["tokens"]), fixed(each["perplexity"], 2)])
+    head = ["what the run does", "seconds", "stored bits", "bytes read", "perplexity of a byte"]
+    if lines:
+        return Table(head, lines, ["speedrun"])
+    for each in sorted(rows("training_tiny"), key=lambda each: -each["perplexity_128"]):
+        seconds = fixed(each["init_s"] + each["train_s"], 0)
+        lines.append([TINY[each["name"]], seconds, "at most 1.5", "262,144", fixed(each["perplexity_128"], 2)])
+    note = "The speedrun's script: not run yet. These trainings came before it, and learned from books."
+    return Table(head, lines, ["training_tiny"], note)
+
+
+def speedrun_gpu() -> Table:
+    """Show trainings of SmolLM2 at 0.55 bits that took at most ten minutes of one GPU, best last."""
+    lines = [["the speedrun's script", "not run yet", "", ""]]
+    if found := runs("smollm2"):
+        lines = [
+            [each["name"], fixed(each["spent_s"], 0), fixed(each["tokens"] / 1e6), number(each["perplexity"])]
+            for each in found
+        ]
+    for stage, what in GPU_RECORDS.items():
+        each = row(SMOLLM2, stage=stage, bits=0.55)
+        cells = [fixed(each["training_s"], 0), fixed(each["tokens"] / 1e6), number(each["perplexity"])]
+        lines.append([f"{what} (training of a checkpoint)", *cells])
+    head = ["what the run does", "seconds", "million tokens", "WikiText-2 perplexity"]
+    start = row(SMOLLM2, stage="shipped", bits=0.55)["initialisation_s"]
+    note = f"Seconds of the checkpoints are of training alone; the initialisation of the last took {start:.0f} more."
+    return Table(head, lines, [SMOLLM2], note)

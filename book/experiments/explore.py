@@ -2,9 +2,9 @@
 
     python book/experiments/explore.py book/results/explore.json
 
-The matrix is the query projection of the first block. "pictures" are its first rows and columns, a byte an entry in
-base64: 127 + round(127 w / limit), clipped. Errors refer to the whole matrix. Memory is counted by
-reference/memory.py. A minute on one core.
+The page's matrix is the query projection of the first block. Figure 2 has an MLP layer beside it, the kind that holds
+most of the weights. "pictures" are the first rows and columns, a byte an entry in base64: 127 + round(127 w / limit),
+clipped. Errors refer to the whole matrix. Memory is counted by reference/memory.py. A minute on one core.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from littlebit.fast.bench.timing import cpu_name, save_results
 from littlebit.reference.memory import MODEL_SHAPES, model_memory
 
 LAYER = "model.layers.0.self_attn.q_proj"
+TYPICAL = "model.layers.4.mlp.up_proj"
 CORNER = 64
 BITS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7, 0.8, 1.0)
 FIGURE_BITS = (0.3, 0.55, 1.0)  # at 0.1 the scales of two paths alone are too much for this layer
@@ -30,6 +31,14 @@ def picture(matrix: torch.Tensor, limit: float) -> str:
     """Encode the corner of a matrix as text."""
     codes = 127 + (127 * matrix[:CORNER, :CORNER] / limit).round().clamp(-127, 127)
     return base64.b64encode(codes.byte().numpy().tobytes()).decode()
+
+
+def original(layer: torch.nn.Module) -> dict[str, Any]:
+    """Describe a weight, with a picture in which one value of a hundred is clipped."""
+    weight = layer.weight.detach()
+    limit = float(weight.abs().flatten().quantile(0.99))
+    row = {"what": "original", "layer": LAYER, "d_out": weight.shape[0], "d_in": weight.shape[1]}
+    return row | {"corner": CORNER, "limit": limit, "pictures": {"sum": picture(weight, limit)}}
 
 
 def reconstruction(
@@ -69,14 +78,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    layer = lb.load_model("smollm2").get_submodule(LAYER)
-    weight = layer.weight.detach()
-    limit = float(weight.abs().flatten().quantile(0.99))
-    original = {"what": "original", "layer": LAYER, "d_out": weight.shape[0], "d_in": weight.shape[1]}
-    rows = [original | {"corner": CORNER, "limit": limit, "pictures": {"sum": picture(weight, limit)}}]
+    model = lb.load_model("smollm2")
+    layer, typical = (model.get_submodule(name) for name in (LAYER, TYPICAL))
+    rows = [original(layer), original(typical) | {"what": "typical original", "layer": TYPICAL}]
+    limit, typical_limit = (each["limit"] for each in rows)
     rows += [reconstruction(layer, bits, init, limit) for init in INITS for bits in BITS]
     rows += [reconstruction(layer, bits, "dual-svid", limit, paths=2) for bits in FIGURE_BITS]
-    rows += [memory(model, bits) for model in MODELS for bits in (*BITS, None)]
+    for bits in FIGURE_BITS:
+        found = reconstruction(typical, bits, "dual-svid", typical_limit, paths=2)
+        rows.append(found | {"what": "typical", "layer": TYPICAL})
+    rows += [memory(name, bits) for name in MODELS for bits in (*BITS, None)]
     save_results(arguments.out, rows, f"python book/experiments/explore.py {arguments.out}", cpu_name())
 
 

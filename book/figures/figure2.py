@@ -1,4 +1,4 @@
-"""Draw Figure 2: a weight, its primary path, its residual path and their sum, at three budgets."""
+"""Draw Figure 2: two weights, their primary and residual paths, and the sums."""
 
 import base64
 
@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from sources import row, rows
 
 CAPTION = (
-    "**Figure 2, measured here.** Rows and columns 1 to 64 of the query projection of SmolLM2's first block, the "
-    "most compressible of its 210 layers, after Dual-SVID and before any training, each with its relative error. "
-    "The paper's Figure 2 shows a layer of a Llama model in the same way and gives no numbers."
+    "**Figure 2, measured here.** Rows and columns 1 to 64 of two weights of SmolLM2 after Dual-SVID with two paths "
+    "and before any training, each with the relative error of the whole matrix. Above, the query projection of the "
+    "first block, the most compressible of the 210 layers; below, a typical one, the up projection of block 4, whose "
+    "reconstruction hardly resembles it. The paper's Figure 2 shows a layer of a Llama model and gives no numbers."
 )
 SOURCES = ("explore",)
 
@@ -21,36 +22,45 @@ def pictured(text: str, corner: int, limit: float) -> np.ndarray:
     return ((codes - 127) / 127 * limit).reshape(corner, corner)
 
 
+def layers() -> list[tuple[str, dict, dict[float, dict]]]:
+    """List (title, original, reconstruction by bits) of both layers."""
+    kinds = (("query\nblock 0", "original", "figure 2"), ("MLP up\nblock 4", "typical original", "typical"))
+    return [
+        (title, row("explore", what=first), {each["bits"]: each for each in rows("explore", what=second)})
+        for title, first, second in kinds
+    ]
+
+
 def alt() -> str:
     """Describe the picture in words."""
     parts = [
-        f"at {found['bits']:g} bits the primary path has a relative error of {found['primary_error']:.2f} and the sum "
-        f"of {found['error']:.2f}"
-        for found in rows("explore", what="figure 2")
+        f"{title.replace(chr(10), ' of ')}: at 0.55 bits the primary path has a relative error of "
+        f"{found[0.55]['primary_error']:.2f} and the sum of {found[0.55]['error']:.2f}, "
+        f"at 1 bit {found[1.0]['error']:.2f}"
+        for title, _, found in layers()
     ]
-    return f"Four matrices in three rows, blue positive and red negative, striped by column: {'; '.join(parts)}."
+    return f"Five matrices in two rows, blue positive and red negative. {'; '.join(parts)}."
 
 
 def draw(theme: style.Theme) -> Figure:
     """Draw the picture."""
-    original = row("explore", what="original")
-    corner, limit = original["corner"], original["limit"]
-    found = rows("explore", what="figure 2")
-    figure = Figure(figsize=(style.WIDTH, 4.3), layout="constrained")
-    grid = figure.subplots(len(found), 4)
-    for line, each in zip(grid, found, strict=True):
-        panels = {"original W": original["pictures"]["sum"], "primary": each["pictures"]["primary"]}
-        panels |= {"residual": each["pictures"]["residual"], "sum": each["pictures"]["sum"]}
-        errors = {"primary": each["primary_error"], "sum": each["error"]}
-        for axes, (name, text) in zip(line, panels.items(), strict=True):
-            image = axes.imshow(
-                pictured(text, corner, limit), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="none"
-            )
-            axes.set_title(f"{name}\nerror {errors[name]:.2f}" if name in errors else f"{name}\n", fontsize=8)
+    figure = Figure(figsize=(style.WIDTH, 3.0), layout="constrained")
+    grid = figure.subplots(2, 5)
+    for line, (title, original, found) in zip(grid, layers(), strict=True):
+        half, one = found[0.55], found[1.0]
+        panels = (
+            ("W", original["pictures"]["sum"], None),
+            ("primary, 0.55", half["pictures"]["primary"], half["primary_error"]),
+            ("residual, 0.55", half["pictures"]["residual"], None),
+            ("sum, 0.55", half["pictures"]["sum"], half["error"]),
+            ("sum, 1 bit", one["pictures"]["sum"], one["error"]),
+        )
+        for axes, (name, text, error) in zip(line, panels, strict=True):
+            matrix = pictured(text, original["corner"], 1.0)
+            axes.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1, interpolation="none")
+            axes.set_title(f"{name}\nerror {error:.2f}" if error else f"{name}\n", fontsize=8)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(False)
-        line[0].set_ylabel(f"{each['bits']:g} bits\nranks {each['ranks'][0]}, {each['ranks'][1]}", fontsize=8)
-    bar = figure.colorbar(image, ax=grid, shrink=0.6, label="weight")
-    bar.outline.set_visible(False)
+        line[0].set_ylabel(title, fontsize=8)
     return figure

@@ -139,3 +139,37 @@ def perplexity_of(log_p):
 def bits_per_parameter(file_bytes, parameters):
     """13: stored bits for each parameter."""
     return 8 * file_bytes / parameters
+
+
+def mirror_of(x):
+    """14: the unit normal of the mirror that maps x to a multiple of the first axis."""
+    w = x.copy()
+    w[0] += np.copysign(np.linalg.norm(x), x[0])
+    return w / np.linalg.norm(w)
+
+
+def cosine_with_signs(u):
+    """14: the cosine of the angle between a vector and its signs."""
+    return np.abs(u).sum() / np.sqrt(len(u)) / np.linalg.norm(u)
+
+
+def flips_per_latent(history):
+    """15: how often the sign of each latent changed."""
+    negative = history < 0
+    return (negative[1:] != negative[:-1]).sum(0)
+
+
+def first_move(grad, lr, eps):
+    """15: the first step of Adam, in which both means are the gradient's own."""
+    return -lr * grad / (np.abs(grad) + eps)
+
+
+def past_only(scores):
+    """16: softmax of each row over its columns up to the diagonal."""
+    powers = np.tril(np.exp(scores))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def recipe_loss(kl, mine, theirs):
+    """16: the paper's loss from KL and the hidden states of the blocks, (blocks, n) each."""
+    return kl + 10 * sum(np.mean((a - b) ** 2) for a, b in zip(mine, theirs, strict=True))
