@@ -45,7 +45,7 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     """
     folder = resolve(source)
     check_dense(folder, source)
-    check_files(folder)
+    dense_files(folder)
     try:
         model, found = transformers().AutoModelForCausalLM.from_pretrained(
             folder,
@@ -100,8 +100,8 @@ def dense_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged ({error}); copy or download it again") from error
 
 
-def check_files(folder: Path) -> None:
-    """Check that all safetensors files of a dense model exist and are as long as their headers say.
+def dense_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a dense model; all exist and are as long as their headers say.
 
     Raises
     ------
@@ -121,6 +121,7 @@ def check_files(folder: Path) -> None:
             raise CheckpointError(f"{folder} does not hold the whole model: there is no {name}; {advice}")
         with open_errors(folder / name), safe_open(folder / name, framework="numpy"):
             pass  # opening compares the header with the length of the file
+    return [folder / name for name in names]
 
 
 #: Files of which a tokenizer has at least one. The first releases of transformers 5 make an empty one without them.
