@@ -1,7 +1,6 @@
 """Quantize a model and train it against its full-precision outputs: the `train` command."""
 
 import argparse
-import copy
 import json
 import os
 import shutil
@@ -49,6 +48,11 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--no-compile", action="store_true", help="run eagerly on a GPU, without torch.compile")
     sub.add_argument(
         "--shard", action="store_true", help="shard the trained weights and the teacher over the processes (FSDP2)"
+    )
+    sub.add_argument(
+        "--recompute",
+        action="store_true",
+        help="with --shard: keep only the blocks' inputs and compute each block again in the backward pass",
     )
     sub.add_argument("--save-minutes", type=not_negative, default=5.0, help="minutes between saved states")
     sub.add_argument("--log-steps", type=count, default=20, help="steps between entries of the log")
@@ -173,8 +177,11 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 def train_and_save(arguments: argparse.Namespace, device: str) -> None:
     """Quantize, train and save a model; only the first process writes and prints."""
+    import torch
+
     from ..checkpoints.checkpoint import info, save
-    from ..checkpoints.dense import load_model, load_tokenizer
+    from ..checkpoints.dense import load_tokenizer
+    from ..checkpoints.mapped_model import in_memory, load_mapped
     from ..checkpoints.texts import training_tokens
     from ..files.atomic import resolve_output
     from ..files.digests import tensors_digest
@@ -199,11 +206,13 @@ def train_and_save(arguments: argparse.Namespace, device: str) -> None:
         checkpointer.newest() is not None
     ):  # The saved state replaces all factors, so the cheapest initialization will do.
         config = replace(config, init="dual-svid", importance=False)
-    teacher = load_model(arguments.model, device)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    teacher = in_memory(load_mapped(arguments.model), device, dtype)
     check_config(training, rank_and_world_size()[1])  # before the model is quantized
     texts = [checked_text(text, teacher, longest_sequence(training)) for text in texts]
-    model = copy.deepcopy(teacher)
-    quantize_(model, config, calibration, progress=rank_and_world_size()[0] == 0)
+    model = load_mapped(arguments.model)
+    quantize_(model, config, calibration, progress=rank_and_world_size()[0] == 0, device=device)
+    model = in_memory(model, device, torch.float32)
     log = train_(
         model,
         teacher,
@@ -213,6 +222,7 @@ def train_and_save(arguments: argparse.Namespace, device: str) -> None:
         checkpointer,
         compile=not arguments.no_compile,
         shard=arguments.shard,
+        recompute=arguments.recompute,
         log_steps=arguments.log_steps,
     )
     if rank_and_world_size()[0] > 0:
