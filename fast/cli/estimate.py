@@ -1,5 +1,6 @@
 """Estimate what quantizing or training a model will store and take, without reading its weights."""
 
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,14 +13,28 @@ from ..alignment import ITQ_STEPS
 from ..bits import Ranks, Shape, layer_bits, model_bits
 from ..checkpoints.dense import check_dense
 from ..checkpoints.fetch import locate
+from ..memory import MODEL_SHAPES
+from ..models.blocks import decoder_blocks
 from ..models.build import empty_model, transformers
 from ..models.config import Config, check_config
 from ..models.initializers import OVERSAMPLING, factorize
 from ..models.packed_shapes import layer_type
+from ..models.published import published_config
 from ..models.quantize import fused_split, plan_ranks
 from ..models.registry import choice_name
 from ..models.selection import linear_shape
+from .training_cost import (
+    FLOAT_BYTES,
+    HALF_BYTES,
+    PROCESS_BYTES,
+    TrainedSizes,
+    Workload,
+    device_bytes,
+    host_bytes,
+    seconds,
+)
 
+WORK_ARRAYS = 5  # a weight, its residual, its approximation, and what decompositions hold
 PROBE_SECONDS = 0.1  # for timing matrix products
 PROBE_SIZE = 512  # rows and columns of the matrices that are multiplied, and of the layer that is factorized
 PROBE_RANK = 64
@@ -28,35 +43,34 @@ QR_COST = 4  # time of a multiplication in QR or Cholesky / its time in a matrix
 SVD_COST = 50  # time of a full SVD / the time of m n min(m, n) multiplications in a matrix product
 
 
-def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, Any]:
+def estimate(source: str | Path, config: Config, work: Workload | int = 0) -> dict[str, Any]:
     """Estimate bits, memory and time of quantizing a model on this machine's CPU, and of training it.
-
-    Training on a token multiplies three times by each latent factor and entry of the head: once forward, twice
-    backward. It multiplies once by each weight of the teacher.
 
     Parameters
     ----------
     source : str or Path
-        A model that `load_model` accepts. Only its configuration is read, or a GGUF file's header.
+        A model that `load_model` accepts, a config.json, or a published shape. Only the configuration is read, or a
+        GGUF file's header.
     config : Config
-    tokens : int
-        Training tokens; 0 for no training.
+    work : Workload or int
+        How the model is trained; an int is a number of tokens on the CPU, 0 for no training.
 
     Returns
     -------
     dict
         `layers`, `weights`, `bits_per_weight`, `linear_bytes`: exact, but for allocation by sensitivity, which needs
         the weights; it is counted as uniform. `file_bytes`: the tensors, without the file's header. `memory_bytes`:
-        the dense model, the latent factors and the largest layer's work arrays in float32; with training also
-        gradients, moments and the teacher, but no activations. `quantise_s`, `train_s`: seconds. `kinds`: a row for
-        each layer type. `dense`: why a selected layer cannot be quantized. `dense_share`: the part of the selected
-        weights in such layers.
+        host memory of quantizing or, if that is more, of training. `quantise_s`, `train_s`: seconds. `gpu_bytes`: with
+        GPUs, the memory of each by part (see `training_cost.device_bytes`). `kinds`: a row for each layer type.
+        `dense`: why a selected layer cannot be quantized. `dense_share`: the part of the selected weights in such
+        layers.
 
     Raises
     ------
     ValueError
         If `load_model` would refuse the model or `quantize_` the config, the bits are too few, or no layer matches.
     """
+    work = Workload(tokens=work) if isinstance(work, int) else work
     with torch.device("meta"):
         model: Any = empty_model(configuration(source))
     model.tie_weights()
@@ -64,27 +78,56 @@ def estimate(source: str | Path, config: Config, tokens: int = 0) -> dict[str, A
     with fused_split(model, config):
         selection, ranks = plan_ranks(model, config)
     shapes = {name: linear_shape(layer) for name, layer in selection.layers.items()}
-    weights = sum(d_out * d_in for d_out, d_in in shapes.values())
-    stored = model_bits(shapes, ranks)
-    parameters = sum(parameter.numel() for parameter in dict.fromkeys(model.parameters()))
-    latents = sum(sum(ranks[name]) * sum(shapes[name]) for name in shapes)
-    head = model.get_output_embeddings().weight.numel()
-    memory = 4 * (parameters + latents + 4 * max(d_out * d_in for d_out, d_in in shapes.values()))
-    if tokens:
-        memory += 4 * (parameters + 3 * (latents + parameters - weights))
+    stored, sizes = model_bits(shapes, ranks), trained_sizes(model, shapes, ranks)
+    rate = multiplications_per_second()
+    memory = quantization_bytes(sizes, shapes, ranks, stored // 8, config)
     return {
         "layers": len(shapes),
-        "weights": weights,
-        "bits_per_weight": stored / weights,
+        "weights": sizes.weights,
+        "bits_per_weight": stored / sizes.weights,
         "linear_bytes": stored // 8,
-        "file_bytes": stored // 8 + 2 * (parameters - weights),
-        "memory_bytes": memory,
+        "file_bytes": stored // 8 + HALF_BYTES * sizes.tables,
+        "memory_bytes": max(memory, host_bytes(sizes, work)) if work.tokens else memory,
+        "gpu_bytes": device_bytes(sizes, work) if work.tokens and work.gpus else {},
         "quantise_s": quantize_seconds(shapes, ranks, config),
-        "train_s": tokens * (3 * (latents + head) + weights + head) / multiplications_per_second() if tokens else 0.0,
+        "train_s": seconds(sizes, work, rate) if work.tokens else 0.0,
         "kinds": count_layer_types(shapes, ranks),
         "dense": selection.dense,
         "dense_share": selection.share,
     }
+
+
+def trained_sizes(model: Any, shapes: dict[str, Shape], ranks: dict[str, Ranks]) -> TrainedSizes:
+    """Count the sizes of a model that memory and time depend on."""
+    weights = sum(d_out * d_in for d_out, d_in in shapes.values())
+    parameters = sum(parameter.numel() for parameter in dict.fromkeys(model.parameters()))
+    vocabulary, hidden = model.get_output_embeddings().weight.shape
+    return TrainedSizes(
+        weights,
+        parameters - weights,
+        latents=sum(sum(ranks[name]) * sum(shapes[name]) for name in shapes),
+        scales=sum(sum(ranks[name]) + len(ranks[name]) * sum(shapes[name]) for name in shapes),
+        blocks=len(decoder_blocks(model)),
+        hidden=hidden,
+        vocabulary=vocabulary,
+        widths=sum(sum(ranks[name]) + sum(shapes[name]) for name in shapes),
+    )
+
+
+def quantization_bytes(
+    sizes: TrainedSizes, shapes: dict[str, Shape], ranks: dict[str, Ranks], packed: int, config: Config
+) -> int:
+    """Estimate the host memory of quantizing a model whose dense weights stay in their files.
+
+    That is the process, all packed layers, and the most of: the arrays of the largest layer in float32 (WORK_ARRAYS of
+    the weight's shape, as many of the factors'); the rest of the model in float16; with calibration, one block in
+    float32.
+    """
+    layer = max(math.prod(shapes[name]) + sum(ranks[name]) * sum(shapes[name]) for name in shapes)
+    most = [FLOAT_BYTES * WORK_ARRAYS * layer, HALF_BYTES * sizes.tables]
+    if config.needs_calibration():
+        most.append(FLOAT_BYTES * max(sizes.weights // sizes.blocks, sizes.vocabulary * sizes.hidden))
+    return PROCESS_BYTES + packed + max(most)
 
 
 def count_layer_types(shapes: dict[str, Shape], ranks: dict[str, Ranks]) -> dict[str, dict[str, Any]]:
@@ -98,7 +141,11 @@ def count_layer_types(shapes: dict[str, Shape], ranks: dict[str, Ranks]) -> dict
 
 
 def configuration(source: str | Path) -> dict[str, Any]:
-    """Read the configuration of a dense model, without its weights; refuse a quantized one."""
+    """Read the configuration of a dense model or published shape, without weights; refuse a quantized model."""
+    if str(source) in MODEL_SHAPES and not Path(source).exists():
+        return published_config(str(source))
+    if Path(source).name == "config.json":
+        source = Path(source).parent
     path = locate(source, weights=False)
     if path.is_dir():
         check_dense(path, source)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import LittleBitWarning
-from . import bench, demo, evaluate, files, generate, memory, quantize, train, tune
+from . import bench, demo, evaluate, files, generate, memory, plan, quantize, train, tune
 from .arguments import Command, Formatter
 from .exits import (
     CLOSED_PIPE,
@@ -148,6 +148,7 @@ COMMANDS = (
     | evaluate.COMMANDS
     | generate.COMMANDS
     | memory.COMMANDS
+    | plan.COMMANDS
     | demo.COMMANDS
     | bench.COMMANDS
     | tune.COMMANDS
