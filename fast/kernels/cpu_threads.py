@@ -61,7 +61,9 @@ MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 PARALLEL_WORK = 1 << 19
 GRAIN_WORK = 1 << 22  # sign additions of a share: larger jobs are handed out in several rounds
 SIGNS_PER_PRODUCT = 8  # sign additions in the time of one product with a dense weight
-LATE_S = 100e-6  # how long the caller waits for a share that its helper has begun
+# How long the caller waits for a share of GRAIN_WORK that its helper has begun: about as long as computing it takes. A
+# larger share is waited for in proportion. A caller that gave up earlier would compute most shares of a prompt twice.
+LATE_S = 100e-6
 IDLE_S = 100e-6  # how long a helper without a job spins before it sleeps
 NICE = 10  # added to a helper's niceness
 
@@ -79,9 +81,9 @@ MAILBOX = 40
 STATE = 0
 # Both: address of `run_job`. A helper's: address of its results; whether it has a share; whether to end; its pipe.
 RUN, OUT, HAS_SHARE, CLOSED, PIPE_READ, PIPE_WRITE = range(8, 14)
-# The caller's: pauses after which a share is late; least work to divide; address of scratch memory; shares begin at
-# multiples of MULTIPLE items; items of a share, at most.
-LATE, MIN_WORK, SCRATCH, MULTIPLE, GRAIN = range(9, 14)
+# The caller's: pauses after which a share of GRAIN_WORK is late; least work to divide; address of scratch memory;
+# shares begin at multiples of MULTIPLE items; items of a share, at most; work of a share / GRAIN_WORK, at least 1.
+LATE, MIN_WORK, SCRATCH, MULTIPLE, GRAIN, GRAINS = range(9, 15)
 # A job: items START to STOP, each UNIT floats of the result, which has SEGMENTS rows that are STRIDE floats apart.
 KIND, START, STOP, UNIT, SEGMENTS, STRIDE = range(16, 22)
 X = 22  # address of the input
@@ -243,7 +245,7 @@ def collect(team, at, result):
         now = atomic_load(state)
         if now == DONE:
             break
-        if (now == POSTED or waited > team[LATE]) and compare_and_swap(state, now, RECLAIMED):
+        if (now == POSTED or waited > team[LATE] * team[GRAINS]) and compare_and_swap(state, now, RECLAIMED):
             call_address(team[RUN], state, result)
             return
         pause()
@@ -305,9 +307,12 @@ def divide(team, result, items):
 def divided_stages(team, total, y):
     """Compute `cpu.layer_rows`, each stage divided by rows of signs; `total` ranks of all paths, padded."""
     team[T], team[UNIT], team[SEGMENTS], team[MULTIPLE] = team[SCRATCH], 1, team[BATCH], LANES
+    threads = len(team) // MAILBOX
     team[KIND], team[STRIDE], team[GRAIN] = FIRST, total, total
+    team[GRAINS] = max(1, team[BATCH] * total * team[D_IN] // (threads * GRAIN_WORK))
     divide(team, team[SCRATCH], total)
     team[KIND], team[STRIDE], team[GRAIN] = SECOND, team[D_OUT], team[D_OUT]
+    team[GRAINS] = max(1, team[BATCH] * total * team[D_OUT] // (threads * GRAIN_WORK))
     divide(team, y, team[D_OUT])
 
 
@@ -332,6 +337,7 @@ def divided_layer(team, kernel, paths, d_out, d_in, x, y, rows):
         whole = groups if threads == 1 or batch * work < team[MIN_WORK] else groups // threads * threads
         team[KIND], team[UNIT], team[SEGMENTS], team[STRIDE] = ROWS, batch * d_out, 1, whole * batch * d_out
         team[MULTIPLE], team[GRAIN] = 1, max(1, GRAIN_WORK // (batch * work))
+        team[GRAINS] = max(1, batch * work // GRAIN_WORK)
         if threads == 1 or whole * batch * work < team[MIN_WORK]:
             run_here(team, y + 4 * b * d_out, 0, whole)
         else:
@@ -349,6 +355,7 @@ def divided_head(team, table, x, size, logits, rows):
     for at in range(len(table)):
         team[TABLE + at] = table[at]
     team[KIND], team[X], team[SIZE], team[UNIT], team[SEGMENTS], team[STRIDE] = HEAD, x, size, 1, 1, rows
+    team[GRAINS] = 1
     team[MULTIPLE], team[GRAIN] = 4, max(4, 2 * GRAIN_WORK // (SIGNS_PER_PRODUCT * size))  # rows share loads by four
     if len(team) == MAILBOX or SIGNS_PER_PRODUCT * rows * size < team[MIN_WORK]:
         run_here(team, logits, 0, rows)
@@ -367,7 +374,7 @@ def divided_attention(team, q, keys, values, position, count, heads, out):
     team[KIND], team[X], team[UNIT], team[SEGMENTS], team[STRIDE] = ATTENTION, address_of(q), size, 1, len(out)
     team[KEYS], team[VALUES], team[POSITION] = address_of(keys.ravel()), address_of(values.ravel()), position
     team[HEADS], team[KV_HEADS], team[HEAD_DIM], team[CAPACITY] = heads, kv_heads, size, capacity
-    team[MULTIPLE], team[GRAIN] = 1, max(1, GRAIN_WORK // work)
+    team[MULTIPLE], team[GRAIN], team[GRAINS] = 1, max(1, GRAIN_WORK // work), max(1, work // GRAIN_WORK)
     if len(team) == MAILBOX or count * heads * work < team[MIN_WORK]:
         run_here(team, address_of(out), 0, count * heads)
     else:
