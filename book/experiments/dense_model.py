@@ -1,4 +1,4 @@
-"""Write a dense bfloat16 model of a published shape whose weights have spectra like those of a trained model.
+"""Write a dense bfloat16 model of a published shape whose weights have the spectra of a trained model.
 
     python book/experiments/dense_model.py llama2-7b OUT [--blocks 2] [--device cuda]
 
@@ -82,7 +82,7 @@ def shuffled(matrix: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def block_tensors(block: torch.nn.Module, first: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Make the tensors of a decoder block by name; `first` keeps the first block's matrices for those that follow."""
+    """Make the tensors of a decoder block by name; `first` keeps its matrices for the next."""
     curves, tensors = energy_curves(), {}
     linears = {f"{name}.weight" for name, module in block.named_modules() if is_linear(module)}
     for name, parameter in block.named_parameters():

@@ -1,4 +1,4 @@
-"""Map the tensors of safetensors files into memory, and drop pages that are no longer needed.
+"""Map the tensors of safetensors files into memory, and drop pages that were used.
 
 A mapped tensor occupies memory only where it was read. `release_pages` gives that memory back, so a process can walk
 through files that are larger than the memory of the machine.
