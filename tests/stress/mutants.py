@@ -317,7 +317,7 @@ MUTANTS = [
         "residual path not packed",
     ),
     Mutant("fast/models/selection.py", "and module is not head", "", "the head is quantised by identity"),
-    Mutant("fast/models/quantize.py", "layers[name].bias)\n", "None)\n", "bias lost"),
+    Mutant("fast/models/quantize.py", "LittleBitLinear(own, layer.bias)", "LittleBitLinear(own, None)", "bias lost"),
     Mutant(
         "fast/integrations/hf_quantizer.py", "model._weight_conversions = []", "pass", "tensors of experts are renamed"
     ),
@@ -669,8 +669,8 @@ MUTANTS = [
     Mutant("fast/cli/estimate.py", "    model.tie_weights()", "    pass", "a tied head is counted twice"),
     Mutant(
         "fast/cli/estimate.py",
-        "stored // 8 + 2 * (parameters - weights)",
-        "stored // 8 + 2 * parameters",
+        "stored // 8 + HALF_BYTES * sizes.tables",
+        "stored // 8 + HALF_BYTES * (sizes.tables + sizes.weights)",
         "dense weights are counted as stored",
     ),
     Mutant("fast/cli/report.py", "<title>{html.escape(name)}", "<title>{name}", "names are not escaped"),
