@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # Pass pip's find-links on to uv, which does not read them: a machine may keep a CPU build of torch there.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test test-gpu test-oldest test-newest lock check format mutants fuzz faults soak audit bench notebooks figures results book wheel clean
+.PHONY: help setup demo test test-gpu test-oldest test-newest lock check format mutants fuzz faults soak soak-serve audit bench notebooks figures results book wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,7 +27,7 @@ endef
 # import hook of an editable install, but they look into site-packages/littlebit-stubs (PEP 561); Python never does.
 define link_types
 stubs="$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/littlebit-stubs" \
-  && mkdir -p "$$stubs" && ln -sfn "$(CURDIR)/fast" "$(CURDIR)/reference" "$$stubs"
+  && mkdir -p "$$stubs" && ln -sfn "$(CURDIR)/fast" "$(CURDIR)/reference" "$(CURDIR)/tests/conformance" "$$stubs"
 endef
 
 $(VENV)/.ok: pyproject.toml constraints.txt
@@ -36,7 +36,7 @@ $(VENV)/.ok: pyproject.toml constraints.txt
 
 setup: $(VENV)/.ok  ## Install the project with its development tools into .venv
 
-demo: $(VENV)/.ok  ## Let SmolLM2-135M in 0.55 bits per weight write, then measure it beside three other models
+demo: $(VENV)/.ok  ## Let SmolLM2-135M in 0.55 bits per weight write, then measure it beside two other models
 	@$(PY) -m littlebit.fast demo --out build/demo
 
 # Test processes; each may take over a GB of memory
@@ -106,6 +106,9 @@ faults: $(VENV)/.ok  ## Kill, starve and interrupt commands for BUDGET=60 second
 soak: $(VENV)/.ok  ## Generate text and run random layers for BUDGET=60 seconds; memory and results must not drift
 	$(PY) tests/stress/soak.py $(TRIED) $(if $(SHAPES),--shapes $(SHAPES))
 
+soak-serve: $(VENV)/.ok  ## Ask a server REQUESTS=2000 times from 32 clients; no answer may be lost or mixed up
+	$(PY) tests/stress/serve.py --requests $(or $(REQUESTS),2000) $(if $(SAVE),--save)
+
 audit: $(VENV)/.ok  ## Look for known vulnerabilities in the installed packages (asks the package index)
 	$(VENV)/bin/uv tool run --from pip-audit pip-audit --path $(VENV)/lib/python*/site-packages
 
@@ -120,7 +123,7 @@ results: $(VENV)/.ok  ## Repeat the CPU measurements of book/results (half an ho
 
 # Fetch the models first, so that two notebooks do not fetch them at the same time.
 notebooks: $(VENV)/.ok  ## Run the notebooks, and keep their outputs for the book
-	$(PY) -m littlebit.fast fetch smollm2-0.55bit
+	$(PY) -m littlebit.fast fetch smollm2
 	$(PY) notebooks/run.py
 
 book: $(VENV)/.ok  ## Build the book: build/book/index.html

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / folder) for folder in ("_ext", "experiments", "figures")]
 
 import api  # noqa: E402 (the path comes first)
+import browser_model  # noqa: E402
 import make  # noqa: E402
 import pages  # noqa: E402
 
@@ -52,7 +53,7 @@ add_module_names = False
 toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 90
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["peft"]  # its import takes seconds, and nothing here is shown of it
+autodoc_mock_imports = ["peft", "vllm"]  # slow to import or not installed, and nothing here is shown of them
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_display_short_literal_types = True
@@ -101,6 +102,12 @@ def resolve_in_package(app, env, node, contnode):
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, found[0])
 
 
+def write_browser_models(app, error):
+    """Write the models that run in the browser beside the page, unless `-D browser_models=0` says no."""
+    if error is None and app.config.browser_models and app.builder.format == "html":
+        browser_model.write(Path(app.outdir) / "_static" / "model")
+
+
 def setup(app):
     """Write the API pages, draw the figures, uncompile the kernels, and connect the functions above."""
     api.write_pages(HERE / "api")
@@ -110,3 +117,5 @@ def setup(app):
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("missing-reference", resolve_in_package)
+    app.add_config_value("browser_models", True, "", bool)
+    app.connect("build-finished", write_browser_models)

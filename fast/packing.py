@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .arrays import check_array
-from .bits import word_width
+from .bits import SCALE_BITS, word_width
 from .factors import Factors
+from .signs import sign
 
 WORD_TYPES = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
@@ -79,8 +80,7 @@ def pack_signs(signs: Tensor) -> Tensor:
     tensor([10], dtype=torch.uint8)
     """
     check_array("signs", signs)
-    if signs.isnan().any():
-        raise ValueError("NaN has no sign and cannot be packed; look for the step that produced it")
+    check_not_nan(signs)
     count = signs.shape[-1]
     number, dtype = row_words(count)
     width = 8 * dtype.itemsize
@@ -126,6 +126,12 @@ def row_bits(words: Tensor) -> Tensor:
     return ((words[..., None] >> place) & 1).flatten(-2)  # & 1 drops the sign bit that >> copies
 
 
+def check_not_nan(*latents: Tensor) -> None:
+    """Raise ValueError if a latent is NaN."""
+    if any(each.isnan().any() for each in latents):
+        raise ValueError("NaN has no sign and cannot be packed; look for the step that produced it")
+
+
 def check_words(words: Tensor, count: int) -> None:
     """Raise ValueError unless each row of words has the number and dtype that `count` signs need."""
     number, dtype = row_words(count)
@@ -136,20 +142,87 @@ def check_words(words: Tensor, count: int) -> None:
         )
 
 
-def pack_factors(factors: Factors) -> PackedFactors:
-    """Round a path to what is stored: the signs of its latents, and its scales as float16.
+def pack_factors(factors: Factors, scale_bits: int = SCALE_BITS) -> PackedFactors:
+    """Round a path to what is stored: the signs of its latents, and its scales.
+
+    Parameters
+    ----------
+    factors : Factors
+    scale_bits : int
+        16: scales are rounded to float16. 8: signs of negative scales move into U and V, and the scales are rounded to
+        the values of 8-bit codes (`encode_scale`), held as float16.
 
     Raises
     ------
     ValueError
-        If a latent is NaN, or a scale is not finite in float16.
+        If `scale_bits` is neither, a latent is NaN, or a scale is not finite in float16.
     """
-    v_by_rank = factors.v.mT  # (..., rank, d_in)
-    return PackedFactors(
-        pack_signs(factors.u),
-        pack_signs(v_by_rank),
-        *(to_half(name, getattr(factors, name)) for name in ("h", "ell", "g")),
-    )
+    check_scale_bits(scale_bits)
+    u, v = factors.u, factors.v
+    h, ell, g = (to_half(name, getattr(factors, name)) for name in ("h", "ell", "g"))
+    check_not_nan(u, v)
+    if scale_bits == 8:
+        u = sign(u) * sign(h)[..., :, None]
+        v = sign(v) * sign(g)[..., :, None] * sign(ell)[..., None, :]
+        h, ell, g = (decode_scale(*encode_scale(scale.abs())) for scale in (h, ell, g))
+    return PackedFactors(pack_signs(u), pack_signs(v.mT), h, ell, g)
+
+
+def encode_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each scale of a vector to one of 256 multiples of a 255th of the largest.
+
+    Parameters
+    ----------
+    scale : (..., n) float16 tensor
+        None is negative.
+
+    Returns
+    -------
+    codes : (..., n) uint8
+    peak : (...) float16
+        The largest scale. `decode_scale` gives the rounded scales; encoding these again gives the same codes and peak.
+
+    Raises
+    ------
+    ValueError
+        If a scale is negative.
+
+    Examples
+    --------
+    >>> encode_scale(torch.tensor([0.25, 1.0, 0.002]).half())
+    (tensor([ 64, 255,   1], dtype=torch.uint8), tensor(1., dtype=torch.float16))
+    """
+    if (scale < 0).any():
+        raise ValueError("a scale of 8 bits must not be negative; pack_factors moves signs into U and V")
+    peak = scale.amax(-1)
+    step = torch.where(peak > 0, peak, 1).float()[..., None] / 255
+    return (scale.float() / step).round().to(torch.uint8), peak
+
+
+def decode_scale(codes: Tensor, peak: Tensor) -> Tensor:
+    """Compute the float16 scales that 8-bit codes stand for: code * (peak / 255), in float32 until the last rounding.
+
+    Parameters
+    ----------
+    codes : (..., n) uint8 tensor
+    peak : (...) float16 tensor
+
+    Returns
+    -------
+    (..., n) float16 tensor
+
+    Examples
+    --------
+    >>> decode_scale(torch.tensor([128, 255, 0], dtype=torch.uint8), torch.tensor(1.0).half())
+    tensor([0.5020, 1.0000, 0.0000], dtype=torch.float16)
+    """
+    return (codes.float() * (peak.float()[..., None] / 255)).half()
+
+
+def check_scale_bits(scale_bits: int) -> None:
+    """Raise ValueError unless scales can be stored in this many bits."""
+    if scale_bits not in (8, 16):
+        raise ValueError(f"scale_bits must be 16 (float16) or 8 (codes), got {scale_bits!r}")
 
 
 def unpack_factors(packed: PackedFactors) -> Factors:

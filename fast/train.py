@@ -1,9 +1,8 @@
 """Train a small quantized network step by step: forward, loss, backward, Adam.
 
 This is quantization-aware training (QAT). The network is a multi-layer perceptron with a ReLU between layers. Dense
-layers make the teacher. LittleBit layers make the student, which learns the teacher's logits. The paper's QAT
-(LittleBit, arXiv 2506.13771) also has a loss on hidden states (`distill.hidden_loss`), and uses AdamW with a cosine
-schedule.
+layers make the teacher. LittleBit layers make the student, which learns the teacher's logits and, as in the paper
+(LittleBit, arXiv 2506.13771), its hidden states. The paper also uses AdamW with a cosine schedule; here it is Adam.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .distill import kl_loss
+from .distill import hidden_loss, kl_loss
 from .factors import Factors
 from .linear import linear
 
@@ -269,12 +268,14 @@ def qat_step(
     state: AdamState,
     lr: float | Sequence[float],
     rule: str = "smooth_sign",
+    teacher_hidden: Sequence[Tensor] = (),
+    hidden_weight: float = 10.0,
 ) -> tuple[list[Layer], AdamState, float]:
     """Train a LittleBit network by one step of QAT: forward, KL to the teacher, backward, Adam.
 
-    loss = KL(teacher || student)
+    loss = KL(teacher || student) + hidden_weight * sum over hidden states of `hidden_loss`
 
-    The paper adds 10 times the sum over layers of `hidden_loss`, which this step leaves out.
+    The second term (LittleBit, arXiv 2506.13771, with weight 10) needs the teacher's hidden states.
 
     Parameters
     ----------
@@ -287,15 +288,18 @@ def qat_step(
     lr : float, or one float per parameter
     rule : str
         The gradient of a sign: a name in `signs.RULES`.
+    teacher_hidden : sequence of (..., width) float tensors
+        The teacher's outputs of all layers but the last, after the ReLU. Empty leaves the second term out.
+    hidden_weight : float
 
     Returns
     -------
-    layers and state after the step, and the loss before it, in nats.
+    layers and state after the step, and the loss before it.
 
     Raises
     ------
     ValueError
-        If a shape does not fit, or there is no such rule.
+        If a shape or the number of hidden states does not fit, or there is no such rule.
 
     Examples
     --------
@@ -309,7 +313,12 @@ def qat_step(
     """
     leaves = [tensor.detach().requires_grad_() for tensor in parameters(layers)]
     with torch.enable_grad():
-        loss = kl_loss(mlp(x, with_parameters(layers, leaves), rule), teacher_logits)
+        student, states = with_parameters(layers, leaves), [x]
+        for layer in student[:-1]:
+            states.append(linear(states[-1], *layer, rule=rule).relu())
+        loss = kl_loss(linear(states[-1], *student[-1], rule=rule), teacher_logits)
+        pairs = hidden_pairs(states[1:], teacher_hidden)
+        loss = loss + hidden_weight * sum(hidden_loss(mine, theirs) for mine, theirs in pairs)
     grads = torch.autograd.grad(loss, leaves)
     stepped, state = adam_step(parameters(layers), grads, state, lr)
     return with_parameters(layers, stepped), state, loss.item()
@@ -317,7 +326,7 @@ def qat_step(
 
 def qat(
     layers: Sequence[Layer],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple],
     lr: float | Sequence[float],
     rule: str = "smooth_sign",
     state: AdamState | None = None,
@@ -327,7 +336,7 @@ def qat(
     Parameters
     ----------
     layers : sequence of Layer
-    batches : iterable of (x, teacher_logits)
+    batches : iterable of (x, teacher_logits) or (x, teacher_logits, teacher_hidden)
     lr : float, or one float per parameter
     rule : str
         The gradient of a sign: a name in `signs.RULES`.
@@ -355,10 +364,25 @@ def qat(
     layers = list(layers)
     state = adam_start(parameters(layers)) if state is None else state
     losses = []
-    for x, teacher_logits in batches:
-        layers, state, loss = qat_step(layers, x, teacher_logits, state, lr, rule)
+    for x, teacher_logits, *hidden in batches:
+        layers, state, loss = qat_step(layers, x, teacher_logits, state, lr, rule, *hidden)
         losses.append(loss)
     return layers, state, losses
+
+
+def hidden_pairs(student: Sequence, teacher: Sequence) -> list[tuple]:
+    """Pair the hidden states of student and teacher; no pair if the teacher's are not given.
+
+    Raises
+    ------
+    ValueError
+        If their numbers differ.
+    """
+    if teacher and len(teacher) != len(student):
+        raise ValueError(
+            f"the teacher must have as many hidden states as the student, {len(student)}, got {len(teacher)}"
+        )
+    return list(zip(student, teacher, strict=True)) if teacher else []
 
 
 def dense_parameters(layers: Sequence[Dense]) -> list[Tensor]:

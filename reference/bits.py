@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-SCALE_BITS = 16  #: Stored width of a scale (float16).
+SCALE_BITS = 16  #: Stored width of a scale (float16); 8-bit codes take half (`packing.encode_scale`).
+PEAK_BITS = 16  # stored width of the largest scale of each vector, beside codes of 8 bits
 WORD_BITS = 32  #: Width of the widest words that store signs.
 NARROWEST_WORD_BITS = 8  # width of the narrowest words that store signs
 SECOND_PATH_SHARE = 0.1  # largest share of a budget that scales of a second path may take
@@ -24,11 +25,13 @@ def path_bits(d_out: int, d_in: int, rank: int, scale_bits: int = SCALE_BITS, wo
 
     rank * padded(d_in) + d_out * padded(rank) + scale_bits * (d_out + d_in + rank)
 
+    Scales of 8 bits are codes, and each of the three vectors stores its largest scale in PEAK_BITS more.
+
     Parameters
     ----------
     d_out, d_in, rank : int
     scale_bits : int
-        Stored width of a scale.
+        Stored width of a scale: 16 or 8; 0 leaves the scales out.
     word_bits : int
         Width of the widest words, see `word_width`; 1 gives the paper's count, without padding.
 
@@ -38,7 +41,7 @@ def path_bits(d_out: int, d_in: int, rank: int, scale_bits: int = SCALE_BITS, wo
     6656
     """
     signs = rank * padded(d_in, word_bits) + d_out * padded(rank, word_bits)
-    return signs + scale_bits * (d_out + d_in + rank)
+    return signs + scale_bits * (d_out + d_in + rank) + (3 * PEAK_BITS if scale_bits == 8 else 0)
 
 
 def word_width(count: int, word_bits: int = WORD_BITS) -> int:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .bits import word_width
+from .bits import SCALE_BITS, word_width
 from .factors import Factors
+from .signs import sign
 
 WORD_TYPES = {width: np.dtype(f"uint{width}") for width in (8, 16, 32)}
 
@@ -74,8 +75,7 @@ def pack_signs(signs: np.ndarray) -> np.ndarray:
     array([10], dtype=uint8)
     """
     signs = np.asarray(signs)
-    if np.isnan(signs).any():
-        raise ValueError("NaN has no sign and cannot be packed; look for the step that produced it")
+    check_not_nan(signs)
     count = signs.shape[-1]
     number, dtype = row_words(count)
     pad = 8 * dtype.itemsize * number - count
@@ -121,6 +121,12 @@ def row_bits(words: np.ndarray) -> np.ndarray:
     return np.unpackbits(octets, axis=-1, bitorder="little")
 
 
+def check_not_nan(*latents: np.ndarray) -> None:
+    """Raise ValueError if a latent is NaN."""
+    if any(np.isnan(each).any() for each in latents):
+        raise ValueError("NaN has no sign and cannot be packed; look for the step that produced it")
+
+
 def check_words(words: np.ndarray, count: int) -> None:
     """Raise ValueError unless each row of words has the number and dtype that `count` signs need."""
     number, dtype = row_words(count)
@@ -131,20 +137,88 @@ def check_words(words: np.ndarray, count: int) -> None:
         )
 
 
-def pack_factors(factors: Factors) -> PackedFactors:
-    """Round a path to what is stored: the signs of its latents, and its scales as float16.
+def pack_factors(factors: Factors, scale_bits: int = SCALE_BITS) -> PackedFactors:
+    """Round a path to what is stored: the signs of its latents, and its scales.
+
+    Parameters
+    ----------
+    factors : Factors
+    scale_bits : int
+        16: scales are rounded to float16. 8: signs of negative scales move into U and V, and the scales are rounded to
+        the values of 8-bit codes (`encode_scale`), held as float16.
 
     Raises
     ------
     ValueError
-        If a latent is NaN, or a scale is not finite in float16.
+        If `scale_bits` is neither, a latent is NaN, or a scale is not finite in float16.
     """
-    v_by_rank = np.swapaxes(factors.v, -1, -2)  # (rank, d_in)
-    return PackedFactors(
-        pack_signs(factors.u),
-        pack_signs(v_by_rank),
-        *(to_half(name, getattr(factors, name)) for name in ("h", "ell", "g")),
-    )
+    check_scale_bits(scale_bits)
+    u, v = factors.u, factors.v
+    h, ell, g = (to_half(name, getattr(factors, name)) for name in ("h", "ell", "g"))
+    check_not_nan(u, v)
+    if scale_bits == 8:
+        u = sign(u) * sign(h)[..., :, None]
+        v = sign(v) * sign(g)[..., :, None] * sign(ell)[..., None, :]
+        h, ell, g = (decode_scale(*encode_scale(np.abs(scale))) for scale in (h, ell, g))
+    return PackedFactors(pack_signs(u), pack_signs(np.swapaxes(v, -1, -2)), h, ell, g)
+
+
+def encode_scale(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round each scale of a vector to one of 256 multiples of a 255th of the largest.
+
+    Parameters
+    ----------
+    scale : (..., n) float16 array
+        None is negative.
+
+    Returns
+    -------
+    codes : (..., n) uint8
+    peak : (...) float16
+        The largest scale. `decode_scale` gives the rounded scales; encoding these again gives the same codes and peak.
+
+    Raises
+    ------
+    ValueError
+        If a scale is negative.
+
+    Examples
+    --------
+    >>> encode_scale(np.array([0.25, 1.0, 0.002], np.float16))
+    (array([ 64, 255,   1], dtype=uint8), np.float16(1.0))
+    """
+    if (scale < 0).any():
+        raise ValueError("a scale of 8 bits must not be negative; pack_factors moves signs into U and V")
+    peak = scale.max(-1)
+    step = np.where(peak > 0, peak, np.float16(1)).astype(np.float32)[..., None] / np.float32(255)
+    return np.rint(scale.astype(np.float32) / step).astype(np.uint8), peak
+
+
+def decode_scale(codes: np.ndarray, peak: np.ndarray) -> np.ndarray:
+    """Compute the float16 scales that 8-bit codes stand for: code * (peak / 255), in float32 until the last rounding.
+
+    Parameters
+    ----------
+    codes : (..., n) uint8 array
+    peak : (...) float16 array
+
+    Returns
+    -------
+    (..., n) float16 array
+
+    Examples
+    --------
+    >>> decode_scale(np.array([128, 255, 0], np.uint8), np.float16(1.0))
+    array([0.502, 1.   , 0.   ], dtype=float16)
+    """
+    step = np.asarray(peak, np.float32)[..., None] / np.float32(255)
+    return (codes.astype(np.float32) * step).astype(np.float16)
+
+
+def check_scale_bits(scale_bits: int) -> None:
+    """Raise ValueError unless scales can be stored in this many bits."""
+    if scale_bits not in (8, 16):
+        raise ValueError(f"scale_bits must be 16 (float16) or 8 (codes), got {scale_bits!r}")
 
 
 def unpack_factors(packed: PackedFactors) -> Factors:

@@ -1,9 +1,8 @@
 """Train a small quantized network step by step: forward, loss, backward, Adam.
 
 This is quantization-aware training (QAT). The network is a multi-layer perceptron with a ReLU between layers. Dense
-layers make the teacher. LittleBit layers make the student, which learns the teacher's logits. The paper's QAT
-(LittleBit, arXiv 2506.13771) also has a loss on hidden states (`distill.hidden_loss`), and uses AdamW with a cosine
-schedule.
+layers make the teacher. LittleBit layers make the student, which learns the teacher's logits and, as in the paper
+(LittleBit, arXiv 2506.13771), its hidden states. The paper also uses AdamW with a cosine schedule; here it is Adam.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .distill import kl_loss, kl_loss_vjp, log_softmax
+from .distill import hidden_loss, hidden_loss_vjp, kl_loss, kl_loss_vjp, log_softmax
 from .factors import Factors
 from .linear import linear, linear_vjp
 
@@ -259,12 +258,14 @@ def qat_step(
     state: AdamState,
     lr: float | Sequence[float],
     rule: str = "smooth_sign",
+    teacher_hidden: Sequence[np.ndarray] = (),
+    hidden_weight: float = 10.0,
 ) -> tuple[list[Layer], AdamState, float]:
     """Train a LittleBit network by one step of QAT: forward, KL to the teacher, backward, Adam.
 
-    loss = KL(teacher || student)
+    loss = KL(teacher || student) + hidden_weight * sum over hidden states of `hidden_loss`
 
-    The paper adds 10 times the sum over layers of `hidden_loss`, which this step leaves out.
+    The second term (LittleBit, arXiv 2506.13771, with weight 10) needs the teacher's hidden states.
 
     Parameters
     ----------
@@ -277,15 +278,18 @@ def qat_step(
     lr : float, or one float per parameter
     rule : str
         The gradient of a sign: a name in `signs.RULES`.
+    teacher_hidden : sequence of (..., width) float arrays
+        The teacher's outputs of all layers but the last, after the ReLU. Empty leaves the second term out.
+    hidden_weight : float
 
     Returns
     -------
-    layers and state after the step, and the loss before it, in nats.
+    layers and state after the step, and the loss before it.
 
     Raises
     ------
     ValueError
-        If a shape does not fit, or there is no such rule.
+        If a shape or the number of hidden states does not fit, or there is no such rule.
 
     Examples
     --------
@@ -299,14 +303,18 @@ def qat_step(
     """
     values = forward(x, layers, littlebit_layer)
     loss = kl_loss(values[-1], teacher_logits)
-    _, grads = backward(values, layers, kl_loss_vjp(values[-1], teacher_logits), littlebit_layer_vjp(rule))
+    pairs = hidden_pairs(values[1:-1], teacher_hidden)
+    loss = loss + hidden_weight * sum(hidden_loss(mine, theirs) for mine, theirs in pairs)
+    extra = [hidden_weight * hidden_loss_vjp(mine, theirs) for mine, theirs in pairs]
+    grad = kl_loss_vjp(values[-1], teacher_logits)
+    _, grads = backward(values, layers, grad, littlebit_layer_vjp(rule), extra)
     stepped, state = adam_step(parameters(layers), parameters(grads), state, lr)
     return with_parameters(layers, stepped), state, float(loss)
 
 
 def qat(
     layers: Sequence[Layer],
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[tuple],
     lr: float | Sequence[float],
     rule: str = "smooth_sign",
     state: AdamState | None = None,
@@ -316,7 +324,7 @@ def qat(
     Parameters
     ----------
     layers : sequence of Layer
-    batches : iterable of (x, teacher_logits)
+    batches : iterable of (x, teacher_logits) or (x, teacher_logits, teacher_hidden)
     lr : float, or one float per parameter
     rule : str
         The gradient of a sign: a name in `signs.RULES`.
@@ -344,10 +352,25 @@ def qat(
     layers = list(layers)
     state = adam_start(parameters(layers)) if state is None else state
     losses = []
-    for x, teacher_logits in batches:
-        layers, state, loss = qat_step(layers, x, teacher_logits, state, lr, rule)
+    for x, teacher_logits, *hidden in batches:
+        layers, state, loss = qat_step(layers, x, teacher_logits, state, lr, rule, *hidden)
         losses.append(loss)
     return layers, state, losses
+
+
+def hidden_pairs(student: Sequence, teacher: Sequence) -> list[tuple]:
+    """Pair the hidden states of student and teacher; no pair if the teacher's are not given.
+
+    Raises
+    ------
+    ValueError
+        If their numbers differ.
+    """
+    if teacher and len(teacher) != len(student):
+        raise ValueError(
+            f"the teacher must have as many hidden states as the student, {len(student)}, got {len(teacher)}"
+        )
+    return list(zip(student, teacher, strict=True)) if teacher else []
 
 
 def dense_parameters(layers: Sequence[Dense]) -> list[np.ndarray]:
@@ -381,16 +404,19 @@ def forward(x: np.ndarray, layers: Sequence[Any], apply: Callable[[np.ndarray, A
 
 
 def backward(
-    values: Sequence[np.ndarray], layers: Sequence[Any], grad: np.ndarray, vjp: Callable
+    values: Sequence[np.ndarray], layers: Sequence[Any], grad: np.ndarray, vjp: Callable, hidden: Sequence = ()
 ) -> tuple[np.ndarray, list]:
     """Compute the gradients of the input and of each layer.
 
-    They follow from the values of `forward` and the gradient of the output.
+    They follow from the values of `forward`, the gradient of the output, and what the loss adds to the gradients of the
+    hidden states, the inputs of all layers but the first.
     """
     grads = []
     for at in reversed(range(len(layers))):
         grad, grad_layer = vjp(values[at], layers[at], grad)
         grads.append(grad_layer)
+        if hidden and at > 0:
+            grad = grad + hidden[at - 1]
         if at > 0:
             grad = grad * (values[at] > 0)  # ReLU
     return grad, grads[::-1]

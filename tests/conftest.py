@@ -82,6 +82,14 @@ def loud_llama(tiny_llama, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """Directory of the tiny model of the package, packed, with a chat template."""
+    from server import make_model
+
+    return make_model(tmp_path_factory.mktemp("chat") / "model")
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Define what the pages of the book may say between double braces."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import make  # noqa: E402
 import reliability  # noqa: E402
 import sources  # noqa: E402
 import tables  # noqa: E402
+from littlebit.conformance import LAWS, broken  # noqa: E402
 
 NOTEBOOKS = BOOK.parent / "notebooks"
 
@@ -42,12 +44,29 @@ def explored() -> str:
     return json.dumps(record, separators=(",", ":"))
 
 
+def laws() -> str:
+    """Write the laws of littlebit.conformance as a table, with the mistake that each catches."""
+    rows = []
+    for law in LAWS:
+        cells = (f"`{law.name}`", law.statement, broken.MISTAKES[law.name].what)
+        escaped = (re.sub(r"([|*<_\\])", r"\\\1", cell) if cell[0] != "`" else cell for cell in cells)
+        rows.append(f"| {' | '.join(escaped)} |")
+    return "\n".join(["| law | what must hold | a mistake that it catches |", "|---|---|---|", *rows])
+
+
+def laws_count() -> int:
+    """Count the laws of littlebit.conformance."""
+    return len(LAWS)
+
+
 #: All names that a page may use.
 NAMES = {
     "cited": sources.cited,
     "computed": sources.computed,
     "explored": explored,
     "figure": make.shown,
+    "laws": laws,
+    "laws_count": laws_count,
     "measured": sources.measured,
     "notebook": notebook,
     "publication": sources.publication,

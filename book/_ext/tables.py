@@ -117,6 +117,18 @@ def third_ladder() -> Table:
     return Table(["bits", "what", *RATIOS.values(), "tokens a second"], lines, [SMOLLM2])
 
 
+def fourth_ladder() -> Table:
+    """Compare scales of 8 and 16 bits after 400 steps, at equal stored bits."""
+    lines = []
+    for bits in (0.1, 0.3):
+        for scale_bits, more in ((16, ""), (8, ", 8-bit scales")):
+            found = row(SMOLLM2, stage="fourth ladder", name=f"{bits} bits{more}")
+            figures = (number(found[key]) for key in ("loss", "perplexity", "held_out_2048"))
+            lines.append([f"{bits:g}", str(scale_bits), *figures])
+    head = ["bits", "bits of a scale", "last loss, nats", "WikiText-2 test", "end of WikiText-2 train"]
+    return Table(head, lines, [SMOLLM2])
+
+
 def held_out() -> Table:
     """Show held-out perplexity over the original's for the checkpoints that were trained on varied text."""
     found = [each for each in checkpoints("shipped") if "ratios" in each]
@@ -469,3 +481,90 @@ def inits_published() -> Table:
     return Table(
         ["initialiser", "bits", "WikiText-2 perplexity, Rnj-1-8B"], lines, ["published"], "NanoQuant, Table 5."
     )
+
+
+STARTS = {"random": "random", "dual-svid": "Dual-SVID", "admm": "ADMM"}
+RULES = {"straight_through": "straight-through", "smooth_sign": "SmoothSign"}
+
+
+def latent_starts() -> Table:
+    """How far a small network comes from three starts, under both rules."""
+    lines = []
+    for init, name in STARTS.items():
+        found = [row("latents", name=f"{init}, {rule}, eps 1e-08") for rule in RULES]
+        lines.append([name, number(found[0]["kl_start"]), *(number(each["kl_end"]) for each in found)])
+    head = ["latents from", "KL before training", *(f"after it, {name}" for name in RULES.values())]
+    return Table(head, lines, ("latents",), "Nats per character of held-out text; one run each.")
+
+
+def latent_reach() -> Table:
+    """How far latents move under Adam, by the size that they start with, for three values of its eps."""
+    epsilons = ("0.0001", "1e-08", "1e-14")
+    chosen = [row("latents", name=f"dual-svid, smooth_sign, eps {eps}") for eps in epsilons]
+    lines = []
+    for bins in zip(*(each["latents"] for each in chosen), strict=True):
+        low, high = bins[0]["from"], bins[0]["to"]
+        sizes = f"{low:g} to {high:g}" if high else f"above {low:g}"
+        cells = [f"{each['median_move']:.4f}, {each['flipped']:.0%}" for each in bins]
+        lines.append([sizes, f"{bins[0]['share']:.0%}", *cells])
+    head = ["size at the start", "share of latents", *(f"eps {eps}" for eps in epsilons)]
+    note = "Median movement of a latent, and share of signs flipped; Dual-SVID, SmoothSign, first layer."
+    return Table(head, lines, ("latents",), note)
+
+
+SPEEDS = ("tokens_per_processor_s", "tokens_per_s")
+
+
+def browser() -> Table:
+    """Speed of the model that writes in the browser, and its agreement with the package."""
+    found = results("browser")["rows"]
+    lines = [
+        [each["name"], *(number(each[key]) for key in SPEEDS), f"{each['same_texts']} of {each['prompts']}"]
+        for each in found
+    ]
+    note = f"{found[0]['browser']}, headless; other programs were running, which slows the clock's column."
+    head = [
+        "model",
+        "tokens/s of processor time",
+        "tokens/s on the clock",
+        f"texts of {found[0]['tokens']} greedy tokens that are the package's",
+    ]
+    return Table(head, lines, ("browser",), note)
+
+
+NOMINAL = (  # method, width in its title, row of NanoQuant's recount, perplexity as LittleBit's paper has it
+    ("LittleBit", "0.55", ("LittleBit", 0.55)),
+    ("STBLLM 4:8", "0.55", ("STBLLM 4:8", 3.5)),
+    ("STBLLM 6:8", "0.8", ("STBLLM 6:8", 4.0)),
+    ("BiLLM", "1.08", ("BiLLM", 2.88)),
+    ("ARB-LLM", "1.11", ("ARB-LLM_RC", 2.51)),
+    ("HBLLM", "1.08", ("HBLLM_R", 3.25)),
+    ("OneBit", "1", ("OneBit", 1.04)),
+)
+
+
+def nominal() -> Table:
+    """Join the widths that titles name to what the files store, on Llama-2-7B."""
+    lines = []
+    for name, width, (method, bits) in NOMINAL:
+        found = publication("wikitext2_ppl", "Llama-2-7B", method, bits)
+        assert found is not None, method
+        lines.append([name, width, number(found["bpw"]), as_published(found["value"])])
+    head = ["method", "bits in its title", "bits stored", "WikiText-2 perplexity, Llama-2-7B"]
+    note = (
+        "Stored bits and perplexities as NanoQuant's paper recounts and repeats them. For STBLLM 4:8 LittleBit's paper "
+        f"has {as_published(publication('wikitext2_ppl', 'Llama-2-7B', 'STBLLM (nominal bits)', 0.55)['value'])}."
+    )
+    return Table(head, lines, ("published",), note)
+
+
+def spread() -> Table:
+    """Errors of Dual-SVID on a matrix of rank 8, with its own axes and after a rotation."""
+    found = rows("rotation")
+    head = ["error with this many columns of signs", *(str(each["rank"]) for each in found)]
+    lines = [
+        [f"{name}{', scales refitted' if ending else ''}", *(number(each[key + ending]) for each in found)]
+        for ending in ("", "_refitted")
+        for key, name in (("own_axes", "own axes"), ("random_rotation", "random rotation"))
+    ]
+    return Table(head, lines, ("rotation",), "A 256 x 256 matrix; the mean of five.")

@@ -2,7 +2,7 @@
 
     python book/experiments/stored.py book/results/stored_smollm2.json
 
-A minute on any machine; the first time the model that they were made from is fetched.
+Seconds on any machine.
 """
 
 import argparse

@@ -31,11 +31,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from littlebit.fast import Config, TrainConfig, load, load_model, load_tokenizer, perplexity, quantize_, save, train_
+from littlebit.fast import (
+    Checkpointer,
+    Config,
+    TrainConfig,
+    load,
+    load_model,
+    load_tokenizer,
+    perplexity,
+    quantize_,
+    save,
+    train_,
+)
 from littlebit.fast.bench.timing import save_results
-from littlebit.fast.checkpoints import bundled
+from littlebit.fast.checkpoints.bundling import export_delta
 from littlebit.fast.checkpoints.texts import text_tokens, training_tokens
 from littlebit.fast.evaluation.zero_shot import blimp
+from littlebit.fast.packing import pack_factors, unpack_factors
 from littlebit.fast.training.config import with_new_names
 from littlebit.fast.training.student import littlebit_layers
 
@@ -73,6 +85,10 @@ def main() -> None:
     parser.add_argument("--experiments", type=Path, help="JSON: a list of objects, each a name and changed settings")
     parser.add_argument("--bits", type=float, help="of the checkpoint to ship")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no experiment, or end, after so long")
+    parser.add_argument(
+        "--tokens", type=int, help="tokens that the checkpoint to ship reads; without it, a short training finds out"
+    )
+    parser.add_argument("--states", type=Path, help="folder for the state of the training, which resumes from it")
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings of the checkpoint's training")
     parser.add_argument("--blimp", type=Path, help="BLiMP's archive, to score the checkpoint on")
     parser.add_argument("--device", default="cuda")
@@ -148,8 +164,8 @@ def ladder(arguments: argparse.Namespace) -> None:
 def ship(arguments: argparse.Namespace) -> None:
     """Train a checkpoint for `--seconds`, initialisation included, and write it as the package ships it.
 
-    A short training comes first and shows how many tokens the time that is left is good for. The last quarter of them
-    is read in the longer sequences.
+    Without `--tokens`, a short training comes first and shows how many the time that is left is good for: nothing else
+    may use the GPU later that does not use it then. The last quarter of them is read in the longer sequences.
     """
     begin = time.perf_counter()
     data, teacher = read(arguments), load_model(TEACHER, arguments.device)
@@ -157,20 +173,21 @@ def ship(arguments: argparse.Namespace) -> None:
     quantised: dict[Config, torch.nn.Module] = {}
     shared = {"bits": arguments.bits, "weights": [1 / len(data.texts)] * len(data.texts)} | arguments.settings
 
-    def run(name: str, tokens: int) -> torch.nn.Module:
+    def run(name: str, tokens: int, states: Path | None = None) -> torch.nn.Module:
         changes = shared | {"name": name, "tokens": tokens, "long_tokens": tokens // 4}
-        return experiment(changes, teacher, data, quantised, rows, arguments.out)
+        return experiment(changes, teacher, data, quantised, rows, arguments.out, states)
 
-    run("probe", PROBE_STEPS * pick(TrainConfig, shared).step_tokens)
-    left = arguments.seconds - (time.perf_counter() - begin)
-    student = run(arguments.out.stem, int(0.95 * left * rows[0]["tokens_per_s"]))
+    tokens = arguments.tokens
+    if tokens is None:
+        run("probe", PROBE_STEPS * pick(TrainConfig, shared).step_tokens)
+        left = arguments.seconds - (time.perf_counter() - begin)
+        tokens = int(0.95 * left * rows[0]["tokens_per_s"])
+    student = run(arguments.out.stem, tokens, arguments.states)
     row = rows[-1]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = save(student.cpu(), Path(folder) / "checkpoint", data.tokenizer, arguments.bits)
         training = {key: value for key, value in row.items() if key != "log"}
-        bundled.export_delta(
-            checkpoint, TEACHER, arguments.out.with_name(f"{arguments.out.stem}.safetensors"), training
-        )
+        export_delta(checkpoint, TEACHER, arguments.out.with_name(f"{arguments.out.stem}.safetensors"), training)
         packed: Any = load(checkpoint, arguments.device)
     row["perplexity_packed"] = perplexity(packed, data.test, progress=False).perplexity
     if arguments.blimp:
@@ -187,6 +204,7 @@ def experiment(
     quantised: dict[Config, torch.nn.Module],
     rows: list[dict[str, Any]],
     out: Path,
+    states: Path | None = None,
 ) -> torch.nn.Module:
     """Initialise, train, round to what is stored, measure, and add a row to the results. Return the student."""
     row: dict[str, Any] = dict(changes)
@@ -206,13 +224,16 @@ def experiment(
     row["initialisation_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
     weights = changes.get("weights")
-    row["log"] = train_(student, copy.deepcopy(teacher), data.texts, options, weights, log_steps=50, progress=False)
+    saver = Checkpointer(states, minutes=1.0) if states else None
+    row["log"] = train_(
+        student, copy.deepcopy(teacher), data.texts, options, weights, log_steps=50, progress=False, checkpointer=saver
+    )
     row["training_s"] = time.perf_counter() - begin
     row["tokens_per_s"] = float(np.median([entry["tokens_per_s"] for entry in row["log"]]))
     row["loss"] = row["log"][-1]["loss"]
     row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     row["bits"] = config.bits
-    round_scales(student)
+    pack_scales(student)
     row["perplexity"] = perplexity(student, data.test, progress=False).perplexity
     for window in (512, 2048):
         row[f"held_out_{window}"] = perplexity(student, data.held_out, window, progress=False).perplexity
@@ -241,12 +262,12 @@ def pick(kind: type, settings: dict[str, Any]) -> Any:
     return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
 
 
-def round_scales(model: torch.nn.Module) -> None:
-    """Round every scale to float16, in place, as a checkpoint does."""
+def pack_scales(model: torch.nn.Module) -> None:
+    """Round every scale in place, as a checkpoint does; 8-bit scales hand their signs to the latents."""
     for layer in littlebit_layers(model).values():
         for path in layer.factors():
-            for tensor in (path.h, path.ell, path.g):
-                tensor.data = tensor.data.half().float()
+            for tensor, packed in zip(path, unpack_factors(pack_factors(path, layer.scale_bits)), strict=True):
+                tensor.data = packed
 
 
 def read(arguments: argparse.Namespace) -> Data:

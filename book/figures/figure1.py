@@ -1,4 +1,4 @@
-"""Draw Figure 1: a dense layer and the LittleBit layer that replaces it, to scale for a layer of SmolLM2."""
+"""Draw Figure 1: where linear layers are in a transformer layer, and the two pathways that replace one, to scale."""
 
 import style
 from littlebit.reference.bits import SCALE_BITS, padded
@@ -8,9 +8,9 @@ from matplotlib.patches import Rectangle
 from sources import row
 
 CAPTION = (
-    "**Figure 1, as stored here.** A dense layer, and the two paths that take its place: to scale, for the query "
-    "projection of SmolLM2's first block (the paper's Figure 1 is a sketch of the same two pathways). The input "
-    "goes from right to left, as in the product."
+    "**Figure 1, as stored here.** Left, a transformer layer; its seven linear layers (filled) are replaced. Right, "
+    "one of them, the query projection of SmolLM2's first block: x goes through both pathways, whose outputs are "
+    "added. Every area is proportional to the bits stored, of the dense weight W too: signs, and scales (dark)."
 )
 SOURCES = ("explore",)
 
@@ -26,60 +26,99 @@ def alt() -> str:
     """Describe the picture in words."""
     d_out, d_in, ranks, stored = layer()
     return (
-        f"A {d_out} by {d_in} matrix of 16-bit weights, {d_out * d_in * 2:,} bytes, beside two LittleBit paths of rank "
-        f"{ranks[0]} and {ranks[1]}: each is a column of scales h, a tall matrix of signs U, scales ell, a wide matrix "
-        f"of signs V and a row of scales g; together {stored // 8:,} bytes."
+        f"A transformer layer as a column of boxes, seven of them linear layers; a {d_out} by {d_in} matrix of 16-bit "
+        f"weights as a large square; and two rows of small boxes, g, V, ell, U and h of rank {ranks[0]} and {ranks[1]}"
+        f", through which x flows to a sum and to y. Together they hold {stored // 8:,} bytes, the square "
+        f"{d_out * d_in * 2:,}."
     )
+
+
+AREA = 100  # bits for each unit of area
+HEIGHT = 26  # of the boxes of a path
+STACK = (  # a transformer layer from its input upwards: names side by side, and whether they are linear layers
+    (("RMSNorm",), False),
+    (("q", "k", "v"), True),
+    (("attention",), False),
+    (("o",), True),
+    (("RMSNorm",), False),
+    (("gate", "up"), True),
+    (("down",), True),
+)
+
+
+def arrow(axes: Axes, theme: style.Theme, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw an arrow along which a vector goes."""
+    look = {"arrowstyle": "-|>", "color": theme.text, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
+    axes.annotate("", end, start, arrowprops=look)
 
 
 def box(axes: Axes, theme: style.Theme, corner: tuple[float, float], size: tuple[float, float], signs: bool) -> None:
     """Draw a matrix of signs, or a vector of scales."""
     colour = theme.ours if signs else theme.third
-    axes.add_patch(Rectangle(corner, *size, facecolor=colour, alpha=0.55 if signs else 0.95, edgecolor=colour, lw=0.8))
+    axes.add_patch(Rectangle(corner, *size, facecolor=colour, alpha=0.55 if signs else 1, edgecolor=colour, lw=0.5))
 
 
-def path(axes: Axes, theme: style.Theme, x: float, y: float, sizes: tuple[int, int, int], name: str) -> None:
-    """Draw one path, from left to right h, U, ell, V, g, with names below."""
+def stack(axes: Axes, theme: style.Theme, left: float, width: float) -> None:
+    """Draw a transformer layer as a column of boxes, its input below."""
+    for level, (names, linear) in enumerate(STACK):
+        y, each = 8 + 32 * level, width / len(names)
+        for at, name in enumerate(names):
+            colour = theme.ours if linear else theme.faint
+            corner = (left + at * each + 1, y)
+            axes.add_patch(Rectangle(corner, each - 2, 20, facecolor=colour, alpha=0.4, edgecolor=colour, lw=0.8))
+            axes.text(corner[0] + each / 2 - 1, y + 9.5, name, ha="center", va="center", fontsize=6.5)
+        arrow(axes, theme, (left + width / 2, y - 12), (left + width / 2, y))
+    axes.text(left + width / 2, 242, "a transformer layer", ha="center", fontsize=7.5)
+
+
+def path(axes: Axes, theme: style.Theme, left: float, y: float, sizes: tuple[int, int, int]) -> float:
+    """Draw one path along x from `left` on, in the order in which x meets its parts, and return where it ends."""
     d_out, d_in, rank = sizes
-    thin, gap = 26, 22
-    at = x
-    box(axes, theme, (at, y), (thin, d_out), signs=False)
-    axes.text(at + thin / 2, y + d_out + 42, "h", ha="center")
-    at += thin + gap
-    box(axes, theme, (at, y), (rank, d_out), signs=True)
-    axes.text(at + rank / 2, y + d_out + 42, "U", ha="center")
-    at += rank + gap
-    middle = y + d_out / 2 - rank / 2
-    box(axes, theme, (at, middle), (thin, rank), signs=False)
-    axes.text(at + thin / 2, middle + rank + 42, r"$\ell$", ha="center")
-    at += thin + gap
-    box(axes, theme, (at, middle), (d_in, rank), signs=True)
-    axes.text(at + d_in / 2, middle + rank + 42, r"V$^\top$", ha="center")
-    box(axes, theme, (at, middle - gap - thin), (d_in, thin), signs=False)
-    axes.text(at + d_in + 14, middle - gap - thin / 2, "g", va="center")
-    signs = rank * padded(d_in) + d_out * padded(rank)
-    scales = SCALE_BITS * (d_out + d_in + rank)
-    text = f"{name}, rank {rank}\nsigns {signs // 8:,} bytes\nscales {scales // 8:,} bytes"
-    axes.text(at + d_in + 60, middle + rank / 2, text, va="center", fontsize=8, linespacing=1.4)
+    parts = (
+        ("g", SCALE_BITS * d_in, False),
+        (r"V$^\top$", rank * padded(d_in), True),
+        (r"$\ell$", SCALE_BITS * rank, False),
+        ("U", d_out * padded(rank), True),
+        ("h", SCALE_BITS * d_out, False),
+    )
+    at = left
+    for number, (name, bits, signs) in enumerate(parts):
+        width = bits / AREA / HEIGHT
+        box(axes, theme, (at, y - HEIGHT / 2), (width, HEIGHT), signs)
+        axes.text(at + width / 2, y + HEIGHT / 2 + 8, name, ha="center", va="center", fontsize=8)
+        if number < len(parts) - 1:
+            arrow(axes, theme, (at + width, y), (at + width + 15, y))
+        at += width + 15
+    return at - 15
 
 
 def draw(theme: style.Theme) -> Figure:
     """Draw the picture."""
     d_out, d_in, ranks, stored = layer()
-    figure = Figure(figsize=(style.WIDTH, 3.9), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 2.6), layout="constrained")
     axes = figure.subplots()
-    axes.add_patch(Rectangle((0, 340), d_in, d_out, facecolor=theme.fourth, alpha=0.5, edgecolor=theme.fourth, lw=0.8))
-    axes.text(d_in / 2, 340 + d_out / 2, f"W\n{d_out} x {d_in}", ha="center", va="center")
-    axes.text(d_in / 2, 310, f"dense, float16\n{2 * d_out * d_in:,} bytes", ha="center", va="top", linespacing=1.4)
-    axes.text(d_in + 75, 340 + d_out / 2, r"$\approx$", ha="center", va="center", fontsize=14)
-    left = d_in + 150
-    for y, rank, name in ((780, ranks[0], "primary"), (0, ranks[1], "residual")):
-        path(axes, theme, left, y, (d_out, d_in, rank), name)
-    axes.text(left + 60, 712, "+", fontsize=13, va="center", ha="center")
-    total = f"both paths together\n{stored // 8:,} bytes, {stored / (d_out * d_in):.2f} bits a weight"
-    axes.text(left + 560, 700, total, ha="center", va="center", linespacing=1.4)
-    axes.set_xlim(-10, left + 1130)
-    axes.set_ylim(-20, 780 + d_out + 90)
+    stack(axes, theme, 0, 84)
+    side = (SCALE_BITS * d_out * d_in / AREA) ** 0.5
+    axes.add_patch(Rectangle((112, 0), side, side, facecolor=theme.fourth, alpha=0.4, edgecolor=theme.fourth, lw=0.8))
+    text = f"W, dense\n{d_out} x {d_in}, float16\n{2 * d_out * d_in:,} bytes"
+    axes.text(112 + side / 2, side / 2, text, ha="center", va="center", linespacing=1.5, fontsize=8)
+    left, middle = 112 + side + 62, side / 2
+    axes.text(left - 48, middle, "x", ha="center", va="center")
+    ends = []
+    for y, rank, name in ((middle + 50, ranks[0], "primary"), (middle - 50, ranks[1], "residual")):
+        arrow(axes, theme, (left - 42, middle), (left, y))
+        ends.append((path(axes, theme, left, y, (d_out, d_in, rank)), y))
+        axes.text(left + 8, y - HEIGHT / 2 - 9, f"{name}, rank {rank}", va="center", fontsize=7)
+    plus = max(end for end, _ in ends) + 34
+    for end in ends:
+        arrow(axes, theme, end, (plus - 4, middle + (4 if end[1] > middle else -4)))
+    axes.text(plus, middle, "+", ha="center", va="center", fontsize=11)
+    arrow(axes, theme, (plus + 6, middle), (plus + 24, middle))
+    axes.text(plus + 31, middle, "y", ha="center", va="center")
+    total = f"{stored // 8:,} bytes, {stored / (d_out * d_in):.2f} bits a weight"
+    axes.text((left + plus) / 2, 8, total, ha="center", va="center", fontsize=7.5)
+    axes.set_xlim(-4, plus + 40)
+    axes.set_ylim(-8, 254)
     axes.set_aspect("equal")
     axes.axis("off")
     return figure

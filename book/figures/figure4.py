@@ -48,12 +48,12 @@ def draw(theme: style.Theme) -> Figure:
     claimed = publication("kv_cache_reduction_x", "Llama-2-7B", "LittleBit", 0.1)
     for at, (model, kind, size, reduction) in enumerate(found):
         axes.barh(at, size / 1000, color=theme.ours if reduction else theme.faint, height=0.62)
-        text = f"{size / 1000:,.1f} kB" + (f", {reduction:.1f}x smaller" if reduction else "")
+        text = f"{size / 1000:,.1f} kB" + (f", {reduction:.1f} times smaller" if reduction else "")
         axes.text(size / 1000 + 6, at, text, va="center", fontsize=8)
         if claimed and reduction and kind == "latent" and model == "Llama-2-7B, 0.1 bits":
             full = found[0][2] / 1000
             axes.plot([full / claimed["value"]] * 2, [at - 0.45, at + 0.45], color=theme.published, linewidth=2)
-            note = f"published: {claimed['value']:g}x smaller"
+            note = f"published: {claimed['value']:g} times smaller"
             axes.text(full * 0.52, at, note, va="center", color=theme.published, fontsize=8)
     axes.set_yticks(range(len(found)), [f"{model}\n{kind}" for model, kind, _, _ in found])
     axes.tick_params(axis="y", labelsize=7.5, length=0)

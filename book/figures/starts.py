@@ -7,7 +7,7 @@ from sources import rows
 CAPTION = (
     "**Initialisation, measured here.** Mean relative error of the weights of two blocks of SmolLM2-135M before "
     "any training, one path (left) and two (right) under the same ceiling. At 0.1 bits two paths' scales alone "
-    "are too much for these small layers."
+    "are too much for these small layers. The thin line is Shannon's bound for Gaussian noise."
 )
 SOURCES = ("initialisation_smollm2",)
 NAMES = {"dual-svid": "Dual-SVID (the paper)", "itq": "Joint-ITQ", "admm": "ADMM"}
@@ -34,6 +34,11 @@ def draw(theme: style.Theme) -> Figure:
         for paths, axes in enumerate(panels, start=1):
             bits, values = zip(*errors(init, paths), strict=True)
             axes.plot(bits, values, "-", marker=marker, color=colour, label=NAMES[init])
+    for axes in panels:
+        budgets = [0.05 * step for step in range(1, 22)]
+        axes.plot(
+            budgets, [2**-b for b in budgets], color=theme.text, linewidth=0.8, label=r"Shannon's bound, $2^{-b}$"
+        )
     for axes, title in zip(panels, ("one path", "primary and residual"), strict=True):
         axes.set_title(title)
         axes.set_xticks([0.1, 0.3, 0.55, 0.8, 1.0], ["0.1", "0.3", "0.55", "0.8", "1"])

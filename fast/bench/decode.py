@@ -313,13 +313,14 @@ def token_times(decoder: "Decoder", tokens: int) -> list[float]:
 
 
 def bench_load(
-    model: str | Path, threads: Sequence[int] = (1, 2), tokens: int = 32, rounds: int = 5, progress: bool = True
+    model: str | Path, threads: Sequence[int] = (1, 2), tokens: int = 32, rounds: int = 9, progress: bool = True
 ) -> list[dict[str, Any]]:
     """Time greedy decoding on a quiet machine, and while other programs keep all of its cores busy.
 
     In each round the numbers of threads take turns, first without other programs, then with one busy program for each
-    core. A figure is the median over rounds of tokens / seconds. Single tokens are not used, because on a busy machine
-    few of them take most of the time.
+    core. Every other round takes them in reverse, so that none always comes after the same one. A figure is the median
+    over rounds of tokens / seconds. Single tokens are not used, because on a busy machine few of them take most of the
+    time.
 
     Parameters
     ----------
@@ -347,7 +348,8 @@ def bench_load(
     decoders = {count: prefilled_decoder(model, count, 2 * rounds * tokens) for count in threads}
     speeds: dict[tuple[int, int], list[float]] = {}
     shares: dict[tuple[int, int], list[float]] = {}
-    turns = [(programs, count) for _ in range(rounds) for programs in (0, cores()) for count in threads]
+    turns = [(programs, count) for programs in (0, cores()) for count in threads]
+    turns = [turn for number in range(rounds) for turn in (turns if number % 2 == 0 else turns[::-1])]
     for programs, count in tqdm(turns, desc="bench decode --under-load", disable=not progress):
         with busy_programs(programs):
             start, begun = time.perf_counter(), time.thread_time()

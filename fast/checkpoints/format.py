@@ -36,6 +36,14 @@ with U (d_out, rank) and V (d_in, rank) of entries -1 and +1. Path k of layer LA
     LAYER.paths.k.g          (d_in,)    F16
     LAYER.bias               (d_out,)   F16, if "bias" is true
 
+**8-bit scales.** If the entry of a layer has "scale_bits": 8, its scales are not negative, and each is a multiple of a
+255th of the largest scale of its vector:
+
+    LAYER.paths.k.h, .ell, .g   U8     codes
+    LAYER.paths.k.peaks         (3,)   F16, the largest scale of h, of ell and of g
+
+    scale = float16(code * (peak / 255)), in float32 until the last rounding
+
 **Signs.** A row of n signs is packed into words of w bits: w = 8 if n <= 8, w = 16 if n <= 16, else w = 32. Sign j is
 bit j % w, the least significant bit being bit 0, of word j // w. Bit 1 means -1, bit 0 means +1. The bits after sign
 n - 1, the pad bits, are 0. The dtype in the file is U8, I16 or I32; signed words hold the bits of the unsigned ones.
@@ -59,7 +67,7 @@ module or parameter to another that it is identical to; only the latter is store
 as `....3.down_proj.matrix` and `.bias`.
 
 **Versions** differ in their checksums alone: version 1 has none, checksums.py specifies versions 2 and 3. transformers'
-own `save_pretrained` writes version 1. `save` writes FORMAT_VERSION.
+own `save_pretrained` writes version 1. `save` writes FORMAT_VERSION. Readers of littlebit 0.1 refuse 8-bit scales.
 
 **Untrusted files.** Nothing in a checkpoint runs, there is no pickle, and nothing is believed before it is checked.
 Only ordinary files inside the directory are opened. JSON and headers are bounded in size; tensors are memory-mapped,
@@ -75,6 +83,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from ..bits import SCALE_BITS
 from ..files.untrusted import JSON_BYTES, CheckpointError, open_errors, read_json, resolve_inside
 from ..models.packed_shapes import ITEM_BYTES, Header, packed_headers
 
@@ -158,13 +167,14 @@ def check_entry(file: Path | str, name: str, entry: Any) -> None:
     def positive(value: Any, most: float = float("inf")) -> bool:
         return type(value) is int and 1 <= value <= most
 
-    good = isinstance(entry, dict) and set(entry) == {"d_out", "d_in", "ranks", "bias"}
+    good = isinstance(entry, dict) and set(entry) - {"scale_bits"} == {"d_out", "d_in", "ranks", "bias"}
+    good = good and entry.get("scale_bits", SCALE_BITS) in (8, 16)
     good = good and positive(entry["d_out"]) and positive(entry["d_in"]) and isinstance(entry["bias"], bool)
     good = good and isinstance(entry["ranks"], list) and len(entry["ranks"]) > 0
     if not good or not all(positive(rank, min(entry["d_out"], entry["d_in"])) for rank in entry["ranks"]):
         raise CheckpointError(
             f"{file}: layer {name} must have 'd_out' and 'd_in' of at least 1, 'ranks' from 1 to the smaller of them, "
-            f"and 'bias', true or false; got {entry!r}"
+            f"'bias', true or false, and 'scale_bits', 16 or 8 or left out; got {entry!r}"
         )
 
 
@@ -241,6 +251,16 @@ def byte_ranges(file: Path) -> dict[str, tuple[int, int]]:
     return {name: tuple(8 + size + at for at in entry["data_offsets"]) for name, entry in header.items()}
 
 
+def order_metadata(file: Path) -> None:
+    """Sort the metadata in a safetensors file's header, whose order would differ between processes."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        opened.seek(8)
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(size))
+
+
 def check_layers(layers: Mapping[str, dict[str, Any]], headers: Mapping[str, Header]) -> None:
     """Raise CheckpointError unless the files hold every tensor of the packed layers, with its shape and dtype."""
     for layer, name, wanted in packed_tensors(layers):
@@ -258,9 +278,14 @@ def check_layers(layers: Mapping[str, dict[str, Any]], headers: Mapping[str, Hea
 def packed_tensors(layers: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str, Header]]:
     """Yield (layer, tensor name, header) for every tensor of the packed layers, except biases."""
     for layer, entry in layers.items():
-        for k, rank in enumerate(entry["ranks"]):
-            for field, header in packed_headers(entry["d_out"], entry["d_in"], rank).items():
+        for k in range(len(entry["ranks"])):
+            for field, header in path_headers(entry, k).items():
                 yield layer, f"{layer}.paths.{k}.{field}", header
+
+
+def path_headers(entry: Mapping[str, Any], k: int) -> dict[str, Header]:
+    """Return the header of each tensor of path `k` of a packed layer, by its field, from the layer's entry."""
+    return packed_headers(entry["d_out"], entry["d_in"], entry["ranks"][k], entry.get("scale_bits", SCALE_BITS))
 
 
 def check_path(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:

@@ -17,11 +17,10 @@ from ..models.embeddings import EmbeddingTable, QuantizedEmbedding, replace_embe
 from ..models.experts import is_known, projection_names, split_experts
 from ..models.generation_settings import FILE as GENERATION, read_generation_config
 from ..models.layers import PackedLinear
-from ..models.quantize import replace_module, replace_modules, split
+from ..models.quantize import packed_layers, replace_module, replace_modules, split
 from ..models.selection import is_linear, linear_shape
 from ..models.shared import share, share_checked
-from ..packing import PackedFactors
-from .format import WEIGHTS, check_embeddings, check_path
+from .format import WEIGHTS, check_embeddings, check_path, path_headers
 
 #: Most experts of a model, in all blocks together: each becomes several modules.
 MOST_EXPERTS = 1 << 16
@@ -76,7 +75,7 @@ def check_values(layers: dict[str, dict[str, Any]], tensors: Mapping[str, Tensor
     for layer, entry in layers.items():
         for k in range(len(entry["ranks"])):
             prefix = f"{layer}.paths.{k}"
-            check_path(prefix, {field: tensors[f"{prefix}.{field}"].numpy() for field in PackedFactors._fields})
+            check_path(prefix, {field: tensors[f"{prefix}.{field}"].numpy() for field in path_headers(entry, k)})
 
 
 def build_model(
@@ -239,6 +238,8 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, shared: Mappi
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise mismatch_error(path, missing, [])
+    for layer in packed_layers(model).values():
+        layer.decode_scales()
 
 
 def untie_separate_head(model: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._checks import check_number
+from ..bits import SCALE_BITS
 from ..files.atomic import check_folder, resolve_output
 from ..files.digests import tensor_bytes, tensor_digest
 from ..models.embeddings import QuantizedEmbedding
@@ -20,7 +21,7 @@ from ..models.quantize import pack_, packed_layers
 from ..models.selection import linear_shape
 from ..models.shared import shared_names
 from .checksums import make_checksums
-from .format import FORMAT_VERSION, INDEX, WEIGHTS, is_checkpoint, is_official
+from .format import FORMAT_VERSION, INDEX, WEIGHTS, is_checkpoint, is_official, order_metadata
 from .loading import check_state, meta_model
 
 SHARD_BYTES = 5_000_000_000
@@ -98,7 +99,8 @@ def shared_section(model: nn.Module) -> dict[str, Any]:
 
 def layer_entry(layer: PackedLinear) -> dict[str, Any]:
     """Describe a packed layer, for the key "layers"."""
-    return {"d_out": layer.d_out, "d_in": layer.d_in, "ranks": list(layer.ranks), "bias": layer.bias is not None}
+    entry = {"d_out": layer.d_out, "d_in": layer.d_in, "ranks": list(layer.ranks), "bias": layer.bias is not None}
+    return entry | ({} if layer.scale_bits == SCALE_BITS else {"scale_bits": layer.scale_bits})
 
 
 def embedding_section(model: Any) -> dict[str, Any]:
@@ -166,16 +168,6 @@ def write_tensors(
         save_file(shard, folder / name, metadata={"format": "pt"} | own)
         order_metadata(folder / name)
         (folder / name).chmod(0o644)  # safetensors makes it readable for its owner only
-
-
-def order_metadata(file: Path) -> None:
-    """Sort the metadata in a safetensors file's header, whose order would differ between processes."""
-    with file.open("r+b") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        opened.seek(8)
-        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(size))
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -62,10 +62,15 @@ def add_dry_run(sub: argparse._ActionsContainer) -> None:
 
 
 def add_compute(sub: argparse._ActionsContainer) -> None:
-    """Add the options of the commands that run a model."""
+    """Add the options of the commands that run a model and print a result."""
+    add_device(sub)
+    add_json(sub)
+
+
+def add_device(sub: argparse._ActionsContainer) -> None:
+    """Add the options that say where a model runs."""
     sub.add_argument("--device", type=device, default="cpu", help="torch device to run on, such as cpu or cuda")
     sub.add_argument("--threads", type=count, help="CPU threads to use (default: OMP_NUM_THREADS, or all cores)")
-    add_json(sub)
 
 
 def number(convert: type[int] | type[float], **limits: float) -> Callable[[str], Any]:

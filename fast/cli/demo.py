@@ -1,17 +1,16 @@
-"""Show a trained sub-1-bit model writing, then measure it beside three others: the `demo` command."""
+"""Show a trained sub-1-bit model writing, then measure it beside two others: the `demo` command."""
 
 import argparse
+import contextlib
 import functools
+import io
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.bundled import bundled_folder
 from ..checkpoints.fetch import fetch, resolve
 from ..checkpoints.names import TINY
 from ..files.atomic import check_file, write_text
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 MODEL, TRAINED = "smollm2", "smollm2-0.55bit"
 BITS = 0.55
-UNTRAINED, SMALL = "bits-0.55-untrained", "smollm2-0.55bit-embedding-8"
+UNTRAINED = "bits-0.55-untrained"
 PICTURED = "model.layers.0.self_attn.q_proj"
 CORNER = 128  # Rows and columns to draw: few enough to see single weights.
 PROMPT = "In the beginning of the twentieth century,"
@@ -34,9 +33,9 @@ WINDOWS = 4  # windows of the included text that perplexity is measured on
 TIMED_TOKENS = 80
 
 NOTE = """\
-The last three models store their linear layers in 0.55 bits per weight. Training starts from the untrained one, and
-the trained one comes with this package (`littlebit fetch smollm2-0.55bit`). Most bytes of its file are the embedding,
-which the last model stores in 8 bits per entry instead of 16."""
+The last two models store their linear layers in 0.55 bits per weight. Training starts from the untrained one. The
+trained one comes with this package (`littlebit fetch smollm2-0.55bit`). Most bytes of its file are the embedding, in 8
+bits per entry; the untrained one's has 16."""
 
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
@@ -73,13 +72,11 @@ def stream_text(folder: Path) -> Iterator[str]:
 
 
 def trained_model() -> Path:
-    """Return the trained model's folder; on the first run, fetch it while the kernels are compiled."""
+    """Return the trained model's folder; on the first run, build it while the kernels are compiled."""
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(compile_kernels)]
-        if not bundled_folder(TRAINED).exists():
-            jobs.append(pool.submit(fetch_in_subprocess))
+        jobs = [pool.submit(fetch, TRAINED), pool.submit(compile_kernels)]
         wait_for("getting ready", jobs)
-    return fetch(TRAINED)
+    return jobs[0].result()
 
 
 def compile_kernels() -> None:
@@ -90,14 +87,6 @@ def compile_kernels() -> None:
 
     folder = Path(resolve(TINY))
     next(stream(map_model(folder), "a", 2, tokenizer=Tokenizer(folder)))
-
-
-def fetch_in_subprocess() -> None:
-    """Fetch the trained model in a process of its own, so that the output of pip and transformers stays hidden."""
-    command = [sys.executable, "-m", "littlebit.fast", "fetch", TRAINED]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(done.stderr.strip().splitlines()[-1].removeprefix("littlebit: error: "))
 
 
 def wait_for(title: str, jobs: list[Future[Any]]) -> None:
@@ -112,22 +101,21 @@ def wait_for(title: str, jobs: list[Future[Any]]) -> None:
 
 
 def measure(out: Path) -> str:
-    """Make the untrained model and one with an 8-bit embedding, measure four models from disk, and describe them.
+    """Make the untrained model, measure three models from disk, and describe them.
 
-    Writes both models, demo.json and figure2.png into `out`. Returns the table, a note and a sample of each model.
+    Writes the untrained model, demo.json and figure2.png into `out`. Returns the table, a note and a sample of each
+    model.
     """
     from .._progress import tqdm
     from ..checkpoints.checkpoint import info
     from ..checkpoints.saving import check_target
 
-    folders = {name: out / name for name in (UNTRAINED, SMALL)}
-    for folder in folders.values():
-        check_target(folder, overwrite=True)
+    untrained = out / UNTRAINED
+    check_target(untrained, overwrite=True)
     models: list[tuple[str, str | Path, Callable[[], dict[str, Any]]]] = [
         ("original (Q4_1 GGUF)", MODEL, lambda: gguf_sizes(fetch(MODEL))),
-        ("Dual-SVID, untrained", folders[UNTRAINED], lambda: info(folders[UNTRAINED])),
+        ("Dual-SVID, untrained", untrained, lambda: info(untrained)),
         ("trained", TRAINED, lambda: info(fetch(TRAINED))),
-        ("trained, 8-bit embedding", folders[SMALL], lambda: info(folders[SMALL])),
     ]
     rows = []
     with tqdm(total=len(models) + 3, unit="step") as bar:
@@ -139,15 +127,21 @@ def measure(out: Path) -> str:
             finally:
                 bar.update()
 
-        step("quantizing", functools.partial(save_untrained, folders[UNTRAINED]))
-        step("quantizing the embedding", functools.partial(save_with_small_embedding, folders[SMALL]))
+        step("fetching the original", fetch_original)
+        step("quantizing", functools.partial(save_untrained, untrained))
         for title, source, sizes in models:
             found = step(f"measuring: {title}", functools.partial(measure_model, source))
             rows.append({"title": title} | sizes() | found)
-        picture = step("drawing", functools.partial(draw_weights, folders[UNTRAINED], out / "figure2.png"))
+        picture = step("drawing", functools.partial(draw_weights, untrained, out / "figure2.png"))
     write_text(out / "demo.json", json.dumps(rows, indent=1) + "\n")
     samples = [f"{row['title']}:\n    {PROMPT}{row['text']}" for row in rows]
     return "\n".join([table(rows), "", NOTE, "", *samples, "", f"Picture: {picture}"])
+
+
+def fetch_original() -> None:
+    """Fetch and convert the original model, without the bars that transformers draws over this command's."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        resolve(MODEL)
 
 
 def save_untrained(folder: Path) -> None:
@@ -164,17 +158,6 @@ def save_untrained(folder: Path) -> None:
     results = quantize_(model, Config(bits=BITS), progress=False)
     torch.set_num_threads(threads)
     save(model, folder, load_tokenizer(MODEL), BITS, results, overwrite=True)
-
-
-def save_with_small_embedding(folder: Path) -> None:
-    """Save the trained model with its embedding in 8 bits per entry."""
-    from ..checkpoints.checkpoint import load, save
-    from ..checkpoints.dense import load_tokenizer
-    from ..models.embeddings import quantize_embeddings_
-
-    model = load(fetch(TRAINED))
-    quantize_embeddings_(model, 8)
-    save(model, folder, load_tokenizer(MODEL), BITS, overwrite=True)
 
 
 def gguf_sizes(path: Path) -> dict[str, Any]:
@@ -285,7 +268,7 @@ COMMANDS = {
     "demo": Command(
         run,
         add_arguments,
-        "Let a trained SmolLM2-135M of 0.55 bits per weight write, then measure it beside three other models.",
+        "Let a trained SmolLM2-135M of 0.55 bits per weight write, then measure it beside two other models.",
         ("demo --out build/demo",),
     )
 }

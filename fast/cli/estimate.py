@@ -78,7 +78,7 @@ def estimate(source: str | Path, config: Config, work: Workload | int = 0) -> di
     with fused_split(model, config):
         selection, ranks = plan_ranks(model, config)
     shapes = {name: linear_shape(layer) for name, layer in selection.layers.items()}
-    stored, sizes = model_bits(shapes, ranks), trained_sizes(model, shapes, ranks)
+    stored, sizes = model_bits(shapes, ranks, config.scale_bits), trained_sizes(model, shapes, ranks)
     rate = multiplications_per_second()
     memory = quantization_bytes(sizes, shapes, ranks, stored // 8, config)
     return {
@@ -91,7 +91,7 @@ def estimate(source: str | Path, config: Config, work: Workload | int = 0) -> di
         "gpu_bytes": device_bytes(sizes, work) if work.tokens and work.gpus else {},
         "quantise_s": quantize_seconds(shapes, ranks, config),
         "train_s": seconds(sizes, work, rate) if work.tokens else 0.0,
-        "kinds": count_layer_types(shapes, ranks),
+        "kinds": count_layer_types(shapes, ranks, config.scale_bits),
         "dense": selection.dense,
         "dense_share": selection.share,
     }
@@ -130,13 +130,13 @@ def quantization_bytes(
     return PROCESS_BYTES + packed + max(most)
 
 
-def count_layer_types(shapes: dict[str, Shape], ranks: dict[str, Ranks]) -> dict[str, dict[str, Any]]:
+def count_layer_types(shapes: dict[str, Shape], ranks: dict[str, Ranks], scale_bits: int) -> dict[str, dict[str, Any]]:
     """Count the layers of each type; take shape and ranks from its first layer, bits per weight from its last."""
     rows: dict[str, dict[str, Any]] = {}
     for name, (d_out, d_in) in shapes.items():
         row = rows.setdefault(layer_type(name), {"layers": 0, "d_out": d_out, "d_in": d_in, "ranks": ranks[name]})
         row["layers"] += 1
-        row["bits"] = layer_bits(d_out, d_in, ranks[name]) / (d_out * d_in)
+        row["bits"] = layer_bits(d_out, d_in, ranks[name], scale_bits) / (d_out * d_in)
     return rows
 
 

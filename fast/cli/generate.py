@@ -4,10 +4,11 @@ import argparse
 import json
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.fetch import resolve
 from ..memory import KV_CACHES
+from ..models.generation_settings import GenerationConfig
 from .arguments import (
     Command,
     add_compute,
@@ -22,6 +23,9 @@ from .arguments import (
 )
 from .models import load_any, use_torch
 
+if TYPE_CHECKING:
+    from ..decoding.batching import Slots
+
 log = logging.getLogger(__name__)
 
 
@@ -29,7 +33,14 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `littlebit generate`."""
     sub.add_argument("model", help=f"a packed checkpoint, or a dense model: {model_help()}")
     sub.add_argument("--prompt", type=utf8, required=True, help="text to continue, in UTF-8")
-    sub.add_argument("--max-new-tokens", type=count, default=64, help="write at most this many tokens")
+    add_sampling(sub, 64)
+    sub.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    add_compute(sub)
+
+
+def add_sampling(sub: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add the options that say how tokens are chosen, and where the text ends."""
+    sub.add_argument("--max-new-tokens", type=count, default=max_new_tokens, help="write at most this many tokens")
     given = "the value in the model's generation_config.json"
     sub.add_argument(
         "--temperature",
@@ -56,7 +67,14 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         f"{given}, or 1)",
     )
     sub.add_argument("--seed", type=seed, default=0, help="seed of the sampling")
-    sub.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    sub.add_argument(
+        "--stop", type=utf8, action="append", default=[], help="end the text before this string; may be given again"
+    )
+    add_kv_cache(sub)
+
+
+def add_kv_cache(sub: argparse.ArgumentParser) -> None:
+    """Add the option that says what is cached."""
     sub.add_argument(
         "--kv-cache",
         type=kv_cache,
@@ -64,7 +82,6 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         default="full",
         help="keep keys and values (full), or their low-rank latents, which take less memory and more time",
     )
-    add_compute(sub)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -78,16 +95,10 @@ def run(arguments: argparse.Namespace) -> None:
     pieces = stream(
         model,
         arguments.prompt,
-        arguments.max_new_tokens,
-        arguments.temperature,
-        arguments.top_k,
-        arguments.top_p,
-        arguments.seed,
-        arguments.chat,
-        tokenizer,
-        arguments.kv_cache,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
+        chat=arguments.chat,
+        tokenizer=tokenizer,
+        stop=arguments.stop,
+        config=generation_config(arguments),
     )
     if arguments.json:
         text = "".join(pieces)
@@ -99,6 +110,38 @@ def run(arguments: argparse.Namespace) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
+    """Make the settings of generation that the options of `add_sampling` ask for."""
+    return GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+        kv_cache=arguments.kv_cache,
+    )
+
+
+def load_slots(arguments: argparse.Namespace, size: int, instead: str) -> tuple["Slots", Any]:
+    """Load a model that decodes up to `size` texts together, and its tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If no decoder of this package runs the model; the message names a command to use `instead`.
+    """
+    from ..decoding.architecture import NotDecodableError
+    from ..decoding.batching import slots_for
+
+    model, tokenizer = load_to_generate(arguments)
+    try:
+        return slots_for(model, size, arguments.context, arguments.kv_cache), tokenizer
+    except NotDecodableError as reason:
+        raise ValueError(f"no decoder of this package runs {arguments.model}: {reason}; try `{instead}`") from reason
 
 
 def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import LittleBitWarning
-from . import bench, demo, evaluate, files, generate, memory, plan, quantize, train, tune
+from . import bench, chat, demo, evaluate, files, generate, memory, plan, quantize, serve, train, tune
 from .arguments import Command, Formatter
 from .exits import (
     CLOSED_PIPE,
@@ -31,7 +31,7 @@ from .models import use_torch
 
 SHELLS = ("bash", "fish", "tcsh", "zsh")
 # Starting torch takes seconds, so these commands import it only where they need it.
-TORCH_FREE_COMMANDS = ("generate", "completion", "memory", "demo")
+TORCH_FREE_COMMANDS = ("generate", "chat", "serve", "completion", "memory", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,6 +147,8 @@ COMMANDS = (
     | train.COMMANDS
     | evaluate.COMMANDS
     | generate.COMMANDS
+    | chat.COMMANDS
+    | serve.COMMANDS
     | memory.COMMANDS
     | plan.COMMANDS
     | demo.COMMANDS

@@ -81,6 +81,13 @@ def add_quantization(sub: argparse.ArgumentParser) -> None:
         help="with --init admm: weight channels by their second moments on the calibration text",
     )
     group.add_argument(
+        "--scale-bits",
+        type=int,
+        choices=(16, 8),
+        default=Config.scale_bits,
+        help="bits of a scale (default: %(default)s); 8 leave more bits to signs, which pays at 0.3 bits and below",
+    )
+    group.add_argument(
         "--kv-rank-factor",
         type=positive,
         default=Config.kv_rank_factor,
@@ -141,6 +148,7 @@ def quantization_config(arguments: argparse.Namespace) -> "Config":
         exclude=tuple(arguments.exclude),
         split_fused=arguments.split_fused,
         kv_rank_factor=arguments.kv_rank_factor,
+        scale_bits=arguments.scale_bits,
         seed=arguments.seed,
     )
 

@@ -97,35 +97,59 @@ class Decodable(NamedTuple):
         return tuple(self.generation.config.stop_tokens or ())
 
 
-class Decoder:
-    """Run a model on tokens, and keep their keys and values for the tokens that follow.
+class Cache:
+    """Hold the keys and values of one sequence.
+
+    Parameters
+    ----------
+    sizes : Architecture
+    capacity : int
+        Room: tokens of prompt and answer together. Memory is taken as it fills.
+
+    Attributes
+    ----------
+    position : int
+        Tokens that it holds. A smaller number may be set, to forget the later ones.
+    """
+
+    def __init__(self, sizes: Architecture, capacity: int):
+        shape = sizes.layers, sizes.kv_heads, capacity, sizes.head_dim
+        self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.capacity, self.position = capacity, 0
+
+    def copy(self, sizes: Architecture, capacity: int, count: int) -> "Cache":
+        """Copy the first `count` tokens into a cache of another capacity."""
+        new = Cache(sizes, capacity)
+        new.keys[:, :, :count], new.values[:, :, :count] = self.keys[:, :, :count], self.values[:, :, :count]
+        new.position = count
+        return new
+
+
+class Compiled:
+    """Turn a model into the arrays of integers that the compiled step takes, and run steps.
 
     Parameters
     ----------
     model : Decodable
         Its arrays are not copied, except biases, norms and scales of tables that are not float32.
-    capacity : int
-        Room in the cache: tokens of prompt and answer together.
+    positions : int
+        Most tokens of a sequence.
     """
 
-    def __init__(self, model: Decodable, capacity: int):
+    def __init__(self, model: Decodable, positions: int):
         sizes, weights = model.sizes, model.weights
         self.arrays: list[np.ndarray] = []  # keeps alive what the addresses point to
-        self.threads = model.threads
-        self.sizes = np.array([*sizes[: cpu_decode.CAPACITY], capacity])
+        self.threads, self.architecture, self.positions = model.threads, sizes, positions
+        self.sizes = np.array(sizes[: cpu_decode.VOCABULARY + 1])
         self.eps = np.float32(sizes.eps)
         paths: list[list[int]] = []
         self.linears = np.array([[self.linear(each, paths) for each in layer] for layer in weights.layers])
         self.paths = np.array(paths, np.int64).reshape(-1, cpu.PATH_FIELDS)
         self.norms = np.array([self.address(norm, np.float32) for norm in weights.norms])
         self.embedding, self.head = self.table(weights.embedding), self.table(weights.head)
-        self.angles = rotary_angles(sizes.rope, sizes.head_dim, capacity)
-        shape = sizes.layers, sizes.kv_heads, capacity, sizes.head_dim
-        self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.angles = rotary_angles(sizes.rope, sizes.head_dim, positions)
         self.scratch = cpu_threads.aligned_zeros(BLOCK * cpu_decode.block_floats(self.sizes), np.float32)
         self.thread_floats = self.count_thread_floats()
-        self.position = 0
-        self.logits = np.empty(sizes.vocabulary, np.float32)
 
     def address(self, array: np.ndarray | None, dtype: Any = None) -> int:
         """Return the address of an array in C order, copied if its dtype or layout is another one; 0 for None."""
@@ -161,6 +185,70 @@ class Decoder:
         scale, offset = self.address(arrays.scale, np.float32), self.address(arrays.offset, np.float32)
         return np.array([bits, entries, scale, size // arrays.scale.shape[1], offset])
 
+    def step(self, parts: Sequence[tuple[Cache, Sequence[int] | np.ndarray, np.ndarray | None]]) -> None:
+        """Append tokens to each of several sequences, in one pass through the model.
+
+        Parameters
+        ----------
+        parts : sequence of (cache, tokens, logits)
+            A sequence's cache, its next tokens, and the (vocabulary,) float32 array to fill with the logits after the
+            last of them, or None. At most BLOCK tokens in all.
+
+        Raises
+        ------
+        ValueError
+            If the tokens exceed a cache's capacity or the block, or have no row in the embedding.
+        """
+        tokens = np.concatenate([np.asarray(part[1], np.int64) for part in parts])
+        vocabulary = self.architecture.vocabulary
+        if not all(len(part[1]) for part in parts) or tokens.min() < 0 or tokens.max() >= vocabulary:
+            raise ValueError(f"tokens must be one or more numbers from 0 to {vocabulary - 1}, got {tokens}")
+        if len(tokens) > BLOCK:
+            raise ValueError(f"a step takes at most {BLOCK} tokens, got {len(tokens)}: divide them")
+        for cache, new, _ in parts:
+            capacity, needed = min(cache.capacity, self.positions), cache.position + len(new)
+            if needed > capacity:
+                raise ValueError(f"the decoder holds {capacity} tokens, got {needed}: make it with a larger capacity")
+        sequences = np.array([self.describe(*part) for part in parts])
+        with cpu_threads.Team(self.threads, self.thread_floats, (self, parts)) as team:
+            cpu_decode.step(
+                self.sizes,
+                self.eps,
+                self.linears,
+                self.paths,
+                self.norms,
+                self.embedding,
+                self.head,
+                self.angles,
+                sequences,
+                tokens,
+                self.scratch,
+                team,
+            )
+        for cache, new, _ in parts:
+            cache.position += len(new)
+
+    @staticmethod
+    def describe(cache: Cache, tokens: Sequence[int] | np.ndarray, logits: np.ndarray | None) -> list[int]:
+        """Describe a part of a step in the order of cpu_decode.COUNT."""
+        keys, values = cache.keys.ctypes.data, cache.values.ctypes.data
+        return [len(tokens), cache.position, cache.capacity, keys, values, 0 if logits is None else logits.ctypes.data]
+
+
+class Decoder:
+    """Run a model on one sequence of tokens, and keep their keys and values for the tokens that follow.
+
+    Parameters
+    ----------
+    model : Decodable
+    capacity : int
+        Room in the cache: tokens of prompt and answer together.
+    """
+
+    def __init__(self, model: Decodable, capacity: int):
+        self.compiled, self.cache = Compiled(model, capacity), Cache(model.sizes, capacity)
+        self.logits = np.empty(model.sizes.vocabulary, np.float32)
+
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """Read more tokens and compute the logits after the last one.
 
@@ -177,33 +265,9 @@ class Decoder:
         ValueError
             If the tokens exceed the capacity, or have no row in the embedding.
         """
-        capacity, vocabulary = self.sizes[cpu_decode.CAPACITY], self.sizes[cpu_decode.VOCABULARY]
-        if self.position + len(tokens) > capacity:
-            needed = self.position + len(tokens)
-            raise ValueError(f"the decoder holds {capacity} tokens, got {needed}: make it with a larger capacity")
-        if len(tokens) == 0 or tokens.min() < 0 or tokens.max() >= vocabulary:
-            raise ValueError(f"tokens must be one or more numbers from 0 to {vocabulary - 1}, got {tokens}")
-        with cpu_threads.Team(self.threads, self.thread_floats, self) as team:
-            for start in range(0, len(tokens), BLOCK):
-                block = np.ascontiguousarray(tokens[start : start + BLOCK], np.int64)
-                cpu_decode.step(
-                    self.sizes,
-                    self.eps,
-                    self.linears,
-                    self.paths,
-                    self.norms,
-                    self.embedding,
-                    self.head,
-                    self.angles,
-                    self.keys,
-                    self.values,
-                    block,
-                    self.position,
-                    self.logits,
-                    self.scratch,
-                    team,
-                )
-                self.position += len(block)
+        for start in range(0, max(len(tokens), 1), BLOCK):
+            block = tokens[start : start + BLOCK]
+            self.compiled.step([(self.cache, block, self.logits if start + BLOCK >= len(tokens) else None)])
         return self.logits
 
 

@@ -8,7 +8,7 @@
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
@@ -42,6 +42,7 @@ def generate(
     *,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    stop: Sequence[str] = (),
     config: GenerationConfig | None = None,
 ) -> str | list[str]:
     """Generate the text that follows a prompt, or each of several prompts.
@@ -69,8 +70,10 @@ def generate(
     kv_cache : str, optional
         "full" (the default), "latent" (float16) or "latent-int8". A latent cache takes less memory and more time: see
         `latent_cache`.
+    stop : sequence of str
+        End the text before the first of these strings.
     config : GenerationConfig, optional
-        All of these settings in one object, and the stop tokens.
+        All settings but `chat`, `tokenizer` and `stop` in one object, and the stop tokens.
 
     Returns
     -------
@@ -86,12 +89,12 @@ def generate(
     given |= {"seed": seed, "kv_cache": renamed_value("kv_cache", kv_cache)}
     config = merge(config, **given, min_p=min_p, repetition_penalty=repetition_penalty)
     if isinstance(prompt, str):
-        return "".join(stream(model, prompt, chat=chat, tokenizer=tokenizer, config=config))
+        return "".join(stream(model, prompt, chat=chat, tokenizer=tokenizer, stop=stop, config=config))
     model = unwrap(model)
     tokenizer = find_tokenizer(model, tokenizer)
     tokens = [prompt_tokens(tokenizer, each, chat) for each in prompt]
     new = batch_tokens(model, tokens, config, pad_token(tokenizer))
-    return ["".join(text_chunks(tokenizer, iter(each))) for each in new]
+    return ["".join(text_chunks(tokenizer, each, stop)) for each in new]
 
 
 def stream(
@@ -108,6 +111,7 @@ def stream(
     *,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    stop: Sequence[str] = (),
     config: GenerationConfig | None = None,
 ) -> Iterator[str]:
     """Generate text and yield each chunk as soon as it is complete; joined, they are the text of `generate`.
@@ -120,7 +124,7 @@ def stream(
     model = unwrap(model)
     tokenizer = find_tokenizer(model, tokenizer)
     tokens = prompt_tokens(tokenizer, prompt, chat)
-    return text_chunks(tokenizer, stream_tokens(model, tokens, config, pad_token(tokenizer)))
+    return text_chunks(tokenizer, stream_tokens(model, tokens, config, pad_token(tokenizer)), stop)
 
 
 def merge(config: GenerationConfig | None, **given: Any) -> GenerationConfig:
@@ -178,15 +182,15 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     except UnicodeEncodeError as error:
         raise ValueError(f"the prompt must be text that UTF-8 can hold: {error}") from error
     if chat:
-        prompt = apply_chat_template(tokenizer, prompt)
+        prompt = apply_chat_template(tokenizer, [{"role": "user", "content": prompt}])
     tokens = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
     if not tokens:
         raise ValueError("the prompt is empty: give at least one character")
     return tokens
 
 
-def apply_chat_template(tokenizer: Any, prompt: str) -> str:
-    """Put a prompt into the tokenizer's chat template, as the user's turn.
+def apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    """Put messages, each with "role" and "content", into the tokenizer's chat template.
 
     Raises
     ------
@@ -196,34 +200,89 @@ def apply_chat_template(tokenizer: Any, prompt: str) -> str:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the tokenizer's chat template cannot be used: {error}") from error
 
 
-def text_chunks(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
+def text_chunks(tokenizer: Any, tokens: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
     """Decode tokens into chunks of text, each as soon as no later token can change it.
 
-    A token may hold only a part of a character; then a chunk has to wait for the next token. A chunk is the difference
-    of two decodings that begin at the same token, because some tokenizers drop the space before the first token.
+    Parameters
+    ----------
+    tokenizer
+    tokens : iterable of int
+    stop : sequence of str
+        End the text before the first of these strings.
     """
-    known: list[int] = []
-    start = written = 0  # the chunks so far hold known[:written]; decoding begins at `start`, the chunk before
-
-    def text(stop: int | None) -> str:
-        return tokenizer.decode(known[start:stop], skip_special_tokens=True)
-
+    text = TextDecoder(tokenizer, stop)
     for token in tokens:
-        known.append(token)
-        before, now = text(written), text(None)
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            yield now[len(before) :]
-            start, written = written, len(known)
-    rest = text(None)[len(text(written)) :]
-    if rest:
+        if chunk := text.push(token):
+            yield chunk
+        if text.stopped:
+            return
+    if rest := text.finish():
         yield rest
+
+
+class TextDecoder:
+    """Decode tokens into text, one by one, and end it before a stop string.
+
+    A token may hold only a part of a character; then its text has to wait for the next token. A chunk is the difference
+    of two decodings that begin at the same token, because some tokenizers drop the space before the first token. Text
+    that may be the beginning of a stop string waits too.
+
+    Parameters
+    ----------
+    tokenizer
+    stop : sequence of str
+
+    Attributes
+    ----------
+    stopped : bool
+        Whether a stop string has ended the text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+        self.tokenizer, self.stop, self.stopped = tokenizer, [each for each in stop if each], False
+        self.known: list[int] = []
+        self.start = self.written = 0  # the chunks so far hold known[:written]; decoding begins at the chunk before
+        self.held = ""  # may be the beginning of a stop string
+
+    def text(self, stop: int | None) -> str:
+        """Decode the known tokens from the last chunk but one up to `stop`."""
+        return self.tokenizer.decode(self.known[self.start : stop], skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """Return the text that a token completes, possibly none."""
+        self.known.append(token)
+        before, now = self.text(self.written), self.text(None)
+        if len(now) <= len(before) or now.endswith("\ufffd"):
+            return ""
+        self.start, self.written = self.written, len(self.known)
+        return self.release(now[len(before) :])
+
+    def finish(self) -> str:
+        """Return the text that waited for more tokens."""
+        if self.stopped:
+            return ""
+        rest = self.release(self.text(None)[len(self.text(self.written)) :])
+        held, self.held = self.held, ""
+        return rest if self.stopped else rest + held
+
+    def release(self, new: str) -> str:
+        """Append text to what is held, and return what cannot belong to a stop string."""
+        text, self.held = self.held + new, ""
+        found = [at for at in (text.find(each) for each in self.stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)]
+        longest = max((len(each) - 1 for each in self.stop), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(each.startswith(text[-length:]) for each in self.stop):
+                self.held = text[-length:]
+                return text[:-length]
+        return text
 
 
 def generate_tokens(model: Any, tokens: "Tensor", config: GenerationConfig, pad: int | None = None) -> "Tensor":

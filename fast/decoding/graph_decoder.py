@@ -164,6 +164,24 @@ class DecodeLoop:
             self.graph = graph
 
 
+class HostDecodeLoop(DecodeLoop):
+    """Run an engine on tokens that the host chooses: the caller writes `tokens` before each `advance`.
+
+    Attributes
+    ----------
+    logits : (batch, vocabulary) tensor
+        After the last token of each sequence.
+    """
+
+    logits: Any = None
+
+    def choose_next(self, logits: Tensor) -> None:
+        """Keep the logits, at one address for captured graphs."""
+        if self.logits is None:
+            self.logits = torch.empty_like(logits)
+        self.logits.copy_(logits)
+
+
 def decode_batch(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[int | None]]:
     """Generate new tokens after several prompts, all sequences at once.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ...reference.packing import decode_scale
 from ..checkpoints.checksums import check_contents
 from ..checkpoints.format import (
     byte_ranges,
@@ -23,13 +24,14 @@ from ..checkpoints.format import (
     check_path,
     is_checkpoint,
     is_official,
+    path_headers,
     read_config,
     read_headers,
     weight_files,
 )
 from ..files.untrusted import CheckpointError, open_errors, read_json
 from ..models.generation_settings import parse_generation_config, read_generation_config
-from ..models.packed_shapes import packed_headers
+from ..models.packed_shapes import SCALES
 from .architecture import NORMS, PROJECTIONS, Architecture, NotDecodableError, architecture
 from .cpu_decoder import Decodable, EmbeddingArrays, Linear, Weights
 
@@ -214,11 +216,14 @@ class WeightReader:
                 f"its layer {name} must have shape ({d_out}, {d_in}), not ({entry['d_out']}, {entry['d_in']})"
             )
         paths = []
-        for order, rank in enumerate(entry["ranks"]):
-            wanted = packed_headers(d_out, d_in, rank)
-            arrays = [tensors.read(f"{name}.paths.{order}.{key}", *header) for key, header in wanted.items()]
-            check_path(f"{name}.paths.{order}", dict(zip(wanted, arrays, strict=True)))
-            paths.append([*map(widen_words, arrays[:2]), *arrays[2:]])
+        for order in range(len(entry["ranks"])):
+            wanted = path_headers(entry, order)
+            arrays = {key: tensors.read(f"{name}.paths.{order}.{key}", *header) for key, header in wanted.items()}
+            check_path(f"{name}.paths.{order}", arrays)
+            scales = [arrays[key] for key in SCALES]
+            if "peaks" in arrays:
+                scales = list(map(decode_scale, scales, arrays["peaks"]))
+            paths.append([widen_words(arrays["u_words"]), widen_words(arrays["v_words"]), *scales])
         return Linear(d_out, d_in, paths, None, tensors.read(f"{name}.bias", (d_out,)) if entry["bias"] else None)
 
     def has_bias(self, name: str) -> bool:

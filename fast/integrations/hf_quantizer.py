@@ -29,7 +29,7 @@ from ..checkpoints.saving import quantization_section
 from ..files.untrusted import CheckpointError, resolve_inside
 from ..models.embeddings import settle_ties
 from ..models.layers import LittleBitLinear
-from ..models.quantize import OBSERVERS, Config, pack_, quantize_
+from ..models.quantize import OBSERVERS, Config, pack_, packed_layers, quantize_
 from ..models.registry import choice_name
 from ..models.selection import as_patterns
 from ..models.shared import assign, lookup, share, share_checked, shared_names
@@ -158,6 +158,8 @@ class LittleBitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Quantize and pack a model that was loaded as a dense one."""
         if self.pre_quantized:
+            for layer in packed_layers(model).values():
+                layer.decode_scales()
             share(model, self.quantization_config.shared or {})
             if self.requested_dtype:  # The first releases of transformers 5 leave some tensors as they are stored.
                 cast_up(model, self.requested_dtype)

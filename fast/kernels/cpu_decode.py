@@ -1,11 +1,11 @@
 """Decode one step of a Llama-like model on a CPU in one compiled call: no Python between embedding and logits.
 
-A step takes a block of tokens (some of a prompt's, or one new token) through
+A step takes a block of tokens (some of a prompt's, one new token, or tokens of several sequences) through
 
     x = embedding[token]
     for each layer:  x += O attention(RoPE(Q n), RoPE(K n), V n),  n = RMSNorm(x)
                      x += D (silu(G n) * U n),                     n = RMSNorm(x)
-    logits = head RMSNorm(x),  for the last token alone
+    logits = head RMSNorm(x),  for the last token of each sequence
 
 in float32. Linear layers are the packed GEMVs of cpu.py (for blocks of tokens, small GEMMs); the head, the embedding
 and attention are in cpu_dense.py. cpu_threads.py divides the large ones among threads.
@@ -42,7 +42,11 @@ from .cpu_simd import (
 from .cpu_threads import divided_attention, divided_head, divided_layer
 
 # Indices into a model's int64 array of sizes
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY, CAPACITY = range(8)
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY = range(7)
+# Each sequence of a step is six int64. COUNT: its tokens in this step; POSITION: tokens in its cache before them;
+# KEYS, VALUES: addresses of its cache, which has room for CAPACITY tokens; LOGITS: address of float32 to fill, or 0
+SEQUENCE_FIELDS = 6
+COUNT, POSITION, CAPACITY, KEYS, VALUES, LOGITS = range(SEQUENCE_FIELDS)
 # The linear layers of a transformer layer, and the seven int64 that describe each
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)
 # FIRST_PATH, PATHS: its rows in the array of all paths; BIAS: address of float32, or 0; DENSE: address of the weights,
@@ -124,17 +128,44 @@ def block_floats(sizes):
 
 
 @numba.njit(nogil=True, cache=True)
-def step(
-    sizes, eps, linears, paths, norms, embedding, head, angles, keys, values, tokens, position, logits, space, team
-):
-    """Compute the logits after the last of `tokens`, whose positions are `position` and the following ones.
+def append_and_attend(team, sizes, layer, sequences, angles, q, k, v, mixed):
+    """Apply RoPE to a block's queries and keys, append keys and values to each sequence's cache, and attend.
+
+    sequences : see `step`; q, mixed : flat, (tokens, heads, head_dim); k, v : flat, (tokens, kv_heads, head_dim).
+    """
+    heads, kv_heads, size = sizes[HEADS], sizes[KV_HEADS], sizes[HEAD_DIM]
+    first = np.int64(0)
+    for each in range(len(sequences)):
+        count, position, capacity = sequences[each, COUNT], sequences[each, POSITION], sequences[each, CAPACITY]
+        shape, skip = (kv_heads, capacity, size), 4 * layer * kv_heads * capacity * size
+        keys = floats_at(sequences[each, KEYS] + skip, kv_heads * capacity * size).reshape(shape)
+        values = floats_at(sequences[each, VALUES] + skip, kv_heads * capacity * size).reshape(shape)
+        for b in range(first, first + count):
+            at = position + b - first
+            apply_rope(q[b * heads * size :], heads, size, angles[0, at], angles[1, at])
+            apply_rope(k[b * kv_heads * size :], kv_heads, size, angles[0, at], angles[1, at])
+            for head_at in range(kv_heads):
+                place = (b * kv_heads + head_at) * size
+                keys[head_at, at] = k[place : place + size]
+                values[head_at, at] = v[place : place + size]
+        mine = first * heads * size
+        divided_attention(team, q[mine:], keys, values, position, count, heads, mixed[mine:])
+        first += count
+
+
+@numba.njit(nogil=True, cache=True)
+def step(sizes, eps, linears, paths, norms, embedding, head, angles, sequences, tokens, space, team):
+    """Read one or more tokens of each of several sequences, and compute logits after the last one of each.
 
     sizes : int64, see above; eps : float32; linears : (layers, 7, 7) int64; paths : (all paths, 6) int64, see cpu.py;
     norms : (2 * layers + 1,) int64 addresses of float32 weights; embedding, head : (5,) int64, see cpu_dense.py;
-    angles : (2, capacity, head_dim / 2) float32, cosines and sines; keys, values : (layers, kv_heads, capacity,
-    head_dim) float32, filled up to `position`: this call appends its tokens; tokens : (n,) int64; logits :
-    (vocabulary,) float32, overwritten; space : float32, n * block_floats(sizes), which begins on a cache line;
-    team : see cpu_threads.py.
+    angles : (2, positions, head_dim / 2) float32, cosines and sines; sequences : (n, SEQUENCE_FIELDS) int64, see above;
+    tokens : (sum of counts,) int64, sequence after sequence; space : float32, len(tokens) * block_floats(sizes), which
+    begins on a cache line; team : see cpu_threads.py.
+
+    Caches are float32, (layers, kv_heads, capacity, head_dim), filled up to `position`: this call appends its tokens.
+    Each row of a block is computed in the same order whatever the other rows are, so the result does not depend on how
+    tokens are divided into calls, nor on the other sequences.
     """
     hidden, heads, kv_heads, size = sizes[HIDDEN], sizes[HEADS], sizes[KV_HEADS], sizes[HEAD_DIM]
     wide, count = sizes[INTERMEDIATE], len(tokens)
@@ -150,15 +181,7 @@ def step(
         linear(team, linears[layer, QUERY], paths, normed, q, count)
         linear(team, linears[layer, KEY], paths, normed, k, count)
         linear(team, linears[layer, VALUE], paths, normed, v, count)
-        for b in range(count):
-            at = position + b
-            apply_rope(q[b * heads * size :], heads, size, angles[0, at], angles[1, at])
-            apply_rope(k[b * kv_heads * size :], kv_heads, size, angles[0, at], angles[1, at])
-            for head_at in range(kv_heads):
-                place = (b * kv_heads + head_at) * size
-                keys[layer, head_at, at] = k[place : place + size]
-                values[layer, head_at, at] = v[place : place + size]
-        divided_attention(team, q, keys[layer], values[layer], position, count, heads, mixed)
+        append_and_attend(team, sizes, layer, sequences, angles, q, k, v, mixed)
         linear(team, linears[layer, OUT], paths, mixed, delta, count)
         for j in range(outer):
             x[j] += delta[j]
@@ -169,6 +192,9 @@ def step(
         linear(team, linears[layer, DOWN], paths, gate, delta, count)
         for j in range(outer):
             x[j] += delta[j]
-    last = address_of(x) + 4 * (count - 1) * hidden
-    rms_norm(last, norms[2 * sizes[LAYERS]], eps, address_of(normed), 1, hidden)
-    divided_head(team, head, address_of(normed), hidden, address_of(logits), sizes[VOCABULARY])
+    last = np.int64(-1)
+    for each in range(len(sequences)):
+        last += sequences[each, COUNT]
+        if sequences[each, LOGITS]:
+            rms_norm(address_of(x) + 4 * last * hidden, norms[2 * sizes[LAYERS]], eps, address_of(normed), 1, hidden)
+            divided_head(team, head, address_of(normed), hidden, sequences[each, LOGITS], sizes[VOCABULARY])

@@ -13,6 +13,8 @@ waits long for anybody:
 - Helpers spin, then sleep: a helper without a job spins for IDLE_S, then blocks in a read of a pipe until a caller with
   a job writes to it.
 - Helpers run at a low priority: where every core is busy, a helper would only take time from its caller.
+- If more than one share in LATE_COST is late, the caller works alone for ALONE_JOBS jobs and then tries again: a late
+  share costs more time than a few punctual ones save.
 
 The state of a helper goes ASLEEP -> WOKEN -> READY -> POSTED -> RUNNING -> DONE -> READY, or from POSTED or RUNNING to
 RECLAIMED and back to READY. Each step is one compare-and-swap of a word that the helper and its caller share, so that
@@ -65,6 +67,9 @@ SIGNS_PER_PRODUCT = 8  # sign additions in the time of one product with a dense 
 # larger share is waited for in proportion. A caller that gave up earlier would compute most shares of a prompt twice.
 LATE_S = 100e-6
 IDLE_S = 100e-6  # how long a helper without a job spins before it sleeps
+LATE_COST = 8  # punctual shares that make up for a late one
+MAX_CREDIT = 64  # punctual shares that are remembered
+ALONE_JOBS = 512  # jobs that the caller then does alone, about six tokens of SmolLM2-135M
 NICE = 10  # added to a helper's niceness
 
 # A helper sleeps in the system's read() of a pipe, called from compiled code, which does not hold Python's lock.
@@ -82,15 +87,16 @@ STATE = 0
 # Both: address of `run_job`. A helper's: address of its results; whether it has a share; whether to end; its pipe.
 RUN, OUT, HAS_SHARE, CLOSED, PIPE_READ, PIPE_WRITE = range(8, 14)
 # The caller's: pauses after which a share of GRAIN_WORK is late; least work to divide; address of scratch memory;
-# shares begin at multiples of MULTIPLE items; items of a share, at most; work of a share / GRAIN_WORK, at least 1.
-LATE, MIN_WORK, SCRATCH, MULTIPLE, GRAIN, GRAINS = range(9, 15)
+# shares begin at multiples of MULTIPLE items; items of a share, at most; work of a share / GRAIN_WORK, at least 1;
+# jobs to do alone; punctual shares that make up for late ones.
+LATE, MIN_WORK, SCRATCH, MULTIPLE, GRAIN, GRAINS, ALONE, CREDIT = range(9, 17)
 # A job: items START to STOP, each UNIT floats of the result, which has SEGMENTS rows that are STRIDE floats apart.
-KIND, START, STOP, UNIT, SEGMENTS, STRIDE = range(16, 22)
-X = 22  # address of the input
-KERNEL, PATHS, PATH_COUNT, D_OUT, D_IN, T, BATCH = range(23, 30)  # of a packed layer; BATCH: rows of x at a time
-TABLE, SIZE = 23, 28  # of a head: the five numbers of its table; entries of a row
-KEYS, VALUES, POSITION, HEADS, KV_HEADS, HEAD_DIM, CAPACITY = range(23, 30)  # of attention
-JOB_END = 30
+KIND, START, STOP, UNIT, SEGMENTS, STRIDE = range(17, 23)
+X = 23  # address of the input
+KERNEL, PATHS, PATH_COUNT, D_OUT, D_IN, T, BATCH = range(24, 31)  # of a packed layer; BATCH: rows of x at a time
+TABLE, SIZE = 24, 29  # of a head: the five numbers of its table; entries of a row
+KEYS, VALUES, POSITION, HEADS, KV_HEADS, HEAD_DIM, CAPACITY = range(24, 31)  # of attention
+JOB_END = 31
 
 FIRST, SECOND, ROWS, HEAD, ATTENTION = range(5)  # kinds of jobs
 BATCH_TILE = 4  # rows of x that share lookups
@@ -239,7 +245,7 @@ def post(team, at, start, stop):
 
 @numba.njit(nogil=True, cache=True)
 def collect(team, at, result):
-    """Copy the share of the helper at team[at] to the result; compute it here if it has not begun or is late."""
+    """Copy the share of the helper at team[at] to the result, or compute it here if it has not begun or is late."""
     state, waited = address_of(team) + 8 * at, 0
     while True:
         now = atomic_load(state)
@@ -247,6 +253,9 @@ def collect(team, at, result):
             break
         if (now == POSTED or waited > team[LATE] * team[GRAINS]) and compare_and_swap(state, now, RECLAIMED):
             call_address(team[RUN], state, result)
+            team[CREDIT] -= LATE_COST
+            if team[CREDIT] < 0:
+                team[CREDIT], team[ALONE] = 0, ALONE_JOBS
             return
         pause()
         waited += 1
@@ -258,6 +267,7 @@ def collect(team, at, result):
         for j in range(size):
             target[j] = source[j]
     atomic_store(state, READY)
+    team[CREDIT] = min(team[CREDIT] + 1, MAX_CREDIT)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -275,6 +285,10 @@ def divide(team, result, items):
     team : flat int64; result : address; items : their number. Shares begin at multiples of the caller's MULTIPLE. If
     the items exceed GRAIN for each thread, they are handed out in several rounds.
     """
+    if team[ALONE] > 0:
+        team[ALONE] -= 1
+        run_here(team, result, 0, items)
+        return
     place, start = address_of(team), np.int64(0)
     while start < items:
         shares = np.int64(1)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..bits import Ranks, Shape, allocate_ranks, model_bits, official_rank
+from ..bits import SCALE_BITS, Ranks, Shape, allocate_ranks, model_bits, official_rank
 from .calibrate import Moments, bounded_gains, spectral_gains
 from .registry import choice_name, register
 
@@ -37,6 +37,8 @@ class AllocationProblem(NamedTuple):
         See `Config.spread`.
     moments : dict of layer name to Moments
         Second moments of each layer on calibration text; empty if none was measured.
+    scale_bits : int
+        Stored bits of a scale, 16 or 8.
     """
 
     weights: Mapping[str, Tensor]
@@ -45,6 +47,7 @@ class AllocationProblem(NamedTuple):
     shares: Mapping[str, float] = {}
     spread: float | None = None
     moments: Mapping[str, Moments] = {}
+    scale_bits: int = SCALE_BITS
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -54,7 +57,9 @@ class AllocationProblem(NamedTuple):
 
 def uniform(problem: AllocationProblem) -> dict[str, Ranks]:
     """Give all layers the same sign bits per weight, as nearly as words allow (see `bits.allocate_ranks`)."""
-    return allocate_ranks(problem.shapes, problem.bits, problem.paths, shares=problem.shares)
+    return allocate_ranks(
+        problem.shapes, problem.bits, problem.paths, shares=problem.shares, scale_bits=problem.scale_bits
+    )
 
 
 def by_sensitivity(problem: AllocationProblem) -> dict[str, Ranks]:
@@ -67,7 +72,7 @@ def by_sensitivity(problem: AllocationProblem) -> dict[str, Ranks]:
     gains = spectral_gains(problem.weights, problem.moments)
     if problem.spread is not None:
         gains = bounded_gains(gains, {name: sum(ranks) for name, ranks in uniform(problem).items()}, problem.spread)
-    return allocate_ranks(problem.shapes, problem.bits, problem.paths, gains)
+    return allocate_ranks(problem.shapes, problem.bits, problem.paths, gains, problem.scale_bits)
 
 
 def official(problem: AllocationProblem) -> dict[str, Ranks]:
@@ -147,7 +152,8 @@ def check_ranks(ranks: Any, problem: AllocationProblem, choice: str) -> None:
     if choice == "official":
         return
     weights = sum(d_out * d_in for d_out, d_in in problem.shapes.values())
-    stored = model_bits(problem.shapes, {name: tuple(found) for name, found in ranks.items()}) / weights
+    stored = model_bits(problem.shapes, {name: tuple(found) for name, found in ranks.items()}, problem.scale_bits)
+    stored /= weights
     if stored > problem.bits:
         raise ValueError(
             f"allocation {choice} must store at most {problem.bits:g} bits per weight (bits), got {stored:.4g}: lower "

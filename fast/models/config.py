@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import check_number
-from ..bits import Ranks
+from ..bits import SCALE_BITS, Ranks
 from ..factors import Factors
+from ..packing import check_scale_bits
 from .allocation import ALLOCATIONS, AllocationProblem
 from .initializers import INITS, UNWEIGHTED
 from .registry import check_choice, choice_name
@@ -48,6 +49,8 @@ class Config:
     kv_rank_factor : float
         Sign bits per weight of k_proj and v_proj as a multiple of the other layers', in models with grouped-query
         attention, where many heads share these small layers. The ceiling holds.
+    scale_bits : int
+        Stored bits of a scale: 16 (float16), or 8 (codes, see `packing.encode_scale`), which leaves more bits to signs.
     seed : int
         Seed of randomized decompositions and rotations.
     """
@@ -62,6 +65,7 @@ class Config:
     exclude: tuple[str, ...] = ()
     split_fused: bool = False
     kv_rank_factor: float = 1.0
+    scale_bits: int = SCALE_BITS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,6 +99,7 @@ def check_config(config: Config, tokens: Tensor | None) -> None:
     check_choice("allocation", ALLOCATIONS, config.allocation)
     check_number("bits", config.bits, above=0)
     check_number("kv_rank_factor", config.kv_rank_factor, above=0)
+    check_scale_bits(config.scale_bits)
     check_number("seed", config.seed, low=0, below=2**63, whole=True)
     if config.paths is not None:
         check_number("paths", config.paths, low=1, whole=True)

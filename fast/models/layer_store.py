@@ -1,7 +1,8 @@
 """Keep the packed layers of an unfinished quantization on the disk, so that a killed run goes on from them.
 
 A file holds one layer. Its name is a digest of everything that determines the layer: the weight, the ranks, the
-initializer, the seed and, with importance, the second moments. A layer of other settings is never found.
+initializer, the seed, the bits of a scale and, with importance, the second moments. A layer of other settings is never
+found.
 """
 
 import json
@@ -38,7 +39,7 @@ class LayerStore:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def find(self, key: str, bias: Tensor | None) -> tuple[PackedLinear, LayerResult] | None:
+    def find(self, key: str, bias: Tensor | None, scale_bits: int) -> tuple[PackedLinear, LayerResult] | None:
         """Read the layer that was saved under a key; None if it is not there, or its file is corrupt.
 
         Parameters
@@ -47,6 +48,8 @@ class LayerStore:
             From `layer_key`.
         bias : (d_out,) tensor, optional
             Of the dense layer; the packed one stores it in float16.
+        scale_bits : int
+            Stored bits of a scale, as in the key.
         """
         try:
             with safe_open(self.path(key), framework="pt") as opened:
@@ -59,7 +62,8 @@ class LayerStore:
             ]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        return PackedLinear(paths, None if bias is None else to_half("bias", bias.detach())), result
+        stored_bias = None if bias is None else to_half("bias", bias.detach())
+        return PackedLinear(paths, stored_bias, scale_bits), result
 
     def save(self, key: str, layer: PackedLinear, result: LayerResult) -> None:
         """Save a layer, atomically."""
@@ -92,11 +96,11 @@ def layer_key(weight: Tensor, ranks: Ranks, config: Config, moments: Sequence[Te
     weight : (d_out, d_in) tensor, as it is stored
     ranks : tuple of int
     config : Config
-        Its initializer and seed count.
+        Its initializer, seed and bits of a scale count.
     moments : sequence of tensors
         The layer's second moments with `importance`, else empty.
     """
-    described: dict[str, Any] = {key: config.described()[key] for key in ("init", "seed")}
+    described: dict[str, Any] = {key: config.described()[key] for key in ("init", "seed", "scale_bits")}
     digests = [
         tensor_digest(str(each.dtype), each.shape, [tensor_bytes(each.contiguous().cpu())])
         for each in (weight, *moments)

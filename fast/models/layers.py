@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..bits import SCALE_BITS
 from ..factors import Factors
 from ..kernels.cpu_layer import CpuPackedLayer
 from ..kernels.dispatch import packed_layer_for
 from ..kernels.unpacked import unpacked
 from ..linear import folded, linear, packed_linear
-from ..packing import PackedFactors, pack_factors, to_half
+from ..packing import PackedFactors, check_scale_bits, decode_scale, encode_scale, pack_factors, to_half
 from ..signs import named_rule
-from .packed_shapes import packed_headers
+from .packed_shapes import SCALES, packed_headers
 
 #: Names of dtypes in safetensors headers
 DTYPES = {"F16": torch.float16, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
@@ -136,11 +137,13 @@ class LittleBitLinear(LowRankLinear):
     bias : (d_out,) tensor, optional
     rule : str
         Gradient of the sign function in autograd: a name in `signs.RULES`.
+    scale_bits : int
+        Bits of a scale once the layer is packed, 16 or 8; see `packing.pack_factors`.
 
     Raises
     ------
     ValueError
-        If there is no such rule.
+        If there is no such rule or width.
     """
 
     # The folded pair (see `linear.folded`). A trainer computes the pairs of all layers at once and passes them through
@@ -148,10 +151,17 @@ class LittleBitLinear(LowRankLinear):
     a: Tensor | None = None
     b: Tensor | None = None
 
-    def __init__(self, paths: Sequence[Factors], bias: Tensor | None = None, rule: str = "smooth_sign"):
+    def __init__(
+        self,
+        paths: Sequence[Factors],
+        bias: Tensor | None = None,
+        rule: str = "smooth_sign",
+        scale_bits: int = SCALE_BITS,
+    ):
         super().__init__()
         named_rule(rule)  # An unknown name raises here, not at the first step.
-        self.rule = rule
+        check_scale_bits(scale_bits)
+        self.rule, self.scale_bits = rule, scale_bits
         self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
         self.paths = nn.ModuleList()
         for factors in paths:
@@ -187,27 +197,37 @@ class LittleBitLinear(LowRankLinear):
             If a latent is NaN, or a scale or the bias does not fit float16.
         """
         bias = None if self.bias is None else to_half("bias", self.bias.detach())
-        return PackedLinear([pack_factors(path) for path in self.factors()], bias)
+        return PackedLinear([pack_factors(path, self.scale_bits) for path in self.factors()], bias, self.scale_bits)
 
 
 class PackedLinear(LowRankLinear):
     """Compute a linear layer from packed signs, for inference.
 
+    Scales are float16 in memory. With `scale_bits` 8, the state dict holds their codes (`packing.encode_scale`) and the
+    largest scale of each vector, `peaks`, in the order h, ell, g.
+
     Parameters
     ----------
     paths : sequence of PackedFactors
-        One or more.
+        One or more, made by `packing.pack_factors` with the same `scale_bits`.
     bias : (d_out,) tensor, optional
+    scale_bits : int
+        Stored bits of a scale, 16 or 8.
     """
 
-    def __init__(self, paths: Sequence[PackedFactors], bias: Tensor | None = None):
+    def __init__(self, paths: Sequence[PackedFactors], bias: Tensor | None = None, scale_bits: int = SCALE_BITS):
         super().__init__()
+        check_scale_bits(scale_bits)
+        self.scale_bits = scale_bits
         self.d_out, self.d_in = paths[0].h.shape[0], paths[0].g.shape[0]
         self.paths = nn.ModuleList()
         for packed in paths:
             path = Path()
             for name, tensor in packed._asdict().items():
                 path.register_buffer(name, tensor.detach().clone())
+            if scale_bits == 8:
+                path.register_state_dict_post_hook(store_codes)
+                path.register_load_state_dict_pre_hook(load_codes)
             self.paths.append(path)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
@@ -219,17 +239,38 @@ class PackedLinear(LowRankLinear):
 
     @classmethod
     def empty(
-        cls, d_out: int, d_in: int, ranks: Sequence[int], bias: bool = False, device: torch.device | str = "meta"
+        cls,
+        d_out: int,
+        d_in: int,
+        ranks: Sequence[int],
+        bias: bool = False,
+        device: torch.device | str = "meta",
+        scale_bits: int = SCALE_BITS,
     ) -> "PackedLinear":
-        """Make a layer with uninitialized tensors, to fill from a checkpoint."""
+        """Make a layer with uninitialized tensors, to fill from a checkpoint; then call `decode_scales`."""
 
-        def path(rank: int) -> PackedFactors:
-            shapes = packed_shapes(d_out, d_in, rank)
-            return PackedFactors(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes.values()))
+        def tensors(rank: int) -> dict[str, Tensor]:
+            shapes = packed_shapes(d_out, d_in, rank, scale_bits)
+            return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
 
-        return cls(
-            [path(rank) for rank in ranks], torch.empty(d_out, dtype=torch.float16, device=device) if bias else None
+        stored = [tensors(rank) for rank in ranks]
+        peaks = [path.pop("peaks", None) for path in stored]  # only of 8-bit scales
+        made = cls(
+            [PackedFactors(**path) for path in stored],
+            torch.empty(d_out, dtype=torch.float16, device=device) if bias else None,
+            scale_bits,
         )
+        for path, tensor in zip(made.paths, peaks, strict=True):
+            if tensor is not None:
+                path.register_buffer("peaks", tensor)
+        return made
+
+    def decode_scales(self) -> None:
+        """Replace the codes of 8-bit scales, which a checkpoint has filled in, by the scales."""
+        for path in self.paths:
+            if "peaks" in path._buffers:
+                for name, peak in zip(SCALES, path._buffers.pop("peaks"), strict=True):  # type: ignore[arg-type]
+                    path.register_buffer(name, decode_scale(path._buffers[name], peak))  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor:
@@ -285,6 +326,24 @@ def linear_over(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def packed_shapes(d_out: int, d_in: int, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Compute shape and dtype of each tensor of a packed path, by its name in PackedFactors."""
-    return {name: (shape, DTYPES[dtype]) for name, (shape, dtype) in packed_headers(d_out, d_in, rank).items()}
+def packed_shapes(
+    d_out: int, d_in: int, rank: int, scale_bits: int = SCALE_BITS
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Compute shape and dtype of each stored tensor of a packed path, by its name."""
+    headers = packed_headers(d_out, d_in, rank, scale_bits)
+    return {name: (shape, DTYPES[dtype]) for name, (shape, dtype) in headers.items()}
+
+
+def store_codes(path: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """Replace the scales of a path in a state dict by their codes and `peaks`, unless it holds codes already."""
+    if path.h.dtype != torch.uint8:
+        found = [encode_scale(state[prefix + name]) for name in SCALES]
+        state |= {prefix + name: codes for name, (codes, _) in zip(SCALES, found, strict=True)}
+        state[prefix + "peaks"] = torch.stack([peak for _, peak in found])
+
+
+def load_codes(path: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Replace codes and `peaks` in a state dict by the scales, for a path that holds scales."""
+    if path.h.dtype != torch.uint8 and prefix + "peaks" in state:
+        for name, peak in zip(SCALES, state.pop(prefix + "peaks"), strict=True):
+            state[prefix + name] = decode_scale(state[prefix + name], peak)

@@ -3,10 +3,11 @@
 import math
 from typing import NamedTuple
 
-from ..bits import word_width
+from ..bits import SCALE_BITS, word_width
 
 #: Bytes of an element, by the name of its dtype in a safetensors header. Other dtypes are refused.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+SCALES = ("h", "ell", "g")
 WORD_TYPES = {8: "U8", 16: "I16", 32: "I32"}  # dtypes of packed words by their bits
 
 
@@ -41,8 +42,10 @@ def layer_type(name: str) -> str:
     return f"{path[-2]}.{last}" if len(path) > 1 and "expert" in path[-2] and path[-1].isdigit() else last
 
 
-def packed_headers(d_out: int, d_in: int, rank: int) -> dict[str, Header]:
-    """Compute the header of each tensor of a packed path, by its name in PackedFactors.
+def packed_headers(d_out: int, d_in: int, rank: int, scale_bits: int = SCALE_BITS) -> dict[str, Header]:
+    """Compute the header of each stored tensor of a packed path, by its name: the fields of PackedFactors.
+
+    With 8-bit scales h, ell and g are codes, and `peaks` holds the largest scale of each.
 
     Examples
     --------
@@ -54,9 +57,10 @@ def packed_headers(d_out: int, d_in: int, rank: int) -> dict[str, Header]:
         width = word_width(count)
         return Header((rows, -(-count // width)), WORD_TYPES[width])
 
-    scales = {"h": d_out, "ell": rank, "g": d_in}
+    scales = dict(zip(SCALES, (d_out, rank, d_in), strict=True))
     return {
         "u_words": words(d_out, rank),
         "v_words": words(rank, d_in),
-        **{name: Header((size,), "F16") for name, size in scales.items()},
+        **{name: Header((size,), "U8" if scale_bits == 8 else "F16") for name, size in scales.items()},
+        **({"peaks": Header((len(SCALES),), "F16")} if scale_bits == 8 else {}),
     }

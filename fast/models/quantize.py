@@ -173,7 +173,7 @@ def quantized(
         return [(layer.to(dense.weight.device), result) for dense, (layer, result) in zip(layers, made, strict=True)]
     own = list(moments) or [()] * len(names)
     keys = [layer_key(linear_weight(layer), ranks, config, each) for layer, each in zip(layers, own, strict=True)]
-    kept = [store.find(key, layer.bias) for key, layer in zip(keys, layers, strict=True)]
+    kept = [store.find(key, layer.bias, config.scale_bits) for key, layer in zip(keys, layers, strict=True)]
     found: list[tuple[nn.Module, LayerResult]] = [each for each in kept if each is not None]
     if len(found) == len(names):
         return found
@@ -202,12 +202,12 @@ def factorized(
     weights = torch.stack([linear_weight(layer).to(device=device).float() for layer in layers])
     paths = factorize(weights, ranks, config.init, config.seed, moments, names[0])
     errors = relative_errors(weights, paths)
-    bits = layer_bits(*shape, ranks) / math.prod(shape)
+    bits = layer_bits(*shape, ranks, config.scale_bits) / math.prod(shape)
     found = []
     for at, layer in enumerate(layers):
         own = [Factors(*(tensor[at] for tensor in path)) for path in paths]
-        result = LayerResult(*shape, ranks, bits, errors[at])
-        found.append((LittleBitLinear(own, layer.bias).to(weights.device), result))
+        made = LittleBitLinear(own, layer.bias, scale_bits=config.scale_bits)
+        found.append((made.to(weights.device), LayerResult(*shape, ranks, bits, errors[at])))
     return found
 
 
@@ -250,7 +250,7 @@ def allocation_problem(
     """Describe the layers and the budget of a model for its allocation."""
     weights = {name: linear_weight(layer) for name, layer in layers.items()}
     shares = kv_shares(model, layers, config.kv_rank_factor)
-    return AllocationProblem(weights, config.bits, config.paths, shares, config.spread, moments)
+    return AllocationProblem(weights, config.bits, config.paths, shares, config.spread, moments, config.scale_bits)
 
 
 def stored_bytes(model: nn.Module, config: Config, embedding_bits: int = 16) -> int:

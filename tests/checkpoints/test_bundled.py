@@ -7,7 +7,8 @@ import littlebit.fast as lb
 import pytest
 import torch
 from compare import assert_same
-from littlebit.fast.checkpoints.bundled import bundled, export_delta, reassemble
+from littlebit.fast.checkpoints.bundled import bundled, reassemble
+from littlebit.fast.checkpoints.bundling import export_delta
 from littlebit.fast.checkpoints.download import DATA
 from littlebit.fast.checkpoints.format import WEIGHTS
 from littlebit.fast.checkpoints.names import bundled_names

@@ -30,7 +30,7 @@ def test_every_command_has_help_with_examples_that_parse(capsys):
     for name, sub in parsers.items():
         assert COMMANDS[name].examples
         for example in COMMANDS[name].examples:
-            words = shlex.split(example.split(" > ")[0])
+            words = shlex.split(example.split(" > ")[0].split(" < ")[0])
             assert words[0] == name
             assert build_parser().parse_args(words).command == name
             assert f"littlebit {example}\n" in sub.format_help()

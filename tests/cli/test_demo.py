@@ -15,7 +15,6 @@ def row(share):
 
 
 def test_model_writes_before_anything_is_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "bundled_folder", lambda name: tmp_path)  # The model is already there.
     monkeypatch.setattr(demo, "TRAINED", demo.TINY)
     printed = []
 
@@ -32,7 +31,6 @@ def test_model_writes_before_anything_is_measured(tmp_path, monkeypatch, capsys)
 
 
 def test_a_model_that_cannot_be_fetched_is_one_line_of_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "bundled_folder", lambda name: tmp_path / "missing")
     monkeypatch.setattr(demo, "TRAINED", "no such model")
     monkeypatch.setattr(demo, "compile_kernels", lambda: None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
@@ -46,7 +44,7 @@ def test_table_reports_a_busy_machine(share, busy):
 
 
 def test_demo_imports_torch_only_to_measure():
-    code = "import pathlib, sys; from littlebit.fast.cli import demo; demo.TRAINED = demo.TINY"
-    code += "; demo.bundled_folder = lambda name: pathlib.Path('.'); demo.write_sample(); print('torch' in sys.modules)"
+    code = "import sys; from littlebit.fast.cli import demo; demo.TRAINED = demo.TINY"
+    code += "; demo.write_sample(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

@@ -13,6 +13,7 @@ import torch
 from compare import assert_same, assert_within
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
+from littlebit.conformance.strategies import NOISE
 from littlebit.fast.decoding import generate
 from littlebit.fast.decoding.architecture import STATIC_ROPE, NotDecodableError, inverse_frequencies, rotary_angles
 from littlebit.fast.decoding.cpu_decoder import Decoder
@@ -33,7 +34,6 @@ from littlebit.fast.models.embeddings import (
 from littlebit.fast.models.generation_settings import GenerationConfig
 from littlebit.fast.models.layers import PackedLinear
 from littlebit.fast.models.quantize import packed_layers
-from strategies import NOISE
 
 BITS = 2.5
 CHANGES = {

@@ -11,6 +11,9 @@ import torch
 from compare import assert_same, assert_within
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
+from littlebit.conformance import exact
+from littlebit.conformance.examples import torch_fast
+from littlebit.conformance.laws.latent_cache import attentions
 from littlebit.fast import kv_cache
 from littlebit.fast.bench.cache import bench_cache, crossover
 from littlebit.fast.cli.main import main
@@ -23,188 +26,40 @@ from littlebit.fast.models.quantize import packed_layers
 from littlebit.reference.memory import LATENT_BYTES
 from test_decode import exact_and_condition
 
-EPS = float(np.finfo(np.float32).eps)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
-def both_packed(arrays):
-    """Paths packed by both packages, from the same five arrays each."""
-    return (
-        [ref.pack_factors(ref.Factors(*path)) for path in arrays],
-        [lb.pack_factors(lb.Factors(*map(torch.from_numpy, path))) for path in arrays],
-    )
-
-
-def random_paths(rng, d_out, d_in, ranks):
-    shapes = [((d_out, rank), (d_in, rank), (d_out,), (rank,), (d_in,)) for rank in ranks]
-    return [tuple(rng.standard_normal(shape).astype(np.float32) for shape in each) for each in shapes]
-
-
-def split(paths):
-    """A = [V_sign ell g]^T, (R, d_in), and B = [h U_sign], (d_out, R), in float64."""
-    dense = [[array.astype(np.float64) for array in ref.unpack_factors(path)] for path in paths]
-    a = np.concatenate([(g[:, None] * v * ell).T for _, v, _, ell, g in dense])
-    return a, np.concatenate([h[:, None] * u for u, _, h, _, _ in dense], axis=1)
-
-
-@st.composite
-def cases(draw):
-    """Sizes, inputs and layers of one attention over some tokens."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    size, d_in = draw(st.sampled_from([2, 4, 8])), draw(st.integers(1, 20))
-    tokens = draw(st.integers(1, 20))
-    queries = draw(st.integers(1, tokens))
-    ranks = [draw(st.lists(st.integers(1, 10), min_size=1, max_size=2)) for _ in "kv"]
-    arrays = [random_paths(rng, kv_heads * size, d_in, each) for each in ranks]
-    bias = [rng.standard_normal(kv_heads * size).astype(np.float32) if draw(st.booleans()) else None for _ in "kv"]
-    x = (rng.standard_normal((tokens, d_in)) * 10.0 ** draw(st.integers(-3, 1))).astype(np.float32)
-    query = rng.standard_normal((kv_heads * group, queries, size)).astype(np.float32)
-    angles = rng.uniform(0, 100, (tokens, size // 2))
-    turn = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    hidden = draw(st.integers(0, tokens))  # padding on the left
-    mask = np.tril(np.ones((queries, tokens), bool), tokens - queries) & (np.arange(tokens) >= hidden)
-    return x, query, arrays, bias, turn, mask
-
-
-def latent_error(x, a, dtype):
-    """Latents in float64, and how far stored ones may be from them."""
-    t, magnitude = x.astype(np.float64) @ a.T, np.abs(x).astype(np.float64) @ np.abs(a).T
-    error = 2 * (a.shape[1] + 4) * EPS * magnitude
-    largest = (np.abs(t) + error).max(axis=1, keepdims=True)
-    rounding = {
-        "float32": 0,
-        "float16": (np.abs(t) + error) * 2.0**-11 + largest * 2.0**-25,
-        "int8": largest / 254,
-    }[dtype]
-    return t, magnitude, error + rounding * (1 + 8 * EPS) + 4 * EPS * magnitude
-
-
-def exact_attention(x, query, packed, bias, turn, mask, dtype):
-    """Attention with whole keys and values in float64, and how far one over stored latents may be from it.
-
-    Score errors of at most d change each weight by a factor of at most exp(2 d).
-    """
-    (a_k, b_k), (a_v, b_v) = map(split, packed)
-    (t_k, size_k, error_k), (t_v, size_v, error_v) = (latent_error(x, a, dtype) for a in (a_k, a_v))
-    heads, _, size = query.shape
-    group = heads // (len(b_k) // size)
-    bias = [np.zeros(len(b_k)) if each is None else each.astype(np.float64) for each in bias]
-    keys, values = t_k @ b_k.T + bias[0], t_v @ b_v.T + bias[1]
-    cosine, sine = (each.astype(np.float64) for each in turn)
-    scale = size**-0.5
-
-    def turned(rows, c, s):  # multiplication of complex numbers
-        half = size // 2
-        whole = (rows[:, :half] + 1j * rows[:, half:]) * (c + 1j * s)
-        return np.concatenate([whole.real, whole.imag], axis=1)
-
-    def turned_magnitude(rows):
-        low, high = np.split(rows, 2, axis=1)
-        c, s = np.abs(cosine), np.abs(sine)
-        return np.concatenate([low * c + high * s, high * c + low * s], axis=1)
-
-    outputs, bounds = [], []
-    for head in range(heads):
-        mine = slice(head // group * size, (head // group + 1) * size)
-        q = query[head].astype(np.float64)
-        scores = scale * q @ turned(keys[:, mine], cosine, sine).T
-        size_of_keys = size_k @ np.abs(b_k[mine]).T + np.abs(bias[0][mine])
-        score_error = scale * np.abs(q) @ turned_magnitude(error_k @ np.abs(b_k[mine]).T).T
-        score_size = scale * np.abs(q) @ turned_magnitude(size_of_keys).T
-        score_error += 2 * (b_k.shape[1] + size + 12) * EPS * score_size
-        scores = np.where(mask, scores, -np.inf)
-        blind = ~mask.any(axis=1)
-        scores[blind], score_error[blind] = 0, 0
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        weights /= weights.sum(axis=1, keepdims=True)
-        seen = mask | blind[:, None]
-        d = np.where(seen, score_error, 0).max(axis=1, keepdims=True)
-        size_of_values = size_v @ np.abs(b_v[mine]).T + np.abs(bias[1][mine])
-        value_error = error_v @ np.abs(b_v[mine]).T
-        rounding = 2 * (b_v.shape[1] + len(x) + 16) * EPS
-        outputs.append(weights @ values[:, mine])
-        bounds.append(
-            np.expm1(2 * d) * (weights @ size_of_values)
-            + np.exp(2 * d) * (weights @ (value_error + rounding * size_of_values))
-        )
-    return np.stack(outputs), np.stack(bounds)
-
-
-@given(cases(), st.sampled_from(list(DTYPES)), st.sampled_from([1, 3, 256]))
-def test_latent_attention_is_attention(case, dtype, block):
-    """Both packages give what whole keys and values give, within what rounding and storage may change."""
-    x, query, arrays, bias, turn, mask = case
-    (ref_k, fast_k), (ref_v, fast_v) = map(both_packed, arrays)
-    exact, bound = exact_attention(x, query, (ref_k, ref_v), bias, turn, mask, dtype)
-    kept = [ref.round_latents(ref.latents(x, paths), dtype) for paths in (ref_k, ref_v)]
-    found = ref.latent_attention(query, *kept, ref_k, ref_v, *turn, mask, *bias)
-    assert_within(found, exact, bound / EPS, terms=1, factor=1)
-    x, query, mask, *turn = map(torch.from_numpy, (x, query, mask, *turn))
-    bias = [None if each is None else torch.from_numpy(each) for each in bias]
-    kept = [lb.round_latents(lb.latents(x, paths), DTYPES[dtype]) for paths in (fast_k, fast_v)]
+@given(attentions(), st.sampled_from(list(DTYPES)), st.sampled_from([1, 3]))
+def test_latent_attention_is_the_same_in_blocks_and_batches(case, dtype, block):
+    """Blocks of tokens and a batch axis stay within the bound of test_laws.py's law."""
+    wanted, bound = exact.attention(case, dtype)
+    paths = [
+        [torch_fast.PackedFactors(*map(tensor, path)) for path in each] for each in (case.key_paths, case.value_paths)
+    ]
+    x, query, mask, *turn = map(tensor, (case.x, case.query, case.mask, *case.turn))
+    bias = [None if each is None else tensor(each) for each in case.biases]
+    kept = [lb.round_latents(lb.latents(x, each), DTYPES[dtype]) for each in paths]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache, "BLOCK", block)
-        found = lb.latent_attention(query, *kept, fast_k, fast_v, *turn, mask, *bias)
         batched = lb.latent_attention(
             query.expand(2, *query.shape),
             *(lb.Latents(*(part.expand(2, *part.shape) for part in each)) for each in kept),
-            *(fast_k, fast_v),
+            *paths,
             *(each.expand(2, *each.shape) for each in (*turn, mask)),
             *bias,
         )
-    for each in (found, *batched):
-        assert_within(each, exact, bound / EPS, terms=1, factor=1)
+    for each in batched:
+        assert_within(each, wanted, bound / np.finfo(np.float32).eps, terms=1, factor=1)
 
 
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 40), min_size=1, max_size=2), st.integers(1, 40))
-def test_latents_and_up_projection_are_the_layer_in_two_steps(seed, ranks, d_in):
-    rng = np.random.default_rng(seed)
-    mine, theirs = both_packed(random_paths(rng, 6, d_in, ranks))
-    a, b = split(mine)
-    x = rng.standard_normal((3, d_in)).astype(np.float32)
-    t, magnitude = x @ a.T, np.abs(x) @ np.abs(a).T
-    for found in (ref.latents(x, mine), lb.latents(torch.from_numpy(x), theirs)):
-        assert_within(found, t, magnitude, terms=d_in + 3)
-    assert_same(ref.up_projection(mine), b.astype(np.float32))
-    assert_same(lb.up_projection(theirs), b.astype(np.float32))
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from(list(DTYPES)), st.integers(-30, 30))
-def test_round_latents_stays_within_its_bound(seed, dtype, exponent):
-    """Whatever the size of the latents: float16 alone would overflow."""
-    rng = np.random.default_rng(seed)
-    t = (rng.standard_normal((4, 9)) * 10.0**exponent).astype(np.float32)
-    t[1] = 0
-    mine, theirs = ref.round_latents(t, dtype), lb.round_latents(torch.from_numpy(t), DTYPES[dtype])
-    assert_same(theirs.codes, mine.codes)
-    assert_same(theirs.scale, mine.scale)
-    assert mine.codes.dtype == dtype
-    scale = mine.scale.astype(np.float64)
-    bound = {
-        "float32": 0 * t,
-        "float16": np.abs(t) * 2.0**-11 + scale * 2.0**-25,
-        "int8": np.broadcast_to(scale / 2, t.shape),
-    }[dtype]
-    for found in (mine.values(), theirs.values()):
-        assert_within(found, t, np.abs(t) + bound / EPS, terms=2)
+def tensor(array):
+    return torch_fast.to_backend(array, "cpu")
 
 
 def test_round_latents_uses_all_of_int8():
     codes = lb.round_latents(torch.tensor([[1.0, -3.0], [0.0, 0.0]]), torch.int8)
     assert_same(codes.codes, np.array([[42, -127], [0, 0]], np.int8))
     assert_same(codes.scale[1], np.ones(1, np.float32))
-
-
-@given(st.integers(0, 2**32 - 1))
-def test_apply_rope_multiplies_complex_numbers(seed):
-    rng = np.random.default_rng(seed)
-    x, cosine, sine = (rng.standard_normal((3, size)).astype(np.float32) for size in (8, 4, 4))
-    exact = (x[:, :4] + 1j * x[:, 4:].astype(np.float64)) * (cosine + 1j * sine.astype(np.float64))
-    low, high = np.abs(x[:, :4]), np.abs(x[:, 4:])
-    magnitude = np.concatenate([low * abs(cosine) + high * abs(sine), high * abs(cosine) + low * abs(sine)], axis=1)
-    for found in (ref.apply_rope(x, cosine, sine), lb.apply_rope(*map(torch.from_numpy, (x, cosine, sine)))):
-        assert_within(found, np.concatenate([exact.real, exact.imag], axis=1), magnitude, terms=3)
 
 
 CHANGES = {

@@ -4,16 +4,23 @@
 
 import math
 import os
+from types import ModuleType
 
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 
-import cuda_simulator  # noqa: F401 (before any kernel)
+from littlebit.notebooks import cuda_simulator  # noqa: F401 (before any kernel)
+
+# isort: split
+
 import littlebit.fast.kernels.cuda_launch as kernels
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from littlebit.conformance import LAWS, Backend, check
+from littlebit.conformance.examples import torch_fast
 from littlebit.fast.bench.linear import exact_path, random_path
+from littlebit.fast.kernels.cpu_layer import widen_words
 from littlebit.fast.kernels.cuda_gemm import GemmTile
 from littlebit.fast.kernels.cuda_layer import output_blocks
 from littlebit.fast.kernels.cuda_schedule import LaunchConfig, Tiling, workspace_sizes
@@ -88,6 +95,29 @@ def test_both_kernels_equal_the_exact_product(case):
     x = torch.randn(rows, d_in, generator=generator)
     error = np.abs(outputs(x.numpy(), paths, config, pdl=pdl) - exact(x, paths))
     assert (error <= bound(x, paths)).all()
+
+
+def simulated(config):
+    """Make a backend of littlebit.conformance from the kernels: packed_linear without a bias, of up to 33 rows."""
+    module = ModuleType("simulated")
+    module.LARGEST = 33
+
+    def packed_linear(x, paths):
+        paths = [PackedFactors(*(torch_fast.to_backend(array, "cpu") for array in path)) for path in paths]
+        words = [[widen_words(tensor) for tensor in path[:2]] for path in paths]
+        return outputs(x, [PackedFactors(*two, *path[2:]) for two, path in zip(words, paths, strict=True)], config)
+
+    module.packed_linear = packed_linear
+    return Backend(module)
+
+
+@pytest.mark.parametrize("config", [ONE, None], ids=["gemv", "plain"])
+@pytest.mark.parametrize("name", ["every_sign_counts", "paths_add_up"])
+def test_laws_hold(name, config):
+    """Two of the public laws, which draw integers: the digits of the GEMV are exact there."""
+    (law,) = (law for law in LAWS if law.name == f"packed_linear.{name}")
+    outcome = check(law, simulated(config), examples=3, shrink=False)
+    assert outcome is None, str(outcome)
 
 
 @pytest.mark.parametrize("config", [ONE, None])

@@ -6,10 +6,13 @@ import os
 
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 
+from littlebit.notebooks import cuda_simulator  # noqa: F401 (before any kernel)
+
+# isort: split
+
 import contextlib
 from types import SimpleNamespace
 
-import cuda_simulator  # noqa: F401 (before any kernel)
 import littlebit.fast.kernels.cuda_decode as kernels
 import numpy as np
 import pytest

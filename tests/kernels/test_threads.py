@@ -105,6 +105,26 @@ def test_a_late_share_is_computed_by_the_caller():
     assert (fake.spaces[1] == MARK).all()
 
 
+@pytest.mark.parametrize(("credit", "alone"), [(threads.LATE_COST, False), (0, True)])
+def test_the_caller_works_alone_after_late_shares_that_few_punctual_ones_make_up_for(credit, alone):
+    layer, fake = layer_of(), FakeTeam(1)
+    expected, caller = outputs(layer, threads.solo_team(), 1), fake.mailboxes[0]
+    caller[threads.CREDIT] = credit
+    assert_same(outputs(layer, fake.team, 1), expected)
+    assert (caller[threads.ALONE] > 0) == alone
+    fake.mailboxes[1, threads.STATE] = threads.READY
+    assert_same(outputs(layer, fake.team, 1), expected)
+    assert (fake.mailboxes[1, threads.STATE] == threads.READY) == alone
+
+
+def test_a_punctual_share_makes_up_for_late_ones():
+    fake = FakeTeam(1)
+    fake.post_copy()
+    threads.spin(fake.mailboxes[1], 1)
+    threads.collect(fake.team, threads.MAILBOX, fake.logits.ctypes.data)
+    assert fake.mailboxes[0, threads.CREDIT] == 1
+
+
 def test_only_the_share_is_copied_when_it_is_done():
     fake = FakeTeam(1)
     expected = fake.post_copy()

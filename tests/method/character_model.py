@@ -1,6 +1,6 @@
 """A character model, trained, quantised and trained again in NumPy alone: the whole method in small.
 
-`run()` takes about a minute on one core and is what a notebook shows; the tests call it with smaller sizes.
+`run()` takes about a minute on one core; the tests call it with smaller sizes. Notebook 08 trains a like model.
 
     OMP_NUM_THREADS=1 python tests/method/character_model.py
 """

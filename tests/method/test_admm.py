@@ -12,7 +12,7 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
-from strategies import condition, weights
+from littlebit.conformance.strategies import condition, weights
 from test_factorise import LAPACK, compensate_roundings, dual_svid_roundings, frobenius, in_magnitude, well_separated
 
 # modules, not the functions of the same names that the packages export

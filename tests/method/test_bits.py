@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given, strategies as st
+from littlebit.conformance.laws.bits import raised, row_bits, stored_bits, total_bits
 from littlebit.reference.bits import best_ranks, next_ranks, padded, word_width
 
 dims = st.integers(1, 300)
@@ -197,27 +198,6 @@ def test_paths_for_bits_draws_the_line_at_a_tenth(d_out, d_in):
 # --- allocation against a second statement: the rules of `allocate_ranks` word by word, by trying everything
 
 
-def row_bits(count):
-    """Bits of a row of signs: one word of 8 or 16 bits if it holds them, else words of 32."""
-    return next((width for width in (8, 16) if count <= width), -(-count // 32) * 32)
-
-
-def stored_bits(size, ranks, scale_bits=16):
-    d_out, d_in = size
-    return sum(r * row_bits(d_in) + d_out * row_bits(r) + scale_bits * (d_out + d_in + r) for r in ranks)
-
-
-def total_bits(sizes, ranks):
-    return sum(stored_bits(sizes[name], ranks[name]) for name in sizes)
-
-
-def raised(ranks, most, whole_words):
-    """The ranks with the first of the smallest raised: by one, or to what one more is stored in."""
-    at = ranks.index(min(ranks))
-    after = row_bits(ranks[at] + 1) if whole_words else ranks[at] + 1
-    return (*ranks[:at], min(most, after), *ranks[at + 1 :])
-
-
 def spent(sizes, ranks, shares, budget):
     """What is left goes, a word and then a rank at a time, to the layer with the fewest sign bits per weight."""
     ranks = dict(ranks)
@@ -335,12 +315,6 @@ def test_best_ranks_lose_to_no_other_ranks(data, sizes):
     assert saved(found) == max(
         saved(each) for each in others if total_bits(sizes, each) - total_bits(sizes, start) <= budget
     )
-
-
-@given(st.integers(0, 10**6), st.lists(st.integers(1, 4096), max_size=8), st.sampled_from([1, 2, 4]), st.integers(0, 4))
-def test_kv_cache_bytes_counts_every_number(tokens, widths, element_bytes, scale_bytes):
-    stored = sum(tokens * (width * element_bytes + scale_bytes) for width in widths)
-    assert ref.kv_cache_bytes(tokens, widths, element_bytes, scale_bytes) == stored
 
 
 def test_allocate_ranks_is_uniform_over_equal_layers():

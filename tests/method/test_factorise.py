@@ -1,4 +1,4 @@
-"""Test laws of Dual-SVID and residual compensation, and that the two backends agree."""
+"""Test steps, batches, sketches and errors of Dual-SVID and residual compensation; test_laws.py has their laws."""
 
 import littlebit.fast as fast
 import littlebit.reference as ref
@@ -7,9 +7,9 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
+from littlebit.conformance.strategies import condition, weights
 from littlebit.fast.residual import best_step as fast_best_step
 from littlebit.reference.residual import best_step
-from strategies import condition, sizes, weights
 
 LAPACK = 8  # constant of a QR's or SVD's backward error, times the larger size: see test_svd.py
 
@@ -32,54 +32,6 @@ def frobenius(matrix):
 def in_magnitude(factors):
     """Compute the dense weight of factors on absolute values."""
     return np.outer(np.abs(factors.h), np.abs(factors.g)) * np.abs(factors.ell).sum()
-
-
-@given(weights(), st.floats(0, 1))
-def test_dual_svid_scales_are_non_negative_and_signs_are_signs(weight, fraction):
-    rank = 1 + int(fraction * (min(weight.shape) - 1))
-    factors = ref.dual_svid(weight, rank)
-    assert factors.u.shape == (weight.shape[0], rank)
-    assert factors.v.shape == (weight.shape[1], rank)
-    for scale in (factors.h, factors.ell, factors.g):
-        assert (scale >= 0).all()
-    for signs in (factors.u_sign, factors.v_sign):
-        assert set(np.unique(signs)) <= {-1.0, 1.0}
-    assert factors.to_dense().shape == weight.shape
-
-
-@st.composite
-def outer_products(draw):
-    """Draw a matrix of rank one, of any size and scale, in which some rows and columns are zero."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    sides = []
-    for size in (draw(sizes(24)), draw(sizes(24))):
-        side = rng.standard_normal(size) * 10.0 ** draw(st.integers(-70, 70))
-        zeros = rng.permutation(size)[: draw(st.integers(0, size - 1))]
-        side[zeros] = 0
-        sides.append(side)
-    return np.outer(*sides)
-
-
-@given(outer_products())
-def test_dual_svid_recovers_rank_one(outer):
-    """But for an SVD's backward error and a dozen roundings of each entry."""
-    magnitude = LAPACK * max(outer.shape) * frobenius(outer) + 12 * np.abs(outer)
-    assert_within(ref.dual_svid(outer, 1).to_dense(), outer, magnitude, terms=1)
-
-
-@given(weights(), st.lists(st.floats(0, 1), min_size=1, max_size=4))
-def test_compensate_never_increases_the_error(weight, fractions):
-    """But for the rounding of each entry of a path and of the norm; tiny entries round to a subnormal number."""
-    ranks = [1 + int(fraction * (min(weight.shape) - 1)) for fraction in fractions]
-    rest = weight
-    error, limits = frobenius(rest), np.finfo(weight.dtype)
-    for path in ref.compensate(weight, ranks):
-        rest = rest - path.to_dense()
-        slack = (path.rank + 4 + weight.size / 2) * limits.eps * (2 * error + frobenius(in_magnitude(path)))
-        assert frobenius(rest) <= error + slack + weight.size * limits.smallest_subnormal
-        error = frobenius(rest)
-        for scale in (path.h, path.ell, path.g):
-            assert (scale >= 0).all()
 
 
 @given(weights(), st.integers(0, 2**32 - 1))
@@ -118,23 +70,6 @@ def well_separated(m, n, seed):
     u, _ = np.linalg.qr(rng.standard_normal((m, k)))
     v, _ = np.linalg.qr(rng.standard_normal((n, k)))
     return (u * 0.7 ** np.arange(k)) @ v.T
-
-
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1), st.floats(0, 1))
-def test_dual_svid_agrees(m, n, seed, fraction):
-    weight = well_separated(m, n, seed)
-    rank = 1 + int(fraction * (min(m, n) - 1))
-    expected = ref.dual_svid(weight, rank)
-    actual = fast.dual_svid(torch.from_numpy(weight), rank)
-    flip = np.sign((expected.u * actual.u.numpy()).sum(axis=0))  # singular vectors are unique up to a common sign
-    # The error of a singular vector is at most an SVD's backward error over the distance to the next singular value.
-    error = 2 * LAPACK * max(m, n) * np.finfo(np.float64).eps / (0.3 * 0.7 ** np.arange(rank))
-    for mine, theirs in ((actual.u, expected.u), (actual.v, expected.v)):
-        clear = np.abs(theirs) > error * np.linalg.norm(theirs, axis=0)  # else rounding may decide the sign
-        assert_same((np.sign(mine.numpy()) * flip)[clear], np.sign(theirs)[clear])
-    for name in ("h", "ell", "g"):
-        moved = condition(lambda matrix, name=name: getattr(ref.dual_svid(matrix, rank), name), weight)
-        assert_within(getattr(actual, name), getattr(expected, name), moved, dual_svid_roundings(m, n))
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1))

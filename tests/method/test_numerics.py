@@ -5,10 +5,10 @@ import pytest
 import torch
 from compare import assert_same
 from hypothesis import given, strategies as st
+from littlebit.conformance.strategies import sizes
 from littlebit.fast.bench.linear import random_path
 from littlebit.fast.kernels import cpu, cpu_layer as plans
 from littlebit.fast.kernels.unpacked import unpacked
-from strategies import sizes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPECIAL = (float("nan"), float("inf"), float("-inf"))

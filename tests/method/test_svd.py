@@ -17,8 +17,8 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
+from littlebit.conformance.strategies import weights
 from littlebit.reference.svd import bidiagonalize, diagonalize, givens, orthonormal, range_finder, rank_one
-from strategies import weights
 
 ERROR = 8
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -15,9 +15,9 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from hypothesis import given, strategies as st
+from littlebit.conformance.strategies import inputs, sizes
 from littlebit.fast import train as fast_train
 from littlebit.reference import train
-from strategies import inputs, sizes
 from test_linear_vjp import RULES, WIDTH, absolute, with_slopes
 
 STEPS = 50
@@ -267,3 +267,26 @@ def test_character_model_learns_below_one_bit():
     assert report.teacher < report.end < report.start
     assert report.kl_end < report.kl_start / 5
     assert report.end - report.teacher < (report.start - report.teacher) / 5
+
+
+def test_hidden_states_of_the_teacher_enter_loss_and_gradient():
+    """With the student's own logits as target KL adds nothing; small whole numbers make the rest exact."""
+    rng = np.random.default_rng(0)
+
+    def layer(d_out, d_in):
+        path = ref.Factors(*(rng.integers(-3, 4, size) / 4 for size in ((d_out, 2), (d_in, 2), d_out, 2, d_in)))
+        return ref.Layer([path, path._replace(u=-path.u)], rng.integers(-2, 3, d_out) / 1)
+
+    layers, x, hidden = [layer(8, 4), layer(4, 8)], rng.integers(-2, 3, (4, 4)) / 1, rng.integers(0, 4, (4, 8)) / 1
+    mine = train.forward(x, layers, train.littlebit_layer)
+    state = ref.adam_start(train.parameters(layers))
+    _, after, loss = ref.qat_step(layers, x, mine[-1], state, 1e-3, "straight_through", [hidden])
+    assert loss == 10 * ref.hidden_loss(mine[1], hidden) > 0
+    packed = to_torch(layers), to_torch(x), to_torch(mine[-1]), fast.adam_start(to_torch(train.parameters(layers)))
+    _, theirs, their_loss = fast.qat_step(*packed, 1e-3, "straight_through", [to_torch(hidden)])
+    assert their_loss == loss
+    for one, other in zip(after.mean, theirs.mean, strict=True):
+        assert_same(other, one)
+    assert any(mean.any() for mean in after.mean)
+    with pytest.raises(ValueError, match="as many hidden states as the student, 1, got 2"):
+        ref.qat_step(layers, x, mine[-1], state, 1e-3, "straight_through", [hidden, hidden])

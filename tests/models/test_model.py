@@ -1,5 +1,6 @@
 """Test quantize_, save, load and info on a small random Llama, with real files."""
 
+import copy
 import json
 import os
 import shutil
@@ -181,6 +182,62 @@ def test_save_load_is_exact_with_narrow_words(bits, paths, hidden, inner, tmp_pa
     assert words & {torch.uint8, torch.int16}  # the case that is looked at
     accounted = sum(lb.layer_bits(layer.d_out, layer.d_in, layer.ranks) for layer in found.values())
     assert accounted == 8 * lb.info(path)["linear_bytes"]
+
+
+@pytest.fixture(scope="module")
+def with_codes(tmp_path_factory):
+    """A checkpoint with 8-bit scales, and the model that it was saved from."""
+    from conftest import make_tiny_llama
+
+    folder = tmp_path_factory.mktemp("codes")
+    model = lb.load_model(make_tiny_llama(folder / "tiny"))
+    results = lb.quantize_(model, lb.Config(bits=BITS, scale_bits=8), progress=False)
+    return lb.save(model, folder / "out"), model, results
+
+
+def test_scales_of_8_bits_survive_saving_and_loading(with_codes, tmp_path):
+    path, model, results = with_codes
+    loaded = lb.load(path)
+    found, stored = packed_layers(loaded), lb.info(path)
+    for name, layer in packed_layers(model).items():
+        for mine, theirs in zip(found[name].factors(), layer.factors(), strict=True):
+            for left, right in zip(mine, theirs, strict=True):
+                assert_same(left, right)
+            assert mine.h.dtype == torch.float16  # in memory
+    accounted = sum(lb.layer_bits(layer.d_out, layer.d_in, layer.ranks, 8) for layer in found.values())
+    weights = sum(row.d_out * row.d_in for row in results.values())
+    assert accounted == 8 * stored["linear_bytes"]
+    assert accounted == round(sum(row.bits * row.d_out * row.d_in for row in results.values()))
+    assert accounted <= BITS * weights
+    again = lb.save(loaded, tmp_path / "again")
+    for name, tensor in load_file(path / "model.safetensors").items():
+        assert_same(load_file(again / "model.safetensors")[name], tensor)
+    other = lb.load(path)
+    other.load_state_dict(loaded.state_dict())  # codes into a layer that holds scales
+    assert_same(logits(other), logits(loaded))
+    assert_same(logits(copy.deepcopy(loaded)), logits(loaded))
+
+
+def test_scales_of_8_bits_are_the_same_whatever_reads_them(with_codes, tmp_path):
+    from littlebit.conformance.checkpoint import read_layers
+    from littlebit.fast.decoding.cpu_decoder import Decoder
+    from littlebit.fast.decoding.mapped_weights import map_model
+    from littlebit.fast.decoding.torch_weights import decodable
+    from transformers import AutoModelForCausalLM
+
+    path, _, _ = with_codes
+    loaded = lb.load(path)
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert_same(logits(theirs), logits(loaded))
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same(logits(lb.load(tmp_path / "theirs")), logits(loaded))
+    layers = packed_layers(loaded)
+    for name, (paths, _) in read_layers(path).items():  # written from the specification alone
+        for mine, written in zip(layers[name].factors(), paths, strict=True):
+            for field in ("h", "ell", "g"):
+                assert_same(getattr(mine, field), getattr(written, field))
+    tokens = np.arange(24)
+    assert_same(Decoder(map_model(path), 24)(tokens), Decoder(decodable(loaded), 24)(tokens))
 
 
 def test_load_allocates_no_dense_weight_and_keeps_ties(checkpoint):

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,10 +29,12 @@ needs_browser = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    """Build the pages into a folder."""
+    """Build the pages into a folder; BOOK names one that `make book` has just built."""
+    if built := os.environ.get("BOOK"):
+        return Path(built).resolve()
     folder = tmp_path_factory.mktemp("book")
     options = ["-q", "-W", "--keep-going", "-j", "2", "-d", folder / "cache"]
-    options += ["-D", "nb_execution_mode=off"]  # `make notebooks` executes them
+    options += ["-D", "nb_execution_mode=off", "-D", "browser_models=0"]  # `make notebooks`, `make book`
     command = [sys.executable, "-m", "sphinx", *options, ROOT / "book", folder / "pages"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

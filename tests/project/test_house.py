@@ -19,7 +19,7 @@ ORDER = (
     ("models",),
     ("checkpoints", "training", "evaluation"),
     ("decoding", "integrations"),
-    ("bench",),
+    ("bench", "serving"),
     ("cli",),
 )
 RANK = {folder: rank for rank, folders in enumerate(ORDER) for folder in folders}

@@ -15,7 +15,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 PACKAGES = {"ref": littlebit.reference, "lb": littlebit.fast}
-MOST_CELLS, MOST_LINES = 25, 10
+MOST_CELLS, MOST_LINES = 30, 10
 MAGIC = re.compile(r"^%.*$", re.MULTILINE)
 EXERCISE = re.compile(r"\*\*\d\.\*\*.+?<details>\n<summary>Answer</summary>\n\n.+?</details>", re.DOTALL)
 

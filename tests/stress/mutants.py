@@ -2,7 +2,8 @@
 
 Run `make mutants`, or `python tests/stress/mutants.py [WORD ...]` for the mutants whose file or description contains a
 word. Each mutant runs the tests that concern its module, with few Hypothesis examples, and stops at the first failure.
-The command fails if the tests notice fewer than 95 % of the mutants.
+The command fails if the tests notice fewer than 95 % of the mutants. Mistakes that any implementation of the method
+could make stand in tests/conformance/broken.py.
 """
 
 import ast
@@ -61,12 +62,6 @@ MUTANTS = [
     Mutant("reference/svd.py", "e[k - 1] = r", "e[k - 1] = -r", "sign slip in the sweep"),
     Mutant("reference/svd.py", "yt[d < 0] *= -1", "xt[d < 0] *= 1", "negative singular values keep their sign in V"),
     Mutant("reference/svd.py", "d[0] = e[0] = 0", "d[0] = 0", "a zero diagonal entry does not split"),
-    Mutant(
-        "reference/residual.py",
-        "rest = rest - factors.to_dense()",
-        "rest = weight - factors.to_dense()",
-        "residual of W",
-    ),
     Mutant("fast/residual.py", "rest = rest - factors.to_dense()", "rest = rest", "no residual at all"),
     Mutant("reference/residual.py", "np.maximum(step, 0)", "step", "a negative step"),
     Mutant(
@@ -74,22 +69,9 @@ MUTANTS = [
     ),
     Mutant("reference/residual.py", "p.g / c)", "p.g)", "column weights not divided out"),
     Mutant("fast/residual.py", "row.sqrt(), column.sqrt()", "row, column", "weights instead of their roots"),
-    Mutant("reference/packing.py", 'bitorder="little"))', 'bitorder="big"))', "bits packed in the other order"),
-    Mutant("reference/packing.py", "signs < 0, [(0, 0)]", "signs > 0, [(0, 0)]", "bit 1 for +1"),
     Mutant("reference/packing.py", "bits[..., :count]", "bits[..., -count:]", "pad bits taken for signs"),
-    Mutant(
-        "fast/packing.py",
-        "words[..., None] >> place)",
-        "words[..., None] >> place.flip(0))",
-        "bits read in the other order",
-    ),
     Mutant("fast/packing.py", ">> place) & 1)", ">> place))", "bits above the one read are kept"),
-    Mutant("fast/packing.py", " or words.dtype != dtype", "", "dtype of words not checked"),
-    Mutant("reference/packing.py", "words.shape[-1] != number or ", "", "number of words not checked"),
-    Mutant("fast/packing.py", "if bits[..., count:].any():", "if False:", "pad bits not checked"),
     Mutant("fast/packing.py", "return -(-count // width), ", "return count // width + 1, ", "a word too many"),
-    Mutant("reference/packing.py", "if not np.isfinite(half).all():", "if False:", "an overflowing scale passes"),
-    Mutant("reference/bits.py", "rank * padded(d_in, word_bits)", "rank * d_in", "padding of V not counted"),
     Mutant(
         "reference/bits.py",
         "signs + scale_bits * (d_out + d_in + rank)",
@@ -112,12 +94,6 @@ MUTANTS = [
     Mutant("reference/bits.py", "low, high = 0, min(shape)", "low, high = 0, min(shape) - 1", "rank search biased"),
     Mutant("reference/bits.py", "rest -= cost\n            if made", "if made", "gains spend the same bits twice"),
     Mutant("reference/bits.py", "return -sum(gains", "return sum(gains", "the worst layer first"),
-    Mutant(
-        "reference/bits.py",
-        "return tokens * (sum(widths) * element_bytes + len(widths) * scale_bytes)",
-        "return tokens * sum(widths) * element_bytes",
-        "scales of a cache not counted",
-    ),
     Mutant("reference/memory.py", "1 if shape.tied else 2", "2", "a tied head counted twice"),
     Mutant(
         "reference/memory.py",
@@ -134,19 +110,11 @@ MUTANTS = [
         "the end without its norm",
     ),
     Mutant("reference/memory.py", '"v_proj", "qkv_proj")', '"qkv_proj")', "latents of values not counted"),
-    Mutant("reference/kv_cache.py", "@ path.v * path.ell", "@ path.v", "ell not in the latents"),
-    Mutant("fast/kv_cache.py", ".mT * path.ell", ".mT", "ell not in the latents"),
     Mutant("fast/kv_cache.py", "(x * path.g) @", "x @", "g not in the latents"),
-    Mutant("fast/kv_cache.py", "path.h[:, None] * signs", "signs", "h not in the up-projection"),
     Mutant(
         "reference/kv_cache.py", "np.where(scale == 0, np.float32(1), scale)", "scale", "a zero token divides by zero"
     ),
-    Mutant("fast/kv_cache.py", "codes.round() if", "codes if", "int8 rounds towards zero"),
-    Mutant("fast/kv_cache.py", "torch.int8: 127.0", "torch.int8: 63.0", "half of int8"),
     Mutant("fast/kv_cache.py", "sine, value=-1)", "sine)", "keys turn the wrong way"),
-    Mutant(
-        "reference/kv_cache.py", "low * cosine - high * sine", "low * cosine + high * sine", "keys turn the wrong way"
-    ),
     Mutant("fast/kv_cache.py", "mean = mean * shrink + seen", "mean = mean + seen", "earlier blocks not scaled down"),
     Mutant("fast/kv_cache.py", "total = total * shrink +", "total = total +", "earlier blocks' total not scaled down"),
     Mutant("fast/kv_cache.py", "expanded += key_bias", "pass", "bias of keys dropped"),
@@ -312,12 +280,12 @@ MUTANTS = [
     Mutant("fast/residual.py", "target / scale * unit", "target / scale * unit.abs()", "step along absolute values"),
     Mutant(
         "fast/models/layers.py",
-        "pack_factors(path) for path in self.factors()",
-        "pack_factors(path) for path in self.factors()[:1]",
+        "pack_factors(path, self.scale_bits) for path in self.factors()",
+        "pack_factors(path, self.scale_bits) for path in self.factors()[:1]",
         "residual path not packed",
     ),
     Mutant("fast/models/selection.py", "and module is not head", "", "the head is quantised by identity"),
-    Mutant("fast/models/quantize.py", "LittleBitLinear(own, layer.bias)", "LittleBitLinear(own, None)", "bias lost"),
+    Mutant("fast/models/quantize.py", "layer.bias, scale", "None, scale", "bias lost"),
     Mutant(
         "fast/integrations/hf_quantizer.py", "model._weight_conversions = []", "pass", "tensors of experts are renamed"
     ),
@@ -438,7 +406,7 @@ MUTANTS = [
         "a part that was taken back is said to be done",
     ),
     Mutant("fast/models/embeddings.py", "pairs >> 4", "pairs >> 3", "high nibbles misread"),
-    Mutant("fast/decoding/generate.py", 'not now.endswith("\\ufffd")', "True", "half a character is written"),
+    Mutant("fast/decoding/generate.py", ' or now.endswith("\\ufffd")', "", "half a character is written"),
     Mutant(
         "fast/kernels/cpu_layer.py",
         "(tensor.data_ptr(), tensor.dtype, tensor.shape) for",
@@ -1054,13 +1022,15 @@ def exports(package: str) -> dict[str, str]:
 def tests_of(file: str) -> list[Path]:
     """Choose the tests of a module, the likeliest to notice a mistake first.
 
-    First come the tests that import the module, then the tests that call its public functions. If there are fewer than
+    First come the tests that import the module, then the tests that call its public functions, and the laws if it is a
+    module of the method. If there are fewer than
     FEW, the tests follow that do so with a module that imports it. Last come the others in the module's test folder.
     """
     folder = ROOT / "tests" / TEST_FOLDERS.get(Path(file).parent.name, Path(file).parent.name)
     tests = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if path.stem not in UNUSED]
     chosen = [path for path in tests if file in imported_modules(path)]
     chosen += [path for path in tests if file in used_modules(path)]
+    chosen += [path for path in tests if path.stem == "test_laws" and folder.name == "method"]
     if len(chosen) < FEW:
         sources = [path for package in ("reference", "fast") for path in (ROOT / package).rglob("*.py")]
         users = {str(path.relative_to(ROOT)) for path in sources if file in imported_modules(path)}

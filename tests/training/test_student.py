@@ -9,13 +9,13 @@ import littlebit.fast as lb
 import pytest
 import torch
 from compare import assert_same, assert_within
+from littlebit.conformance.strategies import condition
 from littlebit.fast.distill import kl_loss
 from littlebit.fast.linear import folded
 from littlebit.fast.models.quantize import replace_module
 from littlebit.fast.signs import RULES
 from littlebit.fast.training import student as students
 from littlebit.fast.training.student import RANK_STEP, StackedStudent, littlebit_layers
-from strategies import condition
 
 TOKENS = torch.arange(48).reshape(3, 16) * 5 % 256
 

@@ -1,4 +1,4 @@
-"""Add warp shuffles to numba-cuda's simulator, for tests, and let a block's threads wait without polling.
+"""Add warp shuffles to numba-cuda's simulator, and let a block's threads wait without polling.
 
 Import it before any kernel is defined, in a process that set NUMBA_ENABLE_CUDASIM=1. A lane outside the mask, and lanes
 of a warp that call different shuffles, raise errors here. On a GPU the result would be undefined, or the kernel would

@@ -1,0 +1,1 @@
+"""Answer requests over HTTP in the form of the OpenAI API."""

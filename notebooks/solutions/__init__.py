@@ -1,0 +1,1 @@
+"""One solution for each cell that a reader of the notebooks writes."""
