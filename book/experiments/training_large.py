@@ -22,7 +22,7 @@ from typing import Any
 import littlebit.fast as lb
 import torch
 from littlebit.fast.bench.timing import cpu_name, save_results
-from littlebit.fast.cli.estimate import trained_sizes
+from littlebit.fast.cli.estimate import model_sizes
 from littlebit.fast.cli.training_cost import Workload, device_bytes, multiplications_per_token
 from littlebit.fast.factors import Factors
 from littlebit.fast.models.build import empty_model
@@ -66,7 +66,7 @@ def random_student(config: dict[str, Any], teacher: Any, bits: float, device: st
     model: Any = empty_model(config)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in target_layers(model, lb.Config())}
     ranks = lb.allocate_ranks(shapes, bits, paths=1)
-    sizes = trained_sizes(model, shapes, ranks)
+    sizes = model_sizes(model, shapes, ranks)
     layers: dict[str, torch.nn.Module] = {}
     for name, (d_out, d_in) in shapes.items():
         (rank,) = ranks[name]

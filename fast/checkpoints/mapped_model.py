@@ -11,7 +11,8 @@ from ..files.untrusted import open_errors
 from ..models.build import empty_model, transformers
 from ..models.embeddings import settle_ties
 from ..models.generation_settings import FILE as GENERATION
-from .dense import check_dense, dense_files, load_model
+from .dense import load_model
+from .dense_files import check_dense, dense_files
 from .fetch import resolve
 from .format import byte_ranges, read_headers
 from .loading import check_state, fill, generation_config, untie_separate_head

@@ -5,45 +5,47 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .tables import text_table
+from .training_cost import Workload
 
 if TYPE_CHECKING:
     from ..models.quantize import Config
     from ..training.config import TrainConfig
-    from .training_cost import Workload
 
 
-def print_estimate(
-    source: str,
-    config: "Config",
-    training: "TrainConfig | None",
-    as_json: bool,
-    work: "Workload | None" = None,
-    price: float | None = None,
-) -> None:
-    """Print the stored bits, the memory and the time to expect, and the phases of a training.
+def print_dry_run(source: str, config: "Config", training: "TrainConfig | None", as_json: bool) -> None:
+    """Print the stored bits, the memory and the time to expect on this CPU, and the phases of a training.
 
     Parameters
     ----------
     source : str
     config : Config
     training : TrainConfig, optional
-        The training of a dry run, on the CPU.
     as_json : bool
-    work : Workload, optional
-        The training of a plan.
-    price : float, optional
-        Price of a GPU for an hour.
     """
     from .estimate import estimate
-    from .training_cost import Workload
 
+    work = Workload()
     if training:
         at_once = training.micro_batch or training.batch_size
         work = Workload(training.total_tokens, sequence=training.sequence_length, sequences=at_once)
-    work = work or Workload()
     found = estimate(source, config, work)
     if training:
         found |= {"training": asdict(training), "recipe": recipe(training)}
+    print_costs(found, work, as_json)
+
+
+def print_costs(found: dict[str, Any], work: Workload, as_json: bool, price: float | None = None) -> None:
+    """Print estimated costs as a table and sentences, or as JSON.
+
+    Parameters
+    ----------
+    found : dict
+        From `estimate.estimate`, with the recipe of a training if there is one.
+    work : Workload
+    as_json : bool
+    price : float, optional
+        Price of a GPU for an hour.
+    """
     if work.gpus:
         found["gpu_hours"] = work.gpus * found["train_s"] / 3600
         found["cost"] = None if price is None else price * found["gpu_hours"]
@@ -64,7 +66,7 @@ def print_estimate(
     )
 
 
-def gpu_lines(found: dict[str, Any], work: "Workload") -> list[str]:
+def gpu_lines(found: dict[str, Any], work: Workload) -> list[str]:
     """Describe a training on GPUs: the memory of each, the time, and the cost where a price is known."""
     if not (work.gpus and work.tokens):
         return []

@@ -31,7 +31,7 @@ from .models import use_torch
 
 SHELLS = ("bash", "fish", "tcsh", "zsh")
 # Starting torch takes seconds, so these commands import it only where they need it.
-TORCH_FREE_COMMANDS = ("generate", "chat", "serve", "completion", "memory", "demo")
+TORCH_FREE_COMMANDS = ("generate", "chat", "serve", "completion", "memory", "plan", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import Command, add_dry_run, device, model_help, number, positive, seed
-from .dry_run import print_estimate
+from .dry_run import print_dry_run
 from .models import check_apart
 from .tables import checkpoint_summary, text_table
 
@@ -204,7 +204,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_file(arguments.report)
     config = quantization_config(arguments)
     if arguments.dry_run:
-        return print_estimate(arguments.model, config, None, arguments.json)
+        return print_dry_run(arguments.model, config, None, arguments.json)
     tokenizer = load_tokenizer(arguments.model)
     tokens = calibration_tokens(arguments, config, tokenizer, arguments.embedding_bits)
     model = load_mapped(arguments.model)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import Command, add_dry_run, count, fraction, model_help, not_negative, not_negative_int, number
-from .dry_run import print_estimate
+from .dry_run import print_dry_run
 from .exits import STOPPED, report_error
 from .models import check_apart
 from .quantize import add_quantization, calibration_tokens, quantization_config
@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int | None:
     if arguments.dry_run:
         training = training_config(arguments)
         check_config(training, int(os.environ.get("WORLD_SIZE", "1")))
-        return print_estimate(arguments.model, quantization_config(arguments), training, arguments.json)
+        return print_dry_run(arguments.model, quantization_config(arguments), training, arguments.json)
     try:
         with joined_processes(arguments.device) as device:
             train_and_save(arguments, device)

@@ -14,7 +14,7 @@ waits long for anybody:
   a job writes to it.
 - Helpers run at a low priority: where every core is busy, a helper would only take time from its caller.
 - If more than one share in LATE_COST is late, the caller works alone for ALONE_JOBS jobs and then tries again: a late
-  share costs more time than a few punctual ones save.
+  share costs more time than a few punctual ones save. A large job counts as several, by its work.
 
 The state of a helper goes ASLEEP -> WOKEN -> READY -> POSTED -> RUNNING -> DONE -> READY, or from POSTED or RUNNING to
 RECLAIMED and back to READY. Each step is one compare-and-swap of a word that the helper and its caller share, so that
@@ -69,7 +69,7 @@ LATE_S = 100e-6
 IDLE_S = 100e-6  # how long a helper without a job spins before it sleeps
 LATE_COST = 8  # punctual shares that make up for a late one
 MAX_CREDIT = 64  # punctual shares that are remembered
-ALONE_JOBS = 512  # jobs that the caller then does alone, about six tokens of SmolLM2-135M
+ALONE_JOBS = 512  # jobs of at most GRAIN_WORK that the caller then does alone, about six tokens of SmolLM2-135M
 NICE = 10  # added to a helper's niceness
 
 # A helper sleeps in the system's read() of a pipe, called from compiled code, which does not hold Python's lock.
@@ -88,7 +88,7 @@ STATE = 0
 RUN, OUT, HAS_SHARE, CLOSED, PIPE_READ, PIPE_WRITE = range(8, 14)
 # The caller's: pauses after which a share of GRAIN_WORK is late; least work to divide; address of scratch memory;
 # shares begin at multiples of MULTIPLE items; items of a share, at most; work of a share / GRAIN_WORK, at least 1;
-# jobs to do alone; punctual shares that make up for late ones.
+# jobs of GRAIN_WORK to do alone; punctual shares that make up for late ones.
 LATE, MIN_WORK, SCRATCH, MULTIPLE, GRAIN, GRAINS, ALONE, CREDIT = range(9, 17)
 # A job: items START to STOP, each UNIT floats of the result, which has SEGMENTS rows that are STRIDE floats apart.
 KIND, START, STOP, UNIT, SEGMENTS, STRIDE = range(17, 23)
@@ -286,7 +286,7 @@ def divide(team, result, items):
     the items exceed GRAIN for each thread, they are handed out in several rounds.
     """
     if team[ALONE] > 0:
-        team[ALONE] -= 1
+        team[ALONE] -= max(1, (items + team[GRAIN] - 1) // team[GRAIN] * team[GRAINS])
         run_here(team, result, 0, items)
         return
     place, start = address_of(team), np.int64(0)

@@ -1,5 +1,6 @@
-"""Describe models of published shapes by the transformers configuration that builds them."""
+"""Translate between the shape of a model and the transformers configuration that builds it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..memory import MODEL_SHAPES, ModelShape
@@ -55,3 +56,42 @@ def model_type(shape: ModelShape) -> str:
     if shape.fused:
         return "phi3"
     return {"none": "llama", "qkv": "qwen2"}[shape.biases]
+
+
+#: Names of a gated architecture's sizes in config.json, in the order of ModelShape.
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+#: Architecture -> biases and fused, as in ModelShape. The parameters of these follow from the sizes alone.
+GATED = {"llama": ("none", False), "mistral": ("none", False), "qwen2": ("qkv", False), "phi3": ("none", True)}
+
+
+def config_shape(config: Mapping[str, Any]) -> ModelShape | None:
+    """Read the shape of a model from its config.json, without torch.
+
+    Parameters
+    ----------
+    config : mapping
+
+    Returns
+    -------
+    ModelShape, or None if the architecture is not in GATED, adds biases, or a size is missing.
+
+    Examples
+    --------
+    >>> config_shape(published_config("llama3-8b"))[1:] == MODEL_SHAPES["llama3-8b"][1:]
+    True
+    >>> config_shape({"model_type": "mamba"})
+    """
+    if config.get("model_type") not in GATED or config.get("attention_bias") or config.get("mlp_bias"):
+        return None
+    heads = config.get("num_attention_heads")
+    sizes = [config.get(key) for key in SIZES]
+    sizes += [config.get("num_key_value_heads") or heads]
+    sizes += [config.get("vocab_size"), config.get("max_position_embeddings", 1)]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return None
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, context = sizes
+    head_size = config.get("head_dim") or hidden // heads
+    biases, fused = GATED[config["model_type"]]
+    tied = bool(config.get("tie_word_embeddings", False))
+    values = hidden, intermediate, layers, heads, kv_heads, head_size, vocabulary, context
+    return ModelShape("config.json", *values, tied=tied, biases=biases, fused=fused)

@@ -636,7 +636,7 @@ MUTANTS = [
     ),
     Mutant("fast/cli/estimate.py", "    model.tie_weights()", "    pass", "a tied head is counted twice"),
     Mutant(
-        "fast/cli/estimate.py",
+        "fast/cli/quantization_cost.py",
         "stored // 8 + HALF_BYTES * sizes.tables",
         "stored // 8 + HALF_BYTES * (sizes.tables + sizes.weights)",
         "dense weights are counted as stored",
