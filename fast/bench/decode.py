@@ -265,13 +265,18 @@ def measure(engine: str, source: str, threads: int, tokens: int, prompt: int = 0
     """
     found: dict[str, Any] = {}
     if engine == "littlebit":
-        decoder = prefilled_decoder(source, threads, tokens + prompt)
-        if prompt:  # PROMPT before it has loaded the compiled code.
-            found["prefill_s"] = prefill_seconds(decoder, prompt)
-        found["times"] = token_times(decoder, tokens)
-    else:
-        found["times"] = dense_times(source, threads, tokens)
-    return found | {"memory": memory_bytes("VmRSS"), "peak": memory_bytes("VmHWM")}
+        found["times"] = token_times(prefilled_decoder(source, threads, tokens), tokens)
+        found |= resident()
+        if prompt:  # last, because its keys and values take memory
+            found["prefill_s"] = prefill_seconds(prefilled_decoder(source, threads, prompt), prompt)
+        return found
+    found["times"] = dense_times(source, threads, tokens)
+    return found | resident()
+
+
+def resident() -> dict[str, int]:
+    """Read the resident bytes of this process, now and at their peak."""
+    return {"memory": memory_bytes("VmRSS"), "peak": memory_bytes("VmHWM")}
 
 
 def prefill_seconds(decoder: "Decoder", count: int) -> float:

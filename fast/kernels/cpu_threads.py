@@ -66,7 +66,9 @@ SIGNS_PER_PRODUCT = 8  # sign additions in the time of one product with a dense 
 # How long the caller waits for a share of GRAIN_WORK that its helper has begun: about as long as computing it takes. A
 # larger share is waited for in proportion. A caller that gave up earlier would compute most shares of a prompt twice.
 LATE_S = 100e-6
-IDLE_S = 100e-6  # how long a helper without a job spins before it sleeps
+# How long a helper without a job spins before it sleeps. Between two jobs of a prompt the caller works alone for tenths
+# of a millisecond. A helper that sleeps there wakes too late for the next job, and two threads are no faster than one.
+IDLE_S = 20e-3
 LATE_COST = 8  # punctual shares that make up for a late one
 MAX_CREDIT = 64  # punctual shares that are remembered
 ALONE_JOBS = 512  # jobs of at most GRAIN_WORK that the caller then does alone, about six tokens of SmolLM2-135M
@@ -159,14 +161,17 @@ def run_layer(job, out, batch):
 
 @numba.njit(nogil=True, cache=True)
 def run_attention(job, out):
-    """Compute heads START to STOP of a block of tokens, token after token; each attends to itself and earlier ones."""
+    """Compute heads START to STOP for all tokens of a block; each token attends to itself and earlier ones.
+
+    One head after another, so that its keys and values stay in the cache from token to token.
+    """
     heads, size, capacity = job[HEADS], job[HEAD_DIM], job[CAPACITY]
-    scores = aligned_empty(job[POSITION] + job[STOP] // heads + 1 + 2 * LANES)
-    for at in range(job[START], job[STOP]):
-        place = 4 * size * capacity * (at % heads // (heads // job[KV_HEADS]))
-        length = job[POSITION] + at // heads + 1
-        q = job[X] + 4 * at * size
-        attend(q, job[KEYS] + place, job[VALUES] + place, length, size, scores, out + 4 * at * size)
+    scores = aligned_empty(job[POSITION] + job[SEGMENTS] + 2 * LANES)
+    for head in range(job[START], job[STOP]):
+        place = 4 * size * capacity * (head // (heads // job[KV_HEADS]))
+        for token in range(job[SEGMENTS]):
+            at, length = 4 * size * (token * heads + head), job[POSITION] + token + 1
+            attend(job[X] + at, job[KEYS] + place, job[VALUES] + place, length, size, scores, out + at)
 
 
 def run_job(mailbox, out):
@@ -384,15 +389,15 @@ def divided_attention(team, q, keys, values, position, count, heads, out):
     q, out : flat, (count, heads, head_dim); keys, values : (kv_heads, capacity, head_dim), filled up to the last token.
     """
     kv_heads, capacity, size = keys.shape
-    work = 2 * SIGNS_PER_PRODUCT * size * (position + count)  # of one head of one token, at most
-    team[KIND], team[X], team[UNIT], team[SEGMENTS], team[STRIDE] = ATTENTION, address_of(q), size, 1, len(out)
+    work = 2 * SIGNS_PER_PRODUCT * size * (position + count) * count  # of one head, at most
+    team[KIND], team[X], team[UNIT], team[SEGMENTS], team[STRIDE] = ATTENTION, address_of(q), size, count, heads * size
     team[KEYS], team[VALUES], team[POSITION] = address_of(keys.ravel()), address_of(values.ravel()), position
     team[HEADS], team[KV_HEADS], team[HEAD_DIM], team[CAPACITY] = heads, kv_heads, size, capacity
     team[MULTIPLE], team[GRAIN], team[GRAINS] = 1, max(1, GRAIN_WORK // work), max(1, work // GRAIN_WORK)
-    if len(team) == MAILBOX or count * heads * work < team[MIN_WORK]:
-        run_here(team, address_of(out), 0, count * heads)
+    if len(team) == MAILBOX or heads * work < team[MIN_WORK]:
+        run_here(team, address_of(out), 0, heads)
     else:
-        divide(team, address_of(out), count * heads)
+        divide(team, address_of(out), heads)
 
 
 # The threads themselves
@@ -512,7 +517,7 @@ class Pool:
         if len(self.scratch) >= floats and all(len(helper.out) >= floats for helper in helpers):
             return
         while any(helper.is_late() for helper in self.helpers):
-            time.sleep(IDLE_S)
+            time.sleep(LATE_S)
         if len(self.scratch) < floats:
             self.scratch = aligned_zeros(floats, np.float32)
             self.team[SCRATCH] = self.scratch.ctypes.data
