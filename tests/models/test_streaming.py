@@ -1,5 +1,7 @@
 """Test quantization of models whose weights stay in their files: loading, and finished layers."""
 
+import dataclasses
+
 import littlebit.fast as lb
 import pytest
 import torch
@@ -13,7 +15,6 @@ from littlebit.fast.models.layer_store import LayerStore
 from littlebit.fast.models.published import published_config
 
 TOKENS = torch.arange(64) * 7 % 256
-CONFIG = lb.Config(bits=2.0, init="admm", importance=True)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,14 @@ def test_load_mapped_gives_the_stored_weights(half_llama):
     assert mapped.generation_config.to_dict() == expected.generation_config.to_dict()
 
 
-def test_quantize_with_a_store_gives_the_same_layers_and_makes_no_batch_twice(half_llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("scale_bits", [16, 8])
+def test_quantize_with_a_store_gives_the_same_layers_and_makes_no_batch_twice(
+    scale_bits, half_llama, tmp_path, monkeypatch
+):
+    config = lb.Config(bits=2.0, init="admm", importance=True, scale_bits=scale_bits)
     store = LayerStore(tmp_path / "layers")
     whole = lb.load_model(half_llama)
-    expected = lb.quantize_(whole, CONFIG, TOKENS, progress=False)
+    expected = lb.quantize_(whole, config, TOKENS, progress=False)
     lb.pack_(whole)
     made = []
     factorize = quantize.factorize
@@ -47,7 +52,7 @@ def test_quantize_with_a_store_gives_the_same_layers_and_makes_no_batch_twice(ha
     )
     for least, most in ((len(expected), len(expected)), (1, len(expected) - 1), (0, 0)):
         model = load_mapped(half_llama)
-        results = lb.quantize_(model, CONFIG, TOKENS, progress=False, store=store)
+        results = lb.quantize_(model, config, TOKENS, progress=False, store=store)
         assert least <= sum(made) <= most
         assert results == expected
         packed = {name: tensor for name, tensor in model.state_dict().items() if ".paths." in name}
@@ -58,7 +63,8 @@ def test_quantize_with_a_store_gives_the_same_layers_and_makes_no_batch_twice(ha
         if least > 1:  # a file that a full disk or a killed process cut short is not believed
             damaged = next(store.folder.iterdir())
             damaged.write_bytes(damaged.read_bytes()[:100])
-    lb.quantize_(load_mapped(half_llama), lb.Config(bits=2.0, init="admm", seed=1), progress=False, store=store)
+    other = dataclasses.replace(config, importance=False, scale_bits=24 - scale_bits)
+    lb.quantize_(load_mapped(half_llama), other, progress=False, store=store)
     assert sum(made) == len(expected)
 
 
