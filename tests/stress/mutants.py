@@ -367,7 +367,10 @@ MUTANTS = [
     ),
     Mutant("fast/kernels/cpu_decode.py", "high * cosine[j] + low", "high * cosine[j] - low", "keys turn the wrong way"),
     Mutant(
-        "fast/kernels/cpu_threads.py", "heads // (heads // job[KV_HEADS])", "job[KV_HEADS]", "queries ask other keys"
+        "fast/kernels/cpu_threads.py",
+        "head // (heads // job[KV_HEADS])",
+        "head % job[KV_HEADS]",
+        "queries ask other keys",
     ),
     Mutant(
         "fast/kernels/cpu_dense.py", "for last in range(i, stop):", "for last in range(i, i):", "last rows of the head"
@@ -673,7 +676,7 @@ MUTANTS = [
     Mutant("fast/checkpoints/official.py", 'SUFFIXES = ("", "_R")', 'SUFFIXES = ("",)', "the residual path is dropped"),
     Mutant("fast/checkpoints/official.py", 'not key.endswith(".bias")]', "True]", "biases count as packed"),
     Mutant(
-        "fast/checkpoints/dense.py",
+        "fast/checkpoints/dense_files.py",
         "if is_official(folder) or (isinstance",
         "if (isinstance",
         "the authors' format is taken for a dense model",
