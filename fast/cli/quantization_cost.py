@@ -180,7 +180,7 @@ def multiplications_per_second() -> float:
     a = np.ones((PROBE_SIZE, PROBE_SIZE), np.float32)
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < PROBE_SECONDS:
-        a @ a
+        np.matmul(a, a)
         count += 1
     return count * PROBE_SIZE**3 / (time.perf_counter() - start)
 

@@ -84,7 +84,7 @@ def config_shape(config: Mapping[str, Any]) -> ModelShape | None:
     if config.get("model_type") not in GATED or config.get("attention_bias") or config.get("mlp_bias"):
         return None
     heads = config.get("num_attention_heads")
-    sizes = [config.get(key) for key in SIZES]
+    sizes: list[Any] = [config.get(key) for key in SIZES]
     sizes += [config.get("num_key_value_heads") or heads]
     sizes += [config.get("vocab_size"), config.get("max_position_embeddings", 1)]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
