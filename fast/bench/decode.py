@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -98,14 +99,124 @@ def bench_decode(
     return [summary(engine, count, tokens, found) for (engine, count), found in runs.items()]
 
 
-def run_engine(
-    engine: str, model: str, dense: str, threads: int, tokens: int, llama_python: str, gguf: str | Path | None
-) -> dict[str, Any] | None:
-    """Measure one engine in a new process; None if llama.cpp is not installed or has no model.
+def bench_shape(
+    shape: str = "llama2-7b",
+    bits: Sequence[float] = (0.1, 0.55, 1.0),
+    embedding_bits: int = 4,
+    threads: Sequence[int] = (1, 2),
+    tokens: int = 16,
+    prompt: int = 512,
+    rounds: int = 3,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Time prefill and greedy decoding of random packed models of a published shape, and dense prefill beside them.
+
+    Each measurement runs in its own process, which loads the checkpoint as `littlebit generate` does.
+
+    Parameters
+    ----------
+    shape : str
+        A name in MODEL_SHAPES.
+    bits : sequence of float
+        Most stored bits per weight of the packed layers.
+    embedding_bits : int
+        Bits of an entry of the embedding and the head.
+    threads : sequence of int
+        Numbers of threads to measure.
+    tokens : int
+        New tokens in a round.
+    prompt : int
+        Tokens of the prompt that prefill reads.
+    rounds : int
+        Processes for each number of bits and threads.
+    progress : bool
+        Show a progress bar.
 
     Returns
     -------
-    dict with the seconds of each token (times) and the resident bytes of the process (memory, peak).
+    list of dict
+        One for each number of bits and threads, with these columns:
+
+        - engine, shape, bits, embedding_bits, threads, rounds, tokens, prompt
+        - time_ms: milliseconds of a token; tokens_per_s = 1000 / time_ms
+        - prefill_tokens_per_s
+        - packed_bytes: all tensors of the file; memory_bytes, peak_bytes: resident memory of the process
+
+        Then one for each number of threads with engine "torch bfloat16", whose prefill is the time of the linear
+        layers of one block, times the number of blocks.
+    """
+    from ..checkpoints.checkpoint import info
+    from .random_model import random_checkpoint
+
+    runs: dict[tuple[float, int], list[dict[str, Any]]] = {}
+    stored: dict[float, dict[str, Any]] = {}
+    plan = [(target, count) for target in bits for _ in range(rounds) for count in threads]
+    with tempfile.TemporaryDirectory(prefix="littlebit-bench-") as folder:
+        for target, count in tqdm(plan, desc="bench decode", disable=not progress):
+            path = Path(folder, f"{target:g}")
+            if target not in stored:
+                random_checkpoint(path, shape, target, embedding_bits=embedding_bits)
+                stored[target] = info(path)
+            found = run_engine("littlebit", str(path), "", count, tokens, sys.executable, None, prompt)
+            assert found is not None
+            runs.setdefault((target, count), []).append(found)
+    common = {"shape": shape, "embedding_bits": embedding_bits, "prompt": prompt}
+    rows = [
+        common
+        | summary("littlebit", count, tokens, found)
+        | {"bits": stored[target]["bits_per_weight"], "packed_bytes": stored[target]["file_bytes"]}
+        | {"prefill_tokens_per_s": prompt / statistics.median(one["prefill_s"] for one in found)}
+        for (target, count), found in runs.items()
+    ]
+    for count in threads:
+        seconds = statistics.median(dense_prefill_seconds(shape, prompt, count) for _ in range(rounds))
+        row = {"engine": "torch bfloat16", "threads": count, "rounds": rounds, "bits": 16.0}
+        rows.append(common | row | {"prefill_tokens_per_s": prompt / seconds})
+    return rows
+
+
+def dense_prefill_seconds(shape: str, prompt: int, threads: int) -> float:
+    """Time torch's bfloat16 linear layers of one block of a shape on a prompt, and multiply by the number of blocks."""
+    import torch
+    from torch.nn import functional
+
+    from ..memory import MODEL_SHAPES, linear_shapes
+
+    one = MODEL_SHAPES[shape]._replace(layers=1)
+    weights = [torch.randn(*size, dtype=torch.bfloat16) for size in linear_shapes(one).values()]
+    inputs = [torch.randn(prompt, weight.shape[1], dtype=torch.bfloat16) for weight in weights]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for timed in (False, True):  # The first pass chooses kernels.
+            start = time.perf_counter()
+            for x, weight in zip(inputs, weights, strict=True):
+                functional.linear(x, weight)
+            if timed:
+                return MODEL_SHAPES[shape].layers * (time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    raise AssertionError
+
+
+def run_engine(
+    engine: str,
+    model: str,
+    dense: str,
+    threads: int,
+    tokens: int,
+    llama_python: str,
+    gguf: str | Path | None,
+    prompt: int = 0,
+) -> dict[str, Any] | None:
+    """Measure one engine in a new process; None if llama.cpp is not installed or has no model.
+
+    With `prompt`, littlebit reads a prompt of this many random tokens in place of PROMPT.
+
+    Returns
+    -------
+    dict with the seconds of each token (times), of the prompt for littlebit (prefill_s), and the resident bytes of the
+    process (memory, peak).
 
     Raises
     ------
@@ -118,7 +229,8 @@ def run_engine(
         command = [llama_python, "-c", LLAMA, str(gguf), str(threads), str(tokens), PROMPT]
     else:
         source = model if engine == "littlebit" else dense
-        command = [sys.executable, "-m", "littlebit.fast.bench.decode", engine, source, str(threads), str(tokens)]
+        command = [sys.executable, "-m", "littlebit.fast.bench.decode", engine, source]
+        command += [str(threads), str(tokens), str(prompt)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         if engine == "llama.cpp" and "No module named" in done.stderr:
@@ -143,21 +255,38 @@ def summary(engine: str, threads: int, tokens: int, found: list[dict[str, Any]])
     }
 
 
-def measure(engine: str, source: str, threads: int, tokens: int) -> dict[str, Any]:
-    """Measure littlebit or transformers in this process: seconds of each token, and resident bytes."""
-    times = (packed_times if engine == "littlebit" else dense_times)(source, threads, tokens)
-    return {"times": times, "memory": memory_bytes("VmRSS"), "peak": memory_bytes("VmHWM")}
-
-
-def packed_times(source: str, threads: int, tokens: int) -> list[float]:
-    """Time each token of the torch-free decoder, which `littlebit generate` uses; in seconds.
+def measure(engine: str, source: str, threads: int, tokens: int, prompt: int = 0) -> dict[str, Any]:
+    """Measure littlebit or transformers in this process: seconds of prompt and tokens, and resident bytes.
 
     Raises
     ------
     NotDecodableError
-        If the torch-free decoder does not support the model.
+        If the torch-free decoder, which `littlebit generate` uses, does not support the model.
     """
-    return token_times(prefilled_decoder(source, threads, tokens), tokens)
+    found: dict[str, Any] = {}
+    if engine == "littlebit":
+        found["times"] = token_times(prefilled_decoder(source, threads, tokens), tokens)
+        found |= resident()
+        if prompt:  # last, because its keys and values take memory
+            found["prefill_s"] = prefill_seconds(prefilled_decoder(source, threads, prompt), prompt)
+        return found
+    found["times"] = dense_times(source, threads, tokens)
+    return found | resident()
+
+
+def resident() -> dict[str, int]:
+    """Read the resident bytes of this process, now and at their peak."""
+    return {"memory": memory_bytes("VmRSS"), "peak": memory_bytes("VmHWM")}
+
+
+def prefill_seconds(decoder: "Decoder", count: int) -> float:
+    """Time a decoder that reads `count` random tokens at once."""
+    import numpy as np
+
+    tokens = np.random.default_rng(0).integers(0, 256, count)
+    start = time.perf_counter()
+    decoder(tokens)
+    return time.perf_counter() - start
 
 
 def prefilled_decoder(source: str | Path, threads: int | None, tokens: int) -> "Decoder":
@@ -299,4 +428,4 @@ def memory_bytes(name: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))))

@@ -1,25 +1,18 @@
-"""Load dense models and tokenizers with transformers, and refuse models that are quantized already."""
+"""Load dense models and tokenizers with transformers."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from ..files.untrusted import JSON_BYTES, CheckpointError, open_errors, parse_json_object, resolve_inside
+from ..files.untrusted import CheckpointError, resolve_inside
 from ..models.build import transformers
 from ..models.embeddings import settle_ties
 from .completeness import check_complete, first_line
+from .dense_files import check_dense, dense_files
 from .fetch import resolve
-from .format import INDEX, WEIGHTS, is_checkpoint, is_official
-
-#: Sections of config.json that other quantization methods write -> the method's name, if the section does not give it.
-SECTIONS = {"quantization_config": "another program", "compression_config": "compressed-tensors", "quantization": "mlx"}
-
-#: Files that only one quantization method leaves beside the model -> the method.
-FOREIGN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+from .format import is_checkpoint, is_official
 
 
 def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -45,7 +38,7 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     """
     folder = resolve(source)
     check_dense(folder, source)
-    check_files(folder)
+    dense_files(folder)
     try:
         model, found = transformers().AutoModelForCausalLM.from_pretrained(
             folder,
@@ -62,65 +55,6 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     check_complete(folder, found)
     settle_ties(model)
     return model.to(device).eval()
-
-
-def check_dense(folder: Path, source: str | Path) -> None:
-    """Check, without reading weights, that a folder holds a dense model.
-
-    Raises
-    ------
-    CheckpointError
-        If it holds a packed checkpoint, a model that another method quantized, or an adapter of PEFT.
-    """
-    config = dense_json(folder / "config.json")
-    section = config.get("quantization_config")
-    if is_official(folder) or (isinstance(section, dict) and section.get("quant_method") == "littlebit"):
-        raise CheckpointError(
-            f"{source} is already quantised, by LittleBit: load it with littlebit.fast.load, or take its dense model"
-        )
-    if method := foreign_method(config) or foreign_files(folder):
-        raise CheckpointError(
-            f"{source} is already quantised, by {method}: start from the model as it was before that, in 16 or 32 bits"
-        )
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{source} holds an adapter of PEFT beside the model: merge it (merge_and_unload) and save the result, or "
-            "remove adapter_config.json"
-        )
-
-
-def dense_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file of a dense model, which may be a link to an ordinary file anywhere."""
-    try:
-        if not file.is_file():
-            raise OSError("not an ordinary file")
-        with file.open("rb") as opened:
-            return parse_json_object(opened.read(JSON_BYTES + 1))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); copy or download it again") from error
-
-
-def check_files(folder: Path) -> None:
-    """Check that all safetensors files of a dense model exist and are as long as their headers say.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is missing or corrupt; the message names it.
-    """
-    names = [WEIGHTS]
-    if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
-        weight_map = dense_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX} must have a 'weight_map' of tensors to files; download it again")
-        names = sorted(set(map(str, weight_map.values())))
-    for name in names:
-        if not (folder / name).is_file():
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-            advice = "pickled weights are not read: save the model as safetensors" if pickled else "copy or download it"
-            raise CheckpointError(f"{folder} does not hold the whole model: there is no {name}; {advice}")
-        with open_errors(folder / name), safe_open(folder / name, framework="numpy"):
-            pass  # opening compares the header with the length of the file
 
 
 #: Files of which a tokenizer has at least one. The first releases of transformers 5 make an empty one without them.
@@ -149,36 +83,3 @@ def load_tokenizer(source: str | Path) -> Any:
         raise
     except Exception as error:  # transformers and tokenizers raise anything on invalid files
         raise CheckpointError(f"{source} has no tokenizer that can be read: {first_line(error)}") from error
-
-
-def foreign_method(config: Mapping[str, Any]) -> str | None:
-    """Name the method that quantized a model, by its config.json; return None for a dense or packed LittleBit model.
-
-    Parameters
-    ----------
-    config : mapping
-        Content of config.json. The method's section is at its top level or in the part for the text model.
-
-    Examples
-    --------
-    >>> foreign_method({"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    'gptq'
-    >>> foreign_method({"quantization_config": {"load_in_4bit": True}})
-    'bitsandbytes'
-    """
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    for key, usual in SECTIONS.items():
-        for section in (part[key] for part in parts if part.get(key)):
-            if not isinstance(section, dict):
-                return usual
-            method = section.get("quant_method") or section.get("quant_algo")
-            if not method and (section.get("load_in_4bit") or section.get("load_in_8bit")):
-                return "bitsandbytes"
-            if method != "littlebit":
-                return str(method or usual)
-    return None
-
-
-def foreign_files(folder: Path) -> str | None:
-    """Name the method that quantized the model in a folder, by a file that only this method writes."""
-    return next((method for name, method in FOREIGN_FILES.items() if (folder / name).is_file()), None)

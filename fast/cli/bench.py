@@ -53,7 +53,9 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         default=[1],
         help="linear: rows of the input, on a GPU one or several numbers; decode on a GPU: sequences",
     )
-    sub.add_argument("--model-shape", default="llama2-7b", help="cache, decode on a GPU: a shape of `littlebit memory`")
+    sub.add_argument(
+        "--model-shape", default="llama2-7b", help="cache, decode without --model: a shape of `littlebit memory`"
+    )
     sub.add_argument(
         "--tokens",
         type=count,
@@ -82,6 +84,7 @@ def add_decode(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--dense", default="smollm2", help="dense model that transformers runs in float32")
     group.add_argument("--gguf", type=Path, help="model that llama.cpp runs, if llama_cpp is installed")
     group.add_argument("--llama-python", default=sys.executable, help="Python that has llama_cpp (default: this one)")
+    group.add_argument("--prompt", type=count, default=512, help="without --model: tokens of the prompt to time")
     group.add_argument("--rounds", type=count, default=3, help="rounds, in which the engines take turns")
     group.add_argument(
         "--under-load",
@@ -125,8 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
     on_gpu = arguments.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU, but torch sees no GPU: use --device cpu")
-    any_model = on_gpu or arguments.under_load  # These have a default model.
-    if arguments.model is None and (arguments.what == "agreement" or (arguments.what == "decode" and not any_model)):
+    if arguments.model is None and arguments.what == "agreement":
         raise ValueError(f"bench {arguments.what} needs a packed checkpoint: name one with --model")
     found = BENCHMARKS[arguments.what](arguments)
     if arguments.save:
@@ -171,6 +173,8 @@ def measure_decode(arguments: argparse.Namespace) -> Measurement:
         return measure_decode_cuda(arguments)
     if arguments.under_load:
         return measure_decode_under_load(arguments)
+    if arguments.model is None:
+        return measure_decode_shape(arguments)
     from ..bench.decode import bench_decode
     from ..bench.timing import cpu_name
     from ..checkpoints.checkpoint import info
@@ -190,6 +194,30 @@ def measure_decode(arguments: argparse.Namespace) -> Measurement:
         {"engine": row["engine"], "threads": row["threads"], "ms/token": f"{row['time_ms']:.2f}"}
         | {"tokens/s": f"{row['tokens_per_s']:.1f}", "resident MB": f"{row['memory_bytes'] / 1e6:.0f}"}
         | {"peak MB": f"{row['peak_bytes'] / 1e6:.0f}"}
+        for row in rows
+    ]
+    return Measurement(rows, cpu_name(), text_table(table))
+
+
+def measure_decode_shape(arguments: argparse.Namespace) -> Measurement:
+    """Time prefill and decoding of random models of a published shape on a CPU."""
+    from ..bench.decode import bench_shape
+    from ..bench.timing import cpu_name
+
+    rows = bench_shape(
+        arguments.model_shape,
+        arguments.bits or (0.1, 0.55, 1.0),
+        threads=range(1, arguments.threads + 1),
+        tokens=arguments.tokens or 16,
+        prompt=arguments.prompt,
+        rounds=arguments.rounds,
+    )
+    table = [
+        {"engine": row["engine"], "bits": f"{row['bits']:.3f}", "threads": row["threads"]}
+        | {"tokens/s": f"{row['tokens_per_s']:.1f}" if "tokens_per_s" in row else ""}
+        | {"prefill tokens/s": f"{row['prefill_tokens_per_s']:.1f}"}
+        | {"packed MB": f"{row['packed_bytes'] / 1e6:.0f}" if "packed_bytes" in row else ""}
+        | {"resident MB": f"{row['memory_bytes'] / 1e6:.0f}" if "memory_bytes" in row else ""}
         for row in rows
     ]
     return Measurement(rows, cpu_name(), text_table(table))
@@ -308,6 +336,7 @@ COMMANDS = {
         (
             "bench linear --shape 4096x11008 --bits 0.1",
             "bench decode --model out --threads 2",
+            "bench decode --model-shape llama2-7b --bits 0.1 0.55 1 --threads 2",
             "bench decode --under-load --json",
             "bench decode --device cuda --model-shape llama2-7b --bits 0.1 0.55 1",
             "bench cache --bits 0.1",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import LittleBitWarning
-from . import bench, chat, demo, evaluate, files, generate, memory, quantize, serve, train, tune
+from . import bench, chat, demo, evaluate, files, generate, memory, plan, quantize, serve, train, tune
 from .arguments import Command, Formatter
 from .exits import (
     CLOSED_PIPE,
@@ -31,7 +31,7 @@ from .models import use_torch
 
 SHELLS = ("bash", "fish", "tcsh", "zsh")
 # Starting torch takes seconds, so these commands import it only where they need it.
-TORCH_FREE_COMMANDS = ("generate", "chat", "serve", "completion", "memory", "demo")
+TORCH_FREE_COMMANDS = ("generate", "chat", "serve", "completion", "memory", "plan", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,6 +150,7 @@ COMMANDS = (
     | chat.COMMANDS
     | serve.COMMANDS
     | memory.COMMANDS
+    | plan.COMMANDS
     | demo.COMMANDS
     | bench.COMMANDS
     | tune.COMMANDS

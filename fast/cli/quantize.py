@@ -1,19 +1,23 @@
 """Quantize a model: the `quantize` command, and the options that `train` shares with it."""
 
 import argparse
+import contextlib
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import Command, add_dry_run, device, model_help, number, positive, seed
-from .dry_run import print_estimate
+from .dry_run import print_dry_run
 from .models import check_apart
 from .tables import checkpoint_summary, text_table
 
 if TYPE_CHECKING:
     import torch
 
+    from ..models.layer_store import LayerStore
     from ..models.quantize import Config
 
 
@@ -29,7 +33,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         default=16,
         help="store each entry of the embedding and the output head in this many bits",
     )
-    sub.add_argument("--device", type=device, default="cpu", help="torch device to run on, such as cpu or cuda")
+    sub.add_argument("--device", type=device, default="cpu", help="torch device to factorize on, such as cpu or cuda")
     sub.add_argument("--report", type=Path, metavar="HTML", help="also write a page with the table and charts")
     add_dry_run(sub)
 
@@ -160,10 +164,34 @@ def calibration_tokens(
     return None
 
 
+@contextlib.contextmanager
+def kept_layers(out: Path) -> "Iterator[LayerStore]":
+    """Keep finished layers beside the output until it is complete; say where they are if the work is interrupted."""
+    from ..models.layer_store import LayerStore
+
+    store = LayerStore(out.with_name(out.name + ".layers"))
+    try:
+        yield store
+    except BaseException:
+        if count := store.count():
+            print(
+                f"littlebit: {count} finished layers are kept in {store.folder} for the same command", file=sys.stderr
+            )
+        raise
+    store.remove()
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """Quantize a model and write a packed checkpoint."""
+    """Quantize a model layer by layer, and write a packed checkpoint.
+
+    The dense weights stay in their files. Finished layers are kept in OUT.layers, from which the same command goes on.
+    """
+    import torch
+
     from ..checkpoints.checkpoint import info, save
-    from ..checkpoints.dense import load_model, load_tokenizer
+    from ..checkpoints.dense import load_tokenizer
+    from ..checkpoints.loading import cast_dense
+    from ..checkpoints.mapped_model import load_mapped
     from ..checkpoints.saving import check_target
     from ..files.atomic import check_file, check_room, resolve_output
     from ..models.embeddings import check_embeddings, quantize_embeddings_
@@ -176,15 +204,19 @@ def run(arguments: argparse.Namespace) -> None:
         check_file(arguments.report)
     config = quantization_config(arguments)
     if arguments.dry_run:
-        return print_estimate(arguments.model, config, None, arguments.json)
+        return print_dry_run(arguments.model, config, None, arguments.json)
     tokenizer = load_tokenizer(arguments.model)
     tokens = calibration_tokens(arguments, config, tokenizer, arguments.embedding_bits)
-    model = load_model(arguments.model, arguments.device)
-    check_room(resolve_output(arguments.out), stored_bytes(model, config, arguments.embedding_bits))
+    model = load_mapped(arguments.model)
+    out = resolve_output(arguments.out)
+    check_room(out, 2 * stored_bytes(model, config, arguments.embedding_bits))
     check_embeddings(model, arguments.embedding_bits)  # before hours of work
-    results = quantize_(model, config, tokens)
-    quantize_embeddings_(model, arguments.embedding_bits, tokens)
-    save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
+    with kept_layers(out) as store:
+        results = quantize_(model, config, tokens, device=arguments.device, store=store)
+        if arguments.embedding_bits == 4:
+            cast_dense(model, torch.float32)  # The head's input is measured by running the packed model.
+        quantize_embeddings_(model, arguments.embedding_bits, tokens)
+        save(model, arguments.out, tokenizer, config.bits, results, arguments.overwrite)
     stored = info(arguments.out)
     summary = checkpoint_summary(stored)
     if arguments.report:

@@ -1,7 +1,6 @@
 """Quantize a model and train it against its full-precision outputs: the `train` command."""
 
 import argparse
-import copy
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import Command, add_dry_run, count, fraction, model_help, not_negative, not_negative_int, number
-from .dry_run import print_estimate
+from .dry_run import print_dry_run
 from .exits import STOPPED, report_error
 from .models import check_apart
 from .quantize import add_quantization, calibration_tokens, quantization_config
@@ -49,6 +48,11 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--no-compile", action="store_true", help="run eagerly on a GPU, without torch.compile")
     sub.add_argument(
         "--shard", action="store_true", help="shard the trained weights and the teacher over the processes (FSDP2)"
+    )
+    sub.add_argument(
+        "--recompute",
+        action="store_true",
+        help="with --shard: keep only the blocks' inputs and compute each block again in the backward pass",
     )
     sub.add_argument("--save-minutes", type=not_negative, default=5.0, help="minutes between saved states")
     sub.add_argument("--log-steps", type=count, default=20, help="steps between entries of the log")
@@ -160,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int | None:
     if arguments.dry_run:
         training = training_config(arguments)
         check_config(training, int(os.environ.get("WORLD_SIZE", "1")))
-        return print_estimate(arguments.model, quantization_config(arguments), training, arguments.json)
+        return print_dry_run(arguments.model, quantization_config(arguments), training, arguments.json)
     try:
         with joined_processes(arguments.device) as device:
             train_and_save(arguments, device)
@@ -173,8 +177,11 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 def train_and_save(arguments: argparse.Namespace, device: str) -> None:
     """Quantize, train and save a model; only the first process writes and prints."""
+    import torch
+
     from ..checkpoints.checkpoint import info, save
-    from ..checkpoints.dense import load_model, load_tokenizer
+    from ..checkpoints.dense import load_tokenizer
+    from ..checkpoints.mapped_model import in_memory, load_mapped
     from ..checkpoints.texts import training_tokens
     from ..files.atomic import resolve_output
     from ..files.digests import tensors_digest
@@ -199,11 +206,13 @@ def train_and_save(arguments: argparse.Namespace, device: str) -> None:
         checkpointer.newest() is not None
     ):  # The saved state replaces all factors, so the cheapest initialization will do.
         config = replace(config, init="dual-svid", importance=False)
-    teacher = load_model(arguments.model, device)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    teacher = in_memory(load_mapped(arguments.model), device, dtype)
     check_config(training, rank_and_world_size()[1])  # before the model is quantized
     texts = [checked_text(text, teacher, longest_sequence(training)) for text in texts]
-    model = copy.deepcopy(teacher)
-    quantize_(model, config, calibration, progress=rank_and_world_size()[0] == 0)
+    model = load_mapped(arguments.model)
+    quantize_(model, config, calibration, progress=rank_and_world_size()[0] == 0, device=device)
+    model = in_memory(model, device, torch.float32)
     log = train_(
         model,
         teacher,
@@ -213,6 +222,7 @@ def train_and_save(arguments: argparse.Namespace, device: str) -> None:
         checkpointer,
         compile=not arguments.no_compile,
         shard=arguments.shard,
+        recompute=arguments.recompute,
         log_steps=arguments.log_steps,
     )
     if rank_and_world_size()[0] > 0:

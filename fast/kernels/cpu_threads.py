@@ -14,7 +14,7 @@ waits long for anybody:
   a job writes to it.
 - Helpers run at a low priority: where every core is busy, a helper would only take time from its caller.
 - If more than one share in LATE_COST is late, the caller works alone for ALONE_JOBS jobs and then tries again: a late
-  share costs more time than a few punctual ones save.
+  share costs more time than a few punctual ones save. A large job counts as several, by its work.
 
 The state of a helper goes ASLEEP -> WOKEN -> READY -> POSTED -> RUNNING -> DONE -> READY, or from POSTED or RUNNING to
 RECLAIMED and back to READY. Each step is one compare-and-swap of a word that the helper and its caller share, so that
@@ -64,11 +64,15 @@ MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 PARALLEL_WORK = 1 << 19
 GRAIN_WORK = 1 << 22  # sign additions of a share: larger jobs are handed out in several rounds
 SIGNS_PER_PRODUCT = 8  # sign additions in the time of one product with a dense weight
-LATE_S = 100e-6  # how long the caller waits for a share that its helper has begun
-IDLE_S = 100e-6  # how long a helper without a job spins before it sleeps
+# How long the caller waits for a share of GRAIN_WORK that its helper has begun: about as long as computing it takes. A
+# larger share is waited for in proportion. A caller that gave up earlier would compute most shares of a prompt twice.
+LATE_S = 100e-6
+# How long a helper without a job spins before it sleeps. Between two jobs of a prompt the caller works alone for tenths
+# of a millisecond. A helper that sleeps there wakes too late for the next job, and two threads are no faster than one.
+IDLE_S = 20e-3
 LATE_COST = 8  # punctual shares that make up for a late one
 MAX_CREDIT = 64  # punctual shares that are remembered
-ALONE_JOBS = 512  # jobs that the caller then does alone, about six tokens of SmolLM2-135M
+ALONE_JOBS = 512  # jobs of at most GRAIN_WORK that the caller then does alone, about six tokens of SmolLM2-135M
 NICE = 10  # added to a helper's niceness
 
 # A helper sleeps in the system's read() of a pipe, called from compiled code, which does not hold Python's lock.
@@ -85,16 +89,17 @@ MAILBOX = 40
 STATE = 0
 # Both: address of `run_job`. A helper's: address of its results; whether it has a share; whether to end; its pipe.
 RUN, OUT, HAS_SHARE, CLOSED, PIPE_READ, PIPE_WRITE = range(8, 14)
-# The caller's: pauses after which a share is late; least work to divide; address of scratch memory; shares begin at
-# multiples of MULTIPLE items; items of a share, at most; jobs to do alone; punctual shares that make up for late ones.
-LATE, MIN_WORK, SCRATCH, MULTIPLE, GRAIN, ALONE, CREDIT = range(9, 16)
+# The caller's: pauses after which a share of GRAIN_WORK is late; least work to divide; address of scratch memory;
+# shares begin at multiples of MULTIPLE items; items of a share, at most; work of a share / GRAIN_WORK, at least 1;
+# jobs of GRAIN_WORK to do alone; punctual shares that make up for late ones.
+LATE, MIN_WORK, SCRATCH, MULTIPLE, GRAIN, GRAINS, ALONE, CREDIT = range(9, 17)
 # A job: items START to STOP, each UNIT floats of the result, which has SEGMENTS rows that are STRIDE floats apart.
-KIND, START, STOP, UNIT, SEGMENTS, STRIDE = range(16, 22)
-X = 22  # address of the input
-KERNEL, PATHS, PATH_COUNT, D_OUT, D_IN, T, BATCH = range(23, 30)  # of a packed layer; BATCH: rows of x at a time
-TABLE, SIZE = 23, 28  # of a head: the five numbers of its table; entries of a row
-KEYS, VALUES, POSITION, HEADS, KV_HEADS, HEAD_DIM, CAPACITY = range(23, 30)  # of attention
-JOB_END = 30
+KIND, START, STOP, UNIT, SEGMENTS, STRIDE = range(17, 23)
+X = 23  # address of the input
+KERNEL, PATHS, PATH_COUNT, D_OUT, D_IN, T, BATCH = range(24, 31)  # of a packed layer; BATCH: rows of x at a time
+TABLE, SIZE = 24, 29  # of a head: the five numbers of its table; entries of a row
+KEYS, VALUES, POSITION, HEADS, KV_HEADS, HEAD_DIM, CAPACITY = range(24, 31)  # of attention
+JOB_END = 31
 
 FIRST, SECOND, ROWS, HEAD, ATTENTION = range(5)  # kinds of jobs
 BATCH_TILE = 4  # rows of x that share lookups
@@ -157,14 +162,17 @@ def run_layer(job, out, batch):
 
 @numba.njit(nogil=True, cache=True)
 def run_attention(job, out):
-    """Compute heads START to STOP of a block of tokens, token after token; each attends to itself and earlier ones."""
+    """Compute heads START to STOP for all tokens of a block; each token attends to itself and earlier ones.
+
+    One head after another, so that its keys and values stay in the cache from token to token.
+    """
     heads, size, capacity = job[HEADS], job[HEAD_DIM], job[CAPACITY]
-    scores = aligned_empty(job[POSITION] + job[STOP] // heads + 1 + 2 * LANES)
-    for at in range(job[START], job[STOP]):
-        place = 4 * size * capacity * (at % heads // (heads // job[KV_HEADS]))
-        length = job[POSITION] + at // heads + 1
-        q = job[X] + 4 * at * size
-        attend(q, job[KEYS] + place, job[VALUES] + place, length, size, scores, out + 4 * at * size)
+    scores = aligned_empty(job[POSITION] + job[SEGMENTS] + 2 * LANES)
+    for head in range(job[START], job[STOP]):
+        place = 4 * size * capacity * (head // (heads // job[KV_HEADS]))
+        for token in range(job[SEGMENTS]):
+            at, length = 4 * size * (token * heads + head), job[POSITION] + token + 1
+            attend(job[X] + at, job[KEYS] + place, job[VALUES] + place, length, size, scores, out + at)
 
 
 def run_job(mailbox, out):
@@ -249,7 +257,7 @@ def collect(team, at, result):
         now = atomic_load(state)
         if now == DONE:
             break
-        if (now == POSTED or waited > team[LATE]) and compare_and_swap(state, now, RECLAIMED):
+        if (now == POSTED or waited > team[LATE] * team[GRAINS]) and compare_and_swap(state, now, RECLAIMED):
             call_address(team[RUN], state, result)
             team[CREDIT] -= LATE_COST
             if team[CREDIT] < 0:
@@ -284,7 +292,7 @@ def divide(team, result, items):
     the items exceed GRAIN for each thread, they are handed out in several rounds.
     """
     if team[ALONE] > 0:
-        team[ALONE] -= 1
+        team[ALONE] -= max(1, (items + team[GRAIN] - 1) // team[GRAIN] * team[GRAINS])
         run_here(team, result, 0, items)
         return
     place, start = address_of(team), np.int64(0)
@@ -319,9 +327,12 @@ def divide(team, result, items):
 def divided_stages(team, total, y):
     """Compute `cpu.layer_rows`, each stage divided by rows of signs; `total` ranks of all paths, padded."""
     team[T], team[UNIT], team[SEGMENTS], team[MULTIPLE] = team[SCRATCH], 1, team[BATCH], LANES
+    threads = len(team) // MAILBOX
     team[KIND], team[STRIDE], team[GRAIN] = FIRST, total, total
+    team[GRAINS] = max(1, team[BATCH] * total * team[D_IN] // (threads * GRAIN_WORK))
     divide(team, team[SCRATCH], total)
     team[KIND], team[STRIDE], team[GRAIN] = SECOND, team[D_OUT], team[D_OUT]
+    team[GRAINS] = max(1, team[BATCH] * total * team[D_OUT] // (threads * GRAIN_WORK))
     divide(team, y, team[D_OUT])
 
 
@@ -346,6 +357,7 @@ def divided_layer(team, kernel, paths, d_out, d_in, x, y, rows):
         whole = groups if threads == 1 or batch * work < team[MIN_WORK] else groups // threads * threads
         team[KIND], team[UNIT], team[SEGMENTS], team[STRIDE] = ROWS, batch * d_out, 1, whole * batch * d_out
         team[MULTIPLE], team[GRAIN] = 1, max(1, GRAIN_WORK // (batch * work))
+        team[GRAINS] = max(1, batch * work // GRAIN_WORK)
         if threads == 1 or whole * batch * work < team[MIN_WORK]:
             run_here(team, y + 4 * b * d_out, 0, whole)
         else:
@@ -363,6 +375,7 @@ def divided_head(team, table, x, size, logits, rows):
     for at in range(len(table)):
         team[TABLE + at] = table[at]
     team[KIND], team[X], team[SIZE], team[UNIT], team[SEGMENTS], team[STRIDE] = HEAD, x, size, 1, 1, rows
+    team[GRAINS] = 1
     team[MULTIPLE], team[GRAIN] = 4, max(4, 2 * GRAIN_WORK // (SIGNS_PER_PRODUCT * size))  # rows share loads by four
     if len(team) == MAILBOX or SIGNS_PER_PRODUCT * rows * size < team[MIN_WORK]:
         run_here(team, logits, 0, rows)
@@ -377,15 +390,15 @@ def divided_attention(team, q, keys, values, position, count, heads, out):
     q, out : flat, (count, heads, head_dim); keys, values : (kv_heads, capacity, head_dim), filled up to the last token.
     """
     kv_heads, capacity, size = keys.shape
-    work = 2 * SIGNS_PER_PRODUCT * size * (position + count)  # of one head of one token, at most
-    team[KIND], team[X], team[UNIT], team[SEGMENTS], team[STRIDE] = ATTENTION, address_of(q), size, 1, len(out)
+    work = 2 * SIGNS_PER_PRODUCT * size * (position + count) * count  # of one head, at most
+    team[KIND], team[X], team[UNIT], team[SEGMENTS], team[STRIDE] = ATTENTION, address_of(q), size, count, heads * size
     team[KEYS], team[VALUES], team[POSITION] = address_of(keys.ravel()), address_of(values.ravel()), position
     team[HEADS], team[KV_HEADS], team[HEAD_DIM], team[CAPACITY] = heads, kv_heads, size, capacity
-    team[MULTIPLE], team[GRAIN] = 1, max(1, GRAIN_WORK // work)
-    if len(team) == MAILBOX or count * heads * work < team[MIN_WORK]:
-        run_here(team, address_of(out), 0, count * heads)
+    team[MULTIPLE], team[GRAIN], team[GRAINS] = 1, max(1, GRAIN_WORK // work), max(1, work // GRAIN_WORK)
+    if len(team) == MAILBOX or heads * work < team[MIN_WORK]:
+        run_here(team, address_of(out), 0, heads)
     else:
-        divide(team, address_of(out), count * heads)
+        divide(team, address_of(out), heads)
 
 
 # The threads themselves
@@ -505,7 +518,7 @@ class Pool:
         if len(self.scratch) >= floats and all(len(helper.out) >= floats for helper in helpers):
             return
         while any(helper.is_late() for helper in self.helpers):
-            time.sleep(IDLE_S)
+            time.sleep(LATE_S)
         if len(self.scratch) < floats:
             self.scratch = aligned_zeros(floats, np.float32)
             self.team[SCRATCH] = self.scratch.ctypes.data

@@ -1,7 +1,9 @@
 """Measure which channels and layers matter, from a model's activations and gradients on calibration text."""
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,10 @@ from torch.nn import functional
 
 from .._checks import flat_tokens, window_for
 from .._progress import tqdm
+from ..files.cache import cache_path
+from ..files.digests import tensor_bytes
+from ..files.mapped import release_pages
+from .blocks import BlockStream
 from .packed_shapes import layer_type
 
 CALIBRATION_WINDOW = 512
@@ -36,6 +42,7 @@ def calibrate(
     names: Iterable[str],
     window: int | None = None,
     progress: bool = True,
+    device: str | torch.device | None = None,
 ) -> dict[str, Moments]:
     """Measure second moments of inputs and output gradients of linear layers (after NanoQuant, arXiv 2602.06694).
 
@@ -43,6 +50,10 @@ def calibrate(
     half of
 
     sum_ij outputs_i inputs_j (W - W_hat)_ij^2
+
+    If all layers are in the decoder blocks, one block after another is computed in float32: forward for all windows,
+    then backward. Only one block's weights are in memory at once, and the inputs of the blocks are kept in a temporary
+    file of the cache folder.
 
     Parameters
     ----------
@@ -56,6 +67,8 @@ def calibrate(
         Tokens in a window; by default 512, or all positions of a model that has fewer.
     progress : bool
         Whether to show a progress bar.
+    device : str or torch.device, optional
+        Where to compute; by default where the model is.
 
     Returns
     -------
@@ -67,17 +80,18 @@ def calibrate(
         If there are fewer than two tokens, they have another shape, a token has no row in the embedding, or the window
         has fewer than two tokens or more than the model has positions.
     """
+    names = list(names)
     parts = windows(flat_tokens(tokens, model, least=2), window_for(model, window, CALIBRATION_WINDOW))
-    device = next(model.parameters()).device
-    sums: dict[str, list[Tensor]] = {name: [torch.zeros((), device=device)] * 2 for name in names}
-    handles = [watch(model.get_submodule(name), kept) for name, kept in sums.items()]
-    try:
-        for part in tqdm(parts, desc="calibrating", unit="window", disable=not progress):
-            accumulate(model, part.to(device))
-    finally:
-        for pair in handles:
-            for handle in pair:
-                handle.remove()
+    own = next(model.parameters()).device
+    sums: dict[str, list[Tensor]] = {name: [torch.zeros((), device=device or own)] * 2 for name in names}
+    with frozen(model):
+        stream = BlockStream(model, len(parts[0]), device)
+        if stream.covers(names):
+            stream_moments(stream, parts, sums, progress)
+        else:
+            with watched(model, sums):
+                for part in tqdm(parts, desc="calibrating", unit="window", disable=not progress):
+                    accumulate(model, part.to(own))
     count = sum(map(len, parts))
     found = {name: Moments(*(total / count for total in kept)) for name, kept in sums.items()}
     return {name: each if each.outputs.ndim else unreached(model, name, found) for name, each in found.items()}
@@ -97,6 +111,68 @@ def unreached(model: nn.Module, name: str, found: Mapping[str, Moments]) -> Mome
     return Moments(*(weight.new_zeros(size, dtype=torch.float32) for size in reversed(weight.shape)))
 
 
+def stream_moments(stream: BlockStream, parts: list[Tensor], sums: dict[str, list[Tensor]], progress: bool) -> None:
+    """Accumulate the moments of layers in the blocks: all windows pass through one block before the next.
+
+    The backward pass computes each block again from its stored inputs.
+    """
+    states = torch.stack([stream.embed(part).cpu() for part in parts])  # (windows, window, hidden)
+    count = len(stream.blocks)
+    folder = cache_path(room=count * states.nbytes)
+    with (
+        tempfile.TemporaryFile(dir=folder) as file,
+        tqdm(total=2 * count, desc="calibrating", unit="block", disable=not progress) as bar,
+    ):
+        for at in range(count):
+            file.write(tensor_bytes(states))
+            weights = stream.weights_of(at)
+            with torch.no_grad():
+                for window in states:
+                    window.copy_(stream.block(at, window.to(stream.device), weights))
+            bar.update()
+        weights = stream.outer_weights()
+        for row, tokens in enumerate(parts):  # from here on, gradients of the states
+            leaf = states[row].to(stream.device, copy=True).requires_grad_()
+            states[row] = next_token_gradient(stream, leaf, weights, tokens)
+        with watched(stream.model, sums):
+            for at in reversed(range(count)):
+                weights = stream.weights_of(at)
+                file.seek(at * states.nbytes)
+                for row in range(len(states)):
+                    stored = torch.frombuffer(bytearray(file.read(states[row].nbytes)), dtype=states.dtype)
+                    leaf = stored.view_as(states[row]).to(stream.device).requires_grad_()
+                    with torch.enable_grad():
+                        stream.block(at, leaf, weights).backward(states[row].to(stream.device))
+                    states[row] = gradient_of(leaf)
+                bar.update()
+
+
+def next_token_gradient(stream: BlockStream, leaf: Tensor, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Compute the gradient of the summed next-token loss at the output of the last block, (window, hidden)."""
+    with torch.enable_grad():
+        logits = stream.logits(leaf, weights)[:-1]
+        functional.cross_entropy(logits, tokens[1:].to(logits.device), reduction="sum").backward()
+    return gradient_of(leaf)
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """Return the gradient that a backward pass left."""
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, sums: Mapping[str, list[Tensor]]) -> Iterator[None]:
+    """Accumulate squared inputs and squared output gradients of layers while the context is active."""
+    handles = [watch(model.get_submodule(name), kept) for name, kept in sums.items()]
+    try:
+        yield
+    finally:
+        for pair in handles:
+            for handle in pair:
+                handle.remove()
+
+
 def watch(layer: nn.Module, kept: list[Tensor]) -> tuple:
     """Add hooks that sum a layer's squared inputs in kept[0] and its squared output gradients in kept[1]."""
 
@@ -109,19 +185,25 @@ def watch(layer: nn.Module, kept: list[Tensor]) -> tuple:
     return layer.register_forward_hook(forward), layer.register_full_backward_hook(backward)
 
 
-def accumulate(model: nn.Module, tokens: Tensor) -> None:
-    """Run a forward and backward pass of the summed next-token loss; no parameter gets a gradient."""
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter get a gradient while the context is active."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        with torch.enable_grad():
-            embedded = model.get_input_embeddings()(tokens[None]).detach().requires_grad_()  # type: ignore[operator]
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1]
-            functional.cross_entropy(logits.float(), tokens[1:], reduction="sum").backward()
+        yield
     finally:
-        for parameter in frozen:
+        for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def accumulate(model: nn.Module, tokens: Tensor) -> None:
+    """Run a forward and backward pass of the summed next-token loss through the whole model."""
+    with torch.enable_grad():
+        embedded = model.get_input_embeddings()(tokens[None]).detach().requires_grad_()  # type: ignore[operator]
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1]
+        functional.cross_entropy(logits.float(), tokens[1:], reduction="sum").backward()
 
 
 def spectral_gains(weights: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> dict[str, list[float]]:
@@ -148,6 +230,7 @@ def spectral_gains(weights: Mapping[str, Tensor], moments: Mapping[str, Moments]
         short = scaled if scaled.shape[0] <= scaled.shape[1] else scaled.mT
         squares = torch.linalg.eigvalsh(short @ short.mT)  # much faster than an SVD
         gains[name] = squares.flip(0).clamp(min=0).tolist()
+        release_pages()
     return gains
 
 

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -14,13 +13,16 @@ from torch import Tensor, nn
 from .._progress import tqdm
 from ..bits import Ranks, layer_bits
 from ..factors import Factors
+from ..files.mapped import release_pages
 from .allocation import AllocationProblem, allocate, attention_heads, kv_shares
 from .calibrate import Moments, calibrate
 from .config import Config, check_config
 from .experts import check_left_dense, is_known, projection_names, split_experts
 from .initializers import factorize, initializer_of
+from .layer_store import LayerStore, layer_key
 from .layers import ConcatLinear, LittleBitLinear, LowRankLinear, PackedLinear, linear_over, stored_half
 from .registry import choice_name
+from .results import LayerResult as LayerResult, Results as Results
 from .selection import (
     Selection,
     describe_dense,
@@ -45,42 +47,13 @@ FUSED = {
 }
 
 
-@dataclass(frozen=True)
-class LayerResult:
-    """Report how one layer was quantized.
-
-    Attributes
-    ----------
-    d_out, d_in : int
-    ranks : tuple of int
-        One per path.
-    bits : float
-        Stored bits per weight.
-    error : float
-        ||W - W_hat||_F / ||W||_F.
-    """
-
-    d_out: int
-    d_in: int
-    ranks: Ranks
-    bits: float
-    error: float
-
-
-class Results(dict[str, LayerResult]):
-    """Map the name of each quantized layer to its LayerResult.
-
-    Attributes
-    ----------
-    dense : mapping of str to str
-        Why each other selected layer stayed dense, by its name.
-    """
-
-    dense: Mapping[str, str] = MappingProxyType({})
-
-
 def quantize_(
-    model: nn.Module, config: Config | None = None, tokens: Tensor | None = None, progress: bool = True
+    model: nn.Module,
+    config: Config | None = None,
+    tokens: Tensor | None = None,
+    progress: bool = True,
+    device: str | torch.device | None = None,
+    store: LayerStore | None = None,
 ) -> Results:
     """Replace a model's linear layers by LittleBitLinear layers, in place.
 
@@ -96,6 +69,11 @@ def quantize_(
         Calibration text, for `importance` and allocation by "sensitivity".
     progress : bool
         Whether to show progress bars.
+    device : str or torch.device, optional
+        Where to calibrate and factorize, one block or layer at a time; by default where the model is.
+    store : LayerStore, optional
+        Pack each layer as soon as it is factorized, and save it here. Layers that the store holds already are read
+        from it. The model then gets PackedLinear layers, on the CPU.
 
     Returns
     -------
@@ -118,9 +96,9 @@ def quantize_(
         check_weights(model, layers)
         moments: dict[str, Moments] = {}
         if tokens is not None and config.needs_calibration():
-            moments = calibrate(model, tokens, layers, progress=progress)
+            moments = calibrate(model, tokens, layers, progress=progress, device=device)
             ranks = allocate(config.allocation, allocation_problem(model, layers, config, moments))
-        results = replace_layers(model, layers, ranks, config, moments, progress)
+        results = replace_layers(model, layers, ranks, config, moments, progress, device, store)
     tell_observers(model, {"bits": config.bits})
     ordered = Results({name: results[name] for name in layers})
     ordered.dense = selection.dense
@@ -134,9 +112,11 @@ def check_weights(model: nn.Module, layers: Mapping[str, Any]) -> None:
             raise ValueError(f"layer {name}: the weight is on the meta device; load the model onto a CPU or GPU")
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"layer {name}: the weight holds NaN or infinity; repair or re-download the checkpoint")
+        release_pages()
     if hasattr(model, "save_pretrained"):  # `save` would refuse such a tensor after hours of work.
         for name, tensor in model.state_dict().items():
             stored_half(name, tensor)
+            release_pages()
 
 
 def replace_layers(
@@ -146,35 +126,89 @@ def replace_layers(
     config: Config,
     moments: Mapping[str, Moments],
     progress: bool,
+    device: str | torch.device | None = None,
+    store: LayerStore | None = None,
 ) -> dict[str, LayerResult]:
     """Factorize the weights of layers in batches, and replace the layers.
 
     Each batch is replaced before the next, which frees its dense weights. A user's own initializer may fail at any
-    layer, so its layers are replaced together at the end.
+    layer, so its layers are replaced together at the end. Other parameters as in `quantize_`.
     """
     results, users = {}, parameter_users(model)
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     batched = initializer_of(config.init).batched
     made: dict[str, nn.Module] = {}
     description = f"{choice_name(config.init)}, {config.bits:g} bits"
-    with tqdm(total=len(layers), desc=description, unit="layer", disable=not progress) as bar:
+    count = sum(math.prod(shape) for shape in shapes.values())
+    with tqdm(total=count, desc=description, unit="weight", unit_scale=True, disable=not progress) as bar:
         for names in batches(shapes, ranks, BATCH_ELEMENTS if batched else 1):
-            weights = torch.stack([linear_weight(layers[name]).float() for name in names])
-            important = [moments[name] for name in names] if config.importance else []
-            paths = factorize(weights, ranks[names[0]], config.init, config.seed, important, names[0])
-            errors = relative_errors(weights, paths)
-            for at, name in enumerate(names):
-                own = [Factors(*(tensor[at] for tensor in path)) for path in paths]
-                layer = LittleBitLinear(own, layers[name].bias, scale_bits=config.scale_bits)
+            own = [moments[name] for name in names] if config.importance else []
+            found = quantized(names, [layers[name] for name in names], ranks[names[0]], config, own, device, store)
+            for name, (layer, results[name]) in zip(names, found, strict=True):
                 made |= dict.fromkeys(users.get(id(layers[name].weight), [name]), layer)  # all that share the weight
-                bits = layer_bits(*shapes[name], ranks[name], config.scale_bits) / layers[name].weight.numel()
-                results[name] = LayerResult(*shapes[name], ranks[name], bits, errors[at])
             if batched:
                 replace_modules(model, made)
                 made = {}
-            bar.update(len(names))
+            release_pages()
+            bar.update(sum(math.prod(shapes[name]) for name in names))
     replace_modules(model, made)
     return results
+
+
+def quantized(
+    names: Sequence[str],
+    layers: Sequence[Any],
+    ranks: Ranks,
+    config: Config,
+    moments: Sequence[Moments],
+    device: str | torch.device | None,
+    store: LayerStore | None,
+) -> list[tuple[nn.Module, LayerResult]]:
+    """Quantize linear layers of one shape, or find them in a store.
+
+    If one is missing, all are made again, because rounding depends on the layers that are factorized together.
+    """
+    if store is None:
+        made = factorized(names, layers, ranks, config, moments, device)
+        return [(layer.to(dense.weight.device), result) for dense, (layer, result) in zip(layers, made, strict=True)]
+    own = list(moments) or [()] * len(names)
+    keys = [layer_key(linear_weight(layer), ranks, config, each) for layer, each in zip(layers, own, strict=True)]
+    kept = [store.find(key, layer.bias, config.scale_bits) for key, layer in zip(keys, layers, strict=True)]
+    found: list[tuple[nn.Module, LayerResult]] = [each for each in kept if each is not None]
+    if len(found) == len(names):
+        return found
+    found = []
+    made = factorized(names, layers, ranks, config, moments, device)
+    for name, key, (layer, result) in zip(names, keys, made, strict=True):
+        try:
+            packed = layer.pack().cpu()
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+        store.save(key, packed, result)
+        found.append((packed, result))
+    return found
+
+
+def factorized(
+    names: Sequence[str],
+    layers: Sequence[Any],
+    ranks: Ranks,
+    config: Config,
+    moments: Sequence[Moments],
+    device: str | torch.device | None,
+) -> list[tuple[LittleBitLinear, LayerResult]]:
+    """Factorize the weights of linear layers of one shape as a batch, in float32 on a device."""
+    shape = linear_shape(layers[0])
+    weights = torch.stack([linear_weight(layer).to(device=device).float() for layer in layers])
+    paths = factorize(weights, ranks, config.init, config.seed, moments, names[0])
+    errors = relative_errors(weights, paths)
+    bits = layer_bits(*shape, ranks, config.scale_bits) / math.prod(shape)
+    found = []
+    for at, layer in enumerate(layers):
+        own = [Factors(*(tensor[at] for tensor in path)) for path in paths]
+        made = LittleBitLinear(own, layer.bias, scale_bits=config.scale_bits)
+        found.append((made.to(weights.device), LayerResult(*shape, ranks, bits, errors[at])))
+    return found
 
 
 def tell_observers(model: nn.Module, described: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .student import ShardedStudent, StackedStudent, copy_state, decoder_blocks, fold
+from ..models.blocks import decoder_blocks
+from .student import ShardedStudent, StackedStudent, copy_state, fold
 
 RECOMPILE_LIMIT = 64  # enough for several training runs in one process, each with its own sizes
 EAGER_STEPS = 3  # Before a capture, libraries choose kernels and allocate workspaces in these steps.

@@ -12,6 +12,7 @@ the processes (FSDP2).
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn import functional
 from ..admm import root_mean_square
 from ..factors import Factors
 from ..linear import folded
+from ..models.blocks import decoder_blocks
 from ..models.layers import LittleBitLinear
 from ..signs import named_rule
 
@@ -147,25 +149,29 @@ class StackedStudent:
 class ShardedStudent:
     """Train a model with master weights, gradients and optimizer state sharded over the processes (FSDP2).
 
-    A copy of the model is sharded and trained. `finish` copies the result into the model.
+    A copy of the model is sharded and trained, while the model waits in the memory of the CPU. `finish` copies the
+    result into it.
 
     Parameters
     ----------
     model : transformers causal language model after `quantize_`, on this process's device
     rule, train, dtype
         See StackedStudent.
+    recompute : bool
+        Whether to compute each block again in the backward pass, and keep only its input.
     """
 
-    def __init__(self, model: nn.Module, rule: str, train: str, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, rule: str, train: str, dtype: torch.dtype, recompute: bool = False):
         named_rule(rule)
         check_trainable(train)
-        self.original = model
+        self.device = next(model.parameters()).device
         self.model = copy.deepcopy(model)
+        self.original = model.cpu()
         for layer in littlebit_layers(self.model).values():
             layer.rule = rule
         for name, p in self.model.named_parameters():
             p.requires_grad_(is_littlebit(model, name) or is_trained(model, name, train))
-        shard_(self.model, dtype)
+        shard_(self.model, dtype, recompute)
 
     def masters(self) -> Masters:
         """Return this process's shards of the trained tensors."""
@@ -189,6 +195,7 @@ class ShardedStudent:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 self.original.get_parameter(name).copy_(full_tensor(p))
+        self.original.to(self.device)
 
 
 def fold(paths: Sequence[Factors], rule: str, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -224,12 +231,18 @@ class Unstack(torch.autograd.Function):
         return torch.stack(grads)
 
 
-def shard_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Shard a model's parameters over all processes, block by block (FSDP2), to compute in `dtype`."""
+def shard_(model: nn.Module, dtype: torch.dtype, recompute: bool = False) -> None:
+    """Shard a model's parameters over all processes, block by block (FSDP2), to compute in `dtype`.
+
+    With `recompute`, the blocks are computed again in the backward pass (activation checkpointing).
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.utils.checkpoint import checkpoint
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in decoder_blocks(model):
+        if recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
 
@@ -293,23 +306,6 @@ def stack_layers(names: list[str], layers: dict[str, LittleBitLinear]) -> Stack:
                 tensor.data = stacked[row]
         paths.append(stack)
     return Stack(names, paths)
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Find the decoder blocks of a model: its longest list of modules.
-
-    Raises
-    ------
-    ValueError
-        If the model holds no list of modules.
-    """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise ValueError(
-            "the model must hold its decoder blocks in a torch.nn.ModuleList, and has none: without it, do not train "
-            "block by block, compile or shard"
-        )
-    return list(max(lists, key=len))
 
 
 def check_models(model: nn.Module, teacher: nn.Module) -> None:

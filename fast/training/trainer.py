@@ -23,6 +23,7 @@ from .._checks import check_number
 from .._progress import tqdm
 from ..distill import KLLoss, hidden_loss, kl_rows
 from ..files.digests import tensors_digest
+from ..models.blocks import decoder_blocks
 from ..models.experts import has_experts
 from ..models.wrappers import to_change, with_adapters_inside
 from .causal_attention import causal_attention, is_plainly_causal
@@ -38,7 +39,6 @@ from .student import (
     StackedStudent,
     check_models,
     copy_state,
-    decoder_blocks,
     full_tensor,
     scale_latents_,
     shard_,
@@ -121,6 +121,7 @@ def train_(
     dtype: torch.dtype | None = None,
     compile: bool = True,
     shard: bool = False,
+    recompute: bool = False,
     log_steps: int = 20,
     progress: bool = True,
 ) -> list[dict[str, float]]:
@@ -145,7 +146,11 @@ def train_(
     compile : bool
         Whether to compile the models' blocks, on a GPU.
     shard : bool
-        Whether to shard masters and teacher over the processes (FSDP2), for models too large for one GPU.
+        Whether to shard masters and teacher over the processes (FSDP2), for large models. Under torchrun with one
+        process, each block's weights are folded only while the block runs, which saves memory too.
+    recompute : bool
+        Whether to keep only the inputs of the blocks for the backward pass, and compute each block again there
+        (activation checkpointing). The losses stay the same. Needs `shard`.
     log_steps : int
         Steps between entries of the log.
     progress : bool
@@ -172,7 +177,7 @@ def train_(
     rank, world_size = rank_and_world_size()
     check_config(config, world_size)
     check_number("log_steps", log_steps, low=1, whole=True)
-    check_sharding(config, shard)
+    check_sharding(config, shard, recompute)
     model, teacher = to_change(model, "train_"), with_adapters_inside(teacher)
     check_models(model, teacher)
     longest = longest_sequence(config)
@@ -189,7 +194,7 @@ def train_(
     for parameter in model.parameters() if world_size > 1 else ():  # Rounding may differ between processes.
         distributed.broadcast(parameter.data, 0)
     try:
-        student = make_student(model, teacher, config, dtype, shard)
+        student = make_student(model, teacher, config, dtype, shard, recompute)
         with prepared(student, teacher, checkpointer if rank == 0 else None, capture, compile):
             own_starts = [part[:, rank::world_size] for part in starts]
             trainer = Trainer(student, teacher, corpus.to(device), own_starts, config, checkpointer, capture)
@@ -208,15 +213,16 @@ def train_(
 
 
 def make_student(
-    model: nn.Module, teacher: nn.Module, config: TrainConfig, dtype: torch.dtype, shard: bool
+    model: nn.Module, teacher: nn.Module, config: TrainConfig, dtype: torch.dtype, shard: bool, recompute: bool = False
 ) -> StackedStudent | ShardedStudent:
     """Make the student, and cast the teacher to the compute dtype; shard both if asked to."""
     teacher.to(dtype).requires_grad_(False)  # type: ignore[call-arg]
     if config.latent_scale:
         scale_latents_(model, config.latent_scale)
-    student = (ShardedStudent if shard else StackedStudent)(model, config.rule, config.train, dtype)
-    if shard:
-        shard_(teacher, dtype)
+    if not shard:
+        return StackedStudent(model, config.rule, config.train, dtype)
+    student = ShardedStudent(model, config.rule, config.train, dtype, recompute)
+    shard_(teacher, dtype)
     return student
 
 
@@ -462,7 +468,11 @@ class Trainer:
         if due:
             self.mean_loss()  # A state that is not finite must not be saved.
             if self.checkpointer is not None:
-                tensors = {name: full_tensor(tensor) for name, tensor in self.state().items()}  # in every process
+                tensors = {}
+                for name, tensor in self.state().items():
+                    whole = full_tensor(tensor)  # All processes gather; one whole tensor at a time is on the GPU.
+                    if self.rank == 0:
+                        tensors[name] = whole.cpu()
                 if self.rank == 0:
                     self.checkpointer.save(self.step, tensors | {"losses": torch.tensor(self.losses)})
         if stop:
@@ -483,8 +493,10 @@ class Trainer:
             self.checkpointer.start_log(self.history)
 
 
-def check_sharding(config: TrainConfig, shard: bool) -> None:
-    """Raise ValueError if the masters are to be sharded but cannot be."""
+def check_sharding(config: TrainConfig, shard: bool, recompute: bool) -> None:
+    """Raise ValueError if the masters are to be sharded but cannot be, or blocks recomputed without that."""
+    if recompute and not shard:
+        raise ValueError("recompute=True needs shard=True, with which each layer folds its own weights")
     if shard and not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError("shard=True needs several processes: start them with torchrun")
     if shard and config.optimizer == "muon":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from compare import assert_same
 from conftest import make_tiny_llama
-from littlebit.fast.checkpoints.dense import foreign_method
+from littlebit.fast.checkpoints.dense_files import foreign_method
 from littlebit.fast.checkpoints.fetch import resolve
 from littlebit.fast.checkpoints.format import INDEX, WEIGHTS
 from littlebit.fast.checkpoints.gguf_reader import ROPE_FACTORS, gguf_config, llama3_factors, read_gguf_header

@@ -8,12 +8,8 @@ import sys
 from pathlib import Path
 
 import littlebit.fast as lb
-import torch
-from littlebit.fast.bench.linear import random_path
+from littlebit.fast.bench import random_model
 from littlebit.fast.checkpoints.format import weight_files
-from littlebit.fast.models.build import empty_model
-from littlebit.fast.models.layers import PackedLinear
-from littlebit.fast.models.quantize import Config, replace_module, target_layers
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_7B |= {"num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096}
@@ -49,17 +45,7 @@ print(1024 * (status("VmHWM") - before))
 
 def random_checkpoint(path, bits=0.55, shard_bytes=300_000_000, **sizes):
     """Write the checkpoint; `sizes` are keywords of a LlamaConfig."""
-    model = empty_model({"model_type": "llama"} | sizes)
-    layers = dict(target_layers(model, Config()))
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    generator = torch.Generator().manual_seed(0)
-    for name, ranks in lb.allocate_ranks(shapes, bits, paths=1).items():
-        replace_module(model, name, PackedLinear([random_path(*shapes[name], rank, generator) for rank in ranks]))
-    for parameter in model.parameters():
-        values = torch.empty(parameter.shape, dtype=torch.float16).normal_(0, 0.02, generator=generator)
-        module, _, name = next(key for key, each in model.named_parameters() if each is parameter).rpartition(".")
-        setattr(model.get_submodule(module), name, torch.nn.Parameter(values))
-    return lb.save(model, path, bits=bits, shard_bytes=shard_bytes)
+    return random_model.random_checkpoint(path, {"model_type": "llama"} | sizes, bits, shard_bytes=shard_bytes)
 
 
 def peak_over_size(small, path, loader):

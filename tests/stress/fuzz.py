@@ -43,7 +43,7 @@ READING += (
     "checkpoints.loading",
     "checkpoints.format",
 )
-READING += ("checkpoints.official", "checkpoints.dense", "decoding.mapped_weights")
+READING += ("checkpoints.official", "checkpoints.dense", "checkpoints.dense_files", "decoding.mapped_weights")
 SMALL = (0, 1, -1, 2, 3, 31, 33, 127, 255, 65536)
 LARGE = (2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**64 - 1, 10**30)
 INTEGERS = SMALL + LARGE

@@ -285,7 +285,7 @@ MUTANTS = [
         "residual path not packed",
     ),
     Mutant("fast/models/selection.py", "and module is not head", "", "the head is quantised by identity"),
-    Mutant("fast/models/quantize.py", "layers[name].bias, scale", "None, scale", "bias lost"),
+    Mutant("fast/models/quantize.py", "layer.bias, scale", "None, scale", "bias lost"),
     Mutant(
         "fast/integrations/hf_quantizer.py", "model._weight_conversions = []", "pass", "tensors of experts are renamed"
     ),
@@ -367,7 +367,10 @@ MUTANTS = [
     ),
     Mutant("fast/kernels/cpu_decode.py", "high * cosine[j] + low", "high * cosine[j] - low", "keys turn the wrong way"),
     Mutant(
-        "fast/kernels/cpu_threads.py", "heads // (heads // job[KV_HEADS])", "job[KV_HEADS]", "queries ask other keys"
+        "fast/kernels/cpu_threads.py",
+        "head // (heads // job[KV_HEADS])",
+        "head % job[KV_HEADS]",
+        "queries ask other keys",
     ),
     Mutant(
         "fast/kernels/cpu_dense.py", "for last in range(i, stop):", "for last in range(i, i):", "last rows of the head"
@@ -636,9 +639,9 @@ MUTANTS = [
     ),
     Mutant("fast/cli/estimate.py", "    model.tie_weights()", "    pass", "a tied head is counted twice"),
     Mutant(
-        "fast/cli/estimate.py",
-        "stored // 8 + 2 * (parameters - weights)",
-        "stored // 8 + 2 * parameters",
+        "fast/cli/quantization_cost.py",
+        "stored // 8 + HALF_BYTES * sizes.tables",
+        "stored // 8 + HALF_BYTES * (sizes.tables + sizes.weights)",
         "dense weights are counted as stored",
     ),
     Mutant("fast/cli/report.py", "<title>{html.escape(name)}", "<title>{name}", "names are not escaped"),
@@ -673,7 +676,7 @@ MUTANTS = [
     Mutant("fast/checkpoints/official.py", 'SUFFIXES = ("", "_R")', 'SUFFIXES = ("",)', "the residual path is dropped"),
     Mutant("fast/checkpoints/official.py", 'not key.endswith(".bias")]', "True]", "biases count as packed"),
     Mutant(
-        "fast/checkpoints/dense.py",
+        "fast/checkpoints/dense_files.py",
         "if is_official(folder) or (isinstance",
         "if (isinstance",
         "the authors' format is taken for a dense model",

@@ -149,6 +149,7 @@ def test_command_says_what_is_wrong_with_the_data(loud_llama, tmp_path, capsys, 
     [
         (["--device", "cuda"], "torch sees no GPU"),
         (["--shard"], "torchrun"),
+        (["--recompute"], "needs shard=True"),
     ],
 )
 def test_command_refuses_what_cannot_be_done(loud_llama, text, tmp_path, capsys, more, message):
@@ -169,7 +170,7 @@ def assert_same_checkpoint(out, one_process, conditions):
     assert lb.generate(lb.load(out), "abc", 3, tokenizer=lb.load_tokenizer(out))
 
 
-@pytest.mark.parametrize("more", [[], ["--shard"], ["--micro-batch", "1", "--train", "all"]])
+@pytest.mark.parametrize("more", [[], ["--shard", "--recompute"], ["--micro-batch", "1", "--train", "all"]])
 def test_command_in_two_processes_draws_the_same_curve(
     loud_llama, text, one_process, command_conditions, tmp_path, more
 ):
@@ -183,7 +184,7 @@ def test_command_in_two_processes_draws_the_same_curve(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "out", "second"]
 
 
-@pytest.mark.parametrize(("more", "kills"), [([], (2, 5)), (["--shard", "--log-steps", "4"], (3,))])
+@pytest.mark.parametrize(("more", "kills"), [([], (2, 5)), (["--shard", "--recompute", "--log-steps", "4"], (3,))])
 def test_command_in_two_processes_goes_on_after_a_kill(loud_llama, text, tmp_path, more, kills):
     """Also within and after the part that trains block by block, in which the last norm has no gradient."""
     words = ["--block-tokens", "512", "--save-minutes", "0", *more]
