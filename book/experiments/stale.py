@@ -52,6 +52,7 @@ MEASURES = {
     "cuda_linear_two_paths": CUDA,
     "embeddings_smollm2": ("models.embeddings",),
     "initialisation_smollm2": INITIALIZERS,
+    "serving": (*CPU_DECODE, "decoding.batching", "serving.app", "serving.generation", "serving.responses"),
     "untrained_smollm2": INITIALIZERS,
 }
 #: Names that modules had when the older results were recorded -> where that code is now.

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 from littlebit.fast.checkpoints.fetch import resolve
@@ -29,8 +28,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    folder, prompts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512)
+    folder, prompts, processes, out = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, tensor_parallel_size=processes)
     found = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64))
     rows = [[list(each.prompt_token_ids), list(each.outputs[0].token_ids)] for each in found]
     open(out, "w").write(json.dumps(rows))
@@ -38,11 +37,16 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(PYTHON is None, reason="LITTLEBIT_VLLM_PYTHON names no interpreter that has vLLM and littlebit")
-def test_vllm_writes_the_tokens_of_the_cpu_decoder(tmp_path):
+@pytest.mark.parametrize("processes", [1, 3])  # they must divide the nine heads
+def test_vllm_writes_the_tokens_of_the_cpu_decoder(tmp_path, processes):
     folder, script, out = resolve("smollm2-0.55bit"), tmp_path / "script.py", tmp_path / "tokens.json"
     script.write_text(SCRIPT)
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([PYTHON, script, folder, json.dumps(PROMPTS), out], check=True, env=environment)
-    model, config = map_model(folder), GenerationConfig(64, temperature=0.0)
-    for prompt, tokens in json.loads(Path(out).read_text()):
+    if processes > 1:  # vLLM binds each process to cores of its own, and there may be fewer cores
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    command = [PYTHON, script, folder, json.dumps(PROMPTS), str(processes), out]
+    subprocess.run(command, check=True, env=environment)
+    model, config, rows = map_model(folder), GenerationConfig(64, temperature=0.0), json.loads(out.read_text())
+    assert len(rows) == len(PROMPTS)
+    for prompt, tokens in rows:
         assert list(decode(model, prompt, config)) == tokens
