@@ -68,7 +68,7 @@ SIGNS_PER_PRODUCT = 8  # sign additions in the time of one product with a dense 
 # larger share is waited for in proportion. A caller that gave up earlier would compute most shares of a prompt twice.
 LATE_S = 100e-6
 # How long a helper without a job spins before it sleeps. Between two jobs of a prompt the caller works alone for tenths
-# of a millisecond. A helper that sleeps there wakes too late for the next job, and two threads are no faster than one.
+# of a millisecond. A helper that sleeps there wakes too late for the next job, and the second thread adds nothing.
 IDLE_S = 20e-3
 LATE_COST = 8  # punctual shares that make up for a late one
 MAX_CREDIT = 64  # punctual shares that are remembered

@@ -15,7 +15,7 @@ import torch
 from compare import assert_same
 from conftest import make_tiny_llama
 from hypothesis import given, strategies as st
-from littlebit.fast.bench.decode import packed_times
+from littlebit.fast.bench.decode import prefilled_decoder, token_times
 from littlebit.fast.checkpoints.format import is_checkpoint
 from littlebit.fast.cli.main import main
 from littlebit.fast.decoding.architecture import NotDecodableError
@@ -177,7 +177,7 @@ def test_generate_needs_neither_torch_nor_transformers_nor_their_memory(checkpoi
 
 
 def test_bench_decode_measures_the_mapped_model(checkpoint):
-    assert len(packed_times(str(checkpoint), 1, 3)) == 3
+    assert len(token_times(prefilled_decoder(str(checkpoint), 1, 3), 3)) == 3
 
 
 @pytest.mark.parametrize("checksums", [True, False])

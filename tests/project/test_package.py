@@ -74,6 +74,7 @@ def test_wheel_holds_the_modules_and_nothing_stale(tmp_path):
         ".typed",
         ".jinja",
         ".npz",
+        "",  # matplotlibrc
     }  # nothing compiled
     assert wheel.name.endswith("-py3-none-any.whl")
     assert {"littlebit/fast/data/roosevelt_1901.txt", "littlebit/fast/data/lincoln_1862.txt"} <= names

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -79,10 +80,14 @@ class Terminal:
 
 
 def take_terminal():
-    """Make standard input the process's controlling terminal, so that Ctrl-C reaches it."""
+    """Make standard input the process's controlling terminal, so that Ctrl-C reaches it.
+
+    A program that a shell started in the background ignores Ctrl-C, and so do those that it starts.
+    """
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
