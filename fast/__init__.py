@@ -48,7 +48,8 @@ EXPORTS = {
     "models.hf_names": "cache_argument",
     "models.initializers": "register_init",
     "models.layers": "LittleBitLinear PackedLinear",
-    "models.quantize": "LayerResult pack_ quantize_",
+    "models.quantize": "pack_ quantize_",
+    "models.results": "LayerResult",
     "packing": "PackedFactors pack_factors pack_signs unpack_factors unpack_signs",
     "residual": "compensate compensate_weighted",
     "signs": "RULES sign smooth_sign smooth_sign_vjp straight_through straight_through_vjp",
@@ -118,7 +119,8 @@ if TYPE_CHECKING:
     from .models.hf_names import cache_argument as cache_argument
     from .models.initializers import register_init as register_init
     from .models.layers import LittleBitLinear as LittleBitLinear, PackedLinear as PackedLinear
-    from .models.quantize import LayerResult as LayerResult, pack_ as pack_, quantize_ as quantize_
+    from .models.quantize import pack_ as pack_, quantize_ as quantize_
+    from .models.results import LayerResult as LayerResult
     from .packing import (
         PackedFactors as PackedFactors,
         pack_factors as pack_factors,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .._checks import check_number
 from ..files.atomic import atomic_directory, check_room, resolve_output
 from ..models.embeddings import settle_ties
-from ..models.quantize import LayerResult, tell_observers
+from ..models.quantize import tell_observers
+from ..models.results import LayerResult
 from ..models.wrappers import without_adapters
 from .checksums import check_contents, corrupt_tensors, read_checksums
 from .fetch import locate_packed

@@ -9,7 +9,7 @@ from ..files.atomic import write_text
 from ..models.packed_shapes import layer_type as type_of_layer
 
 if TYPE_CHECKING:
-    from ..models.quantize import LayerResult
+    from ..models.results import LayerResult
 
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 WIDTH, HEIGHT, MARGIN = 900, 260, 40  # of a chart, in pixels

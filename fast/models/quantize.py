@@ -22,7 +22,7 @@ from .initializers import factorize, initializer_of
 from .layer_store import LayerStore, layer_key
 from .layers import ConcatLinear, LittleBitLinear, LowRankLinear, PackedLinear, linear_over, stored_half
 from .registry import choice_name
-from .results import LayerResult as LayerResult, Results as Results
+from .results import LayerResult, Results
 from .selection import (
     Selection,
     describe_dense,
