@@ -10,6 +10,7 @@ import numpy as np
 
 from ...reference.admm import ADMM_STEPS
 from ...reference.alignment import ITQ_STEPS
+from ..bench.decode import cores
 from ..bits import Ranks, Shape, layer_bits, model_bits
 from ..models.packed_shapes import layer_type
 from .training_cost import (
@@ -26,7 +27,9 @@ from .training_cost import (
 INITS = ("dual-svid", "itq", "admm")  # initializers whose time is known
 WORK_ARRAYS = 5  # a weight, its residual, its approximation, and what decompositions hold
 PROBE_SECONDS = 0.1  # for timing matrix products and additions
-PROBE_SIZE = 512  # rows and columns of the matrices that are multiplied
+# Rows and columns of the matrices that are multiplied: so few that NumPy uses one thread. With more, two programs that
+# measure at once wait for each other's threads, and find a speed that is 25 times too low.
+PROBE_SIZE = 64
 PROBE_ENTRIES = 1 << 20  # of the arrays that are added
 # Additions in the time of the elementwise work on each entry of the factors, in Dual-SVID or a step of ADMM.
 PASSES = 40
@@ -176,9 +179,9 @@ def multiplications(shape: Shape, rank: int, init: str) -> float:
 
 
 def multiplications_per_second() -> float:
-    """Measure the speed of a float32 matrix product here, in multiply-adds per second."""
+    """Measure the speed of a float32 matrix product on one core, times the cores, in multiply-adds per second."""
     a = np.ones((PROBE_SIZE, PROBE_SIZE), np.float32)
-    return PROBE_SIZE**3 / shortest_seconds(lambda: np.matmul(a, a))
+    return cores() * PROBE_SIZE**3 / shortest_seconds(lambda: np.matmul(a, a))
 
 
 def pass_seconds() -> float:
