@@ -20,6 +20,7 @@ from pathlib import Path
 import littlebit.fast as lb
 import torch
 from littlebit.fast.files.atomic import atomic_directory
+from littlebit.fast.models.blocks import decoder_blocks
 from littlebit.fast.models.build import empty_model
 from littlebit.fast.models.published import published_config
 from littlebit.fast.models.selection import is_linear
@@ -112,9 +113,8 @@ def write(out: Path, name: str, layers: int | None, device: str, overwrite: bool
     config = published_config(name, layers)
     with torch.device("meta"):
         model = empty_model(config)
-    prefix, blocks = next(
-        (key, each) for key, each in model.named_modules() if isinstance(each, torch.nn.ModuleList) and len(each)
-    )
+    blocks = decoder_blocks(model)
+    prefix = next(key for key, each in model.named_modules() if each is blocks[0]).rpartition(".")[0]
     generator = torch.Generator(device).manual_seed(0)
     first: dict[str, Tensor] = {}
     weight_map: dict[str, str] = {}

@@ -25,6 +25,7 @@ from littlebit.fast.bench.decode import memory_bytes
 from littlebit.fast.bench.timing import cpu_name, save_results
 from littlebit.fast.cli.main import main as littlebit
 from littlebit.fast.files.digests import file_digest
+from littlebit.fast.models.layer_store import LayerStore
 
 POLL_S = 0.05  # between two looks at the finished layers
 
@@ -56,13 +57,13 @@ def finished(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 def kill_and_resume(command: list[str], out: Path, layers: int) -> dict[str, Any]:
     """Kill a quantization once half of its layers are finished, run it again, and describe the second run."""
-    kept = out.with_name(out.name + ".layers")
+    kept = LayerStore(out.with_name(out.name + ".layers"))
     process = started(command)
-    while process.poll() is None and len(list(kept.glob("*.safetensors"))) < layers // 2:
+    while process.poll() is None and kept.count() < layers // 2:
         time.sleep(POLL_S)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    found = len(list(kept.glob("*.safetensors")))
+    found = kept.count()
     row = finished(started(command))
     return {"layers_kept": found, "resume_s": row["seconds"], "resume_peak_bytes": row["peak_bytes"]}
 

@@ -48,7 +48,9 @@ from littlebit.fast import (
 from littlebit.fast.bench.timing import save_results
 from littlebit.fast.checkpoints.bundling import export_delta
 from littlebit.fast.checkpoints.texts import text_tokens, training_tokens
+from littlebit.fast.evaluation.perplexity import token_losses
 from littlebit.fast.evaluation.zero_shot import blimp
+from littlebit.fast.models.calibrate import windows
 from littlebit.fast.packing import pack_factors, unpack_factors
 from littlebit.fast.training.config import with_new_names
 from littlebit.fast.training.student import littlebit_layers
@@ -230,14 +232,9 @@ def ratios(arguments: argparse.Namespace) -> None:
 
 def losses_by_position(model: Any, tokens: torch.Tensor, most: int) -> np.ndarray:
     """Average the losses of each position over `most` windows of WINDOW tokens, (WINDOW - 1,) nats."""
-    windows = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)[:most]
-    losses = []
     with torch.inference_mode():
-        for window in windows:
-            window = window[None].to(model.device)
-            logits = model(window[:, :-1], use_cache=False).logits[0].float()
-            losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none").cpu())
-    return torch.stack(losses).double().mean(0).numpy()
+        losses = [token_losses(model, part[None].to(model.device))[0].cpu() for part in windows(tokens, WINDOW)[:most]]
+    return torch.stack(losses).mean(0).numpy()
 
 
 def experiment(

@@ -29,6 +29,7 @@ from littlebit.fast.models.build import empty_model
 from littlebit.fast.models.layers import LittleBitLinear
 from littlebit.fast.models.published import published_config
 from littlebit.fast.models.quantize import replace_modules, target_layers
+from littlebit.fast.models.shared import assign
 from littlebit.fast.training.processes import joined_processes, rank_and_world_size
 from littlebit.fast.training.resume import Checkpointer
 
@@ -55,8 +56,7 @@ def random_teacher(config: dict[str, Any], device: str, dtype: torch.dtype) -> A
     for name, parameter in list(model.named_parameters()):
         values = torch.empty(parameter.shape, dtype=dtype, device=device)
         values = values.fill_(1.0) if values.ndim == 1 else values.normal_(0, SCALE)
-        module, _, key = name.rpartition(".")
-        setattr(model.get_submodule(module), key, torch.nn.Parameter(values))
+        assign(model, name, torch.nn.Parameter(values))
     model.tie_weights()
     return model.to(device)
 
@@ -78,8 +78,7 @@ def random_student(config: dict[str, Any], teacher: Any, bits: float, device: st
     replace_modules(model, layers)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            module, _, key = name.rpartition(".")
-            setattr(model.get_submodule(module), key, torch.nn.Parameter(teacher.get_parameter(name).detach().float()))
+            assign(model, name, torch.nn.Parameter(teacher.get_parameter(name).detach().float()))
     model.tie_weights()
     return model.to(device), sizes
 

@@ -16,6 +16,7 @@ from ..models.embeddings import EmbeddingTable, replace_embeddings
 from ..models.layers import PackedLinear
 from ..models.published import published_config
 from ..models.quantize import replace_modules, target_layers
+from ..models.shared import assign
 from .linear import random_path
 
 TOKENIZER = "tiny"  # whose byte-level tokenizer the checkpoint gets
@@ -63,9 +64,8 @@ def random_checkpoint(
         head = first if tied else random_table(rows, size, embedding_bits, generator)
         replace_embeddings(model, first, head, torch.float32)
     for name, parameter in list(model.named_parameters()):
-        module, _, key = name.rpartition(".")
         values = torch.empty(parameter.shape, dtype=torch.float16).normal_(0, SCALE, generator=generator)
-        setattr(model.get_submodule(module), key, torch.nn.Parameter(values))
+        assign(model, name, torch.nn.Parameter(values))
     model.tie_weights()
     return save(model, out, load_tokenizer(TOKENIZER), bits, shard_bytes=shard_bytes)
 

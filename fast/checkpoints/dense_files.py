@@ -7,6 +7,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..files.untrusted import JSON_BYTES, CheckpointError, open_errors, parse_json_object
+from .fetch import locate
 from .format import INDEX, WEIGHTS, is_official
 
 #: Sections of config.json that other quantization methods write -> the method's name, if the section does not give it.
@@ -14,6 +15,26 @@ SECTIONS = {"quantization_config": "another program", "compression_config": "com
 
 #: Files that only one quantization method leaves beside the model -> the method.
 FOREIGN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+
+def locate_dense(source: str | Path) -> Path:
+    """Return the folder of a dense model, or its GGUF file, without downloading weights.
+
+    Parameters
+    ----------
+    source : str or Path
+        As for `fetch.locate`, or a config.json.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such model, or it is quantized already.
+    """
+    path = Path(source)
+    found = locate(path.parent if path.name == "config.json" else source, weights=False)
+    if found.is_dir():
+        check_dense(found, source)
+    return found
 
 
 def check_dense(folder: Path, source: str | Path) -> None:

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 
 from ..bits import Ranks, Shape
-from ..checkpoints.dense_files import check_dense
-from ..checkpoints.fetch import locate
-from ..memory import MODEL_SHAPES
+from ..checkpoints.dense_files import locate_dense
 from ..models.blocks import decoder_blocks
 from ..models.build import empty_model, transformers
 from ..models.config import Config, check_config
-from ..models.published import published_config
+from ..models.published import is_published, published_config
 from ..models.quantize import fused_split, plan_ranks
 from ..models.registry import choice_name
 from ..models.selection import linear_shape
@@ -72,13 +70,10 @@ def model_sizes(model: Any, shapes: dict[str, Shape], ranks: dict[str, Ranks]) -
 
 def configuration(source: str | Path) -> dict[str, Any]:
     """Read the configuration of a dense model or published shape, without weights; refuse a quantized model."""
-    if str(source) in MODEL_SHAPES and not Path(source).exists():
+    if is_published(source):
         return published_config(str(source))
-    if Path(source).name == "config.json":
-        source = Path(source).parent
-    path = locate(source, weights=False)
+    path = locate_dense(source)
     if path.is_dir():
-        check_dense(path, source)
         return transformers().AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
     from ..checkpoints.gguf_reader import gguf_config, read_gguf_header
 

@@ -1,14 +1,12 @@
 """Plan the quantization and the training of a model from its shape: the `plan` command."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..bits import SCALE_BITS, allocate_ranks
-from ..checkpoints.dense_files import check_dense, dense_json
-from ..checkpoints.fetch import locate
+from ..checkpoints.dense_files import dense_json, locate_dense
 from ..memory import MODEL_SHAPES, ModelShape, linear_shapes, model_memory
-from ..models.published import config_shape
+from ..models.published import config_shape, is_published
 from .arguments import Command, add_json, count, not_negative, not_negative_int, positive
 from .dry_run import print_costs
 from .quantization_cost import INITS, costs, trained_sizes
@@ -63,14 +61,10 @@ def find_shape(source: str) -> ModelShape | None:
     CheckpointError
         If there is no such model, or it is quantized already.
     """
-    path = Path(source)
-    if source in MODEL_SHAPES and not path.exists():
+    if is_published(source):
         return MODEL_SHAPES[source]
-    folder = locate(path.parent if path.name == "config.json" else source, weights=False)
-    if not folder.is_dir():  # a GGUF file
-        return None
-    check_dense(folder, source)
-    return config_shape(dense_json(folder / "config.json"))
+    found = locate_dense(source)
+    return config_shape(dense_json(found / "config.json")) if found.is_dir() else None  # None: a GGUF file
 
 
 def shape_costs(

@@ -82,7 +82,12 @@ def perplexity(
 
 
 def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Sum the negative log-likelihoods of all tokens but the first, (batch,) float64, of (batch, length) sequences.
+    """Sum the negative log-likelihoods of all tokens but the first, (batch,) float64, of (batch, length) sequences."""
+    return token_losses(model, tokens).sum(1)
+
+
+def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Compute the negative log-likelihoods of all tokens but the first, (batch, length - 1) float64.
 
     Each token's is computed in float32, for LOGIT_ROWS rows of logits at once.
     """
@@ -92,4 +97,4 @@ def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
         functional.cross_entropy(rows.float(), targets, reduction="none")
         for rows, targets in zip(logits.split(LOGIT_ROWS), tokens[:, 1:].flatten().split(LOGIT_ROWS), strict=True)
     ]
-    return torch.cat(losses).double().view(len(tokens), -1).sum(1)
+    return torch.cat(losses).double().view(len(tokens), -1)

@@ -1,9 +1,15 @@
 """Translate between the shape of a model and the transformers configuration that builds it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..memory import MODEL_SHAPES, ModelShape
+
+
+def is_published(source: str | Path) -> bool:
+    """Tell whether a model's name is that of a published shape, and not of a path."""
+    return str(source) in MODEL_SHAPES and not Path(source).exists()
 
 
 def published_config(name: str, layers: int | None = None) -> dict[str, Any]:
