@@ -331,8 +331,8 @@ MUTANTS = [
     Mutant("fast/models/calibrate.py", ".split(length)", ".split(length - 1)", "windows are too short"),
     Mutant(
         "fast/evaluation/perplexity.py",
-        "view(len(tokens), -1).sum(1)",
-        "view(-1, len(tokens)).sum(0)",
+        "view(len(tokens), -1)",
+        "view(-1, len(tokens)).T",
         "losses change hands",
     ),
     Mutant(
