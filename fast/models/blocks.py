@@ -16,7 +16,12 @@ from ..files.mapped import release_pages
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Find the decoder blocks of a model: its longest list of modules.
+    """Find the decoder blocks of a model. Raise ValueError if it holds no list of modules."""
+    return list(block_list(model))
+
+
+def block_list(model: nn.Module) -> nn.ModuleList:
+    """Find the list that holds a model's decoder blocks: its longest list of modules.
 
     Raises
     ------
@@ -29,7 +34,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
             "the model must hold its decoder blocks in a torch.nn.ModuleList, and has none: without it, do not train "
             "block by block, compile or shard"
         )
-    return list(max(lists, key=len))
+    return max(lists, key=len)
 
 
 class LastCall(Exception):  # noqa: N818 (not an error)

@@ -23,7 +23,7 @@ from torch.nn import functional
 from ..admm import root_mean_square
 from ..factors import Factors
 from ..linear import folded
-from ..models.blocks import decoder_blocks
+from ..models.blocks import block_list, decoder_blocks
 from ..models.layers import LittleBitLinear
 from ..signs import named_rule
 
@@ -150,7 +150,10 @@ class ShardedStudent:
     """Train a model with master weights, gradients and optimizer state sharded over the processes (FSDP2).
 
     A copy of the model is sharded and trained, while the model waits in the memory of the CPU. `finish` copies the
-    result into it.
+    result into it. Blocks are copied to the GPU and sharded one by one, so that it never holds all of them.
+
+    The masters are this process's shards as plain tensors, which share the memory of FSDP's. An operation on a
+    thousand distributed tensors takes Python longer than the GPU.
 
     Parameters
     ----------
@@ -167,24 +170,54 @@ class ShardedStudent:
         self.device = next(model.parameters()).device
         self.model = copy.deepcopy(model)
         self.original = model.cpu()
+        for name, p in model.named_parameters():
+            p.requires_grad_(is_littlebit(model, name) or is_trained(model, name, train))
+        blocks = decoder_blocks(model)
+        self.model = copy.deepcopy(model, {id(block): block for block in blocks})  # deepcopy keeps what it finds here
+        places = block_list(self.model)
+        del places[:]
+        self.model.to(self.device)
+        for block in blocks:
+            places.append(shard_block_(copy.deepcopy(block).to(self.device), dtype, recompute))
+        shard_rest_(self.model, dtype)
         for layer in littlebit_layers(self.model).values():
             layer.rule = rule
-        for name, p in self.model.named_parameters():
-            p.requires_grad_(is_littlebit(model, name) or is_trained(model, name, train))
-        shard_(self.model, dtype, recompute)
+        self.trained: dict[str, Any] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.shards = {name: p.to_local().detach().requires_grad_() for name, p in self.trained.items()}
 
     def masters(self) -> Masters:
         """Return this process's shards of the trained tensors."""
         latents, scales, others = {}, {}, {}
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                if not is_littlebit(self.model, name):
-                    others[name] = p
-                elif name.rsplit(".", 1)[-1] in LATENTS:
-                    latents[name] = p
-                else:
-                    scales[name] = p
+        for name, shard in self.shards.items():
+            if not is_littlebit(self.model, name):
+                others[name] = shard
+            elif name.rsplit(".", 1)[-1] in LATENTS:
+                latents[name] = shard
+            else:
+                scales[name] = shard
         return Masters(latents, scales, others)
+
+    def take_gradients(self) -> None:
+        """Move the gradients of all micro-batches, which FSDP has averaged over the processes, to the masters."""
+        for name, p in self.trained.items():
+            self.shards[name].grad = None if p.grad is None else p.grad.to_local()
+            p.grad = None
+
+    def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Describe tensors of the masters' sizes as shards of whole tensors; leave others as they are.
+
+        A tensor belongs to the master whose name its own name begins with. Memory is shared.
+        """
+        from torch.distributed.tensor import DTensor
+
+        found = {}
+        for name, tensor in tensors.items():
+            whole = self.trained[name if name in self.trained else name.rpartition(".")[0]]
+            if tensor.ndim:
+                layout = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
+                tensor = DTensor.from_local(tensor, whole.device_mesh, whole.placements, **layout)
+            found[name] = tensor
+        return found
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Compute (batch, sequence, vocabulary) logits in the compute dtype from (batch, sequence) tokens."""
@@ -195,6 +228,8 @@ class ShardedStudent:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 self.original.get_parameter(name).copy_(full_tensor(p))
+        for p in self.original.parameters():
+            p.requires_grad_()
         self.original.to(self.device)
 
 
@@ -231,20 +266,31 @@ class Unstack(torch.autograd.Function):
         return torch.stack(grads)
 
 
-def shard_(model: nn.Module, dtype: torch.dtype, recompute: bool = False) -> None:
-    """Shard a model's parameters over all processes, block by block (FSDP2), to compute in `dtype`.
+def shard_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Shard a model's parameters over all processes, block by block (FSDP2), to compute in `dtype`."""
+    for block in decoder_blocks(model):
+        shard_block_(block, dtype)
+    shard_rest_(model, dtype)
 
-    With `recompute`, the blocks are computed again in the backward pass (activation checkpointing).
+
+def shard_block_(block: nn.Module, dtype: torch.dtype, recompute: bool = False) -> nn.Module:
+    """Shard a block's parameters over all processes, and return the block.
+
+    With `recompute`, it is computed again in the backward pass (activation checkpointing).
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.utils.checkpoint import checkpoint
 
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in decoder_blocks(model):
-        if recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    if recompute:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    shard_rest_(block, dtype)
+    return block
+
+
+def shard_rest_(module: nn.Module, dtype: torch.dtype) -> None:
+    """Shard those parameters of a module over all processes that are not sharded yet."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

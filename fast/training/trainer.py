@@ -98,11 +98,12 @@ def step(trainer: "Trainer", tokens: Tensor, recorder: GraphRecorder | None = No
     # All-reduce: the mean of the gradients over all processes.
     trainer.average_gradients(recorder)
     # Clip the norm of all gradients together.
-    norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm or math.inf, foreach=True)
+    norm = trainer.gradient_norm()
+    torch.nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm or math.inf, norm, foreach=True)
     # Optimizer.
     for optimizer in trainer.optimizers:
         optimizer.step()
-    return step_loss, full_tensor(norm)
+    return step_loss, norm
 
 
 def next_tokens(tokens: Tensor) -> Tensor:
@@ -221,9 +222,8 @@ def make_student(
         scale_latents_(model, config.latent_scale)
     if not shard:
         return StackedStudent(model, config.rule, config.train, dtype)
-    student = ShardedStudent(model, config.rule, config.train, dtype, recompute)
     shard_(teacher, dtype)
-    return student
+    return ShardedStudent(model, config.rule, config.train, dtype, recompute)
 
 
 @contextlib.contextmanager
@@ -318,7 +318,8 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Map names to all tensors that a step changes."""
-        return {name: master.detach() for name, master in self.masters.items()} | self.optimizer_state()
+        tensors = {name: master.detach() for name, master in self.masters.items()} | self.optimizer_state()
+        return self.student.state(tensors) if isinstance(self.student, ShardedStudent) else tensors
 
     def batch(self, step: int) -> Tensor:
         """Gather the tokens of a step, (sequences, sequence) int64."""
@@ -338,13 +339,25 @@ class Trainer:
 
     def average_gradients(self, recorder: GraphRecorder | None) -> None:
         """Average the gradients over the processes, outside of CUDA graphs; FSDP has done so in its backward pass."""
-        if self.world_size == 1 or not isinstance(self.student, StackedStudent):
+        if isinstance(self.student, ShardedStudent):
+            return self.student.take_gradients()
+        if self.world_size == 1:
             return
         all_reduce = partial(all_reduce_mean, list(self.masters.values()), self.world_size)
         if recorder is None:
             all_reduce()
         else:
             recorder.run_eagerly(all_reduce)
+
+    def gradient_norm(self) -> Tensor:
+        """Compute the norm of all gradients together, of all processes' shards if there are several, ()."""
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self.world_size > 1 and isinstance(self.student, ShardedStudent):
+            square = norm.square()
+            distributed.all_reduce(square)
+            norm = square.sqrt()
+        return norm
 
     def run(self, log_steps: int, progress: bool) -> list[dict[str, float]]:
         """Train all steps that are not done yet, and return the log."""
