@@ -34,6 +34,7 @@ EXPORTS = {
     "distill": "hidden_loss hidden_loss_vjp kl_loss kl_loss_vjp",
     "dual_svid": "dual_svid svid",
     "evaluation.perplexity": "Perplexity perplexity",
+    "evaluation.tasks": "TaskScore TaskScores score_tasks",
     "evaluation.zero_shot": "BlimpResult blimp",
     "factors": "Factors",
     "files.untrusted": "CheckpointError",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     )
     from .dual_svid import dual_svid as dual_svid, svid as svid
     from .evaluation.perplexity import Perplexity as Perplexity, perplexity as perplexity
+    from .evaluation.tasks import TaskScore as TaskScore, TaskScores as TaskScores, score_tasks as score_tasks
     from .evaluation.zero_shot import BlimpResult as BlimpResult, blimp as blimp
     from .factors import Factors as Factors
     from .files.untrusted import CheckpointError as CheckpointError

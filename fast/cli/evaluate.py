@@ -9,6 +9,7 @@ from .arguments import Command, add_compute, count, model_help, number
 from .models import load_any
 
 if TYPE_CHECKING:
+    from ..evaluation.tasks import TaskScores
     from ..evaluation.zero_shot import BlimpResult
 
 
@@ -28,6 +29,13 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-windows", type=count, help="score at most this many windows (default: the whole text)")
     sub.add_argument("--blimp", type=Path, metavar="ZIP", help="measure accuracy on the pairs of a BLiMP archive")
     sub.add_argument("--blimp-items", type=count, help="score this many pairs of each BLiMP paradigm (default: all)")
+    sub.add_argument(
+        "--tasks",
+        type=Path,
+        metavar="FOLDER",
+        help="measure accuracy on WinoGrande, HellaSwag, OpenBookQA, BoolQ, PIQA and ARC (folder or zip of .jsonl)",
+    )
+    sub.add_argument("--tasks-items", type=count, help="score this many items of each task (default: all)")
     sub.add_argument("--lm-eval", metavar="TASK[,TASK]", help="run these tasks of the lm-evaluation-harness")
     sub.add_argument(
         "--lm-eval-include", type=Path, metavar="DIR", help="folder with YAML files that define more tasks"
@@ -40,10 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
     from ..checkpoints.dense import load_tokenizer
     from ..checkpoints.texts import text_tokens
     from ..evaluation.perplexity import SAMPLE_TEXT, perplexity
+    from ..evaluation.tasks import score_tasks
     from ..evaluation.zero_shot import blimp, harness, lm_eval
 
     tokenizer = load_tokenizer(arguments.model)
-    text = arguments.text or (None if arguments.blimp or arguments.lm_eval else SAMPLE_TEXT)
+    asked = arguments.blimp or arguments.tasks or arguments.lm_eval
+    text = arguments.text or (None if asked else SAMPLE_TEXT)
     tokens = text and text_tokens(tokenizer, text)
     if arguments.lm_eval:
         lm_eval()  # raises here, before any work, if the package is missing
@@ -54,6 +64,10 @@ def run(arguments: argparse.Namespace) -> None:
         pairs = blimp(model, tokenizer, arguments.blimp, arguments.blimp_items)
         results["blimp"] = pairs._asdict()
         reports.append(blimp_table(pairs))
+    if arguments.tasks:
+        scores = score_tasks(model, tokenizer, arguments.tasks, arguments.tasks_items)
+        results["tasks"] = scores._asdict() | {"tasks": {name: each._asdict() for name, each in scores.tasks.items()}}
+        reports.append(tasks_table(scores))
     if text and tokens is not None:
         found = perplexity(model, tokens, arguments.window, arguments.max_windows)
         results |= found._asdict() | {"text": str(text)}
@@ -73,6 +87,20 @@ def blimp_table(result: "BlimpResult") -> str:
     lines = [f"{name:<54}{accuracy:>8.3f}" for name, accuracy in result.paradigms.items()]
     mean = f"BLiMP accuracy {result.accuracy:.4f} (mean of {len(lines)} paradigms, {result.pairs} pairs)"
     return "\n".join([*lines, mean])
+
+
+def tasks_table(scores: "TaskScores") -> str:
+    """Lay out the accuracy on each task with its standard error, and the means, as text."""
+
+    def cell(value: float | None, error: float | None) -> str:
+        return f"{'' if value is None else f'{value:.4f} ± {error:.4f}':>18}"
+
+    lines = [f"{'task':<16}{'items':>8}{'chance':>9}{'acc':>18}{'acc_norm':>18}"]
+    for name, each in scores.tasks.items():
+        cells = cell(each.acc, each.acc_stderr) + cell(each.acc_norm, each.acc_norm_stderr)
+        lines.append(f"{name:<16}{each.items:>8}{each.chance:>9.4f}{cells}".rstrip())
+    means = f"{scores.mean_acc:.4f}{'':>9}{scores.mean_acc_norm:>9.4f}"
+    return "\n".join([*lines, f"{f'mean of {len(scores.tasks)}':<24}{scores.mean_chance:>9.4f}{means:>27}"])
 
 
 COMMANDS = {

@@ -75,26 +75,27 @@ def perplexity(
     total = 0.0
     with torch.inference_mode():
         for part in tqdm(parts, desc="perplexity", unit="window", disable=not progress):
-            total += sequence_losses(model, part[None].to(device)).item()
+            total += token_losses(model, part[None].to(device)).sum().item()
     length = min(window, len(tokens))
     scored = len(parts) * (length - 1)
     return Perplexity(math.exp(min(total / scored, 700.0)), len(parts), length, scored)
 
 
-def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Sum the negative log-likelihoods of all tokens but the first, (batch,) float64, of (batch, length) sequences."""
-    return token_losses(model, tokens).sum(1)
-
-
-def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Compute the negative log-likelihoods of all tokens but the first, (batch, length - 1) float64.
+def token_losses(model: nn.Module, tokens: Tensor, last: int | None = None) -> Tensor:
+    """Compute the negative log-likelihoods of the `last` tokens, by default all but the first, (batch, last) float64.
 
     Each token's is computed in float32, for LOGIT_ROWS rows of logits at once.
     """
-    logits = model(tokens[:, :-1], use_cache=False).logits
-    logits = logits[:, 1 - tokens.shape[1] :].flatten(0, 1)  # (batch (length - 1), vocabulary), without PEFT's prompt
+    last = last or tokens.shape[1] - 1
+    logits = last_logits(model, tokens[:, :-1], last).flatten(0, 1)  # (batch last, vocabulary)
     losses = [
         functional.cross_entropy(rows.float(), targets, reduction="none")
-        for rows, targets in zip(logits.split(LOGIT_ROWS), tokens[:, 1:].flatten().split(LOGIT_ROWS), strict=True)
+        for rows, targets in zip(logits.split(LOGIT_ROWS), tokens[:, -last:].flatten().split(LOGIT_ROWS), strict=True)
     ]
     return torch.cat(losses).double().view(len(tokens), -1)
+
+
+def last_logits(model: nn.Module, tokens: Tensor, last: int) -> Tensor:
+    """Compute the logits, (batch, last, vocabulary), at the `last` positions of (batch, length) tokens."""
+    kept = {} if last == tokens.shape[1] else {"logits_to_keep": last}
+    return model(tokens, use_cache=False, **kept).logits[:, -last:]  # Those of PEFT's prompt come before.
