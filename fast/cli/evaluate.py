@@ -93,7 +93,8 @@ def tasks_table(scores: "TaskScores") -> str:
     """Lay out the accuracy on each task with its standard error, and the means, as text."""
 
     def cell(value: float | None, error: float | None) -> str:
-        return f"{'' if value is None else f'{value:.4f} ± {error:.4f}':>18}"
+        text = "" if value is None else f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+        return f"{text:>18}"
 
     lines = [f"{'task':<16}{'items':>8}{'chance':>9}{'acc':>18}{'acc_norm':>18}"]
     for name, each in scores.tasks.items():
@@ -108,6 +109,11 @@ COMMANDS = {
         run,
         add_arguments,
         "Measure a model's perplexity on a text, or its zero-shot accuracy on tasks.",
-        ("eval out --text some.txt", "eval smollm2-0.55bit --json", "eval out --blimp blimp.zip --blimp-items 20"),
+        (
+            "eval out --text some.txt",
+            "eval smollm2-0.55bit --json",
+            "eval out --blimp blimp.zip --blimp-items 20",
+            "eval out --tasks zero-shot.zip --tasks-items 100",
+        ),
     )
 }

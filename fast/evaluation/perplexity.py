@@ -98,4 +98,4 @@ def token_losses(model: nn.Module, tokens: Tensor, last: int | None = None) -> T
 def last_logits(model: nn.Module, tokens: Tensor, last: int) -> Tensor:
     """Compute the logits, (batch, last, vocabulary), at the `last` positions of (batch, length) tokens."""
     kept = {} if last == tokens.shape[1] else {"logits_to_keep": last}
-    return model(tokens, use_cache=False, **kept).logits[:, -last:]  # Those of PEFT's prompt come before.
+    return model(tokens, use_cache=False, **kept).logits[:, -last:]  # without PEFT's prompt

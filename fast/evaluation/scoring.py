@@ -33,7 +33,11 @@ class ScoredTokens(NamedTuple):
 
 
 def log_probabilities(
-    model: nn.Module, sequences: Iterable[ScoredTokens], batch: int | None = None, progress: bool = True
+    model: nn.Module,
+    sequences: Iterable[ScoredTokens],
+    batch: int | None = None,
+    progress: bool = True,
+    title: str = "sequences",
 ) -> dict[ScoredTokens, float]:
     """Compute the total log-probability of each sequence's scored tokens, given all tokens before.
 
@@ -48,6 +52,8 @@ def log_probabilities(
         than LOGITS numbers. Logits are computed from the first scored position of a batch on.
     progress : bool
         Whether to show a progress bar.
+    title : str
+        What stands before the progress bar.
 
     Raises
     ------
@@ -62,7 +68,7 @@ def log_probabilities(
     sums: list[Tensor] = []
     with torch.inference_mode():
         parts = list(equal_lengths(unique, batch, LOGITS // (rows or 1)))
-        for part in tqdm(parts, desc="sequences", unit="batch", disable=not progress):
+        for part in tqdm(parts, desc=title, unit="batch", disable=not progress):
             scored = torch.tensor([each.scored for each in part], device=device)
             most = part[-1].scored
             losses = token_losses(model, torch.tensor([each.tokens for each in part], device=device), most)

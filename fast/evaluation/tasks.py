@@ -28,8 +28,8 @@ class TaskScore(NamedTuple):
     ----------
     acc : float
         Share of items whose right choice has the highest log-probability.
-    acc_stderr : float
-        Standard error of `acc`; NaN for one item.
+    acc_stderr : float or None
+        Standard error of `acc`; None for one item.
     acc_norm, acc_norm_stderr : float or None
         The same for log-probabilities divided by the number of characters of the choice; None for tasks without it.
     chance : float
@@ -39,7 +39,7 @@ class TaskScore(NamedTuple):
     """
 
     acc: float
-    acc_stderr: float
+    acc_stderr: float | None
     acc_norm: float | None
     acc_norm_stderr: float | None
     chance: float
@@ -149,11 +149,10 @@ def score_tasks(
     for name, value in (("items", items), ("batch", batch)):
         if value is not None:
             check_number(name, value, low=1, whole=True)
-    read = read_tasks(path, items)
-    pairs = {pair for task in read.values() for item in task for pair in item.pairs}
-    rows = encode(tokenizer, pairs, positions_of(model))
-    found = log_probabilities(model, rows.values(), batch, progress)
-    scores = {name: score_task(task, rows, found, TASKS[name].normalized) for name, task in read.items()}
+    scores = {
+        name: score_task(model, tokenizer, name, read, batch, progress)
+        for name, read in read_tasks(path, items).items()
+    }
     return TaskScores(
         scores,
         fmean(score.acc for score in scores.values()),
@@ -163,27 +162,26 @@ def score_tasks(
 
 
 def score_task(
-    items: list[Item],
-    rows: dict[tuple[str, str], ScoredTokens],
-    found: dict[ScoredTokens, float],
-    normalized: bool,
+    model: nn.Module, tokenizer: Any, name: str, items: list[Item], batch: int | None = None, progress: bool = True
 ) -> TaskScore:
-    """Compute the accuracy on a task from the log-probability of each choice; of equal choices the first counts."""
+    """Measure a model's accuracy on the items of the task `name`; of choices with equal scores the first counts."""
+    rows = encode(tokenizer, {pair for item in items for pair in item.pairs}, positions_of(model))
+    found = log_probabilities(model, rows.values(), batch, progress, name)
     right, right_norm = [], []
     for item in items:
         scores = [found[rows[pair]] for pair in item.pairs]
         by_length = [score / length for score, length in zip(scores, item.lengths, strict=True)]
         right.append(scores.index(max(scores)) == item.gold)
         right_norm.append(by_length.index(max(by_length)) == item.gold)
-    norm = mean_and_error(right_norm) if normalized else (None, None)
+    norm = mean_and_error(right_norm) if TASKS[name].normalized else (None, None)
     chance = fmean(1 / len(item.pairs) for item in items)
     return TaskScore(*mean_and_error(right), *norm, chance, len(items))
 
 
-def mean_and_error(right: list[bool]) -> tuple[float, float]:
-    """Compute the mean of right answers, and its standard error, sqrt(p (1 - p) / (n - 1))."""
+def mean_and_error(right: list[bool]) -> tuple[float, float | None]:
+    """Compute the mean of right answers, and its standard error, sqrt(p (1 - p) / (n - 1)); None for one answer."""
     p, n = fmean(right), len(right)
-    return p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
+    return p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
 
 
 def encode(

@@ -83,7 +83,7 @@ def blimp(
         text: ScoredTokens(tokens, len(tokens) - 1)
         for text, tokens in zip(sentences, sentence_tokens(tokenizer, sentences), strict=True)
     }
-    scores = log_probabilities(model, rows.values(), batch, progress)
+    scores = log_probabilities(model, rows.values(), batch, progress, "BLiMP")
     accuracies = {
         name: fmean(scores[rows[good]] > scores[rows[bad]] for good, bad in pairs) for name, pairs in paradigms.items()
     }
