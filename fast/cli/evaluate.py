@@ -9,6 +9,8 @@ from .arguments import Command, add_compute, count, model_help, number
 from .models import load_any
 
 if TYPE_CHECKING:
+    import torch
+
     from ..evaluation.tasks import TaskScores
     from ..evaluation.zero_shot import BlimpResult
 
@@ -27,6 +29,11 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         help="tokens in a window, whose first token is not scored (default: 2048, or the model's context if shorter)",
     )
     sub.add_argument("--max-windows", type=count, help="score at most this many windows (default: the whole text)")
+    sub.add_argument(
+        "--kl",
+        metavar="ORIGINAL",
+        help="measure KL(ORIGINAL || model) on the text too; ORIGINAL is the model that this one was made from",
+    )
     sub.add_argument("--blimp", type=Path, metavar="ZIP", help="measure accuracy on the pairs of a BLiMP archive")
     sub.add_argument("--blimp-items", type=count, help="score this many pairs of each BLiMP paradigm (default: all)")
     sub.add_argument(
@@ -47,14 +54,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure perplexity on a text, accuracy on BLiMP or scores on lm-evaluation-harness tasks."""
     from ..checkpoints.dense import load_tokenizer
     from ..checkpoints.texts import text_tokens
-    from ..evaluation.perplexity import SAMPLE_TEXT, perplexity
+    from ..evaluation.perplexity import SAMPLE_TEXT
     from ..evaluation.tasks import score_tasks
     from ..evaluation.zero_shot import blimp, harness, lm_eval
 
     tokenizer = load_tokenizer(arguments.model)
     asked = arguments.blimp or arguments.tasks or arguments.lm_eval
-    text = arguments.text or (None if asked else SAMPLE_TEXT)
+    text = arguments.text or (None if asked and not arguments.kl else SAMPLE_TEXT)
     tokens = text and text_tokens(tokenizer, text)
+    if arguments.kl:
+        check_same_tokens(arguments.kl, text, tokens)
     if arguments.lm_eval:
         lm_eval()  # raises here, before any work, if the package is missing
     model = load_any(arguments.model, arguments.device)
@@ -69,17 +78,47 @@ def run(arguments: argparse.Namespace) -> None:
         results["tasks"] = scores._asdict() | {"tasks": {name: each._asdict() for name, each in scores.tasks.items()}}
         reports.append(tasks_table(scores))
     if text and tokens is not None:
-        found = perplexity(model, tokens, arguments.window, arguments.max_windows)
-        results |= found._asdict() | {"text": str(text)}
-        reports.append(
-            f"perplexity {found.perplexity:.4g} on {text.name} "
-            f"({found.windows} windows of {found.window} tokens, {found.scored} tokens scored)"
-        )
+        found, report = measure_text(model, text.name, tokens, arguments)
+        results |= found | {"text": str(text)}
+        reports.append(report)
     if arguments.lm_eval:
         tasks = harness(model, tokenizer, arguments.lm_eval.split(","), arguments.lm_eval_include)
         results["lm_eval"] = tasks.results
         reports.append(tasks.table)
     print(json.dumps(results) if arguments.json else "\n".join(reports))
+
+
+def check_same_tokens(original: str, text: Path, tokens: "torch.Tensor") -> None:
+    """Raise ValueError unless the original's tokenizer gives the same tokens of the text."""
+    import torch
+
+    from ..checkpoints.dense import load_tokenizer
+    from ..checkpoints.texts import text_tokens
+
+    if not torch.equal(text_tokens(load_tokenizer(original), text), tokens):
+        raise ValueError(
+            f"--kl must name a model with the same tokenizer, but {original} reads {text.name} as other tokens: name "
+            "the model that this one was made from"
+        )
+
+
+def measure_text(
+    model: "torch.nn.Module", name: str, tokens: "torch.Tensor", arguments: argparse.Namespace
+) -> tuple[dict[str, Any], str]:
+    """Measure perplexity and, with --kl, divergence on a text's tokens; return the results and a report."""
+    from ..evaluation.perplexity import divergence, perplexity
+
+    given = tokens, arguments.window, arguments.max_windows
+    if arguments.kl:
+        found = divergence(model, load_any(arguments.kl, arguments.device), *given)
+        beside = f", original {found.original_perplexity:.4g}"
+        last = f"\nKL(original || model) {found.kl:.4g} nats a token, same first choice {found.same_top:.1%}"
+    else:
+        found, beside, last = perplexity(model, *given), "", ""
+    return found._asdict(), (
+        f"perplexity {found.perplexity:.4g}{beside} on {name} "
+        f"({found.windows} windows of {found.window} tokens, {found.scored} tokens scored){last}"
+    )
 
 
 def blimp_table(result: "BlimpResult") -> str:
@@ -112,6 +151,7 @@ COMMANDS = {
         (
             "eval out --text some.txt",
             "eval smollm2-0.55bit --json",
+            "eval smollm2-0.55bit --kl smollm2 --max-windows 4",
             "eval out --blimp blimp.zip --blimp-items 20",
             "eval out --tasks zero-shot.zip --tasks-items 100",
         ),

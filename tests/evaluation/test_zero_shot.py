@@ -257,6 +257,23 @@ def test_eval_blimp_and_text_prints_both(tiny_llama, tmp_path, capsys):
     assert result["scored"] == len(text.read_text()) - 1
 
 
+def test_eval_kl_prints_the_divergence(tiny_llama, checkpoint, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times")
+    options = ["eval", str(checkpoint), "--kl", str(tiny_llama), "--text", str(text)]
+    assert main([*options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["kl"] > 0
+    assert main(options) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        f"perplexity {result['perplexity']:.4g}, original {result['original_perplexity']:.4g} on text.txt"
+    )
+    assert second.startswith(f"KL(original || model) {result['kl']:.4g} nats a token")
+    assert main([*options[:3], "smollm2-0.1bit", *options[4:]]) == 2
+    assert "--kl must name a model with the same tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
