@@ -33,7 +33,8 @@ EXPORTS = {
     "decoding.latent_cache": "latent_cache",
     "distill": "hidden_loss hidden_loss_vjp kl_loss kl_loss_vjp",
     "dual_svid": "dual_svid svid",
-    "evaluation.perplexity": "Perplexity perplexity",
+    "evaluation.perplexity": "Divergence Perplexity divergence perplexity",
+    "evaluation.tasks": "TaskScore TaskScores score_tasks",
     "evaluation.zero_shot": "BlimpResult blimp",
     "factors": "Factors",
     "files.untrusted": "CheckpointError",
@@ -89,7 +90,13 @@ if TYPE_CHECKING:
         kl_loss_vjp as kl_loss_vjp,
     )
     from .dual_svid import dual_svid as dual_svid, svid as svid
-    from .evaluation.perplexity import Perplexity as Perplexity, perplexity as perplexity
+    from .evaluation.perplexity import (
+        Divergence as Divergence,
+        Perplexity as Perplexity,
+        divergence as divergence,
+        perplexity as perplexity,
+    )
+    from .evaluation.tasks import TaskScore as TaskScore, TaskScores as TaskScores, score_tasks as score_tasks
     from .evaluation.zero_shot import BlimpResult as BlimpResult, blimp as blimp
     from .factors import Factors as Factors
     from .files.untrusted import CheckpointError as CheckpointError

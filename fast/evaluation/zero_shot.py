@@ -1,29 +1,22 @@
 """Evaluate a language model on zero-shot tasks: BLiMP here, all others by the lm-evaluation-harness."""
 
 import importlib
-import itertools
 import json
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .._checks import check_number, check_prompts, embedding_rows, positions_of
-from .._progress import tqdm
+from .._checks import check_number
 from ..models.wrappers import unwrapped
-from .perplexity import sequence_losses
+from .archives import read_members
+from .scoring import ScoredTokens, Tokens, log_probabilities
 
-BATCH_TOKENS = 2048  # tokens to read at once; their logits take most of the memory
-ARCHIVE_BYTES = 1 << 26  # largest amount of text in an archive; BLiMP holds 30 MB
 SENTENCE_BYTES = 1000  # longest sentence; BLiMP's has 147 bytes
 BEFORE_SENTENCE = " "  # The harness puts this between a task's context, which is empty here, and an answer.
 HARNESS_BATCH = 8  # requests that the harness reads at once
-
-Tokens = tuple[int, ...]
 
 
 class BlimpResult(NamedTuple):
@@ -49,7 +42,7 @@ def blimp(
     tokenizer: Any,
     path: str | Path,
     items: int | None = None,
-    batch: int = BATCH_TOKENS,
+    batch: int | None = None,
     progress: bool = True,
 ) -> BlimpResult:
     """Measure how often a model prefers the grammatical sentence of a minimal pair (BLiMP, arXiv 1912.00582).
@@ -66,13 +59,12 @@ def blimp(
     model : transformers causal language model, dense or packed
     tokenizer : transformers tokenizer
     path : str or Path
-        Zip archive with a file NAME.jsonl for each paradigm, whose lines hold `sentence_good` and `sentence_bad`. It
-        may hold up to 64 MiB of text, and is read in memory. Other files in it are ignored.
+        Zip archive or folder with a file NAME.jsonl for each paradigm, whose lines hold `sentence_good` and
+        `sentence_bad`. It may hold up to 64 MiB of text. Other files in it are ignored.
     items : int, optional
         Number of pairs to score of each paradigm, from the first.
-    batch : int
-        Tokens to read at once. Sentences in a batch have the same length, so there is no padding. The logits take
-        `batch` times the vocabulary.
+    batch : int, optional
+        Tokens to read at once; see `scoring.log_probabilities`.
     progress : bool
         Whether to show a progress bar.
 
@@ -82,16 +74,18 @@ def blimp(
         If the archive is corrupt or holds no paradigm, a line is not a minimal pair, `items` or `batch` is not
         positive, or the tokenizer has neither BOS nor EOS.
     """
-    check_number("batch", batch, low=1, whole=True)
-    if items is not None:
-        check_number("items", items, low=1, whole=True)
+    for name, value in (("items", items), ("batch", batch)):
+        if value is not None:
+            check_number(name, value, low=1, whole=True)
     paradigms = read_paradigms(path, items)
     sentences = sorted({text for pairs in paradigms.values() for pair in pairs for text in pair})
-    tokens = dict(zip(sentences, sentence_tokens(tokenizer, sentences), strict=True))
-    scores = log_probabilities(model, tokens.values(), batch, progress)
+    rows = {
+        text: ScoredTokens(tokens, len(tokens) - 1)
+        for text, tokens in zip(sentences, sentence_tokens(tokenizer, sentences), strict=True)
+    }
+    scores = log_probabilities(model, rows.values(), batch, progress, "BLiMP")
     accuracies = {
-        name: fmean(scores[tokens[good]] > scores[tokens[bad]] for good, bad in pairs)
-        for name, pairs in paradigms.items()
+        name: fmean(scores[rows[good]] > scores[rows[bad]] for good, bad in pairs) for name, pairs in paradigms.items()
     }
     return BlimpResult(fmean(accuracies.values()), accuracies, sum(map(len, paradigms.values())))
 
@@ -110,64 +104,19 @@ def sentence_tokens(tokenizer: Any, sentences: list[str]) -> list[Tokens]:
     return tokens
 
 
-def log_probabilities(
-    model: nn.Module, sequences: Iterable[Tokens], batch: int = BATCH_TOKENS, progress: bool = True
-) -> dict[Tokens, float]:
-    """Compute the total log-probability of all tokens but the first, by sequence.
-
-    Equal sequences are scored once, so they tie exactly. The order of the sequences does not change the result.
-    """
-    unique = sorted(set(sequences), key=lambda sequence: (len(sequence), sequence))
-    check_prompts(unique, 0, embedding_rows(model), positions_of(model))  # A sequence's last token is not read.
-    parts = [
-        part
-        for length, group in itertools.groupby(unique, key=len)
-        for part in torch.tensor(list(group)).split(max(1, batch // length))
-    ]
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        losses: list[Tensor] = [
-            sequence_losses(model, part.to(device))
-            for part in tqdm(parts, desc="sentences", unit="batch", disable=not progress)
-        ]
-    return dict(zip(unique, torch.cat(losses).neg().tolist(), strict=True))
-
-
 def read_paradigms(path: str | Path, items: int | None = None) -> dict[str, list[tuple[str, str]]]:
     """Read the first `items` pairs (good, bad) of each paradigm of an archive, by name; see `blimp`."""
     paradigms: dict[str, list[tuple[str, str]]] = {}
-    for member, data in read_members(path):
+    for member, lines in read_members(path):
         name = PurePosixPath(member).stem
         if name in paradigms:
             raise ValueError(f"{path} holds two files {name}.jsonl; remove one of them")
-        lines = [(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
         if not lines:
             raise ValueError(f"{path}: {member} holds no pairs; remove it, or fill it")
         paradigms[name] = [read_pair(line, f"{path}: {member}, line {number}") for number, line in lines[:items]]
     if not paradigms:
         raise ValueError(f"{path} holds no paradigm: there must be a file NAME.jsonl for each")
     return paradigms
-
-
-def read_members(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Yield names and contents of the .jsonl files in an archive, without hidden ones, which macOS adds."""
-    left = ARCHIVE_BYTES
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in sorted(archive.infolist(), key=lambda member: member.filename):
-                name = PurePosixPath(member.filename)
-                if name.suffix != ".jsonl" or name.name.startswith("."):
-                    continue
-                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise zipfile.BadZipFile(f"{name} is compressed by method {member.compress_type}, not deflate")
-                with archive.open(member) as file:
-                    data = file.read(left + 1)  # The size in the header may be wrong.
-                left -= len(data)
-                if left < 0:
-                    raise zipfile.BadZipFile(f"its text is larger than {ARCHIVE_BYTES:,} bytes")
-                yield member.filename, data
-    except Exception as error:  # zipfile, zlib and struct raise many types of error for corrupt archives.
-        raise ValueError(f"{path} cannot be read as a zip archive ({error}); copy or download it again") from error
 
 
 def read_pair(line: bytes, place: str) -> tuple[str, str]:

@@ -17,7 +17,8 @@ import torch
 from compare import assert_within
 from hypothesis import given, settings, strategies as st
 from littlebit.fast.cli.main import main
-from littlebit.fast.evaluation import zero_shot
+from littlebit.fast.evaluation import archives, zero_shot
+from littlebit.fast.evaluation.scoring import ScoredTokens, log_probabilities
 
 PAIRS = {
     "agreement": [("The cats sleep.", "The cats sleeps."), ("A dog barks", "A dog bark"), ("We go", "We goes")],
@@ -83,9 +84,10 @@ def test_log_probabilities_are_those_of_one_sentence_at_a_time(model, tokenizer,
     model = lb.load_model(model.name_or_path, dtype=torch.float64)  # leaves the rounding of the log-softmax
     sentences = sorted({text for pairs in PAIRS.values() for pair in pairs for text in pair})
     tokens = zero_shot.sentence_tokens(tokenizer, sentences)
-    scores = zero_shot.log_probabilities(model, tokens, batch, progress=False)
+    rows = [ScoredTokens(row, len(row) - 1) for row in tokens]
+    scores = log_probabilities(model, rows, batch, progress=False)
     plain = np.array([plain_score(model, tokenizer, sentence) for sentence in sentences])
-    actual = np.array([scores[row] for row in tokens], np.float32)
+    actual = np.array([scores[row] for row in rows], np.float32)
     assert len(scores) == len(sentences)
     assert_within(actual, plain[:, 0], plain[:, 1], terms=VOCABULARY)
 
@@ -213,9 +215,9 @@ def test_archives_that_are_not_blimp_are_refused(tmp_path, members, method, mess
 
 def test_archives_larger_than_the_limit_are_refused(tmp_path, monkeypatch):
     path = archive(tmp_path / "blimp.zip", PAIRS)
-    monkeypatch.setattr(zero_shot, "ARCHIVE_BYTES", sum(member.file_size for member in zipfile.ZipFile(path).filelist))
+    monkeypatch.setattr(archives, "LARGEST", sum(member.file_size for member in zipfile.ZipFile(path).filelist))
     assert zero_shot.read_paradigms(path) == PAIRS
-    monkeypatch.setattr(zero_shot, "ARCHIVE_BYTES", zero_shot.ARCHIVE_BYTES - 1)
+    monkeypatch.setattr(archives, "LARGEST", archives.LARGEST - 1)
     with pytest.raises(ValueError, match="larger than"):
         zero_shot.read_paradigms(path)
 
@@ -255,10 +257,27 @@ def test_eval_blimp_and_text_prints_both(tiny_llama, tmp_path, capsys):
     assert result["scored"] == len(text.read_text()) - 1
 
 
+def test_eval_kl_prints_the_divergence(tiny_llama, checkpoint, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times")
+    options = ["eval", str(checkpoint), "--kl", str(tiny_llama), "--text", str(text)]
+    assert main([*options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["kl"] > 0
+    assert main(options) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        f"perplexity {result['perplexity']:.4g}, original {result['original_perplexity']:.4g} on text.txt"
+    )
+    assert second.startswith(f"KL(original || model) {result['kl']:.4g} nats a token")
+    assert main([*options[:3], "smollm2-0.1bit", *options[4:]]) == 2
+    assert "--kl must name a model with the same tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--blimp", "{tmp}/missing.zip"], "missing.zip cannot be read as a zip archive"),
+        (["--blimp", "{tmp}/missing.zip"], "missing.zip cannot be read as a folder or zip archive"),
         (["--blimp", "{model}/config.json"], "File is not a zip file"),
         (["--lm-eval", "blimp"], "pip install 'littlebit[eval]'"),
     ],

@@ -467,6 +467,27 @@ def test_perplexity_is_what_it_says(tiny_llama):
         lb.perplexity(model, tokens[:1])
 
 
+def test_divergence_is_what_it_says(tiny_llama):
+    original = lb.load_model(tiny_llama)
+    model = copy.deepcopy(original)
+    lb.quantize_(model, lb.Config(bits=2.0), progress=False)
+    tokens = torch.arange(50) % 256
+    result = lb.divergence(model, original, tokens, window=16, max_windows=2, progress=False)
+    with torch.inference_mode():
+        heads = [
+            torch.stack([each(part[None, :-1]).logits[0] for part in tokens.split(16)[:2]])
+            for each in (original, model)
+        ]
+    p, q = (torch.log_softmax(each.double(), -1) for each in heads)
+    assert result.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert result.same_top == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    alone = [lb.perplexity(each, tokens, 16, 2, progress=False) for each in (model, original)]
+    assert (result.perplexity, result.original_perplexity) == (alone[0].perplexity, alone[1].perplexity)
+    assert result[4:] == alone[0][1:]
+    same = lb.divergence(original, original, tokens, window=16, progress=False)
+    assert (same.kl, same.same_top) == (0, 1)
+
+
 def test_perplexity_of_uniform_logits_is_the_vocabulary():
     class Uniform(torch.nn.Module):
         def __init__(self):

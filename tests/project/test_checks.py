@@ -30,7 +30,7 @@ from littlebit.fast._checks import (
 from littlebit.fast.cli import main as command
 from littlebit.fast.cli.main import main, subcommands
 from littlebit.fast.decoding import generate
-from littlebit.fast.evaluation.zero_shot import log_probabilities
+from littlebit.fast.evaluation.scoring import ScoredTokens, log_probabilities
 from littlebit.fast.models.embeddings import head_moments, quantize_embeddings_
 from littlebit.fast.training.config import check_config
 
@@ -166,11 +166,11 @@ def test_everything_that_reads_text_keeps_to_the_positions(gpt2, tiny_llama):
     assert lb.calibrate(model, torch.arange(256).repeat(2)[None], ["model.layers.0.mlp.up_proj"], progress=False)
     assert head_moments(gpt2, torch.arange(50)).shape == (32, 32)
     long = tuple(range(POSITIONS + 2))
-    assert len(log_probabilities(gpt2, [long[:-1]], progress=False)) == 1  # the last token is not read
+    assert len(log_probabilities(gpt2, [ScoredTokens(long[:-1], 1)], progress=False)) == 1  # the last token is not read
     with pytest.raises(ValueError, match=f"but the model has {POSITIONS}"):
-        log_probabilities(gpt2, [long], progress=False)
+        log_probabilities(gpt2, [ScoredTokens(long, 1)], progress=False)
     with pytest.raises(ValueError, match=r"must be from 0 to 259, .* got 260"):
-        log_probabilities(gpt2, [(0, 260)], progress=False)
+        log_probabilities(gpt2, [ScoredTokens((0, 260), 1)], progress=False)
 
 
 def test_generate_refuses_the_same_in_every_engine(gpt2, tiny_llama):

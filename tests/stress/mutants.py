@@ -335,9 +335,7 @@ MUTANTS = [
         "view(-1, len(tokens)).T",
         "losses change hands",
     ),
-    Mutant(
-        "fast/evaluation/zero_shot.py", "[tokens[good]] > scores", "[tokens[good]] >= scores", "ties count as right"
-    ),
+    Mutant("fast/evaluation/zero_shot.py", "[rows[good]] > scores", "[rows[good]] >= scores", "ties count as right"),
     Mutant(
         "fast/evaluation/zero_shot.py", 'BEFORE_SENTENCE = " "', 'BEFORE_SENTENCE = ""', "no space before a sentence"
     ),
@@ -348,7 +346,9 @@ MUTANTS = [
         "EOS before every sentence",
     ),
     Mutant("fast/evaluation/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
-    Mutant("fast/evaluation/zero_shot.py", "file.read(left + 1)", "file.read(left)", "archives of any size pass"),
+    Mutant(
+        "fast/evaluation/archives.py", "left -= len(data)", "left = LARGEST - len(data)", "archives of any size pass"
+    ),
     Mutant(
         "fast/kernels/cpu.py", "np.float32(2) * horizontal_sum(a0)", "horizontal_sum(a0)", "set bits subtracted once"
     ),
