@@ -45,7 +45,7 @@ from littlebit.fast import (
     save,
     train_,
 )
-from littlebit.fast.bench.timing import save_results
+from littlebit.fast.bench.timing import cpu_name, save_results
 from littlebit.fast.checkpoints.bundling import export_delta
 from littlebit.fast.checkpoints.texts import text_tokens, training_tokens
 from littlebit.fast.evaluation.perplexity import token_losses
@@ -293,7 +293,8 @@ def calibration(texts: list[torch.Tensor], weights: list[float] | None) -> torch
 def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows so far, with the command that makes them; of absolute paths only the files' names."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
-    save_results(out, rows, shlex.join(["python", *words]), torch.cuda.get_device_name())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    save_results(out, rows, shlex.join(["python", *words]), device)
 
 
 def pick(kind: type, settings: dict[str, Any]) -> Any:

@@ -39,8 +39,21 @@ def stored_half(name: str, tensor: Tensor) -> Tensor:
     return half
 
 
-class Path(nn.Module):
+class LatentModule(nn.Module):
+    """Mark a module that `train_` trains: its parameters named in `latents` are latents, all others are scales.
+
+    A layer of another method is trained as a subclass. Its forward pass takes signs by `signs.named_rule(self.rule)`,
+    and casts its float32 weight to its input's dtype.
+    """
+
+    latents: tuple[str, ...] = ()
+    rule = "straight_through"  # `train_` sets it.
+
+
+class Path(LatentModule):
     """Hold the tensors of one low-rank path: parameters of a LittleBitLinear, or buffers of a PackedLinear."""
+
+    latents = ("u", "v")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Path":
         """Move buffers but never cast them: packed scales stay float16 when `.to(dtype)` casts the model."""

@@ -11,7 +11,7 @@ the processes (FSDP2).
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,11 +24,10 @@ from ..admm import root_mean_square
 from ..factors import Factors
 from ..linear import folded
 from ..models.blocks import block_list, decoder_blocks
-from ..models.layers import LittleBitLinear
+from ..models.layers import LatentModule, LittleBitLinear, Path
 from ..signs import named_rule
 
 TRAINABLE = ("none", "norms", "all")
-LATENTS = ("u", "v")
 RANK_STEP = 16  # Folded ranks are padded to a multiple of this, which aligns the operands of matrix units.
 
 
@@ -38,9 +37,9 @@ class Masters(NamedTuple):
     Attributes
     ----------
     latents : dict
-        u and v of every path.
+        u and v of every path, and the latents of any other `LatentModule`.
     scales : dict
-        h, ell and g of every path.
+        h, ell and g of every path, and the other parameters of any other `LatentModule`.
     others : dict
         Biases, norms and, with train="all", embeddings and head.
     """
@@ -94,9 +93,11 @@ class StackedStudent:
         self.stacks = [stack_layers(names, layers) for names in names_by_shape(layers)]
         self.widths = [self.width(stack) for stack in self.stacks]
         own = {f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.paths.named_parameters("paths")}
-        others = {name: p for name, p in model.named_parameters() if name not in own}
+        self.unstacked = grouped(model, (name for name, _ in model.named_parameters() if name not in own))
+        others = self.unstacked.others
         self.others = {name: p for name, p in others.items() if is_trained(model, name, train)}
         self.fixed = {name: p.detach().to(dtype) for name, p in others.items() if name not in self.others}
+        set_rule(model, rule)
         for master in self.masters().named().values():
             master.requires_grad_()
 
@@ -111,11 +112,11 @@ class StackedStudent:
 
     def masters(self) -> Masters:
         """Return the trained tensors."""
-        latents, scales = {}, {}
+        latents, scales = dict(self.unstacked.latents), dict(self.unstacked.scales)
         for stack in self.stacks:
             for at, path in enumerate(stack.paths):
                 for field, tensor in path._asdict().items():
-                    group = latents if field in LATENTS else scales
+                    group = latents if field in Path.latents else scales
                     group[f"{stack.names[0]}.paths.{at}.{field}"] = tensor
         return Masters(latents, scales, dict(self.others))
 
@@ -125,7 +126,7 @@ class StackedStudent:
         They are computed anew for each micro-batch, so its gradients reach the float32 master weights and accumulate
         there.
         """
-        weights = dict(self.fixed)
+        weights = {**self.fixed, **self.unstacked.latents, **self.unstacked.scales}
         for stack, width in zip(self.stacks, self.widths, strict=True):
             a, b = self.fold(stack.paths, self.rule, width, self.dtype)
             for name, a_layer, b_layer in zip(stack.names, Unstack.apply(a), Unstack.apply(b), strict=True):
@@ -168,10 +169,10 @@ class ShardedStudent:
         named_rule(rule)
         check_trainable(train)
         self.device = next(model.parameters()).device
-        self.model = copy.deepcopy(model)
         self.original = model.cpu()
+        others = grouped(model).others
         for name, p in model.named_parameters():
-            p.requires_grad_(is_littlebit(model, name) or is_trained(model, name, train))
+            p.requires_grad_(name not in others or is_trained(model, name, train))
         blocks = decoder_blocks(model)
         self.model = copy.deepcopy(model, {id(block): block for block in blocks})  # deepcopy keeps what it finds here
         places = block_list(self.model)
@@ -180,22 +181,14 @@ class ShardedStudent:
         for block in blocks:
             places.append(shard_block_(copy.deepcopy(block).to(self.device), dtype, recompute))
         shard_rest_(self.model, dtype)
-        for layer in littlebit_layers(self.model).values():
-            layer.rule = rule
+        set_rule(self.model, rule)
         self.trained: dict[str, Any] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.shards = {name: p.to_local().detach().requires_grad_() for name, p in self.trained.items()}
 
     def masters(self) -> Masters:
         """Return this process's shards of the trained tensors."""
-        latents, scales, others = {}, {}, {}
-        for name, shard in self.shards.items():
-            if not is_littlebit(self.model, name):
-                others[name] = shard
-            elif name.rsplit(".", 1)[-1] in LATENTS:
-                latents[name] = shard
-            else:
-                scales[name] = shard
-        return Masters(latents, scales, others)
+        names = grouped(self.model, self.shards)
+        return Masters(*({name: self.shards[name] for name in group} for group in names))
 
     def take_gradients(self) -> None:
         """Move the gradients of all micro-batches, which FSDP has averaged over the processes, to the masters."""
@@ -242,11 +235,9 @@ def fold(paths: Sequence[Factors], rule: str, width: int, dtype: torch.dtype) ->
 
 
 def scale_latents_(model: nn.Module, size: float) -> None:
-    """Scale the latents of every path to a root mean square of `size`, in place. No sign changes."""
-    for layer in littlebit_layers(model).values():
-        for path in layer.factors():
-            for latents in (path.u, path.v):
-                latents.data *= size / root_mean_square(latents.data)
+    """Scale each matrix of latents to a root mean square of `size`, in place. No sign changes."""
+    for latents in grouped(model).latents.values():
+        latents.data *= size / root_mean_square(latents.data)
 
 
 class Unstack(torch.autograd.Function):
@@ -315,10 +306,23 @@ def littlebit_layers(model: nn.Module) -> dict[str, LittleBitLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LittleBitLinear)}
 
 
-def is_littlebit(model: nn.Module, name: str) -> bool:
-    """Tell whether a parameter is a latent or scale of a LittleBit layer."""
-    head, _, _ = name.rpartition(".paths.")
-    return bool(head) and isinstance(model.get_submodule(head), LittleBitLinear)
+def grouped(model: nn.Module, names: Iterable[str] | None = None) -> Masters:
+    """Group parameters of a model, by default all: latents and scales of each `LatentModule`, and others."""
+    groups = Masters({}, {}, {})
+    for name in [name for name, _ in model.named_parameters()] if names is None else names:
+        head, _, field = name.rpartition(".")
+        module, group = model.get_submodule(head), groups.others
+        if isinstance(module, LatentModule):
+            group = groups.latents if field in module.latents else groups.scales
+        group[name] = model.get_parameter(name)
+    return groups
+
+
+def set_rule(model: nn.Module, rule: str) -> None:
+    """Set the gradient of the sign function in every layer that trains."""
+    for module in model.modules():
+        if isinstance(module, LatentModule | LittleBitLinear):
+            module.rule = rule
 
 
 def check_trainable(train: str) -> None:
@@ -356,7 +360,7 @@ def stack_layers(names: list[str], layers: dict[str, LittleBitLinear]) -> Stack:
 
 def check_models(model: nn.Module, teacher: nn.Module) -> None:
     """Raise ValueError unless the model is quantized, the teacher is not, and their sizes are the same."""
-    if not littlebit_layers(model):
+    if not grouped(model).latents:
         raise ValueError("the model must have LittleBit layers in training form, got none: call quantize_ first")
     if littlebit_layers(teacher):
         raise ValueError("the teacher must be a dense model, got a quantized one: pass the model before quantize_")

@@ -9,6 +9,9 @@ import pytest
 import torch
 from compare import assert_same, assert_within
 from littlebit.fast.distill import hidden_loss
+from littlebit.fast.linear import linear
+from littlebit.fast.models.layers import LatentModule
+from littlebit.fast.models.quantize import replace_modules
 from littlebit.fast.training import causal_attention, trainer
 from littlebit.fast.training.config import OPTIMIZERS, RENAMED_SETTINGS
 from littlebit.fast.training.hidden_states import HiddenStateHooks
@@ -285,6 +288,33 @@ def test_train_in_micro_batches_draws_the_same_curve(models, whole, conditions, 
     assert_same_curves(log, whole[1], conditions)
     if size == 4:
         assert_same(losses(log), losses(whole[1]))
+
+
+class OtherLinear(LatentModule):
+    """A layer that `train_` knows nothing of, with the parameters and the output of a LittleBitLinear."""
+
+    latents = ("u", "v")
+
+    def __init__(self, layer):
+        super().__init__()
+        (path,) = layer.factors()
+        for name, tensor in path._asdict().items():
+            self.register_parameter(name, torch.nn.Parameter(tensor.detach().clone()))
+
+    def forward(self, x):
+        return linear(x, [lb.Factors(self.u, self.v, self.h, self.ell, self.g)], None, self.rule)
+
+
+def test_train_learns_with_layers_of_another_kind():
+    teacher, own = lb.load_model("tiny"), lb.load_model("tiny")  # It has no biases.
+    lb.quantize_(own, lb.Config(bits=2.5, paths=1), progress=False)
+    other = copy.deepcopy(own)
+    replace_modules(other, {name: OtherLinear(layer) for name, layer in littlebit_layers(other).items()})
+    changes = {"rule": "smooth_sign", "latent_scale": 0.1}
+    expected = train((teacher, own), **changes)
+    student, log = train((teacher, other), **changes)
+    assert_same_curves(log, expected[1], measured((teacher, own), expected[1], **changes))
+    assert all(module.rule == "smooth_sign" for module in student.modules() if isinstance(module, OtherLinear))
 
 
 def test_train_reads_the_text_that_is_drawn(models, whole):

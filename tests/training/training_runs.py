@@ -49,14 +49,14 @@ def losses(log, key="loss"):
     return np.array([entry[key] for entry in log], np.float32)
 
 
-def measured(models, log, texts=TEXT):
+def measured(models, log, texts=TEXT, **changes):
     """Measure how far losses and gradient norms move per unit of noise at the start: the most of four draws."""
     rng, moved = torch.Generator().manual_seed(0), []
     for _ in range(4):
         noisy = copy.deepcopy(models[1])
         for parameter in noisy.parameters():
             parameter.data *= 1 + NOISE * torch.randn(parameter.shape, generator=rng)
-        moved.append(train((models[0], noisy), texts)[1])
+        moved.append(train((models[0], noisy), texts, **changes)[1])
 
     def condition(key):
         return np.maximum.accumulate(np.max([abs(losses(each, key) - losses(log, key)) for each in moved], 0)) / NOISE
