@@ -62,23 +62,52 @@ class TrainedSizes(NamedTuple):
 def device_bytes(sizes: TrainedSizes, work: Workload) -> dict[str, int]:
     """Count the bytes on each GPU, or on the CPU, by part.
 
-    On GPUs one block at a time is gathered from all of them in bfloat16, while the next one is on its way.
-
     Returns
     -------
-    dict of part to bytes: states (masters, gradients, moments), teacher, gathered (weights of a forward pass), and
-    activations.
+    dict of part to bytes: states (masters, gradients, moments), teacher, gathered (weights of a forward pass),
+    activations, and what the whole models take beyond that before they are sharded.
     """
-    shards, tokens = max(1, work.gpus), work.sequence * work.sequences
-    width = HALF_BYTES if work.gpus else FLOAT_BYTES
-    block = sizes.widths // sizes.blocks + 6 * sizes.hidden
-    kept = sizes.blocks * sizes.hidden + block if work.gpus else sizes.blocks * block
-    gathered = (2 * (sizes.latents + sizes.weights) // sizes.blocks + 2 * sizes.tables) if work.gpus else sizes.latents
+    if not work.gpus:
+        tokens, block = work.sequence * work.sequences, sizes.widths // sizes.blocks + 6 * sizes.hidden
+        return {
+            "states": FLOAT_BYTES * (STATE_NUMBERS * (sizes.latents + sizes.scales) + sizes.tables),
+            "teacher": FLOAT_BYTES * (sizes.weights + sizes.tables),
+            "gathered": FLOAT_BYTES * sizes.latents,
+            "activations": FLOAT_BYTES * tokens * (sizes.blocks * block + 4 * sizes.vocabulary),
+        }
+    parts = {
+        "states": FLOAT_BYTES * (STATE_NUMBERS * (sizes.latents + sizes.scales) + sizes.tables) // work.gpus,
+        "teacher": HALF_BYTES * (sizes.weights + sizes.tables) // work.gpus,
+    }
+    parts |= max(after_loss(sizes, work), end_of_backward(sizes, work), key=lambda phase: sum(phase.values()))
+    whole = HALF_BYTES * sizes.weights + FLOAT_BYTES * sizes.latents + (HALF_BYTES + FLOAT_BYTES) * sizes.tables
+    return parts | {"whole models before sharding": max(0, whole - sum(parts.values()))}
+
+
+def after_loss(sizes: TrainedSizes, work: Workload) -> dict[str, int]:
+    """Count what a GPU holds beside the states when the loss is known, in bytes: the blocks' inputs, and the logits.
+
+    One block at a time is gathered in bfloat16, while the next one is on its way. Embedding and head of both models
+    stay. The logits are two in bfloat16, and the two in float32 whose difference is the gradient.
+    """
+    token = HALF_BYTES * sizes.blocks * sizes.hidden + (2 * HALF_BYTES + 2 * FLOAT_BYTES) * sizes.vocabulary
+    blocks = 2 * (sizes.latents + sizes.weights) // sizes.blocks
     return {
-        "states": FLOAT_BYTES * (STATE_NUMBERS * (sizes.latents + sizes.scales) + sizes.tables) // shards,
-        "teacher": width * (sizes.weights + sizes.tables) // shards,
-        "gathered": width * gathered,
-        "activations": tokens * (width * kept + sizes.vocabulary * (2 * width + 2 * FLOAT_BYTES)),
+        "gathered": HALF_BYTES * (blocks + 2 * sizes.tables),
+        "activations": work.sequence * work.sequences * token,
+    }
+
+
+def end_of_backward(sizes: TrainedSizes, work: Workload) -> dict[str, int]:
+    """Count what a GPU holds beside the states at the end of the backward pass, in bytes: one block, computed again.
+
+    Its gradients are added over the GPUs in float32.
+    """
+    latents, token = sizes.latents // sizes.blocks, HALF_BYTES * (sizes.widths // sizes.blocks + 6 * sizes.hidden)
+    gradients = latents * (HALF_BYTES + FLOAT_BYTES) + latents * FLOAT_BYTES // work.gpus
+    return {
+        "gathered": HALF_BYTES * (2 * latents + 2 * sizes.tables) + gradients,
+        "activations": work.sequence * work.sequences * token,
     }
 
 
