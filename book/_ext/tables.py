@@ -352,6 +352,59 @@ def cpu_decode() -> Table:
     return Table(head, lines, ["cpu_decode"])
 
 
+SHAPE_INITS = {"dual-svid": "Dual-SVID", "admm": "ADMM"}
+
+
+def cpu_decode_shape() -> Table:
+    """Compare decoding a dense shape of 7 billion weights on a CPU, with random weights, by bits and threads."""
+    lines = []
+    for each in rows("cpu_decode_shape"):
+        name = f"littlebit, {number(each['bits'])} bits" if each["engine"] == "littlebit" else each["engine"]
+        speed = [number(each[key]) if key in each else "" for key in ("tokens_per_s", "prefill_tokens_per_s")]
+        sizes = [fixed(each[key] / 1e6, 0) if key in each else "" for key in ("packed_bytes", "memory_bytes")]
+        lines.append([name, str(each["threads"]), *speed, *sizes])
+    for each in rows("llama_cpp_large"):
+        sizes = [fixed(each[key] / 1e6, 0) for key in ("file_bytes", "memory_bytes")]
+        lines.append([f"llama.cpp, {each['type']}", str(each["threads"]), number(each["tokens_per_s"]), "", *sizes])
+    head = ["engine", "threads", "tokens a second", "prompt, tokens a second", "file, MB", "memory of the process, MB"]
+    note = "Prompts have 512 tokens (llama.cpp: a sentence). Embedding and head have 4 bits."
+    return Table(head, lines, ["cpu_decode_shape", "llama_cpp_large"], note)
+
+
+def quantize_large() -> Table:
+    """Show what quantizing a dense shape of 7 billion weights takes, by device and initialization."""
+    lines = []
+    for name, device in (("quantize_large_cpu", "two CPU cores"), ("quantize_large_gpu", "one GPU")):
+        for each in rows(name):
+            cells = [device, SHAPE_INITS[each["init"]], number(each["bits"]), str(each["blocks"])]
+            keys = ("dense_bytes", "peak_bytes", "gpu_bytes")
+            sizes = [number(each[key] / 1e9) if key in each else "" for key in keys]
+            lines.append([*cells, fixed(each["seconds"], 0), *sizes])
+    head = ["device", "by", "bits", "blocks", "seconds", "dense files, GB", "host memory, GB", "GPU memory, GB"]
+    return Table(head, lines, ["quantize_large_cpu", "quantize_large_gpu"])
+
+
+def training_large() -> Table:
+    """Show the speed and the memory of training steps at a shape of 7 billion weights, by GPUs and sequences."""
+    lines = []
+    for each in rows("training_large"):
+        memory = [number(each[key] / 1e9) if key in each else "" for key in ("peak_bytes", "planned_bytes")]
+        cells = [str(each[key]) for key in ("blocks", "gpus", "sequences")]
+        speed = [thousands(each["tokens_per_s"]), fixed(100 * each["mfu"])]
+        lines.append([*cells, *speed, *memory, each["beside"] or ""])
+    head = [
+        "blocks",
+        "GPUs",
+        "sequences on each",
+        "tokens a second",
+        "MFU, %",
+        "memory, GB",
+        "planned, GB",
+        "beside it",
+    ]
+    return Table(head, lines, ["training_large"])
+
+
 SERVERS = {
     "littlebit": "`littlebit serve`, 0.55 bits",
     "vllm plug-in": "vLLM with the plug-in, 0.55 bits, float32",

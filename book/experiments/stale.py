@@ -40,6 +40,7 @@ MEASURES = {
     "cpu_cache_llama2": ("kv_cache", "decoding.latent_cache"),
     "cpu_cache_llama3": ("kv_cache", "decoding.latent_cache"),
     "cpu_decode": CPU_DECODE,
+    "cpu_decode_shape": CPU_DECODE,
     "cpu_ladder": CPU,
     "cpu_linear": CPU,
     "cpu_linear_threads": CPU,
@@ -52,7 +53,10 @@ MEASURES = {
     "cuda_linear_two_paths": CUDA,
     "embeddings_smollm2": ("models.embeddings",),
     "initialisation_smollm2": INITIALIZERS,
+    "quantize_large_cpu": INITIALIZERS,
+    "quantize_large_gpu": INITIALIZERS,
     "serving": (*CPU_DECODE, "decoding.batching", "serving.app", "serving.generation", "serving.responses"),
+    "training_large": ("training.student", "training.trainer"),
     "untrained_smollm2": INITIALIZERS,
 }
 #: Names that modules had when the older results were recorded -> where that code is now.
