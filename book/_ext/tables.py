@@ -352,6 +352,17 @@ def cpu_decode() -> Table:
     return Table(head, lines, ["cpu_decode"])
 
 
+def looping() -> Table:
+    """Show how many answers to short questions repeat themselves, by model."""
+    lines = []
+    for name in dict.fromkeys(each["model"] for each in rows("looping")):
+        greedy, sampled = (row("looping", model=name, decoding=how) for how in ("greedy", "sampled"))
+        cells = [str(greedy["looping"]), fixed(greedy["mean_tokens"], 0), str(sampled["looping"])]
+        lines.append([f"`{name}`", *cells, fixed(sampled["mean_tokens"], 0)])
+    head = ["model", "greedy: loops", "mean tokens", "sampled: loops", "mean tokens"]
+    return Table(head, lines, ["looping"])
+
+
 SHAPE_INITS = {"dual-svid": "Dual-SVID", "admm": "ADMM"}
 
 
