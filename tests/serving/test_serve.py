@@ -110,6 +110,20 @@ def test_log_probabilities_have_both_forms(client):
     assert all(each.logprob == max(other.logprob for other in each.top_logprobs) <= 0 for each in content)
 
 
+def test_log_probabilities_of_a_text_are_the_same_as_a_prompt(client):
+    asked = {"model": "tiny", "prompt": PROMPTS[0], "temperature": 0, "echo": True, "logprobs": 1}
+    whole = client.completions.create(**asked, max_tokens=12).choices[0]
+    again = client.completions.create(**asked | {"prompt": whole.text}, max_tokens=0).choices[0]
+    assert again.logprobs == whole.logprobs
+
+
+def test_log_probabilities_count_the_stop_token(client):
+    asked = {"model": "tiny", "prompt": "ab", "max_tokens": 100, "temperature": 2, "seed": 0, "n": 8, "logprobs": 0}
+    found = client.completions.create(**asked)
+    assert {each.finish_reason for each in found.choices} == {"stop", "length"}
+    assert sum(len(each.logprobs.tokens) for each in found.choices) == found.usage.completion_tokens
+
+
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -126,6 +140,7 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
         ("/chat/completions", CHAT | {"max_tokens": 0}, 400, "max_tokens"),
         ("/chat/completions", CHAT | {"max_tokens": 9999}, 400, "messages"),
         ("/chat/completions", CHAT | {"n": 17}, 400, "n"),
+        ("/chat/completions", CHAT | {"n": 9}, 400, "n"),  # two at once and six that wait
         ("/chat/completions", CHAT | {"stop": [""]}, 400, "stop"),
         ("/chat/completions", CHAT | {"stream": "yes"}, 400, "stream"),
         ("/chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs"),
