@@ -171,11 +171,16 @@ def test_a_body_that_is_no_json_is_refused(address):
 
 
 def test_other_hosts_names_are_refused(address):
-    request = urllib.request.Request(f"{address}/v1/models", headers={"Host": "attacker.example"})
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request)
-    with error.value as answer:
-        assert answer.code == 400
+    for host, code in (("LOCALHOST:1", 200), ("[::1]:1", 200), ("attacker.example", 400), ("[", 400)):
+        request = urllib.request.Request(f"{address}/v1/models", headers={"Host": host})
+        if code == 200:
+            urllib.request.urlopen(request).close()
+            continue
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request)
+        with error.value as answer:
+            assert answer.code == code
+            assert "Host must name localhost" in json.load(answer)["error"]["message"]
 
 
 def test_more_requests_than_the_queue_holds_get_429(client, address):
