@@ -244,7 +244,7 @@ def test_the_page_chats_in_a_browser(address, local):
         page.fill("#temperature", "0")
         page.fill("#text", "<b>Hi</b>")
         page.press("#text", "Enter")
-        page.wait_for_function("document.querySelector('#speed').textContent.includes('tokens/s')")
+        page.wait_for_selector("#speed:has-text('tokens/s')")
         assert page.inner_text("#model") == "tiny"
         assert page.text_content(".user") == "<b>Hi</b>"
         prompt = "[user] <b>Hi</b>\n[assistant] "
