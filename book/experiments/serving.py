@@ -83,10 +83,12 @@ def engines(arguments: argparse.Namespace) -> Iterator[Engine]:
             command += ["--max-model-len", "2048", "--served-model-name", "m", "--port", str(port)]
             yield Engine(name, port, command, whole, environment | cores)
     if arguments.transformers:
-        port = next(ports)  # there is no field for the least number of tokens, but one for a GenerationConfig
+        # there is no field for the least number of tokens, but one for a GenerationConfig
         fields = {"generation_config": json.dumps({"min_new_tokens": TOKENS, "do_sample": False})}
-        command = [arguments.transformers, "serve", arguments.dense, "--device", "cpu", "--port", str(port)]
-        yield Engine("transformers", port, command, fields | {"model": arguments.dense}, environment)
+        for name, more in (("transformers", []), ("transformers batching", ["--continuous-batching"])):
+            port = next(ports)
+            command = [arguments.transformers, "serve", arguments.dense, "--device", "cpu", "--port", str(port), *more]
+            yield Engine(name, port, command, fields | {"model": arguments.dense}, environment)
     if arguments.llama:
         port = next(ports)
         sizes = [str(size) for size in (1024 * max(CLIENTS), max(CLIENTS), threads, port)]
@@ -239,7 +241,7 @@ def main() -> None:
     for option in ("dense", "vllm", "transformers", "llama", "gguf"):
         parser.add_argument(f"--{option}")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--port", type=int, default=8401, help="the first of five ports")
+    parser.add_argument("--port", type=int, default=8401, help="the first of six ports")
     parser.add_argument("--pause", action="store_true", help="wait for the Enter key before each server is measured")
     arguments, rows = parser.parse_args(), []
     with contextlib.ExitStack() as stack:

@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
     piped = arguments.file is not None or not sys.stdin.isatty()
     ask = None if piped else prompter()
     text = read_message(arguments.file) if piped else ""
-    slots, tokenizer = load_slots(arguments, 1, "transformers chat")
+    slots, tokenizer = load_slots(arguments, 1)
     batcher = Batcher(slots)
     try:
         config = generation_config(arguments)

@@ -126,13 +126,13 @@ def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
     )
 
 
-def load_slots(arguments: argparse.Namespace, size: int, instead: str) -> tuple["Slots", Any]:
+def load_slots(arguments: argparse.Namespace, size: int) -> tuple["Slots", Any]:
     """Load a model that decodes up to `size` texts together, and its tokenizer.
 
     Raises
     ------
     ValueError
-        If no decoder of this package runs the model; the message names a command to use `instead`.
+        If no decoder of this package runs the model.
     """
     from ..decoding.architecture import NotDecodableError
     from ..decoding.batching import slots_for
@@ -141,7 +141,10 @@ def load_slots(arguments: argparse.Namespace, size: int, instead: str) -> tuple[
     try:
         return slots_for(model, size, arguments.context, arguments.kv_cache), tokenizer
     except NotDecodableError as reason:
-        raise ValueError(f"no decoder of this package runs {arguments.model}: {reason}; try `{instead}`") from reason
+        raise ValueError(
+            f"no decoder of this package runs {arguments.model}: {reason}; transformers may: "
+            "`python -m littlebit.fast.integrations.transformers_cli serve MODEL`"
+        ) from reason
 
 
 def load_to_generate(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..decoding.batching import Batcher
 
     key = read_key(arguments.api_key_file)
-    slots, tokenizer = load_slots(arguments, arguments.batch, "transformers serve")
+    slots, tokenizer = load_slots(arguments, arguments.batch)
     batcher = Batcher(slots, arguments.queue)
     name = arguments.name or (Path(arguments.model).name if Path(arguments.model).exists() else arguments.model)
     options = Options(key, arguments.timeout, arguments.log_requests, arguments.host)

@@ -357,6 +357,10 @@ class Batcher:
         """Raise ValueError unless a prompt's tokens are in the vocabulary, and fit the context with `new` others."""
         check_prompts([prompt], new, self.slots.vocabulary, self.slots.context)
 
+    def capacity(self) -> int:
+        """Count the jobs that an idle batcher takes: those that run at once, and those that wait."""
+        return self.slots.room(0) + self.queue_limit
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Add jobs to the queue, all or none.
 

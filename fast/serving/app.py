@@ -15,14 +15,15 @@ import ipaddress
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -93,9 +94,8 @@ class Server:
             Route("/v1/completions", self.completions, methods=["POST"]),
         ]
         middleware = []
-        if is_loopback(self.options.host):  # so that no web page reaches the server under a name of its own
-            hosts = ["localhost", "127.0.0.1", "[::1]", self.options.host]
-            middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False))
+        if is_loopback(self.options.host):
+            middleware.append(Middleware(KnownHosts, ("localhost", "127.0.0.1", "::1", self.options.host)))
         handlers: Any = {ApiError: api_error, HTTPException: http_error, Exception: unknown_error}
         return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
@@ -201,6 +201,35 @@ class Server:
                 fields |= {"prompt_tokens": generation.prompt_tokens, "new_tokens": generation.new_tokens}
                 fields["first_token_s"] = generation.first_token_s and round(generation.first_token_s, 3)
             print(json.dumps(fields), flush=True)
+
+
+class KnownHosts:
+    """Refuse requests that name another host, so that no web page reaches the server under a name of its own.
+
+    Parameters
+    ----------
+    app : ASGI application
+    names : sequence of str
+    """
+
+    def __init__(self, app: Any, names: Sequence[str]):
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer with an error in the API's form, or let the application answer."""
+        app = self.app
+        if scope["type"] == "http":
+            given = Headers(scope=scope).get("host", "")
+            try:
+                known = urlsplit(f"//{given}").hostname in self.names
+            except ValueError:
+                known = False
+            if not known:
+                message = (
+                    f"the header Host must name {self.names[0]} or {self.names[1]}, got {given!r}: set it in the proxy"
+                )
+                app = JSONResponse(ApiError(message).body, 400)
+        await app(scope, receive, send)
 
 
 def is_loopback(host: str) -> bool:

@@ -74,7 +74,7 @@ class Generation:
     Raises
     ------
     ApiError
-        If a prompt cannot be encoded, or does not fit the context.
+        If a prompt cannot be encoded or does not fit the context, or there are more texts than the queue could hold.
     """
 
     def __init__(self, model: Model, request: ApiRequest, timeout: float):
@@ -108,6 +108,9 @@ class Generation:
         scores = request.echo and request.logprobs is not None
         if scores and not self.model.batcher.slots.scores_prompts:
             raise ApiError("echo with logprobs needs a model on the CPU: leave echo out", param="echo")
+        most, count = self.model.batcher.capacity(), len(self.prompts) * request.n
+        if count > most:
+            raise ApiError(f"the request asks for {count} texts, but this server holds {most} at most", param="n")
         jobs: list[Job] = []
         for prompt in self.prompts:
             limit = self.limit(prompt)

@@ -96,12 +96,12 @@ class Answer:
         """Write log-probabilities, if the request asks for them, and the reason for which a text ended."""
         logprobs: Any = None
         if self.request.logprobs is not None:
-            shown = [each for each in choices if each.token not in self.stop_tokens[index]]
-            logprobs = self.chat_logprobs(shown) if self.request.chat else self.token_logprobs(index, shown, first)
+            chat = self.request.chat
+            logprobs = self.chat_logprobs(index, choices) if chat else self.token_logprobs(index, choices, first)
         return {"logprobs": logprobs, "finish_reason": finish}
 
-    def chat_logprobs(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Write log-probabilities in the form of chats."""
+    def chat_logprobs(self, index: int, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Write log-probabilities in the form of chats, which leaves out the stop token."""
 
         def entry(token: int, logprob: float | None) -> dict[str, Any]:
             text = self.tokenizer.decode([token])
@@ -110,11 +110,16 @@ class Answer:
         content = [
             entry(each.token, each.logprob) | {"top_logprobs": [entry(*other) for other in each.top]}
             for each in choices
+            if each.token not in self.stop_tokens[index]
         ]
         return {"content": content, "refusal": None}
 
     def token_logprobs(self, index: int, choices: Sequence[Choice], first: bool) -> dict[str, Any]:
-        """Write log-probabilities in the form of completions; an echoed prompt's first token has no probability."""
+        """Write log-probabilities in the form of completions, a row for each token that the usage counts.
+
+        A stop token is one of them, though the text lacks it. lm-evaluation-harness relies on that. An echoed prompt's
+        first token has no probability.
+        """
         rows = list(choices)
         if first and self.request.echo:
             rows.insert(0, Choice(self.generation.jobs[index].prompt[0]))

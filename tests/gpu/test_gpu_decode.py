@@ -1,6 +1,8 @@
 """Test decoding on a GPU (`make test-gpu`); skipped without one. test_decode_cuda.py tests the engines on a CPU."""
 
+import json
 import logging
+import urllib.request
 import warnings
 
 import littlebit.fast as lb
@@ -22,6 +24,7 @@ from littlebit.fast.kernels import dispatch
 from littlebit.fast.memory import MODEL_SHAPES, ModelShape
 from littlebit.fast.models.embeddings import QuantizedHead, quantize_embeddings_, quantize_table
 from littlebit.fast.models.generation_settings import GenerationConfig
+from server import serving
 from shares import combine_partials
 from test_decode_cuda import FUSED, KINDS, by_transformers, columns, packed_model, prompt, put_in_charge
 
@@ -221,3 +224,19 @@ def test_ten_times_the_context_on_the_same_memory():
     engine.positions.fill_(10 * lengths[0])
     with torch.inference_mode():
         assert engine.step(torch.tensor([7], device="cuda")).isfinite().all()
+
+
+def test_a_server_writes_what_a_batch_of_sixteen_writes(chat_model):
+    pytest.importorskip("uvicorn", reason="the extra is not installed: pip install 'littlebit[serve]'")
+    tokenizer = lb.load_tokenizer(chat_model)
+    prompts = ["It was the best of times, it was the worst of times"[at : 9 + 2 * at] for at in range(16)]
+    tokens = [tokenizer(text)["input_ids"] for text in prompts]
+    config = GenerationConfig(40, temperature=0.0, stop_tokens=())
+    expected = columns(decode_batch(lb.load(chat_model).to(CUDA), tokens, config))
+    asked = {"model": "tiny", "prompt": prompts, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    with serving(chat_model, "--device", CUDA) as (address, _):
+        request = urllib.request.Request(f"{address}/v1/completions", json.dumps(asked).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request) as answer:
+            texts = [each["text"] for each in json.load(answer)["choices"]]
+    assert texts == [tokenizer.decode(each) for each in expected]

@@ -22,9 +22,9 @@ def checkpoint(loud_llama, tmp_path_factory):
     return lb.save(model, tmp_path_factory.mktemp("lora") / "out")
 
 
-def with_adapter(model):
+def with_adapter(model, targets=("q_proj", "v_proj", "down_proj")):
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets if isinstance(targets, str) else list(targets))
     return peft.get_peft_model(model, config)
 
 
@@ -48,10 +48,10 @@ with torch.inference_mode():
 
 
 def test_adapters_train_and_come_back_in_a_fresh_process(checkpoint, tmp_path):
-    model = with_adapter(lb.load(checkpoint))
+    model = with_adapter(lb.load(checkpoint), "all-linear")
     words = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".paths." in name}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(trained) == 2 * 3 * 2  # A and B of three layers of two blocks
+    assert len(trained) == 2 * 7 * 2  # A and B of all seven layers of two blocks
     optimiser = torch.optim.AdamW(trained, lr=5e-3)
     first = float(loss(model).detach())
     for _ in range(30):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import littlebit.fast as lb
 
@@ -22,20 +23,34 @@ def make_model(folder, positions=1024):
 
 @contextlib.contextmanager
 def serving(folder, *options, environment=None):
-    """Run `littlebit serve` on a free port; yield its address, the process, and the file with its output."""
+    """Run `littlebit serve` on a free port; yield its address, and the process."""
     command = [sys.executable, "-m", "littlebit.fast", "serve", str(folder), "--port", "0", "--name", "tiny"]
+    with listening([*command, *map(str, options)], environment) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def listening(command, environment=None):
+    """Run a server that writes its address when it is ready; yield that, and the process."""
     process = subprocess.Popen(
-        [*command, *map(str, options)],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
     )
     try:
-        first = process.stdout.readline()
-        address = re.search(r"http://\S+?:\d+(?=/v1)", first)
-        assert address, first + process.stdout.read()
+        written = ""
+        while not (address := re.search(r"http://[\w.]+:\d+", written)):
+            line = process.stdout.readline()
+            assert line, written
+            written += line
+        reader = threading.Thread(target=process.stdout.read)  # else a full pipe stops the server
+        reader.start()
         yield address.group(), process
-    finally:
         process.terminate()
-        process.communicate(timeout=30)
+        reader.join(30)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()

@@ -110,6 +110,20 @@ def test_log_probabilities_have_both_forms(client):
     assert all(each.logprob == max(other.logprob for other in each.top_logprobs) <= 0 for each in content)
 
 
+def test_log_probabilities_of_a_text_are_the_same_as_a_prompt(client):
+    asked = {"model": "tiny", "prompt": PROMPTS[0], "temperature": 0, "echo": True, "logprobs": 1}
+    whole = client.completions.create(**asked, max_tokens=12).choices[0]
+    again = client.completions.create(**asked | {"prompt": whole.text}, max_tokens=0).choices[0]
+    assert again.logprobs == whole.logprobs
+
+
+def test_log_probabilities_count_the_stop_token(client):
+    asked = {"model": "tiny", "prompt": "ab", "max_tokens": 100, "temperature": 2, "seed": 0, "n": 8, "logprobs": 0}
+    found = client.completions.create(**asked)
+    assert {each.finish_reason for each in found.choices} == {"stop", "length"}
+    assert sum(len(each.logprobs.tokens) for each in found.choices) == found.usage.completion_tokens
+
+
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -126,6 +140,7 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
         ("/chat/completions", CHAT | {"max_tokens": 0}, 400, "max_tokens"),
         ("/chat/completions", CHAT | {"max_tokens": 9999}, 400, "messages"),
         ("/chat/completions", CHAT | {"n": 17}, 400, "n"),
+        ("/chat/completions", CHAT | {"n": 9}, 400, "n"),  # two at once and six that wait
         ("/chat/completions", CHAT | {"stop": [""]}, 400, "stop"),
         ("/chat/completions", CHAT | {"stream": "yes"}, 400, "stream"),
         ("/chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs"),
@@ -156,11 +171,16 @@ def test_a_body_that_is_no_json_is_refused(address):
 
 
 def test_other_hosts_names_are_refused(address):
-    request = urllib.request.Request(f"{address}/v1/models", headers={"Host": "attacker.example"})
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request)
-    with error.value as answer:
-        assert answer.code == 400
+    for host, code in (("LOCALHOST:1", 200), ("[::1]:1", 200), ("attacker.example", 400), ("[", 400)):
+        request = urllib.request.Request(f"{address}/v1/models", headers={"Host": host})
+        if code == 200:
+            urllib.request.urlopen(request).close()
+            continue
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request)
+        with error.value as answer:
+            assert answer.code == code
+            assert "Host must name localhost" in json.load(answer)["error"]["message"]
 
 
 def test_more_requests_than_the_queue_holds_get_429(client, address):
@@ -224,7 +244,7 @@ def test_the_page_chats_in_a_browser(address, local):
         page.fill("#temperature", "0")
         page.fill("#text", "<b>Hi</b>")
         page.press("#text", "Enter")
-        page.wait_for_function("document.querySelector('#speed').textContent.includes('tokens/s')")
+        page.wait_for_selector("#speed:has-text('tokens/s')")
         assert page.inner_text("#model") == "tiny"
         assert page.text_content(".user") == "<b>Hi</b>"
         prompt = "[user] <b>Hi</b>\n[assistant] "
