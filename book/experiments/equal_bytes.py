@@ -5,10 +5,10 @@
 A run that was stopped goes on: rows in OUT.json are kept, and DIR keeps the files that take long to make. It needs
 `llama-cpp-python`.
 
-llama.cpp quantizes a float16 GGUF file of the original, and computes with its own kernels. Types that need an importance
-matrix get the mean squares of the layers' inputs on the bundled training text. All models read the same windows, spread
-evenly over the text. The original was published in Q4_1, so all start from its dequantized weights. The 4-bit embedding
-is one table for all students, fitted to the inputs of the original's head.
+llama.cpp quantizes a float16 GGUF file of the original, and computes with its own kernels. Types that need an
+importance matrix get the mean squares of the layers' inputs on the bundled training text. All models read the same
+windows, spread evenly over the text. The original was published in Q4_1, so all start from its dequantized weights. The
+4-bit embedding is one table for all students, fitted to the inputs of the original's head.
 
 A size is that of everything that a program needs to run the model, tokenizer included: a GGUF file, or the folder of a
 checkpoint.
