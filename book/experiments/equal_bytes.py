@@ -20,8 +20,6 @@ import ctypes
 import functools
 import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,7 +203,9 @@ def main() -> None:
     calibration = text_tokens(tokenizer, TRAINING_TEXT)[:CALIBRATION_TOKENS]
     tokens = spread_windows(text_tokens(tokenizer, given.text), given.window, given.windows)
     original, table = Remembered(model), functools.cache(lambda: four_bit_table(model, calibration))
-    command = shlex.join(["python", "book/experiments/equal_bytes.py", "OUT.json", *sys.argv[2:]])
+    command = f"python book/experiments/equal_bytes.py book/results/equal_bytes.json --text {given.text.name}"
+    command += f" --blimp {given.blimp.name} --folder DIR --windows {given.windows} --window {given.window}"
+    command += f" --blimp-items {given.blimp_items}"
     rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     first = Subject({"method": "original", "name": "Q4_1"}, lambda: model, lambda: fetch(ORIGINAL).stat().st_size)
     peer_subjects = peers(given.folder, model, tokenizer, calibration, given.threads)
