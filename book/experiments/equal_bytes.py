@@ -18,6 +18,7 @@ import argparse
 import copy
 import ctypes
 import functools
+import hashlib
 import json
 import os
 import time
@@ -35,11 +36,13 @@ from littlebit.fast.checkpoints.fetch import fetch
 from littlebit.fast.checkpoints.names import bundled_names
 from littlebit.fast.checkpoints.texts import text_tokens
 from littlebit.fast.evaluation.perplexity import TRAINING_TEXT
+from littlebit.fast.files.atomic import atomic_file
 from littlebit.fast.models.embeddings import EmbeddingTable, quantize_embeddings_, replace_embeddings
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ORIGINAL = "smollm2"
-TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ2_XXS", "IQ1_S", "Q2_0")
+TYPES = ("Q2_K", "Q4_K_M", "Q8_0", "Q3_K_M", "Q4_0", "Q6_K", "Q5_K_M", "IQ1_S", "IQ2_XXS")
 NEED_IMPORTANCE = {"IQ2_XXS", "IQ1_S"}
 CALIBRATION_TOKENS = 4096
 CONTEXT = 2048  # tokens that llama.cpp has room for
@@ -54,18 +57,21 @@ class Subject(NamedTuple):
 
 
 class Remembered(nn.Module):
-    """Keep the logits of a model's windows, because every other model is compared with them."""
+    """Keep the logits of a model's windows in a folder, because every other model is compared with them."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, load: Callable[[], nn.Module], folder: Path):
         super().__init__()
-        self.model, self.known = model, {}
+        self.nowhere = nn.Parameter(torch.zeros(1))  # its device is the model's
+        self.load, self.folder = load, folder
 
     def forward(self, tokens: Tensor, **options: Any) -> Any:
         """Map (1, length) tokens to an object with their logits."""
-        key = tokens.numpy().tobytes()
-        if key not in self.known:
-            self.known[key] = self.model(tokens, **options)
-        return self.known[key]
+        file = self.folder / f"logits-{hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]}.npy"
+        if not file.exists():
+            logits = self.load()(tokens, **options).logits.numpy()
+            with atomic_file(file) as part, part.open("wb") as opened:
+                np.save(opened, logits)
+        return SimpleNamespace(logits=torch.from_numpy(np.load(file)))
 
 
 class LlamaCpp(nn.Module):
@@ -115,11 +121,14 @@ def llama_quantize(source: Path, file: Path, kind: str, matrix: dict[str, np.nda
     return not llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(file), ctypes.byref(settings))
 
 
-def four_bit_table(model: nn.Module, calibration: Tensor) -> EmbeddingTable:
-    """Quantize the original's embedding, which is its head too, to 4 bits."""
-    small = copy.deepcopy(model)
-    quantize_embeddings_(small, 4, calibration)
-    return small.get_input_embeddings().table
+def four_bit_table(original: Callable[[], nn.Module], calibration: Tensor, file: Path) -> EmbeddingTable:
+    """Quantize the original's embedding, which is its head too, to 4 bits, or read the table from a file."""
+    if not file.exists():
+        small = copy.deepcopy(original())
+        quantize_embeddings_(small, 4, calibration)
+        with atomic_file(file) as part:
+            save_file(small.get_input_embeddings().table.state_dict(), part)
+    return EmbeddingTable(4, **load_file(file))
 
 
 def folder_bytes(folder: Path) -> int:
@@ -147,7 +156,9 @@ def students(folder: Path, tokenizer: Any, table: Callable[[], EmbeddingTable]) 
             yield Subject(row | {"embedding_bits": 4}, load, lambda at=smaller: folder_bytes(at))
 
 
-def peers(folder: Path, model: nn.Module, tokenizer: Any, calibration: Tensor, threads: int) -> Iterator[Subject]:
+def peers(
+    folder: Path, original: Callable[[], nn.Module], tokenizer: Any, calibration: Tensor, threads: int
+) -> Iterator[Subject]:
     """Name llama.cpp's quantizations of the original."""
     source, matrix = folder / "original.gguf", folder / "importance.npz"
     for kind in TYPES:
@@ -155,9 +166,9 @@ def peers(folder: Path, model: nn.Module, tokenizer: Any, calibration: Tensor, t
 
         def load(kind: str = kind, file: Path = file) -> nn.Module:
             if not source.exists():
-                lb.save_gguf(model, source, tokenizer)
+                lb.save_gguf(original(), source, tokenizer)
             if kind in NEED_IMPORTANCE and not matrix.exists():
-                np.savez(matrix, **importance(model, calibration))
+                np.savez(matrix, **importance(original(), calibration))
             needed = dict(np.load(matrix)) if kind in NEED_IMPORTANCE else None
             if not llama_quantize(source, file, kind, needed, threads):
                 raise RuntimeError(f"llama.cpp could not make {kind}")
@@ -199,17 +210,19 @@ def main() -> None:
     given = parser.parse_args()
     given.folder.mkdir(exist_ok=True)
     torch.set_num_threads(given.threads)
-    tokenizer, model = lb.load_tokenizer(ORIGINAL), lb.load_model(ORIGINAL)
+    tokenizer, load = lb.load_tokenizer(ORIGINAL), functools.cache(lambda: lb.load_model(ORIGINAL))
     calibration = text_tokens(tokenizer, TRAINING_TEXT)[:CALIBRATION_TOKENS]
     tokens = spread_windows(text_tokens(tokenizer, given.text), given.window, given.windows)
-    original, table = Remembered(model), functools.cache(lambda: four_bit_table(model, calibration))
+    original, kept = Remembered(load, given.folder), given.folder / "table.safetensors"
+    table = functools.cache(lambda: four_bit_table(load, calibration, kept))
     command = f"python book/experiments/equal_bytes.py book/results/equal_bytes.json --text {given.text.name}"
     command += f" --blimp {given.blimp.name} --folder DIR --windows {given.windows} --window {given.window}"
     command += f" --blimp-items {given.blimp_items}"
     rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
-    first = Subject({"method": "original", "name": "Q4_1"}, lambda: model, lambda: fetch(ORIGINAL).stat().st_size)
-    peer_subjects = peers(given.folder, model, tokenizer, calibration, given.threads)
-    for subject in [first, *students(given.folder, tokenizer, table), *peer_subjects]:
+    first = Subject({"method": "original", "name": "Q4_1"}, load, lambda: fetch(ORIGINAL).stat().st_size)
+    quantized = peers(given.folder, load, tokenizer, calibration, given.threads)
+    subjects = [first, *students(given.folder, tokenizer, table), *quantized]
+    for subject in sorted(subjects, key=lambda each: each.row.get("embedding_bits") == 4):  # these take longest
         if any(subject.row.items() <= row.items() for row in rows):
             continue
         row = subject.row | measure(subject.load(), original, tokens, tokenizer, given)
