@@ -701,3 +701,26 @@ def speedrun_gpu() -> Table:
     start = row(SMOLLM2, stage="shipped", bits=0.55)["initialisation_s"]
     note = f"Seconds of the checkpoints are of training alone; the initialisation of the last took {start:.0f} more."
     return Table(head, lines, [SMOLLM2], note)
+
+
+def equal_bytes() -> Table:
+    """Compare the students with llama.cpp's quantizations by the size of their files, from the smallest."""
+    lines = []
+    for each in sorted(rows("equal_bytes"), key=lambda each: each["bytes"]):
+        if each["method"] == "littlebit":
+            bits = float(each["name"].removeprefix("smollm2-").removesuffix("bit"))
+            name = f"littlebit, {bits} bits, {each['embedding_bits']}-bit embedding"
+        elif each["method"] == "original":
+            name = "the original, as published (Q4_1)"
+        else:
+            name = f"llama.cpp {each['name']}" + (", importance matrix" if each["importance_matrix"] else "")
+        cells = fixed(each["bytes"] / 1e6), fixed(each["perplexity"]), number(each["kl"])
+        lines.append([name, *cells, fixed(100 * each["same_top"]), fixed(100 * each["blimp"])])
+    first = row("equal_bytes", method="original")
+    error = 100 * (first["blimp"] * (1 - first["blimp"]) / first["blimp_pairs"]) ** 0.5
+    note = (
+        f"{first['windows']} windows of {first['window']} tokens of WikiText-2 test; {first['blimp_pairs']} pairs of "
+        f"BLiMP, whose standard error is about {error:.0f} points."
+    )
+    head = ["files", "MB", "perplexity", "KL, nats a token", "same first choice, %", "BLiMP, %"]
+    return Table(head, lines, ["equal_bytes"], note)

@@ -9,8 +9,6 @@ each task are scored.
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,11 @@ def main() -> None:
     arguments = parser.parse_args()
     gpu = arguments.device.startswith("cuda")
     dtype, device = (torch.bfloat16, torch.cuda.get_device_name()) if gpu else (torch.float32, cpu_name())
-    command = shlex.join(["python", "book/experiments/zero_shot.py", "OUT.json", *sys.argv[2:]])
+    command = f"python book/experiments/zero_shot.py book/results/zero_shot.json --tasks {arguments.tasks.name}"
+    command += f" --blimp {arguments.blimp.name}" if arguments.blimp else ""
+    command += f" --items {arguments.items}" if arguments.items else ""
+    command += f" --blimp-items {arguments.blimp_items}" if arguments.blimp_items else ""
+    command += f" --device {arguments.device}"
     read = read_tasks(arguments.tasks, arguments.items)
     kept = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     rows = [row for row in kept if row["model"] not in arguments.models]

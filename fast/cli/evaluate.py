@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     asked = arguments.blimp or arguments.tasks or arguments.lm_eval
     text = arguments.text or (None if asked and not arguments.kl else SAMPLE_TEXT)
     tokens = text and text_tokens(tokenizer, text)
-    if arguments.kl:
+    if arguments.kl and text and tokens is not None:
         check_same_tokens(arguments.kl, text, tokens)
     if arguments.lm_eval:
         lm_eval()  # raises here, before any work, if the package is missing

@@ -346,6 +346,15 @@ MUTANTS = [
         "EOS before every sentence",
     ),
     Mutant("fast/evaluation/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
+    Mutant("fast/evaluation/scoring.py", "<= scored[:, None]", "< scored[:, None]", "the first token is not scored"),
+    Mutant(
+        "fast/evaluation/tasks.py",
+        "tuple(map(len, choices))",
+        "tuple(len(each.encode()) for each in choices)",
+        "acc_norm divides by bytes",
+    ),
+    Mutant("fast/evaluation/tasks.py", '"\\nAnswer:"', '"\\nAnswer: "', "a space after the word Answer"),
+    Mutant("fast/evaluation/perplexity.py", "kl_loss(q, p)", "kl_loss(p, q)", "KL of the original from the model"),
     Mutant(
         "fast/evaluation/archives.py", "left -= len(data)", "left = LARGEST - len(data)", "archives of any size pass"
     ),
