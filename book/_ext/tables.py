@@ -1,6 +1,7 @@
 """Make the tables of the book's pages from results/*.json and published.json: `{{ table("shipped") }}`."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from sources import Table, as_published, fixed, number, publication, publications, results, row, rows
@@ -64,6 +65,15 @@ RATIOS = {  # held-out texts by their name in the results, and on the page
     "books": "books",
     "explanatory": "explanatory",
     "dialogue": "dialogue",
+}
+TASKS = {  # zero-shot tasks by their name in the results, and on the page
+    "winogrande": "WinoGrande",
+    "hellaswag": "HellaSwag",
+    "openbook_qa": "OpenBookQA",
+    "boolq": "BoolQ",
+    "piqa": "PIQA",
+    "arc_easy": "ARC-easy",
+    "arc_challenge": "ARC-challenge",
 }
 TINY = {
     "base": "defaults (sequences of 128)",
@@ -724,3 +734,26 @@ def equal_bytes() -> Table:
     )
     head = ["files", "MB", "perplexity", "KL, nats a token", "same first choice, %", "BLiMP, %"]
     return Table(head, lines, ["equal_bytes"], note)
+
+
+def zero_shot() -> Table:
+    """Show the accuracy on each zero-shot task with its standard error, in percent."""
+    students = [name for name in dict.fromkeys(each["model"] for each in rows("zero_shot")) if name != "smollm2"]
+    names = ["smollm2", *sorted(students, key=lambda name: float(name[8:-3]), reverse=True)]
+    tasks = [each for each in rows("zero_shot", model=names[0]) if each["task"] != "blimp"]
+    lines = []
+    for task in tasks:
+        cells = []
+        for name in names:
+            found = row("zero_shot", model=name, task=task["task"])
+            cells.append(f"{100 * found['acc']:.1f} ± {100 * found['acc_stderr']:.1f}")
+        lines.append([TASKS[task["task"]], f"{task['items']:,}", fixed(100 * task["chance"]), *cells])
+    means = [fixed(100 * zero_shot_mean(name)) for name in names]
+    lines.append(["**mean of seven**", "", fixed(100 * sum(each["chance"] for each in tasks) / len(tasks)), *means])
+    head = ["task", "items", "chance", "original", *(f"{float(name[8:-3])} bits" for name in names[1:])]
+    return Table(head, lines, ["zero_shot"], "Accuracy in % (`acc`), with its standard error.")
+
+
+def zero_shot_mean(model: str) -> float:
+    """Average a model's accuracy over the tasks."""
+    return fmean(each["acc"] for each in rows("zero_shot", model=model) if each["task"] != "blimp")
