@@ -118,6 +118,8 @@ def table_of_results() -> str:
     cache, full = (row("cuda_cache", kv_cache=kind, context=8192) for kind in ("latent", "full"))
     decoding = min(rows("cuda_decode", engine="packed"), key=lambda each: each["bits"])
     embedding = row("cpu_decode", engine="littlebit", threads=1)["embedding_bits"]
+    laptop = min(rows("cpu_decode_shape", engine="littlebit", threads=2), key=lambda each: each["bits"])
+    peers = {each["type"]: each["tokens_per_s"] for each in rows("llama_cpp_large", threads=2)}
     dense, eager = (row("cuda_decode", engine=engine) for engine in ("float16", "transformers"))
     lines = [
         (
@@ -145,6 +147,13 @@ def table_of_results() -> str:
             f"{speed('littlebit'):.0f} tokens/s",
             f"llama.cpp, 4 bits (Q4_1): {speed('llama.cpp'):.0f}; transformers, float32: {speed('transformers'):.0f}",
             "cpu_decode",
+        ),
+        (
+            f"decoding in Llama-2-7B's shape, random weights, {laptop['bits']:.1f} bits, 4-bit embedding and head, "
+            "two CPU cores",
+            f"{laptop['tokens_per_s']:.0f} tokens/s",
+            f"llama.cpp, Q4_0: {peers['Q4_0']:.1f}; Q2_K: {peers['Q2_K']:.1f}",
+            "cpu_decode_shape",
         ),
         (
             f"decoding in Llama-2-7B's shape, random weights, {decoding['bits']:.1f} bits, 16-bit embedding and head, "
