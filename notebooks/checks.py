@@ -139,6 +139,11 @@ def to_axis(x: np.ndarray, way: int) -> np.ndarray:
     return x + way * np.copysign(np.linalg.norm(x), x[0]) * (np.arange(len(x)) == 0)
 
 
+def row_steps(w: np.ndarray, bits: int) -> np.ndarray:
+    """Compute the absmax step of each row, (d_out, 1)."""
+    return np.abs(w).max(1, keepdims=True) / (2 ** (bits - 1) - 1)
+
+
 def flips(history: np.ndarray) -> np.ndarray:
     """Count the changes of sign of each column."""
     return (np.diff(ref.sign(history), axis=0) != 0).sum(0)
@@ -429,6 +434,25 @@ EXERCISES = {
             (lambda kl, mine, theirs: kl + ((mine - theirs) ** 2).mean(1).sum(), "the weight of the second term is 10"),
             (lambda kl, mine, theirs: kl + 10 * ((mine - theirs) ** 2).mean(), "a sum over blocks, not their mean"),
             (lambda kl, mine, theirs: kl + 10 * ((mine - theirs) ** 2).sum(), "a mean over the entries of a block"),
+        ],
+    ),
+    # 17
+    "absmax_codes": Exercise(
+        lambda: (matrix(5, 9), int(RNG.integers(2, 9))),
+        lambda w, bits: np.round(w / row_steps(w, bits)),
+        [
+            (lambda w, bits: np.round(w / row_steps(w, bits)) * row_steps(w, bits), "codes, not weights"),
+            (lambda w, bits: np.round(w / row_steps(w, bits).max()), "each row has a step of its own"),
+            (lambda w, bits: w / row_steps(w, bits), "codes are whole numbers"),
+            (lambda w, bits: np.round(w * 2 ** (bits - 1) / np.abs(w).max(1)[:, None]), "the largest is 2^(b-1) - 1"),
+        ],
+    ),
+    "pass_on": Exercise(
+        lambda: (matrix(5, 4), matrix(1, 5)[0], RNG.uniform(0.5, 1.5, 5)),
+        lambda rest, lost, row: rest - np.outer(lost / row[0], row[1:]),
+        [
+            (lambda rest, lost, row: rest + np.outer(lost / row[0], row[1:]), "this doubles the harm: mind the sign"),
+            (lambda rest, lost, row: rest - np.outer(lost, row[1:]), "divide by the diagonal entry, row[0]"),
         ],
     ),
 }

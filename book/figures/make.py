@@ -97,7 +97,8 @@ def shown(name: str) -> str:
         f"```{{image}} _figures/{name}-{theme.name}.svg\n:class: figure only-{theme.name}\n:alt: {module.alt()}\n```\n"
         for theme in style.THEMES
     ]
-    return "\n".join([*pictures, f"{module.CAPTION}\n", "{.source}", origin(module.SOURCES)])
+    moved = ["````{container} picture", *pictures, "````\n"]  # book.css lets phones move it sideways
+    return "\n".join([*moved, f"{module.CAPTION}\n", "{.source}", origin(module.SOURCES)])
 
 
 if __name__ == "__main__":

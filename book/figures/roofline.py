@@ -5,10 +5,10 @@ from matplotlib.figure import Figure
 from sources import results, rows
 
 CAPTION = (
-    "**Rooflines, measured here.** Left: sign additions a second of one core against their number in a layer; the "
-    "line is what the innermost lookup reaches alone, from registers. Right: time on the GPU against the bytes of "
-    "a packed layer; the line is those bytes at the speed of a copy. A float16 layer of equal shape is hollow, "
-    "with its own bytes."
+    "**How near the limits, measured here.** Left: sign additions a second of one core against their number in a "
+    "layer; the line is what the innermost lookup reaches alone, from registers. Right: time on the GPU against the "
+    "bytes of a packed layer; the line is those bytes at the speed of a copy. A float16 layer of equal shape is "
+    "hollow, with its own bytes."
 )
 SOURCES = ("cpu_linear", "cuda_linear")
 

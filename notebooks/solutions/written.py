@@ -173,3 +173,14 @@ def past_only(scores):
 def recipe_loss(kl, mine, theirs):
     """16: the paper's loss from KL and the hidden states of the blocks, (blocks, n) each."""
     return kl + 10 * sum(np.mean((a - b) ** 2) for a, b in zip(mine, theirs, strict=True))
+
+
+def absmax_codes(w, bits):
+    """17: the whole numbers to which absmax rounds, with one step for each row."""
+    step = np.abs(w).max(1, keepdims=True) / (2 ** (bits - 1) - 1)
+    return np.round(w / step)
+
+
+def pass_on(rest, lost, row):
+    """17: GPTQ's later columns after the error of one."""
+    return rest - np.outer(lost / row[0], row[1:])

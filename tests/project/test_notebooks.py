@@ -17,6 +17,10 @@ PATHS = sorted(FOLDER.glob("*.ipynb"))
 PACKAGES = {"ref": littlebit.reference, "lb": littlebit.fast}
 MOST_CELLS, MOST_LINES = 30, 10
 MAGIC = re.compile(r"^%.*$", re.MULTILINE)
+INSTALL = """import importlib.util
+
+if not importlib.util.find_spec("littlebit"):  # from the repository that this folder lies in; or name a wheel
+    get_ipython().run_line_magic("pip", 'install -q "..[hf,plot]"')"""
 EXERCISE = re.compile(r"\*\*\d\.\*\*.+?<details>\n<summary>Answer</summary>\n\n.+?</details>", re.DOTALL)
 
 
@@ -76,6 +80,12 @@ def test_question_comes_first(notebook):
     first = notebook.cells[0]
     assert first.cell_type == "markdown"
     assert re.match(r"# \d\d · .+\n\n> \*\*Question\.\*\* [^\n]+(\n> [^\n]+)*\?(\n|$)", first.source)
+
+
+def test_first_code_installs_the_package_where_it_is_missing(notebook):
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert first.source == INSTALL
+    assert first.metadata.tags == ["remove-cell"]
 
 
 def test_two_exercises_have_folded_answers(notebook):
