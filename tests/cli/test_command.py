@@ -189,7 +189,7 @@ def test_bench_agreement_prints_and_saves_a_row_for_each_prompt(checkpoint, tmp_
         (["eval", "{out}", "--text", "{tmp}/missing.txt"], "missing.txt"),
         (["generate", "{out}", "--prompt", ""], "prompt is empty"),
         (["memory", "llama2-8b"], "one of opt-1.3b, llama-7b"),
-        (["fetch", "gpt-5"], "known names: smollm2"),
+        (["fetch", "gpt-5"], "known names: gemma3-270m, smollm2"),
         (["bench", "linear", "--shape", "64x64", "--bits", "0.1"], "smallest possible value is"),
         (["bench", "agreement"], "name one with --model"),
         pytest.param(

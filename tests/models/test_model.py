@@ -479,7 +479,9 @@ def test_divergence_is_what_it_says(tiny_llama):
             for each in (original, model)
         ]
     p, q = (torch.log_softmax(each.double(), -1) for each in heads)
-    assert result.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert result.kl == pytest.approx(
+        (p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3, abs=3e-7
+    )  # float32 rounds log-probabilities by 1e-7
     assert result.same_top == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     alone = [lb.perplexity(each, tokens, 16, 2, progress=False) for each in (model, original)]
     assert (result.perplexity, result.original_perplexity) == (alone[0].perplexity, alone[1].perplexity)
