@@ -411,7 +411,7 @@ def training_large() -> Table:
     for each in rows("training_large"):
         memory = [number(each[key] / 1e9) if key in each else "" for key in ("peak_bytes", "planned_bytes")]
         cells = [str(each[key]) for key in ("blocks", "gpus", "sequences")]
-        speed = [thousands(each["tokens_per_s"]), fixed(100 * each["mfu"])]
+        speed = [f"{each['tokens_per_s']:,.0f}", fixed(100 * each["mfu"])]
         lines.append([*cells, *speed, *memory, each["beside"] or ""])
     head = [
         "blocks",
