@@ -619,7 +619,7 @@ def browser() -> Table:
         [each["name"], *(number(each[key]) for key in SPEEDS), f"{each['same_texts']} of {each['prompts']}"]
         for each in found
     ]
-    note = f"{found[0]['browser']}, headless; other programs were running, which slows the clock's column."
+    note = f"{found[0]['browser']}, headless, on two cores."
     head = [
         "model",
         "tokens/s of processor time",
