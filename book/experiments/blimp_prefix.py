@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from littlebit.fast import load, load_model, load_tokenizer
 from littlebit.fast.bench.timing import cpu_name, save_results
-from littlebit.fast.evaluation.zero_shot import BATCH_TOKENS, blimp
+from littlebit.fast.evaluation.zero_shot import blimp
 
 ORIGINAL = "smollm2"
 PREFIXES = ("<|im_start|>", "<|endoftext|>")
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--blimp", type=Path, required=True, help="BLiMP's archive")
     parser.add_argument("--models", nargs="+", default=[ORIGINAL, "smollm2-1bit"])
     parser.add_argument("--items", type=int, help="pairs of each paradigm; all without it")
-    parser.add_argument("--batch", type=int, default=BATCH_TOKENS, help="tokens to read at once")
+    parser.add_argument("--batch", type=int, help="tokens to read at once")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     tokenizer, rows = load_tokenizer(ORIGINAL), []
