@@ -1,10 +1,56 @@
 """Read untrusted .jsonl files from a folder or a zip archive."""
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from .._checks import check_number
+
+Row = TypeVar("Row")
 
 LARGEST = 1 << 26  # bytes of text in an archive or folder; BLiMP holds 30 MB
+
+
+def read_files(
+    path: str | Path,
+    items: int | None,
+    read: Callable[[bytes, str, str], Row],
+    what: str,
+    wanted: Container[str] | None = None,
+) -> dict[str, list[Row]]:
+    """Read the first `items` lines of each file NAME.jsonl of a folder or archive, by name.
+
+    Parameters
+    ----------
+    path : str or Path
+    items : int, optional
+        By default all.
+    read : callable
+        Maps a line, its file's NAME and its place, for errors, to what it holds.
+    what : str
+        What the lines hold, for errors.
+    wanted : container of str, optional
+        Names to read; others are ignored. By default all.
+
+    Raises
+    ------
+    ValueError
+        If the archive is corrupt, a name is there twice, a file is empty, `items` is not positive, or `read` raises it.
+    """
+    if items is not None:
+        check_number("items", items, low=1, whole=True)
+    found: dict[str, list[Row]] = {}
+    for member, lines in read_members(path):
+        name = PurePosixPath(member).stem
+        if wanted is not None and name not in wanted:
+            continue
+        if name in found:
+            raise ValueError(f"{path} holds two files {name}.jsonl; remove one of them")
+        if not lines:
+            raise ValueError(f"{path}: {member} holds no {what}; remove it, or fill it")
+        found[name] = [read(line, name, f"{path}: {member}, line {number}") for number, line in lines[:items]]
+    return found
 
 
 def read_members(path: str | Path) -> Iterator[tuple[str, list[tuple[int, bytes]]]]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_prompts, embedding_rows, positions_of
+from .._checks import check_number, check_prompts, embedding_rows, positions_of
 from .._progress import tqdm
 from .perplexity import token_losses
 
@@ -58,8 +58,11 @@ def log_probabilities(
     Raises
     ------
     ValueError
-        If a sequence has more tokens than the model has positions, or a token has no row in the embedding.
+        If `batch` is not positive, a sequence has more tokens than the model has positions, or a token has no row in
+        the embedding.
     """
+    if batch is not None:
+        check_number("batch", batch, low=1, whole=True)
     unique = sorted(set(sequences), key=lambda each: (len(each.tokens), each.scored, each.tokens))
     rows = embedding_rows(model)
     check_prompts([each.tokens for each in unique], 0, rows, positions_of(model))  # The last token is not read.

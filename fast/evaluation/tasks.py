@@ -4,14 +4,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from .._checks import check_number, positions_of
-from .archives import read_members
+from .._checks import positions_of
+from .archives import read_files
 from .scoring import ScoredTokens, log_probabilities
 
 TEXT_BYTES = 1 << 16  # longest text of an item; BoolQ's longest passage has 5 kB
@@ -146,9 +146,6 @@ def score_tasks(
     ValueError
         If the archive is corrupt or holds no task, a line is not an item, or `items` or `batch` is not positive.
     """
-    for name, value in (("items", items), ("batch", batch)):
-        if value is not None:
-            check_number(name, value, low=1, whole=True)
     scores = {
         name: score_task(model, tokenizer, name, read, batch, progress)
         for name, read in read_tasks(path, items).items()
@@ -208,16 +205,7 @@ def encode(
 
 def read_tasks(path: str | Path, items: int | None = None) -> dict[str, list[Item]]:
     """Read the first `items` items of each task of a folder or archive, in the order of TASKS; see `score_tasks`."""
-    found: dict[str, list[Item]] = {}
-    for member, lines in read_members(path):
-        name = PurePosixPath(member).stem
-        if name not in TASKS:
-            continue
-        if name in found:
-            raise ValueError(f"{path} holds two files {name}.jsonl; remove one of them")
-        if not lines:
-            raise ValueError(f"{path}: {member} holds no items; remove it, or fill it")
-        found[name] = [read_item(line, name, f"{path}: {member}, line {number}") for number, line in lines[:items]]
+    found = read_files(path, items, read_item, "items", TASKS)
     if not found:
         raise ValueError(f"{path} holds no task: there must be a file {'.jsonl, '.join(TASKS)}.jsonl, or several")
     return {name: found[name] for name in TASKS if name in found}

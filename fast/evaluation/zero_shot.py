@@ -3,15 +3,14 @@
 import importlib
 import json
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from .._checks import check_number
 from ..models.wrappers import unwrapped
-from .archives import read_members
+from .archives import read_files
 from .scoring import ScoredTokens, Tokens, log_probabilities
 
 SENTENCE_BYTES = 1000  # longest sentence; BLiMP's has 147 bytes
@@ -74,9 +73,6 @@ def blimp(
         If the archive is corrupt or holds no paradigm, a line is not a minimal pair, `items` or `batch` is not
         positive, or the tokenizer has neither BOS nor EOS.
     """
-    for name, value in (("items", items), ("batch", batch)):
-        if value is not None:
-            check_number(name, value, low=1, whole=True)
     paradigms = read_paradigms(path, items)
     sentences = sorted({text for pairs in paradigms.values() for pair in pairs for text in pair})
     rows = {
@@ -106,20 +102,13 @@ def sentence_tokens(tokenizer: Any, sentences: list[str]) -> list[Tokens]:
 
 def read_paradigms(path: str | Path, items: int | None = None) -> dict[str, list[tuple[str, str]]]:
     """Read the first `items` pairs (good, bad) of each paradigm of an archive, by name; see `blimp`."""
-    paradigms: dict[str, list[tuple[str, str]]] = {}
-    for member, lines in read_members(path):
-        name = PurePosixPath(member).stem
-        if name in paradigms:
-            raise ValueError(f"{path} holds two files {name}.jsonl; remove one of them")
-        if not lines:
-            raise ValueError(f"{path}: {member} holds no pairs; remove it, or fill it")
-        paradigms[name] = [read_pair(line, f"{path}: {member}, line {number}") for number, line in lines[:items]]
+    paradigms = read_files(path, items, read_pair, "pairs")
     if not paradigms:
         raise ValueError(f"{path} holds no paradigm: there must be a file NAME.jsonl for each")
     return paradigms
 
 
-def read_pair(line: bytes, place: str) -> tuple[str, str]:
+def read_pair(line: bytes, name: str, place: str) -> tuple[str, str]:
     """Read the good and the bad sentence of a line; `place` names the line in errors."""
     try:
         row = json.loads(line)

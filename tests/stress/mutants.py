@@ -345,7 +345,7 @@ MUTANTS = [
         "tokenizer.eos_token_id",
         "EOS before every sentence",
     ),
-    Mutant("fast/evaluation/zero_shot.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
+    Mutant("fast/evaluation/archives.py", "lines[:items]", "lines[-(items or 0):]", "the last pairs of a paradigm"),
     Mutant("fast/evaluation/scoring.py", "<= scored[:, None]", "< scored[:, None]", "the first token is not scored"),
     Mutant(
         "fast/evaluation/tasks.py",
