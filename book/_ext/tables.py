@@ -91,6 +91,11 @@ TINY = {
 }
 
 
+def scaled(each: dict[str, Any], key: str, unit: float) -> float | None:
+    """Return a row's value in a unit, or None if the row lacks it."""
+    return each[key] / unit if key in each else None
+
+
 def thousands(value: float) -> str:
     """Round a speed to thousands."""
     return f"{round(value, -3):,.0f}"
@@ -381,11 +386,11 @@ def cpu_decode_shape() -> Table:
     lines = []
     for each in rows("cpu_decode_shape"):
         name = f"littlebit, {number(each['bits'])} bits" if each["engine"] == "littlebit" else each["engine"]
-        speed = [number(each[key]) if key in each else "" for key in ("tokens_per_s", "prefill_tokens_per_s")]
-        sizes = [fixed(each[key] / 1e6, 0) if key in each else "" for key in ("packed_bytes", "memory_bytes")]
+        speed = [number(each.get(key)) for key in ("tokens_per_s", "prefill_tokens_per_s")]
+        sizes = [fixed(scaled(each, key, 1e6), 0) for key in ("packed_bytes", "memory_bytes")]
         lines.append([name, str(each["threads"]), *speed, *sizes])
     for each in rows("llama_cpp_large"):
-        sizes = [fixed(each[key] / 1e6, 0) for key in ("file_bytes", "memory_bytes")]
+        sizes = [fixed(scaled(each, key, 1e6), 0) for key in ("file_bytes", "memory_bytes")]
         lines.append([f"llama.cpp, {each['type']}", str(each["threads"]), number(each["tokens_per_s"]), "", *sizes])
     head = ["engine", "threads", "tokens a second", "prompt, tokens a second", "file, MB", "memory of the process, MB"]
     note = "Prompts have 512 tokens (llama.cpp: a sentence). Embedding and head have 4 bits."
@@ -398,8 +403,7 @@ def quantize_large() -> Table:
     for name, device in (("quantize_large_cpu", "two CPU cores"), ("quantize_large_gpu", "one GPU")):
         for each in rows(name):
             cells = [device, SHAPE_INITS[each["init"]], number(each["bits"]), str(each["blocks"])]
-            keys = ("dense_bytes", "peak_bytes", "gpu_bytes")
-            sizes = [number(each[key] / 1e9) if key in each else "" for key in keys]
+            sizes = [number(scaled(each, key, 1e9)) for key in ("dense_bytes", "peak_bytes", "gpu_bytes")]
             lines.append([*cells, fixed(each["seconds"], 0), *sizes])
     head = ["device", "by", "bits", "blocks", "seconds", "dense files, GB", "host memory, GB", "GPU memory, GB"]
     return Table(head, lines, ["quantize_large_cpu", "quantize_large_gpu"])
@@ -409,9 +413,9 @@ def training_large() -> Table:
     """Show the speed and the memory of training steps at a shape of 7 billion weights, by GPUs and sequences."""
     lines = []
     for each in rows("training_large"):
-        memory = [number(each[key] / 1e9) if key in each else "" for key in ("peak_bytes", "planned_bytes")]
+        memory = [number(scaled(each, key, 1e9)) for key in ("peak_bytes", "planned_bytes")]
         cells = [str(each[key]) for key in ("blocks", "gpus", "sequences")]
-        speed = [f"{each['tokens_per_s']:,.0f}", fixed(100 * each["mfu"])]
+        speed = [fixed(each["tokens_per_s"], 0), fixed(100 * each["mfu"])]
         lines.append([*cells, *speed, *memory, each["beside"] or ""])
     head = [
         "blocks",
