@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from littlebit.fast import load, load_model, load_tokenizer
-from littlebit.fast.bench.timing import cpu_name, save_results
+from littlebit.fast.bench.timing import device_name, save_results
 from littlebit.fast.evaluation.zero_shot import blimp
 
 ORIGINAL = "smollm2"
@@ -33,7 +32,6 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer, rows = load_tokenizer(ORIGINAL), []
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name()
     for name in arguments.models:
         model: Any = (load_model if name == ORIGINAL else load)(name, arguments.device)
         for prefix in PREFIXES:
@@ -41,7 +39,7 @@ def main() -> None:
             found = blimp(model, tokenizer, arguments.blimp, arguments.items, arguments.batch, progress=False)
             rows.append({"name": name, "prefix": prefix, "accuracy": found.accuracy, "pairs": found.pairs})
             print(rows[-1], flush=True)
-            save_results(arguments.out, rows, shlex.join(["python", *words]), device)
+            save_results(arguments.out, rows, shlex.join(["python", *words]), device_name(arguments.device))
 
 
 if __name__ == "__main__":

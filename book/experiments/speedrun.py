@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from littlebit.fast import Config, TrainConfig, load_model, load_tokenizer, perplexity, quantize_, train_
-from littlebit.fast.bench.timing import cpu_name, save_results
+from littlebit.fast.bench.timing import device_name, save_results
 from littlebit.fast.checkpoints.texts import text_tokens
 from littlebit.fast.evaluation.perplexity import SAMPLE_TEXT, TRAINING_TEXT
 from training import calibration, pack_scales, pick
@@ -126,7 +126,7 @@ def run(
     ]
     return {
         "model": model,
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "device": device_name(device),
         "budget_s": seconds,
         "spent_s": spent,
         "quantization_s": quantized - begin,

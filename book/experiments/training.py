@@ -45,7 +45,7 @@ from littlebit.fast import (
     save,
     train_,
 )
-from littlebit.fast.bench.timing import cpu_name, save_results
+from littlebit.fast.bench.timing import device_name, save_results
 from littlebit.fast.checkpoints.bundling import export_delta
 from littlebit.fast.checkpoints.texts import text_tokens, training_tokens
 from littlebit.fast.evaluation.perplexity import token_losses
@@ -57,7 +57,6 @@ from littlebit.fast.training.student import littlebit_layers
 
 TEACHER = "smollm2"
 HELD_OUT = 60_000  # tokens
-BLIMP_TOKENS = 32_768  # read at once
 CALIBRATION_TOKENS = 16_384
 WINDOW = 2048  # tokens
 POSITIONS = ((512, 1024), (1024, 1536), (1536, 2048))  # of a window
@@ -199,7 +198,7 @@ def ship(arguments: argparse.Namespace) -> None:
         packed: Any = load(checkpoint, arguments.device)
     row["perplexity_packed"] = perplexity(packed, data.test, progress=False).perplexity
     if arguments.blimp:
-        result = blimp(packed, data.tokenizer, arguments.blimp, batch=BLIMP_TOKENS, progress=False)
+        result = blimp(packed, data.tokenizer, arguments.blimp, progress=False)
         row |= {"blimp": result.accuracy, "blimp_pairs": result.pairs}
     print(row["perplexity_packed"], row.get("blimp"), flush=True)
     write_rows(arguments.out, rows)
@@ -224,7 +223,7 @@ def ratios(arguments: argparse.Namespace) -> None:
         }
         row = {"name": name, "windows": arguments.windows, "ratios": by_text, "ratios_by_position": by_position}
         if arguments.blimp:
-            row["blimp"] = blimp(model, tokenizer, arguments.blimp, batch=BLIMP_TOKENS, progress=False).accuracy
+            row["blimp"] = blimp(model, tokenizer, arguments.blimp, progress=False).accuracy
         rows.append(row)
         print(json.dumps(row), flush=True)
         write_rows(arguments.out, rows)
@@ -293,7 +292,7 @@ def calibration(texts: list[torch.Tensor], weights: list[float] | None) -> torch
 def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows so far, with the command that makes them; of absolute paths only the files' names."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     save_results(out, rows, shlex.join(["python", *words]), device)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import littlebit.fast as lb
 import torch
-from littlebit.fast.bench.timing import cpu_name, save_results
+from littlebit.fast.bench.timing import device_name, save_results
 from littlebit.fast.cli.estimate import model_sizes
 from littlebit.fast.cli.training_cost import Workload, device_bytes, multiplications_per_token
 from littlebit.fast.factors import Factors
@@ -135,8 +135,7 @@ def measure(arguments: argparse.Namespace, device: str) -> None:
         "losses": [entry["loss"] for entry in log],
     }
     print(row)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
-    save_results(arguments.out, [row], " ".join(["torchrun", *sys.argv]), name)
+    save_results(arguments.out, [row], " ".join(["torchrun", *sys.argv]), device_name(device))
 
 
 def main() -> None:

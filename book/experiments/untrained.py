@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 
 import littlebit.fast as lb
-import torch
-from littlebit.fast.bench.timing import cpu_name, save_results
+from littlebit.fast.bench.timing import device_name, save_results
 from littlebit.fast.checkpoints.texts import text_tokens
 from littlebit.fast.evaluation.perplexity import SAMPLE_TEXT, TRAINING_TEXT
 from littlebit.fast.models.registry import load_function
@@ -70,7 +69,7 @@ def main() -> None:
         for init in arguments.inits or ()
         for paths in (1, 2)
     ]
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name()
+    device = device_name(arguments.device)
     command = shlex.join(["python", "book/experiments/untrained.py", "OUT.json", *sys.argv[2:]])
     rows = []
     for settings in chosen or ROWS:

@@ -15,7 +15,7 @@ from typing import Any
 
 import littlebit.fast as lb
 import torch
-from littlebit.fast.bench.timing import cpu_name, save_results
+from littlebit.fast.bench.timing import device_name, save_results
 from littlebit.fast.checkpoints.names import bundled_names
 from littlebit.fast.cli.models import load_any
 from littlebit.fast.evaluation.tasks import read_tasks, score_task
@@ -38,8 +38,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=[ORIGINAL, *students])
     parser.add_argument("--original", default=ORIGINAL, help="folder of the original, where it cannot be fetched")
     arguments = parser.parse_args()
-    gpu = arguments.device.startswith("cuda")
-    dtype, device = (torch.bfloat16, torch.cuda.get_device_name()) if gpu else (torch.float32, cpu_name())
+    dtype, device = torch.bfloat16 if "cuda" in arguments.device else torch.float32, device_name(arguments.device)
     command = f"python book/experiments/zero_shot.py book/results/zero_shot.json --tasks {arguments.tasks.name}"
     command += f" --blimp {arguments.blimp.name}" if arguments.blimp else ""
     command += f" --items {arguments.items}" if arguments.items else ""

@@ -107,6 +107,11 @@ def loaded_code() -> dict[str, str]:
     }
 
 
+def device_name(device: str) -> str:
+    """Return the name of the GPU or, for "cpu", of the processor."""
+    return torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
+
+
 def cpu_name() -> str:
     """Find the processor's name, and which of AVX-512, AVX2 and NEON it has."""
     try:
