@@ -4,13 +4,12 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
 
 import littlebit.fast as lb
 import numpy as np
 import pytest
 import torch
+from beside_harness import evaluated_beside_harness
 from hypothesis import given, settings, strategies as st
 from littlebit.fast.cli.main import main
 from littlebit.fast.evaluation import tasks
@@ -289,16 +288,7 @@ def test_tasks_are_what_the_harness_measures(tiny_llama, tmp_path):
         )
     lines = {name: [line_of(name, doc) for doc in docs] for name, docs in ORIGINALS.items()}
     options = ["--tasks", write(tmp_path / "in", lines), "--lm-eval", "local_*", "--lm-eval-include", include]
-    done = subprocess.run(
-        [sys.executable, "-m", "littlebit.fast", "eval", *map(str, [tiny_llama, *options]), "--json"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"},
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)
+    printed = evaluated_beside_harness([tiny_llama, *options], tmp_path)
     for name, ours in printed["tasks"]["tasks"].items():
         theirs = printed["lm_eval"]["results"][f"local_{name}"]
         for metric in ("acc", "acc_norm"):

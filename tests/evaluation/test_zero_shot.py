@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import random
-import subprocess
 import sys
 import zipfile
 from types import ModuleType, SimpleNamespace
@@ -14,6 +13,7 @@ import littlebit.fast as lb
 import numpy as np
 import pytest
 import torch
+from beside_harness import evaluated_beside_harness
 from compare import assert_within
 from hypothesis import given, settings, strategies as st
 from littlebit.fast.cli.main import main
@@ -365,15 +365,6 @@ def test_blimp_is_what_the_harness_measures(checkpoint, tmp_path):
             f"dataset_kwargs: {{data_files: {{train: {tmp_path / name}.jsonl}}}}\n"
         )
     options = ["--blimp", archive(tmp_path / "blimp.zip", pairs), "--lm-eval", "local_*", "--lm-eval-include", tmp_path]
-    done = subprocess.run(
-        [sys.executable, "-m", "littlebit.fast", "eval", *map(str, [checkpoint, *options]), "--json"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"},
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)
+    printed = evaluated_beside_harness([checkpoint, *options], tmp_path)
     theirs = {name: printed["lm_eval"]["results"][f"local_{name}"]["acc,none"] for name in pairs}
     assert printed["blimp"]["paradigms"] == theirs
